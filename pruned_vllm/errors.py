@@ -1,0 +1,19 @@
+"""The one exception that every room raises for bad input. Pure Python."""
+
+from collections.abc import Sequence
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; every problem found is in the message.
+
+    Commands turn it into a message on stderr and exit code 2. Raise it before anything is written.
+
+    Args:
+        what: one sentence: what was refused, and where it is.
+        problems: each names the place (layer, tensor, key), the numbers and the fix.
+    """
+
+    def __init__(self, what: str, problems: Sequence[str] = ()):
+        self.what = what
+        self.problems = tuple(problems)
+        super().__init__("\n  - ".join((what, *self.problems)))
