@@ -1,0 +1,67 @@
+"""convert-pruned: a masked checkpoint becomes a smaller one that vLLM serves.
+
+convert-pruned ckpt/ out/
+vllm serve out/
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from pruned_vllm.command import check_output, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="convert-pruned",
+        description="Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with "
+        "every layer at its real size. The result computes exactly what the masked model computed.",
+        epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="masked checkpoint: pruning_masks.safetensors, pruning.json, and the dense model unless pruning.json "
+        "names it (base_model)",
+    )
+    parser.add_argument("out", type=Path, help="directory to write; must not exist (see --overwrite)")
+    parser.add_argument(
+        "--base-model", metavar="DIR_OR_ID", help="dense model, in place of the one that pruning.json names"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="size of a weight file, also the memory needed; e.g. 500MB (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT if it is a converted model; it stays until the new one is complete",
+    )
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    # Imported late: --help and wrong arguments should not wait for torch.
+    from converter.convert import convert
+    from converter.model_card import print_plan
+    from converter.plan import make_plan
+
+    if not args.dry_run:
+        check_output(args.out, args.overwrite, "config.json")
+    plan = make_plan(args.checkpoint, args.base_model)
+    print_plan(plan)
+    if not args.dry_run:
+        convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
+        print(f"Wrote {args.out}. Serve it: vllm serve {args.out}")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))

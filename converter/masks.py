@@ -1,0 +1,109 @@
+"""Reads the two files that make a model directory a masked checkpoint: pruning_masks.safetensors and pruning.json."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converter.checkpoint import FLOAT_DTYPES, open_shard, read_json
+from pruned_vllm.errors import InputError
+from pruned_vllm.families import CHANNEL_MASK, HEAD_MASK
+from pruned_vllm.geometry import ModelGeometry
+
+MASKS_FILE = "pruning_masks.safetensors"
+PRUNING_FILE = "pruning.json"
+FORMAT_VERSION = 1
+CHANNEL_MASK_SITES = ("product", "gate_and_up")
+
+_PRUNING_KEYS = {"format_version", "method", "channel_mask_site", "base_model", "lora_adapter"}
+
+
+@dataclass(frozen=True)
+class PruningInfo:
+    """pruning.json.
+
+    Attributes:
+        method: what learned the masks, e.g. "ddp".
+        channel_mask_site: what the channel mask multiplied: "product" act(gate)*up, "gate_and_up" both projections.
+        base_model: directory or hub id of the weights, where the checkpoint holds masks only.
+    """
+
+    method: str
+    channel_mask_site: str
+    base_model: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> "PruningInfo":
+        """Raises InputError with every problem in the file."""
+        path = directory / PRUNING_FILE
+        content = read_json(path)
+        problems = [
+            f"unknown key {key!r}; known: {sorted(_PRUNING_KEYS)}" for key in sorted(set(content) - _PRUNING_KEYS)
+        ]
+
+        def expect(key: str, good: bool, wanted: str) -> Any:
+            if not good:
+                problems.append(f"{key} is {content.get(key)!r}; it must be {wanted}")
+            return content.get(key)
+
+        expect("format_version", content.get("format_version") == FORMAT_VERSION, f"{FORMAT_VERSION}")
+        info = cls(
+            method=expect("method", isinstance(content.get("method"), str), "a string"),
+            channel_mask_site=expect(
+                "channel_mask_site",
+                content.get("channel_mask_site") in CHANNEL_MASK_SITES,
+                f"one of {CHANNEL_MASK_SITES}",
+            ),
+            base_model=expect("base_model", isinstance(content.get("base_model"), str | None), "a string or null"),
+        )
+        expect("lora_adapter", content.get("lora_adapter") is None, "null: this release merges no LoRA adapter")
+        if problems:
+            raise InputError(f"{path}:", problems)
+        return info
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of one layer in float32; None prunes nothing and scales nothing."""
+
+    head: torch.Tensor | None  # [num_attention_heads]
+    channel: torch.Tensor | None  # [intermediate_size]
+
+
+def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks]:
+    """Reads and checks the masks for a dense model of this geometry.
+
+    Raises:
+        InputError: with every unknown key, wrong shape or dtype, and value that is NaN or infinite.
+    """
+    path = directory / MASKS_FILE
+    shard = open_shard(path)
+    expected = {}
+    for index, layer in enumerate(geometry.layers):
+        expected[HEAD_MASK.format(index)] = (layer.num_attention_heads,)
+        expected[CHANNEL_MASK.format(index)] = (layer.intermediate_size,)
+    masks: dict[str, torch.Tensor] = {}
+    problems = []
+    for name in sorted(shard.keys()):
+        header = shard.get_slice(name)
+        shape = tuple(header.get_shape())
+        if name not in expected:
+            problems.append(
+                f"{name}: unknown key; known: {HEAD_MASK.format('{i}')} and {CHANNEL_MASK.format('{i}')} "
+                f"for layers 0 to {len(geometry.layers) - 1}"
+            )
+        elif shape != expected[name]:
+            problems.append(f"{name}: shape {list(shape)}, the model needs {list(expected[name])}")
+        elif header.get_dtype() not in FLOAT_DTYPES:
+            problems.append(f"{name}: dtype {header.get_dtype()}; masks are floating point")
+        else:
+            masks[name] = shard.get_tensor(name).float()
+            if bad := int((~masks[name].isfinite()).sum()):
+                problems.append(f"{name}: {bad} of {shape[0]} values are NaN or infinite")
+    if problems:
+        raise InputError(f"{path} does not fit the model:", problems)
+    return [
+        LayerMasks(masks.get(HEAD_MASK.format(index)), masks.get(CHANNEL_MASK.format(index)))
+        for index in range(len(geometry.layers))
+    ]
