@@ -1,0 +1,46 @@
+"""What a learned mask has to beat: the same budget in every layer, units chosen by weight norm or by chance."""
+
+import torch
+from torch import nn
+
+from learner.units import Units, Values
+
+
+def magnitude(model: nn.Module, units: Units, target_sparsity: float) -> Values:
+    """Keeps the units with the largest L2 norm over all weights that would go with them.
+
+    Returns 1 for units that stay and 0 for others, by kind, [layers, units].
+    """
+    heads, channels = [], []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads.append(
+            sum(
+                rows.detach().float().square().view(units.widths["head"], -1).sum(1)
+                for rows in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+                if rows.shape[0] % units.widths["head"] == 0
+            )
+            + attention.o_proj.weight.detach().float().T.square().reshape(units.widths["head"], -1).sum(1)
+        )
+        channels.append(
+            sum(
+                rows.detach().float().square().sum(1)
+                for rows in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+            )
+        )
+    scores = {"head": torch.stack(heads).cpu(), "channel": torch.stack(channels).cpu()}
+    return {kind: _largest_in_each_layer(score, target_sparsity) for kind, score in scores.items()}
+
+
+def random(units: Units, target_sparsity: float, seed: int) -> Values:
+    """Keeps units drawn at random. Returns as `magnitude` does."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        kind: _largest_in_each_layer(torch.rand(units.num_layers, width, generator=generator), target_sparsity)
+        for kind, width in units.widths.items()
+    }
+
+
+def _largest_in_each_layer(scores: torch.Tensor, target_sparsity: float) -> torch.Tensor:
+    kept = max(1, round(scores.shape[1] * (1 - target_sparsity)))
+    return torch.zeros_like(scores).scatter(1, scores.topk(kept, dim=1).indices, 1)

@@ -1,0 +1,193 @@
+"""DDP: Deterministic Differentiable (Structured) Pruning, arXiv 2603.08065. Equation numbers are the paper's.
+
+The model is frozen. Each unit k (a head, an FFN channel) has one number z_k, and everything is deterministic:
+
+    m = ReLU(z)                    what the unit's output is multiplied by, unbounded above         (11)
+    s = clamp(1.2 v - 0.1, 0, 1),  v = sigmoid(ln(11) (z - mu) / mu)     retention score            (12)
+    L = L_ce + eta KL(teacher || student) + sum over kinds of
+        lambda1 (mean s - rho) + lambda2 (mean s - rho)^2 + lambda3 mean s (1 - s)         (13) (15) (16) (17)
+
+z descends, the multipliers ascend at the same time, and mu falls from 0.5 to 0.05 so that s turns into a step (14).
+ReLU and clamp pass gradients straight through: at the start z = 1 = 2 mu, where s is exactly saturated and would never
+move. After each step z is clamped from below at -0.1, so that a pruned unit can come back (as the authors' code does;
+the paper does not say it). Heads and channels have budgets and multipliers of their own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm, trange
+
+from learner.data import BlockSampler
+from learner.masking import apply_masks
+from learner.units import Units, Values, sparsity
+
+Z_MINIMUM = -0.1
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equation (12)
+SLOPE = math.log(11)  # C0: makes s(0) = 0, s(mu) = 0.5, s(2 mu) = 1
+TOLERANCE = 0.01  # of all units of a kind; beyond it the largest masks decide which stay
+
+
+@dataclass(frozen=True)
+class DDPSettings:
+    """Hyper-parameters; the defaults are the paper's.
+
+    Attributes:
+        sparsity: share of heads, and of channels, to remove.
+        learning_rate: of z. lambda_learning_rate: of lambda1 and lambda3. lambda2_learning_rate: of lambda2.
+        warmup_steps: linear warm-up, then cosine to 0, of all four; None is a tenth of the steps.
+        mu_start, mu_end: where retention is 0.5, at the first and the last step.
+        kd_weight: eta, 0 trains without a teacher. kd_temperature: of both softmaxes.
+        micro_batch_size: sequences in one forward pass; the gradient is that of the whole batch.
+    """
+
+    sparsity: float
+    steps: int = 1000
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    learning_rate: float = 2e-2
+    lambda_learning_rate: float = 2e-2
+    lambda2_learning_rate: float = 0.8
+    warmup_steps: int | None = None
+    mu_start: float = 0.5
+    mu_end: float = 0.05
+    kd_weight: float = 2.0
+    kd_temperature: float = 1.0
+    seed: int = 42
+
+
+def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    """The value of `forward` with the gradient of `backward`."""
+    return backward + (forward - backward).detach()
+
+
+def gate(z: torch.Tensor) -> torch.Tensor:
+    """Equation (11), m = ReLU(z), with the gradient of the identity."""
+    return straight_through(z.clamp(min=0), z)
+
+
+def retention(z: torch.Tensor, mu: float) -> torch.Tensor:
+    """Equation (12) on m = ReLU(z): how much of each unit stays, in [0, 1]."""
+    v = torch.sigmoid(SLOPE * (gate(z) - mu) / mu)
+    stretched = v * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
+    return straight_through(stretched.clamp(0, 1), stretched)
+
+
+def annealed_mu(progress: float, settings: DDPSettings) -> float:
+    """Equation (14); `progress` runs from 0 to 1."""
+    return settings.mu_start - (settings.mu_start - settings.mu_end) * math.sqrt(progress)
+
+
+def penalty(s: torch.Tensor, keep_ratio: float, multipliers: torch.Tensor) -> torch.Tensor:
+    """Equations (13) and (15) for one kind of unit: s [layers, units], multipliers [lambda1, lambda2, lambda3]."""
+    violation = s.mean() - keep_ratio
+    terms = torch.stack([violation, violation**2, (s * (1 - s)).mean()])
+    return multipliers @ terms
+
+
+def learn_ddp(model: nn.Module, units: Units, blocks: BlockSampler, settings: DDPSettings) -> Values:
+    """Learns m for every unit.
+
+    Args:
+        model: frozen causal LM; it is its own teacher, without masks.
+        blocks: source of training batches.
+
+    Returns:
+        m by kind, float32 [layers, units] on the CPU; 0 is pruned.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(settings.seed)
+    z = {}
+    multipliers = {}
+    for kind, width in units.widths.items():
+        start = 1 + 0.01 * torch.randn(units.num_layers, width, generator=generator)
+        z[kind] = nn.Parameter(start.to(device))
+        multipliers[kind] = [nn.Parameter(torch.zeros((), device=device)) for _ in range(3)]
+    keep_ratio = {kind: units.kept(kind, settings.sparsity) / units.count(kind) for kind in z}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(z.values()), "lr": settings.learning_rate},
+            {
+                "params": [lambdas[i] for lambdas in multipliers.values() for i in (0, 2)],
+                "lr": settings.lambda_learning_rate,
+                "maximize": True,
+            },
+            {
+                "params": [lambdas[1] for lambdas in multipliers.values()],
+                "lr": settings.lambda2_learning_rate,
+                "maximize": True,
+            },
+        ],
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, settings))
+
+    progress = trange(settings.steps, desc="ddp", unit="step")
+    for step in progress:
+        mu = annealed_mu(step / settings.steps, settings)
+        batch = blocks.next_batch(settings.batch_size).to(device)
+        micro_batches = batch.split(settings.micro_batch_size)
+        task_loss = 0.0
+        for micro_batch in micro_batches:
+            teacher_logits = None
+            if settings.kd_weight:
+                with torch.no_grad():
+                    teacher_logits = model(input_ids=micro_batch).logits
+            with apply_masks(model, units.to_masks({kind: gate(values) for kind, values in z.items()})):
+                loss = _task_loss(model, micro_batch, teacher_logits, settings) * len(micro_batch) / len(batch)
+                loss.backward()
+            task_loss += loss.item()
+        constraint = sum(
+            penalty(retention(z[kind], mu), keep_ratio[kind], torch.stack(multipliers[kind])) for kind in z
+        )
+        constraint.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for values in z.values():
+                values.clamp_(min=Z_MINIMUM)
+        progress.set_postfix(
+            loss=f"{task_loss:.3f}",
+            mu=f"{mu:.3f}",
+            **{f"{kind}_sparsity": f"{sparsity(values.detach()):.3f}" for kind, values in z.items()},
+        )
+    return {kind: _harden(kind, values.detach().float().cpu(), units, settings) for kind, values in z.items()}
+
+
+def _task_loss(model: nn.Module, tokens: torch.Tensor, teacher_logits: torch.Tensor | None, settings: DDPSettings):
+    """L_ce + eta KL(teacher || student), equation (17); means over tokens [batch, length]."""
+    logits = model(input_ids=tokens).logits.float()
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    if teacher_logits is None:
+        return loss
+    temperature = settings.kd_temperature
+    student = F.log_softmax(logits.flatten(0, 1) / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float().flatten(0, 1) / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return loss + settings.kd_weight * temperature**2 * divergence
+
+
+def _warmup_cosine(step: int, settings: DDPSettings) -> float:
+    warmup = settings.steps // 10 if settings.warmup_steps is None else settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+
+def _harden(kind: str, z: torch.Tensor, units: Units, settings: DDPSettings) -> torch.Tensor:
+    """m = ReLU(z); where that misses the budget by more than the tolerance, only the largest masks stay."""
+    m = z.clamp(min=0)
+    kept, wanted = int((m > 0).sum()), units.kept(kind, settings.sparsity)
+    if abs(kept - wanted) <= TOLERANCE * units.count(kind):
+        return m
+    message = f"ddp: {kept} of {units.count(kind)} {kind} units are left, {wanted} were asked for"
+    if kept < wanted:
+        tqdm.write(f"{message}; a removed unit contributes nothing, so none was brought back. Train for more steps.")
+        return m
+    tqdm.write(f"{message}; the {kept - wanted} smallest masks were set to 0.")
+    smallest = m.flatten().topk(wanted).values.min()
+    return torch.where(m < smallest, 0, m)

@@ -1,0 +1,23 @@
+"""Perplexity of a causal language model on a stream of tokens."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, token_ids: torch.Tensor, block_size: int = 128, batch_size: int = 16) -> float:
+    """exp of the mean negative log-likelihood of `token_ids` [N].
+
+    The stream is cut into blocks of `block_size` that see nothing of each other; the first token of a block is
+    context only, and the remainder is dropped. Figures for different block sizes cannot be compared.
+    """
+    device = next(model.parameters()).device
+    blocks = token_ids[: len(token_ids) // block_size * block_size].view(-1, block_size)
+    total = 0.0
+    for batch in blocks.to(device).split(batch_size):
+        logits = model(input_ids=batch).logits.float()
+        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / (len(blocks) * (block_size - 1)))
