@@ -1,0 +1,36 @@
+# make setup   a virtual environment with vLLM's CPU build, pinned; does nothing when it is up to date
+# make demo    learn masks, convert, serve, compare: everything once, on a model trained on the spot
+# make test    all tests
+# make lint    formatting and static checks
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and with its own dependencies, so that pip takes the build that fits the machine (CPU or CUDA).
+# The rest is a full pin without torchvision, torchaudio and torchcodec, which vLLM's text models do not need and whose
+# builds break a CPU torch: hence --no-deps.
+$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python -m bench.demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,222 @@
+"""DDP's equations, the masks on a running model, and learn-masks as a command."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import masks_for, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from learner import baselines, cli
+from learner.data import BlockSampler
+from learner.ddp import DDPSettings, annealed_mu, gate, learn_ddp, penalty, retention
+from learner.masking import apply_masks
+from learner.units import Units
+from pruned_vllm.errors import InputError
+from pruned_vllm.geometry import ModelGeometry
+
+
+def geometry_of(model) -> ModelGeometry:
+    return ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+
+
+def test_gate_is_relu_forward_and_identity_backward():
+    z = torch.tensor([-0.1, 0.0, 0.3, 5.0], requires_grad=True)
+    m = gate(z)
+    m.backward(torch.arange(4.0))
+    assert m.tolist() == torch.tensor([0.0, 0.0, 0.3, 5.0]).tolist()
+    assert z.grad.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mu", [0.5, 0.05])
+def test_retention_has_the_values_of_equation_12(mu):
+    z = torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.5, 2.0, 40.0], dtype=torch.float64) * mu
+    expected = torch.tensor([0, 0, 0.178, 0.5, 0.822, 1, 1], dtype=torch.float64)
+    torch.testing.assert_close(retention(z, mu), expected, atol=5e-4, rtol=0)
+
+
+def test_retention_moves_where_it_is_saturated():
+    z = torch.tensor([1.0, -0.1], dtype=torch.float64, requires_grad=True)
+    retention(z, 0.5).sum().backward()
+
+    def unclamped(
+        z, mu=0.5
+    ):  # 1.2 sigmoid(ln(11) (max(z, 0) - mu) / mu) - 0.1, differentiated as if z were not clamped
+        v = 1 / (1 + math.exp(-math.log(11) * (max(z, 0) - mu) / mu))
+        return 1.2 * math.log(11) / mu * v * (1 - v)
+
+    torch.testing.assert_close(z.grad, torch.tensor([unclamped(1.0), unclamped(-0.1)], dtype=torch.float64))
+    assert z.grad[0] == pytest.approx(0.44, abs=0.01)
+
+
+def test_mu_falls_with_the_square_root():
+    settings = DDPSettings(sparsity=0.5)
+    assert annealed_mu(0, settings) == 0.5 and annealed_mu(1, settings) == pytest.approx(0.05)
+    assert annealed_mu(0.25, settings) == pytest.approx(0.5 - 0.45 * 0.5)
+
+
+def test_penalty_and_its_multipliers_ascend_by_the_violation():
+    s = torch.tensor([[1.0, 0.5], [0.0, 0.9]])
+    multipliers = torch.tensor([-2.0, 3.0, 0.5], requires_grad=True)
+    loss = penalty(s, 0.5, multipliers)
+    loss.backward()
+    violation, uncertainty = 0.6 - 0.5, (0 + 0.25 + 0 + 0.09) / 4
+    assert loss.item() == pytest.approx(-2 * violation + 3 * violation**2 + 0.5 * uncertainty)
+    torch.testing.assert_close(multipliers.grad, torch.tensor([violation, violation**2, uncertainty]))
+
+
+@pytest.mark.parametrize("site", ["product", "gate_and_up"])
+def test_masks_multiply_what_the_formats_say(site):
+    """Against a forward pass of one layer written out, in float64."""
+    model = tiny_model("llama", 6, 3, 40, num_hidden_layers=1).double()
+    layer, tokens = model.model.layers[0], torch.arange(20)[None]
+    heads, channels = torch.randn(6).double(), torch.randn(40).double()
+    masks = masks_for([heads.tolist()], [channels])
+    seen = {}
+    layer.self_attn.o_proj.register_forward_hook(lambda module, args, output: seen.update(o_in=args[0], o_out=output))
+    layer.mlp.register_forward_hook(lambda module, args, output: seen.update(mlp_in=args[0], mlp_out=output))
+    model(tokens)
+    unmasked = seen["o_in"].view(1, 20, 6, 32)
+    with apply_masks(model, masks, site):
+        model(tokens)
+    expected_heads = (unmasked * masks["model.layers.0.self_attn.head_mask"].double()[:, None]).flatten(-2)
+    torch.testing.assert_close(seen["o_in"], expected_heads)
+    torch.testing.assert_close(seen["o_out"], expected_heads @ layer.self_attn.o_proj.weight.T)
+    c = masks["model.layers.0.mlp.channel_mask"].double()
+    gate_projection = seen["mlp_in"] @ layer.mlp.gate_proj.weight.T
+    up_projection = seen["mlp_in"] @ layer.mlp.up_proj.weight.T
+    silu = torch.nn.functional.silu
+    product = c * silu(gate_projection) * up_projection
+    if site == "gate_and_up":
+        product = silu(c * gate_projection) * (c * up_projection)
+    torch.testing.assert_close(seen["mlp_out"], product @ layer.mlp.down_proj.weight.T)
+    reference = model(tokens).logits
+    torch.testing.assert_close(model(tokens).logits, reference)  # the hooks are gone
+
+
+def test_blocks_are_dealt_once_before_any_comes_again():
+    sampler = BlockSampler(torch.arange(105), sequence_length=10, seed=0)
+    first = torch.cat([sampler.next_batch(4), sampler.next_batch(4), sampler.next_batch(2)])
+    assert sorted(first[:, 0].tolist()) == list(range(0, 100, 10))
+    assert torch.equal(first[0], torch.arange(first[0, 0], first[0, 0] + 10))
+    with pytest.raises(InputError, match="105 tokens, fewer than one block of 200"):
+        BlockSampler(torch.arange(105), sequence_length=200, seed=0)
+
+
+@pytest.mark.parametrize("gqa", ["tied", "independent"])
+def test_units_become_masks_of_query_heads(gqa):
+    units = Units.of(geometry_of(tiny_model("qwen3", 6, 3, 40)), gqa)
+    assert units.widths == {"head": 3 if gqa == "tied" else 6, "channel": 40}
+    values = {kind: torch.rand(3, width) for kind, width in units.widths.items()}
+    masks = units.to_masks(values)
+    head_mask = masks["model.layers.1.self_attn.head_mask"]
+    assert head_mask.shape == (6,) and masks["model.layers.2.mlp.channel_mask"].shape == (40,)
+    expected = values["head"][1].repeat_interleave(2) if gqa == "tied" else values["head"][1]
+    assert torch.equal(head_mask, expected)
+
+
+def test_magnitude_keeps_the_heaviest_units():
+    model = tiny_model("llama", 6, 6, 40)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[:, 32:64] *= 30
+        model.model.layers[2].mlp.down_proj.weight[:, 7] *= 30
+    values = baselines.magnitude(model, Units.of(geometry_of(model)), target_sparsity=0.8)
+    assert values["head"][1].tolist() == [0, 1, 0, 0, 0, 0]
+    assert values["channel"][2, 7] == 1 and values["channel"].sum(1).tolist() == [8, 8, 8]
+
+
+def learned(seed: int = 0, **settings) -> tuple[dict, Units]:
+    model = tiny_model("llama", 6, 6, 40)
+    tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
+    units = Units.of(geometry_of(model))
+    return learn_ddp(
+        model,
+        units,
+        BlockSampler(tokens, 32, seed),
+        DDPSettings(**{"sparsity": 0.5, "steps": 150, "batch_size": 4, "seed": seed} | settings),
+    ), units
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5])
+def test_ddp_meets_its_budget_with_soft_masks(target):
+    values, units = learned(sparsity=target)
+    for kind, m in values.items():
+        kept, wanted = int((m > 0).sum()), units.kept(kind, target)
+        assert abs(kept - wanted) <= 0.01 * units.count(kind), f"{kind}: {kept} kept, {wanted} wanted"
+        assert m.min() == 0 and m.shape == (3, units.widths[kind])
+    assert values["channel"].unique().numel() > 30, "masks are values, not zeros and ones"
+
+
+def test_ddp_is_deterministic_and_micro_batches_do_not_change_it():
+    first, second, split = learned(steps=20), learned(steps=20), learned(steps=20, micro_batch_size=1)
+    for kind in ("head", "channel"):
+        assert torch.equal(first[0][kind], second[0][kind])
+        torch.testing.assert_close(first[0][kind], split[0][kind], atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture
+def word_model(tmp_path):
+    """A saved tiny model with a tokenizer that knows digits."""
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_model("qwen3", 6, 3, 40).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(str(i * i % 256) for i in range(3000)))
+    return tmp_path
+
+
+def run(*args) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("method", ["ddp", "magnitude", "random"])
+def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
+    text, ckpt = word_model / "text.txt", word_model / "ckpt"
+    small = ["--steps", 60, "--batch-size", 2, "--sequence-length", 32]
+    arguments = [word_model / "model", ckpt, "--method", method, "--data", text, "--eval-data", text, *small]
+    assert run(*arguments) == 0
+    assert "masked perplexity" in capsys.readouterr().out
+    assert json.loads((ckpt / "pruning.json").read_text()) == {
+        "format_version": 1,
+        "method": method,
+        "channel_mask_site": "product",
+        "base_model": str(word_model / "model"),
+        "lora_adapter": None,
+    }
+    masks = load_file(ckpt / "pruning_masks.safetensors")
+    assert len(masks) == 6 and all(mask.dtype == torch.float32 for mask in masks.values())
+    results = json.loads((ckpt / "learning.json").read_text())["results"]
+    assert results["channel_sparsity"] == pytest.approx(0.5, abs=0.011)
+    assert results["masked_perplexity"] != results["dense_perplexity"]
+    assert run(*arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+        (["--data"], None),
+        (["--sparsity", "1"], None),
+        (["--sequence-length", "100000"], "fewer than one block"),
+        (["--dtype", "int3"], "cannot be loaded"),
+    ],
+)
+def test_learn_masks_refuses_bad_input(word_model, capsys, change, message):
+    arguments = [word_model / "model", word_model / "ckpt", "--data", word_model / "text.txt", *change]
+    try:
+        assert run(*arguments) == 2
+    except SystemExit as usage_error:
+        assert usage_error.code == 2 and message is None
+    else:
+        assert message in capsys.readouterr().err
+    assert not (word_model / "ckpt").exists()
+
+
+def test_learn_masks_refuses_what_is_no_model(word_model, capsys):
+    assert run(word_model / "nothing", word_model / "ckpt", "--data", word_model / "text.txt") == 2
+    assert "cannot be loaded as a causal language model" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Tiny random models of the real Hugging Face classes, masked checkpoints of them, and the oracle.
+
+The oracle is the masked dense model in Hugging Face, float32: what a converted model must compute.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from converter.convert import convert
+from converter.plan import make_plan
+from learner.masking import apply_masks
+from pruned_vllm.families import CHANNEL_MASK, HEAD_MASK
+
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention serves
+NUM_LAYERS = 3
+VOCAB_SIZE = 256
+
+
+def tiny_model(
+    model_type: str, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int, seed: int = 0, **config
+) -> PreTrainedModel:
+    """A model with weights large enough that its predictions differ clearly from token to token."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            model_type,
+            vocab_size=VOCAB_SIZE,
+            hidden_size=config.pop("hidden_size", 96),
+            num_hidden_layers=config.pop("num_hidden_layers", NUM_LAYERS),
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=HEAD_DIM,
+            intermediate_size=intermediate_size,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            **config,
+        ),
+        dtype=torch.float32,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    return model.eval().requires_grad_(False)
+
+
+def write_masked(
+    directory: Path,
+    model: PreTrainedModel,
+    masks: dict[str, torch.Tensor],
+    channel_mask_site: str = "product",
+    **pruning,
+) -> Path:
+    """Saves a masked checkpoint; `pruning` replaces keys of pruning.json."""
+    model.save_pretrained(directory)
+    save_file({name: mask.clone() for name, mask in masks.items()}, directory / "pruning_masks.safetensors")
+    content = {
+        "format_version": 1,
+        "method": "test",
+        "channel_mask_site": channel_mask_site,
+        "base_model": None,
+        "lora_adapter": None,
+    }
+    (directory / "pruning.json").write_text(json.dumps(content | pruning))
+    return directory
+
+
+def masks_for(heads: list[list[float]], channels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mask tensors under their keys from values by layer."""
+    masks = {HEAD_MASK.format(i): torch.tensor(values, dtype=torch.float32) for i, values in enumerate(heads)}
+    return masks | {CHANNEL_MASK.format(i): values.float() for i, values in enumerate(channels)}
+
+
+def converted(directory: Path, model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str = "product") -> Path:
+    """Masked checkpoint -> converted model through the real pipeline; returns the converted directory."""
+    write_masked(directory / "ckpt", model, masks, site)
+    convert(make_plan(directory / "ckpt"), directory / "out")
+    return directory / "out"
+
+
+def prompts(vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
+    """Prompts of different lengths, so that a batch has ragged rows."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (1, 5, 17, 40)]
+
+
+@torch.no_grad()
+def oracle(
+    model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str, prompt: list[int], num_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """Greedy continuation of `prompt` by the masked dense model.
+
+    Returns the new tokens and the log-probabilities [len(prompt) + num_tokens - 1, vocab] of every position.
+    """
+    tokens = list(prompt)
+    with apply_masks(model, masks, site):
+        for _ in range(num_tokens):
+            log_probabilities = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+            tokens.append(int(log_probabilities[-1].argmax()))
+    return tokens[len(prompt) :], log_probabilities
