@@ -22,7 +22,7 @@ def print_plan(plan: Plan) -> None:
         )
     console = Console()
     console.print(table)
-    console.print("\n".join(totals(plan)), highlight=False)
+    console.print("\n".join(totals(plan)), highlight=False, soft_wrap=True)
 
 
 def totals(plan: Plan) -> list[str]:

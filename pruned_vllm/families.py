@@ -29,7 +29,7 @@ class Family:
         default_head_dim: head_dim where config.json has none; None means hidden_size // num_attention_heads.
         stock_heads: numbers of attention heads that the stock code accepts when every layer has the same:
             "any"; "divides_hidden" (LlamaConfig refuses others even with an explicit head_dim);
-            "unchanged" (vLLM's Qwen2 derives head_dim from the number of heads).
+            "fills_hidden" (vLLM's Qwen2 takes hidden_size // num_attention_heads for head_dim).
     """
 
     model_type: str
@@ -39,7 +39,7 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     default_head_dim: int | None = None
-    stock_heads: Literal["any", "divides_hidden", "unchanged"] = "any"
+    stock_heads: Literal["any", "divides_hidden", "fills_hidden"] = "any"
 
     @property
     def pruned_architecture(self) -> str:
@@ -59,7 +59,7 @@ FAMILIES: dict[str, Family] = {
             stock_heads="divides_hidden",
         ),
         Family(model_type="mistral", architecture="MistralForCausalLM"),
-        Family(model_type="qwen2", architecture="Qwen2ForCausalLM", qkv_bias=True, stock_heads="unchanged"),
+        Family(model_type="qwen2", architecture="Qwen2ForCausalLM", qkv_bias=True, stock_heads="fills_hidden"),
         Family(
             model_type="qwen3",
             architecture="Qwen3ForCausalLM",

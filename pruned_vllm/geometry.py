@@ -204,7 +204,7 @@ class ModelGeometry:
         if len(set(self.layers)) > 1 or layer.skip or not layer.has_even_groups:
             return None
         heads, family, extra = layer.num_attention_heads, self.family, {}
-        if family.stock_heads == "unchanged" and heads != self.dense.num_attention_heads:
+        if family.stock_heads == "fills_hidden" and heads * self.head_dim != self.hidden_size:
             return None
         if family.stock_heads == "divides_hidden" and self.hidden_size % heads:
             if self.qkv_bias or self.o_bias or self.mlp_bias:
