@@ -1,0 +1,185 @@
+"""Everything once: train a small model, learn masks, convert, serve over the OpenAI API, compare with the dense model.
+
+    make demo            # or: python -m bench.demo [--output-dir demo]
+
+Each step is the public command that a user would type, and is printed. The small model proves that the served model
+is the masked one; it is too small to show a speedup (overheads fill its time), so the comparison runs on a shape of
+about 0.5 billion parameters with random weights and the learned pattern of widths scaled up.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pruned_vllm.command import check_output, run_command
+from pruned_vllm.errors import InputError
+
+BLOCK_SIZE = 128  # tokens per scored block, for every perplexity of the demo
+MARKER = ".pruned-vllm-demo"  # a directory that has it may be replaced
+SERVED_NAME = "pico-llama-pruned"
+console = Console(highlight=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="replaced; default: demo")
+    parser.add_argument(
+        "--sparsity", type=float, default=0.5, help="share of heads and channels to remove; default: 0.5"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="paired runs of each speed case; default: 5")
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: demo(args.output_dir, args.sparsity, args.repeats))
+
+
+def demo(output_dir: Path, sparsity: float, repeats: int) -> None:
+    """Runs the demo. Raises InputError when a step fails or a result is not what it must be."""
+    check_output(output_dir, overwrite=True, marker=MARKER)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True)
+    (output_dir / MARKER).touch()
+
+    heading("1. A small Llama, trained on the English that ships with Python")
+    run(sys.executable, "-m", "bench.pico", "llama")
+    from bench.pico import pico_model
+
+    model = pico_model("llama")
+
+    heading("2. Learn masks: DDP, and two baselines of the same budget")
+    text, heldout = model / "train.txt", model / "heldout.txt"
+    learn = [command("learn-masks"), model]
+    budget = ["--sparsity", sparsity, "--eval-data", heldout]
+    small = ["--steps", 300, "--batch-size", 8, "--sequence-length", BLOCK_SIZE]
+    run(*learn, output_dir / "ckpt", *budget, "--data", text, *small)
+    for method in ("magnitude", "random"):
+        run(*learn, output_dir / f"ckpt-{method}", *budget, "--method", method)
+
+    heading("3. Convert: fold the masks into the weights, cut out what they remove")
+    run(command("convert-pruned"), output_dir / "ckpt", output_dir / "out")
+
+    heading("4. Serve it: vllm serve, asked through the OpenAI client")
+    with served(output_dir / "out", output_dir / "server.log") as client:
+        prompt = "The built-in function open() returns a file object and"
+        answer = client.completions.create(model=SERVED_NAME, prompt=prompt, max_tokens=40, temperature=0)
+        console.print(f"[bold]{prompt}[/bold]{answer.choices[0].text}")
+        converted = served_perplexity(client, model, heldout)
+
+    heading("5. Perplexity on held-out text: the served model is the masked model")
+    results = {name: learning_results(output_dir / f"ckpt{name}") for name in ("", "-magnitude", "-random")}
+    unigram = json.loads((model / "pico.json").read_text())["unigram_perplexity"]
+    masked = results[""]["masked_perplexity"]
+    table = Table("model", "perplexity", "heads removed", "channels removed")
+    rows = [("unigram frequencies", unigram, None), ("dense", results[""]["dense_perplexity"], None)]
+    rows += [("masked by DDP (Hugging Face)", masked, results[""]), ("converted (vLLM)", converted, results[""])]
+    rows += [(f"masked by {name[1:]}", results[name]["masked_perplexity"], results[name]) for name in list(results)[1:]]
+    for name, value, its in rows:
+        removed = [f"{its[kind]:.1%}" if its else "" for kind in ("head_sparsity", "channel_sparsity")]
+        table.add_row(name, f"{value:.3f}", *removed)
+    console.print(table)
+    (output_dir / "perplexity.json").write_text(json.dumps({name: value for name, value, _ in rows}, indent=2) + "\n")
+    if abs(converted / masked - 1) > 1e-3:
+        raise InputError(f"the converted model's perplexity {converted:.4f} is not the masked model's {masked:.4f}")
+
+    heading("6. Speed: the learned widths at 0.5 billion parameters, random weights, against the dense shape")
+    run(sys.executable, "-m", "bench.scale", output_dir / "out", output_dir / "scaled")
+    directories = ["--dense", output_dir / "scaled" / "dense", "--pruned", output_dir / "scaled" / "pruned"]
+    options = ["--load-format", "dummy", "--repeats", repeats, "--output-dir", output_dir / "results"]
+    run(sys.executable, "-m", "bench.e2e_speedup", *directories, *options)
+
+
+def heading(text: str) -> None:
+    console.rule(f"[bold]{text}", align="left")
+
+
+def command(name: str) -> Path:
+    """A console script of this environment."""
+    return Path(sys.executable).with_name(name)
+
+
+def run(*arguments) -> None:
+    """Shows and runs a command. Raises InputError when it fails."""
+    arguments = [str(argument) for argument in arguments]
+    shown = ["python" if argument == sys.executable else argument for argument in arguments]
+    shown[0] = Path(shown[0]).name
+    console.print(f"[bold cyan]$ {shlex.join(shown)}", soft_wrap=True)
+    if code := subprocess.run(arguments).returncode:
+        raise InputError(f"{shown[0]} ended with exit code {code}")
+
+
+def learning_results(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "learning.json").read_text())["results"]
+
+
+@contextmanager
+def served(model: Path, log: Path, name: str = SERVED_NAME):
+    """Starts `vllm serve` on a free port and yields an OpenAI client when it answers; stops it at the end.
+
+    Raises InputError with the end of the log when the server does not come up.
+    """
+    from openai import APIConnectionError, OpenAI
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", name]
+    arguments = [command("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port, *options]
+    console.print(f"[bold cyan]$ vllm {shlex.join(map(str, arguments[1:]))}", soft_wrap=True)
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w") as log_file:
+        server = subprocess.Popen(list(map(str, arguments)), stdout=log_file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            for _ in range(300):
+                try:
+                    client.models.list()
+                    break
+                except APIConnectionError:
+                    if server.poll() is not None:
+                        break
+                    time.sleep(1)
+            else:
+                server.terminate()
+            if server.poll() is not None:
+                tail = "\n".join(log.read_text().splitlines()[-15:])
+                raise InputError(f"vllm serve did not come up; the end of {log}:\n{tail}")
+            yield client
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+
+
+def served_perplexity(client, tokenizer_directory: Path, text: Path, name: str = SERVED_NAME) -> float:
+    """Perplexity by the server's prompt log-probabilities, over the blocks that `learn-masks --eval-data` scores."""
+    from transformers import AutoTokenizer
+
+    from learner.data import tokenize_files
+
+    ids = tokenize_files(AutoTokenizer.from_pretrained(tokenizer_directory), [text]).tolist()
+    blocks = [ids[start : start + BLOCK_SIZE] for start in range(0, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE)]
+    total = count = 0
+    for start in range(0, len(blocks), 16):
+        answer = client.completions.create(
+            model=name, prompt=blocks[start : start + 16], max_tokens=1, extra_body={"prompt_logprobs": 0}
+        )
+        for choice, block in zip(answer.choices, blocks[start : start + 16], strict=True):
+            scores = choice.prompt_logprobs[1:]
+            total -= sum(score[str(token)]["logprob"] for score, token in zip(scores, block[1:], strict=True))
+            count += len(scores)
+    return math.exp(total / count)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
