@@ -13,7 +13,6 @@ On CPU, vLLM gives the engine all cores but one, which its scheduler needs; VLLM
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -23,11 +22,11 @@ from pathlib import Path
 if not __package__:  # run as a script: search the repository root instead of bench/, as `python -m` does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.arguments import case, positive_int
 from bench.engines import engine_options, measure, running_engines, summarise
 from bench.ideal import Case, ideal_speedup
-from pruned_vllm.command import run_command
+from pruned_vllm.command import positive_int, run_command
 from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json, write_json
 from pruned_vllm.geometry import ModelGeometry
 
 DEFAULT_CASES = ("decode:1:32:64", "decode:8:32:64", "prefill:1:512", "prefill:4:512")
@@ -45,7 +44,7 @@ def read_models(
     problems, geometries = [], []
     for option, directory in (("--dense", dense_dir), ("--pruned", pruned_dir)):
         try:
-            config = json.loads((directory / "config.json").read_text())
+            config = read_json(directory / "config.json")
             geometries.append(ModelGeometry.from_config(config))
             longest = config.get("max_position_embeddings", max_model_len)
             if longest < max_model_len:
@@ -164,6 +163,14 @@ def compare(
     return {"cases": [summarise(case, *samples[case], ideals[case]) for case in cases], **setting}
 
 
+def case(text: str) -> Case:
+    """Type of a command line argument."""
+    try:
+        return Case.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench/e2e_speedup.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,7 +229,7 @@ def _run(args: argparse.Namespace) -> None:
     console.print(models_table(results["models"]), results_table(results["cases"]))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     json_path, plot_path = (args.output_dir / f"e2e_speedup.{suffix}" for suffix in ("json", "png"))
-    json_path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(json_path, results)
     plot_speedups(results["cases"], plot_path)
     console.print(f"written: {json_path}, {plot_path}")
 

@@ -63,7 +63,7 @@ def ideal_speedup(dense: ModelGeometry, pruned: ModelGeometry, case: Case, eleme
 def decode_step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
     """Bytes that the average decode step reads: layers, final norm, lm_head, one embedding row and the KV cache of
     each sequence."""
-    layers = sum(map(geometry.layer_parameters, range(len(geometry.layers))))
+    layers = geometry.num_layer_parameters
     lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
     embedding_rows = case.batch_size * geometry.hidden_size
     # Step k of output_len - 1 attends to the input and k generated tokens.

@@ -12,7 +12,7 @@ token frequencies alone, so pruning them costs something that can be measured.
 
 Notable facts:
 - A model is trained once and cached in ${XDG_CACHE_HOME:-~/.cache}/pruned-vllm/pico. The directory's name
-  hashes this file, the seed and the versions of Python and the libraries: change one and it trains anew.
+  hashes this file and the versions of Python and the libraries: change one and it trains anew.
 - Beside the model lie train.txt and heldout.txt (no paragraph is in both) and pico.json (sizes, perplexities).
 - The same seed on the same machine with the same number of threads gives the same weights.
 - head_dim is 32, the smallest that vLLM's CPU attention serves.
@@ -34,6 +34,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pruned_vllm.command import atomic_directory, run_command
+from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json, write_json
 
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 128  # tokens per training sequence
@@ -41,6 +43,7 @@ BATCH_SIZE = 4  # sequences per step
 STEPS = 1100
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 40
+SEED = 0
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 
 SHARED_CONFIG = {
@@ -140,35 +143,40 @@ def train_tokenizer(text: str):
     )
 
 
-def unigram_perplexity(train_ids, heldout_ids, block_size: int = 128) -> float:
+def unigram_perplexity(train_ids, heldout_ids) -> float:
     """What token frequencies alone reach (add-one smoothing), on the tokens that `perplexity` scores."""
     import torch
 
+    from learner.evaluate import EVAL_BLOCK_SIZE
+
     counts = torch.bincount(train_ids, minlength=VOCAB_SIZE).double() + 1
-    scored = heldout_ids[: len(heldout_ids) // block_size * block_size].view(-1, block_size)[:, 1:]
+    scored = heldout_ids[: len(heldout_ids) // EVAL_BLOCK_SIZE * EVAL_BLOCK_SIZE].view(-1, EVAL_BLOCK_SIZE)[:, 1:]
     return math.exp(-(counts / counts.sum()).log()[scored].mean().item())
 
 
-def pico_model(name: str, seed: int = 0) -> Path:
-    """The directory of a trained model, trained now if it is not in the cache.
+def pico_model(name: str) -> Path:
+    """The directory of a trained model ("llama" or "qwen3"), trained now if it is not in the cache.
 
-    It holds the model in float32, its tokenizer, train.txt, heldout.txt and pico.json.
+    It holds the model in float32, its tokenizer, train.txt, heldout.txt and pico.json. InputError for other names.
     """
+    if name not in RECIPES:
+        raise InputError(f"there is no pico model {name!r}; choose from {', '.join(RECIPES)}")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pruned-vllm" / "pico"
-    recipe = [Path(__file__).read_text(), seed, platform.python_version(), version("torch"), version("transformers")]
+    libraries = [version(library) for library in ("torch", "transformers", "tokenizers")]
+    recipe = [Path(__file__).read_text(), platform.python_version(), libraries]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
     directory = cache / f"{name}-{digest}"
     if not directory.exists():
         try:
-            with atomic_directory(directory, overwrite=False, marker="pico.json") as temporary:
-                _train(name, seed, temporary)
-        except OSError:
+            with atomic_directory(directory, overwrite=False, is_ours=Path.exists) as temporary:
+                _train(name, temporary)
+        except InputError:
             if not directory.exists():  # another process may have finished the same model first
                 raise
     return directory
 
 
-def _train(name: str, seed: int, directory: Path) -> None:
+def _train(name: str, directory: Path) -> None:
     import torch
     import transformers
     from tqdm import trange
@@ -183,11 +191,11 @@ def _train(name: str, seed: int, directory: Path) -> None:
     tokenizer = train_tokenizer(texts["train"])
     train_ids, heldout_ids = (tokenize_files(tokenizer, [directory / f"{part}.txt"]) for part in texts)
 
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     special_ids = {f"{token}_id": tokenizer.convert_tokens_to_ids(text) for token, text in SPECIAL_TOKENS.items()}
     config = getattr(transformers, config_class)(**SHARED_CONFIG, **differences, **special_ids)
     model = getattr(transformers, model_class)(config)
-    blocks = BlockSampler(train_ids, BLOCK_SIZE, seed)
+    blocks = BlockSampler(train_ids, BLOCK_SIZE, SEED)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -219,22 +227,20 @@ def _train(name: str, seed: int, directory: Path) -> None:
     }
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    (directory / "pico.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(directory / "pico.json", facts)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.pico", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names", nargs="*", choices=[*RECIPES, []], metavar="NAME", help="llama or qwen3; default: both"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="llama or qwen3; default: both")
     args = parser.parse_args(argv)
 
     def show() -> None:
         for name in args.names or RECIPES:
             directory = pico_model(name)
-            facts = json.loads((directory / "pico.json").read_text())
+            facts = read_json(directory / "pico.json")
             print(f"{directory}: {facts['parameters']:,} parameters, trained for {facts['seconds']} s")
             print(
                 f"  held-out perplexity {facts['heldout_perplexity']:.2f}; "

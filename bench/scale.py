@@ -9,18 +9,14 @@ depth keeps, so a learned ragged pattern can be timed where weights, not overhea
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-if not __package__:  # run as a script: search the repository root instead of bench/, as `python -m` does
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from bench.arguments import positive_int
-from pruned_vllm.command import run_command
+from pruned_vllm.command import positive_int, run_command
 from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json, write_json
 from pruned_vllm.geometry import LayerGeometry, ModelGeometry
 
 # Keys of the small model that say nothing about the large one, or would contradict it.
@@ -39,7 +35,7 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
         InputError: `config` is no pruned model, or the sizes contradict each other.
     """
     small = ModelGeometry.from_config(config)
-    if set(small.layers) == {small.dense}:
+    if small.is_dense:
         raise InputError("config.json has no per_layer_config that prunes anything: there is no pattern to scale")
     kept = {key: value for key, value in config.items() if key not in DROPPED_KEYS and not key.endswith("_token_id")}
     dense_config = {**kept, **sizes, "architectures": [small.family.architecture]}
@@ -65,13 +61,11 @@ def _scale_layer(source: LayerGeometry, source_dense: LayerGeometry, dense: Laye
 def write_scaled(pruned_dir: Path, out: Path, sizes: Mapping, align: int) -> None:
     """Writes OUT/dense/config.json and OUT/pruned/config.json and prints their sizes. Raises InputError."""
     config_path = pruned_dir / "config.json"
-    if not config_path.is_file():
-        raise InputError(f"{config_path} does not exist; give the directory of a converted model")
-    configs = scale_model(json.loads(config_path.read_text()), sizes, align)
+    configs = scale_model(read_json(config_path), sizes, align)
     for name, config in zip(("dense", "pruned"), configs, strict=True):
         directory = out / name
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(directory / "config.json", config)
         geometry = ModelGeometry.from_config(config)
         print(
             f"{directory}: {geometry.num_parameters / 1e6:,.0f}M parameters, "
@@ -88,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("pruned", type=Path, metavar="PRUNED_DIR", help="a small model written by convert-pruned")
     add("out", type=Path, metavar="OUT", help="gets OUT/dense/config.json and OUT/pruned/config.json")
-    add("--hidden-size", type=positive_int, default=1280, help="default: 1280")
-    add("--num-hidden-layers", type=positive_int, default=24, help="default: 24")
+    add("--hidden-size", type=positive_int, default=1536, help="default: 1536")
+    add("--num-hidden-layers", type=positive_int, default=16, help="default: 16")
     add(
         "--intermediate-size",
         type=positive_int,

@@ -1,6 +1,6 @@
 """Reads a Hugging Face model directory lazily: names, shapes and dtypes from the headers, tensors one at a time."""
 
-import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -8,36 +8,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError when it is missing, damaged or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
 
 
 def open_shard(path: Path):
     """A safetensors file, its header checked against its length. Raises InputError."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except SafetensorError as error:
-        size = path.stat().st_size
+    except (OSError, SafetensorError) as error:
+        if not path.is_file():
+            raise InputError(f"{path} is missing") from None
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path} cannot be read: permission denied") from None
         raise InputError(
-            f"{path} ({size:,} bytes) is truncated or no safetensors file: {error}; download or save it again"
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file: {error}; "
+            "download or save it again"
         ) from None
 
 
@@ -67,7 +57,7 @@ class Checkpoint:
                 problems.append(str(error))
                 continue
             present = set(shard.keys())
-            for name in (name for name, its_file in files.items() if its_file == file):
+            for name in (name for name, shard_file in files.items() if shard_file == file):
                 if name not in present:
                     problems.append(f"{name}: the index says it is in {file}, but it is not")
                     continue
@@ -91,20 +81,25 @@ class Checkpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} has no weight_map")
-        outside = {
-            file
-            for file in weight_map.values()
-            if not isinstance(file, str) or "\\" in file or PurePosixPath(file).is_absolute() or ".." in file.split("/")
-        }
+        outside = {repr(file) for file in weight_map.values() if not _is_inside(file)}
         if outside:
-            raise InputError(
-                f"{index} names files outside of its directory; nothing was read:", sorted(map(repr, outside))
-            )
+            raise InputError(f"{index} names files outside of its directory; nothing was read:", sorted(outside))
         return weight_map
 
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""
         return self._shards[name].get_tensor(name)
+
+
+def _is_inside(file: Any) -> bool:
+    """Whether an entry of the index is a plain path below the directory."""
+    return (
+        isinstance(file, str)
+        and file.isprintable()
+        and "\\" not in file
+        and not PurePosixPath(file).is_absolute()
+        and ".." not in PurePosixPath(file).parts
+    )
 
 
 def has_weights(directory: Path) -> bool:

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="convert-pruned",
         description="Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with "
-        "every layer at its real size. The result computes exactly what the masked model computed.",
+        "every layer at its real size. The result computes what the masked model computed.",
         epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
     )
     parser.add_argument(
@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="directory to write; must not exist (see --overwrite)")
     parser.add_argument(
-        "--base-model", metavar="DIR_OR_ID", help="dense model, in place of the one that pruning.json names"
+        "--base-model",
+        metavar="DIR_OR_ID",
+        help="dense model, in place of any weights in CHECKPOINT and of the one that pruning.json names",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -47,12 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     # Imported late: --help and wrong arguments should not wait for torch.
-    from converter.convert import convert
-    from converter.model_card import print_plan
+    from converter.convert import convert, is_converted
     from converter.plan import make_plan
+    from converter.report import print_plan
 
     if not args.dry_run:
-        check_output(args.out, args.overwrite, "config.json")
+        check_output(args.out, args.overwrite, is_converted)
     plan = make_plan(args.checkpoint, args.base_model)
     print_plan(plan)
     if not args.dry_run:

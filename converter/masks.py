@@ -1,22 +1,25 @@
 """Reads the two files that make a model directory a masked checkpoint: pruning_masks.safetensors and pruning.json."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from converter.checkpoint import FLOAT_DTYPES, open_shard, read_json
+from converter.checkpoint import ELEMENT_BYTES, open_shard
 from pruned_vllm.errors import InputError
-from pruned_vllm.families import CHANNEL_MASK, HEAD_MASK
+from pruned_vllm.files import read_json
 from pruned_vllm.geometry import ModelGeometry
-
-MASKS_FILE = "pruning_masks.safetensors"
-PRUNING_FILE = "pruning.json"
-FORMAT_VERSION = 1
-CHANNEL_MASK_SITES = ("product", "gate_and_up")
-
-_PRUNING_KEYS = {"format_version", "method", "channel_mask_site", "base_model", "lora_adapter"}
+from pruned_vllm.masked_checkpoint import (
+    CHANNEL_MASK,
+    CHANNEL_MASK_SITES,
+    FORMAT_VERSION,
+    HEAD_MASK,
+    MASKS_FILE,
+    PRUNING_FILE,
+    PRUNING_KEYS,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PruningInfo:
         path = directory / PRUNING_FILE
         content = read_json(path)
         problems = [
-            f"unknown key {key!r}; known: {sorted(_PRUNING_KEYS)}" for key in sorted(set(content) - _PRUNING_KEYS)
+            f"unknown key {key!r}; known: {', '.join(PRUNING_KEYS)}" for key in sorted(set(content) - set(PRUNING_KEYS))
         ]
 
         def expect(key: str, good: bool, wanted: str) -> Any:
@@ -49,7 +52,7 @@ class PruningInfo:
 
         expect("format_version", content.get("format_version") == FORMAT_VERSION, f"{FORMAT_VERSION}")
         info = cls(
-            method=expect("method", isinstance(content.get("method"), str), "a string"),
+            method=expect("method", re.fullmatch(r"[\w.+-]+", str(content.get("method"))), "one word"),
             channel_mask_site=expect(
                 "channel_mask_site",
                 content.get("channel_mask_site") in CHANNEL_MASK_SITES,
@@ -95,7 +98,7 @@ def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks]:
             )
         elif shape != expected[name]:
             problems.append(f"{name}: shape {list(shape)}, the model needs {list(expected[name])}")
-        elif header.get_dtype() not in FLOAT_DTYPES:
+        elif header.get_dtype() not in ELEMENT_BYTES:
             problems.append(f"{name}: dtype {header.get_dtype()}; masks are floating point")
         else:
             masks[name] = shard.get_tensor(name).float()

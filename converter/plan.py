@@ -1,5 +1,6 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,30 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from converter.checkpoint import FLOAT_DTYPES, Checkpoint, has_weights
+from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
 from converter.fold import Cut, cut_layer
-from converter.masks import PRUNING_FILE, PruningInfo, read_masks
+from converter.masks import PruningInfo, read_masks
 from pruned_vllm.errors import InputError
+from pruned_vllm.families import IGNORED_SUFFIXES
 from pruned_vllm.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.masked_checkpoint import FORMAT_VERSION, PRUNING_FILE
 
-# Buffers that old checkpoints carry; every loader computes them itself.
-DROPPED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Everything a tokenizer, a chat template or a licence may consist of. Not *.py: no code is carried along.
+COPIED_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 @dataclass(frozen=True)
@@ -25,27 +40,26 @@ class Plan:
     """A conversion that can be done.
 
     Attributes:
+        directory: the masked checkpoint.
         checkpoint: the dense weights.
+        source: hub id of the dense model, where they came from the hub.
         info: pruning.json.
         dense, pruned: geometries before and after.
         cuts: by full tensor name; a tensor that is not named is copied.
     """
 
+    directory: Path
     checkpoint: Checkpoint
+    source: str | None
     info: PruningInfo
     dense: ModelGeometry
     pruned: ModelGeometry
     cuts: dict[str, Cut]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the converted tensors."""
-        return self.bytes_of(self.pruned)
-
     def bytes_of(self, geometry: ModelGeometry) -> int:
         """Bytes of the tensors of `geometry` in the dtypes of the checkpoint."""
         return sum(
-            ELEMENT_BYTES[self.checkpoint.dtypes[name]] * torch.Size(shape).numel()
+            ELEMENT_BYTES[self.checkpoint.dtypes[name]] * math.prod(shape)
             for name, shape in geometry.tensor_shapes().items()
         )
 
@@ -55,9 +69,9 @@ class Plan:
         config.pop("auto_map", None)  # code shipped with the dense model does not know the new shapes
         return self.pruned.to_config(config) | {
             "pruning": {
-                "format_version": 1,
+                "format_version": FORMAT_VERSION,
                 "method": self.info.method,
-                "source": self.info.base_model,
+                "source": self.source,
                 "alignment": 1,
                 "sizes": {
                     "parameters": [self.dense.num_parameters, self.pruned.num_parameters],
@@ -71,7 +85,7 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
     """Reads the masked checkpoint in `directory` and checks all of it.
 
     Args:
-        base_model: directory or hub id that takes the place of the one in pruning.json.
+        base_model: directory or hub id of the dense model; takes the place of any other weights.
 
     Raises:
         InputError: with every problem of the first stage that has any (files, config, tensors and masks, geometry).
@@ -79,17 +93,16 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give the masked checkpoint that learn-masks wrote")
     info = PruningInfo.read(directory)
-    checkpoint = Checkpoint(_find_weights(directory, base_model or info.base_model))
+    weights, source = _find_weights(directory, info, base_model)
+    checkpoint = Checkpoint(weights)
     if "quantization_config" in checkpoint.config:
-        raise InputError(
-            f"{checkpoint.directory} is quantized; masks fold into float weights only: quantize afterwards"
-        )
+        raise InputError(f"{weights} is quantized; masks fold into float weights only: quantize afterwards")
     dense = ModelGeometry.from_config(checkpoint.config)
-    if not dense.dense.has_even_groups or set(dense.layers) != {dense.dense}:
-        raise InputError(f"{checkpoint.directory} is pruned already; masks are for a dense model")
+    if not dense.is_dense:
+        raise InputError(f"{weights} is pruned already; masks are for a dense model")
 
     problems = _tensor_problems(checkpoint, dense)
-    masks = None
+    masks = []
     try:
         masks = read_masks(directory, dense)
     except InputError as error:
@@ -100,29 +113,35 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
     layers: list[LayerGeometry] = []
     cuts: dict[str, Cut] = {}
     for index, layer_masks in enumerate(masks):
-        layer, its_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site)
+        layer, layer_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site)
         layers.append(layer)
-        cuts |= {f"model.layers.{index}.{name}": cut for name, cut in its_cuts.items()}
+        cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     _check_supported(layers)
-    return Plan(checkpoint, info, dense, dense.with_layers(tuple(layers)), cuts)
+    return Plan(directory, checkpoint, source, info, dense, dense.with_layers(tuple(layers)), cuts)
 
 
-def _find_weights(directory: Path, base_model: str | None) -> Path:
-    """The directory of the dense weights: the masked checkpoint itself, or its base model."""
-    if has_weights(directory):
-        return directory
-    if base_model is None:
+def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) -> tuple[Path, str | None]:
+    """The directory of the dense weights, and their hub id if they come from the hub.
+
+    A base model given by the user counts first, then weights beside the masks, then the one in pruning.json (relative
+    to the masked checkpoint).
+    """
+    if base_model is not None:
+        candidate = Path(base_model)
+    elif has_weights(directory):
+        return directory, None
+    elif info.base_model is not None:
+        base_model, candidate = info.base_model, directory / info.base_model
+    else:
         raise InputError(
             f"{directory} holds no safetensors weights and {PRUNING_FILE} names no base_model; "
             "give the dense model with --base-model"
         )
-    for candidate in (directory / base_model, Path(base_model)):
-        if candidate.is_dir():
-            return candidate
+    if candidate.is_dir():
+        return candidate, None
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COPIED_FILES]
     try:
-        return Path(
-            snapshot_download(base_model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"])
-        )
+        return Path(snapshot_download(base_model, allow_patterns=patterns)), base_model
     except (OSError, HFValidationError) as error:
         raise InputError(
             f"base_model {base_model!r} is neither a directory nor a model that can be downloaded ({error}); "
@@ -138,29 +157,36 @@ def _tensor_problems(checkpoint: Checkpoint, dense: ModelGeometry) -> list[str]:
         if name in expected:
             if shape != expected[name]:
                 problems.append(f"{name}: the file has {list(shape)}, config.json says {list(expected[name])}")
-            if checkpoint.dtypes[name] not in FLOAT_DTYPES:
-                problems.append(f"{name}: dtype {checkpoint.dtypes[name]}; only {sorted(FLOAT_DTYPES)} can be folded")
-        elif name == "lm_head.weight":  # config.json says it is tied to the embedding
-            if shape != expected["model.embed_tokens.weight"] or not torch.equal(
-                checkpoint.read(name), checkpoint.read("model.embed_tokens.weight")
-            ):
-                problems.append(
-                    f"{name}: differs from model.embed_tokens.weight, but tie_word_embeddings is true; correct either"
-                )
-        elif not name.endswith(DROPPED_SUFFIXES):
+            if checkpoint.dtypes[name] not in ELEMENT_BYTES:
+                problems.append(f"{name}: dtype {checkpoint.dtypes[name]}; only {sorted(ELEMENT_BYTES)} can be folded")
+        elif name == "lm_head.weight":
+            problems += _tied_lm_head_problems(checkpoint)
+        elif not name.endswith(IGNORED_SUFFIXES):
             problems.append(f"{name} {list(shape)}: not a tensor of {dense.family.architecture}; it would be lost")
     return problems
+
+
+def _tied_lm_head_problems(checkpoint: Checkpoint) -> list[str]:
+    """A tied lm_head may be stored too, but only as a copy of the embedding."""
+    lm_head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding not in checkpoint.shapes:  # reported as missing
+        return []
+    if checkpoint.shapes[lm_head] == checkpoint.shapes[embedding] and torch.equal(
+        checkpoint.read(lm_head), checkpoint.read(embedding)
+    ):
+        return []
+    return [f"{lm_head}: differs from {embedding}, but tie_word_embeddings is true in config.json; correct either"]
 
 
 def _check_supported(layers: list[LayerGeometry]) -> None:
     problems = []
     for index, layer in enumerate(layers):
         if layer.skip:
-            problems.append(f"layer {index}: the masks remove all of its {' and '.join(layer.skip)}; keep one unit")
+            problems.append(f"layer {index}: all of its {' and '.join(layer.skip)} is masked; leave one unit unmasked")
         if not layer.has_even_groups:
             problems.append(
                 f"layer {index}: its KV heads keep unequal numbers of query heads, "
-                f"{list(layer.query_heads_per_kv_head)}; keep equally many in each, e.g. learn with --gqa tied"
+                f"{list(layer.query_heads_per_kv_head)}; keep equally many in each, or whole KV heads only"
             )
     if problems:
         raise InputError("This release cannot serve what the masks leave:", problems)

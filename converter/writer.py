@@ -1,6 +1,5 @@
 """Writes tensors as safetensors shards with an index, holding one shard in memory."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from converter.checkpoint import INDEX_FILE
+from pruned_vllm.files import write_json
 
 
 class ShardWriter:
@@ -46,7 +46,7 @@ class ShardWriter:
             self._part(number).rename(self._directory / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(self._directory / INDEX_FILE, index)
 
     def _part(self, number: int) -> Path:
         return self._directory / f"model-{number + 1:05d}.part"

@@ -11,25 +11,23 @@ def magnitude(model: nn.Module, units: Units, target_sparsity: float) -> Values:
 
     Returns 1 for units that stay and 0 for others, by kind, [layers, units].
     """
+
+    def squares(weight: torch.Tensor, count: int) -> torch.Tensor:  # [count], `weight` [count * rows, columns]
+        return weight.detach().float().square().reshape(count, -1).sum(1)
+
+    def scores(kind: str, *projections: torch.Tensor) -> torch.Tensor:
+        return sum(squares(weight, units.widths[kind]) for weight in projections)
+
     heads, channels = [], []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        heads.append(
-            sum(
-                rows.detach().float().square().view(units.widths["head"], -1).sum(1)
-                for rows in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-                if rows.shape[0] % units.widths["head"] == 0
-            )
-            + attention.o_proj.weight.detach().float().T.square().reshape(units.widths["head"], -1).sum(1)
-        )
-        channels.append(
-            sum(
-                rows.detach().float().square().sum(1)
-                for rows in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
-            )
-        )
-    scores = {"head": torch.stack(heads).cpu(), "channel": torch.stack(channels).cpu()}
-    return {kind: _largest_in_each_layer(score, target_sparsity) for kind, score in scores.items()}
+        projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        heads.append(scores("head", *projections, attention.o_proj.weight.T))
+        channels.append(scores("channel", mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T))
+    return {
+        "head": _largest_in_each_layer(torch.stack(heads).cpu(), target_sparsity),
+        "channel": _largest_in_each_layer(torch.stack(channels).cpu(), target_sparsity),
+    }
 
 
 def random(units: Units, target_sparsity: float, seed: int) -> Values:

@@ -5,81 +5,69 @@ convert-pruned ckpt/ out/
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
-from pruned_vllm.command import check_output, run_command
+from learner.settings import METHODS, DDPSettings, Job
+from pruned_vllm.command import fraction, positive_float, positive_int, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="learn-masks",
         description="Learns masks on a frozen model and writes a masked checkpoint for convert-pruned: the masks, and "
-        "where the weights are. The weights themselves are not copied.",
+        "where the weights are. The weights themselves are not copied. A head is removed with its KV head, so in "
+        "grouped query attention with all query heads of its group.",
         epilog="example: learn-masks meta-llama/Llama-2-7b-hf ckpt/ --sparsity 0.5 --data text/*.txt --dtype bfloat16",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
-    add("--method", choices=("ddp", "magnitude", "random"), default="ddp", help="ddp learns; the others are baselines")
-    add("--sparsity", type=_share, default=0.5, help="share of the heads, and of the channels, to remove")
-    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text files to learn from")
-    add("--eval-data", type=Path, nargs="+", default=[], metavar="FILE", help="text files to measure perplexity on")
+    add("--method", choices=METHODS, default=Job.method, help="ddp learns, the others are baselines; default: ddp")
+    add("--sparsity", type=fraction, default=Job.sparsity, help="share of heads and channels to remove; default: 0.5")
+    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to learn from; ddp needs it")
     add(
-        "--gqa",
-        choices=("tied", "independent"),
-        default="tied",
-        help="grouped query attention: tied removes KV heads with all their query heads, so the KV cache shrinks; "
-        "independent removes single query heads",
+        "--eval-data",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text to measure the perplexity of the dense and the masked model on, in blocks of 128 tokens",
     )
-    add("--device", default="auto", help="torch device; auto is a GPU if there is one")
-    add("--dtype", default="auto", help="dtype of the weights while learning; auto is as stored")
-    add("--overwrite", action="store_true", help="replace CKPT if it is a masked checkpoint")
+    add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
+    add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
+    add("--seed", type=int, default=Job.seed, help="of initialization and data order; default: 42")
+    add("--overwrite", action="store_true", help="replace CKPT if this command wrote it")
     ddp = parser.add_argument_group("ddp", "The defaults are the paper's (arXiv 2603.08065).")
-    add = ddp.add_argument
-    add("--steps", type=_count, default=1000, help="optimizer steps")
-    add("--batch-size", type=_count, default=16, help="sequences in a step")
-    add("--micro-batch-size", type=_count, default=16, help="sequences in one forward pass; lower it to save memory")
-    add("--sequence-length", type=_count, default=2048, help="tokens in a sequence")
-    add("--learning-rate", type=float, default=2e-2, help="of the mask parameters z")
-    add("--lambda-learning-rate", type=float, default=2e-2, help="of the multipliers lambda1 and lambda3")
-    add("--lambda2-learning-rate", type=float, default=0.8, help="of the multiplier lambda2")
-    add("--warmup-steps", type=int, help="linear warm-up before the cosine decay; None is a tenth of --steps")
-    add("--mu-start", type=float, default=0.5, help="mask value that counts half at the first step")
-    add("--mu-end", type=float, default=0.05, help="mask value that counts half at the last step")
-    add("--kd-weight", type=float, default=2.0, help="weight of the distillation loss; 0 learns without a teacher")
-    add("--kd-temperature", type=float, default=1.0, help="temperature of the distillation loss")
-    add("--seed", type=int, default=42, help="of initialization and data order")
+
+    def setting(name: str, type, text: str) -> None:
+        default = getattr(DDPSettings, name)
+        shown = "a tenth of --steps" if default is None else default
+        ddp.add_argument(
+            f"--{name.replace('_', '-')}", type=type, default=default, metavar="N", help=f"{text}; default: {shown}"
+        )
+
+    setting("steps", positive_int, "optimizer steps")
+    setting("batch_size", positive_int, "sequences in a step")
+    setting("micro_batch_size", positive_int, "sequences in one forward pass; lower it to save memory")
+    setting("sequence_length", positive_int, "tokens in a sequence")
+    setting("learning_rate", positive_float, "of the mask parameters z")
+    setting("lambda_learning_rate", positive_float, "of the multipliers lambda1 and lambda3")
+    setting("lambda2_learning_rate", positive_float, "of lambda2; raise it when a short run misses its budget")
+    setting("warmup_steps", positive_int, "linear warm-up before the cosine decay")
+    setting("mu_start", positive_float, "mask value that counts half at the first step")
+    setting("mu_end", positive_float, "mask value that counts half at the last step")
+    setting("kd_weight", float, "weight of the distillation loss, 0 learns without a teacher")
+    setting("kd_temperature", positive_float, "temperature of the distillation loss")
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: _learn(args))
+    return run_command(parser.prog, lambda: _learn(vars(args)))
 
 
-def _learn(args: argparse.Namespace) -> None:
-    check_output(args.out, args.overwrite, "pruning.json")
-    # Imported late: --help and wrong arguments should not wait for torch.
-    from dataclasses import fields
+def _learn(arguments: dict) -> None:
+    from learner.learn import learn  # late: --help and wrong arguments should not wait for torch
 
-    from learner.ddp import DDPSettings
-    from learner.learn import Job, learn
-
-    given = vars(args)
-    settings = DDPSettings(**{f.name: given[f.name] for f in fields(DDPSettings)})
-    job = Job(ddp=settings, **{f.name: given[f.name] for f in fields(Job) if f.name in given})
-    results = learn(job, args.out, overwrite=args.overwrite)
-    for name, value in results.items():
+    out, overwrite = arguments.pop("out"), arguments.pop("overwrite")
+    ddp = {field.name: arguments.pop(field.name) for field in dataclasses.fields(DDPSettings)}
+    for name, value in learn(Job(**arguments, ddp=DDPSettings(**ddp)), out, overwrite=overwrite).items():
         print(f"{name.replace('_', ' '):>20}: {value:.4g}")
-    print(f"Wrote {args.out}. Next: convert-pruned {args.out} OUT")
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and below 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    print(f"Wrote {out}. Next: convert-pruned {out} OUT")

@@ -21,7 +21,7 @@ def tokenize_files(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> tor
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{file}: {error}")
     if problems:
-        raise InputError("The training text cannot be read:", problems)
+        raise InputError("These text files cannot be read:", problems)
     ids: list[int] = []
     for text in texts:
         if ids and tokenizer.eos_token_id is not None:

@@ -14,7 +14,6 @@ the paper does not say it). Heads and channels have budgets and multipliers of t
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,40 +22,15 @@ from tqdm import tqdm, trange
 
 from learner.data import BlockSampler
 from learner.masking import apply_masks
+from learner.settings import DDPSettings
 from learner.units import Units, Values, sparsity
+from pruned_vllm.errors import InputError
 
 Z_MINIMUM = -0.1
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equation (12)
 SLOPE = math.log(11)  # C0: makes s(0) = 0, s(mu) = 0.5, s(2 mu) = 1
 TOLERANCE = 0.01  # of all units of a kind; beyond it the largest masks decide which stay
-
-
-@dataclass(frozen=True)
-class DDPSettings:
-    """Hyper-parameters; the defaults are the paper's.
-
-    Attributes:
-        sparsity: share of heads, and of channels, to remove.
-        learning_rate: of z. lambda_learning_rate: of lambda1 and lambda3. lambda2_learning_rate: of lambda2.
-        warmup_steps: linear warm-up, then cosine to 0, of all four; None is a tenth of the steps.
-        mu_start, mu_end: where retention is 0.5, at the first and the last step.
-        kd_weight: eta, 0 trains without a teacher. kd_temperature: of both softmaxes.
-        micro_batch_size: sequences in one forward pass; the gradient is that of the whole batch.
-    """
-
-    sparsity: float
-    steps: int = 1000
-    batch_size: int = 16
-    micro_batch_size: int = 16
-    learning_rate: float = 2e-2
-    lambda_learning_rate: float = 2e-2
-    lambda2_learning_rate: float = 0.8
-    warmup_steps: int | None = None
-    mu_start: float = 0.5
-    mu_end: float = 0.05
-    kd_weight: float = 2.0
-    kd_temperature: float = 1.0
-    seed: int = 42
+LAST_UNIT = 1e-6  # value of a layer's last unit where the layer would lose all
 
 
 def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
@@ -88,25 +62,31 @@ def penalty(s: torch.Tensor, keep_ratio: float, multipliers: torch.Tensor) -> to
     return multipliers @ terms
 
 
-def learn_ddp(model: nn.Module, units: Units, blocks: BlockSampler, settings: DDPSettings) -> Values:
+def learn_ddp(
+    model: nn.Module, units: Units, blocks: BlockSampler, target_sparsity: float, settings: DDPSettings, seed: int
+) -> Values:
     """Learns m for every unit.
 
     Args:
         model: frozen causal LM; it is its own teacher, without masks.
         blocks: source of training batches.
+        target_sparsity: share of the units of each kind to remove.
 
     Returns:
         m by kind, float32 [layers, units] on the CPU; 0 is pruned.
+
+    Raises:
+        InputError: the loss is no longer a number.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     z = {}
     multipliers = {}
     for kind, width in units.widths.items():
         start = 1 + 0.01 * torch.randn(units.num_layers, width, generator=generator)
         z[kind] = nn.Parameter(start.to(device))
         multipliers[kind] = [nn.Parameter(torch.zeros((), device=device)) for _ in range(3)]
-    keep_ratio = {kind: units.kept(kind, settings.sparsity) / units.count(kind) for kind in z}
+    keep_ratio = {kind: units.kept(kind, target_sparsity) / units.count(kind) for kind in z}
     optimizer = torch.optim.AdamW(
         [
             {"params": list(z.values()), "lr": settings.learning_rate},
@@ -140,6 +120,11 @@ def learn_ddp(model: nn.Module, units: Units, blocks: BlockSampler, settings: DD
                 loss = _task_loss(model, micro_batch, teacher_logits, settings) * len(micro_batch) / len(batch)
                 loss.backward()
             task_loss += loss.item()
+        if not math.isfinite(task_loss):
+            raise InputError(
+                f"ddp: the loss is {task_loss} at step {step + 1}; use --dtype bfloat16 or float32, "
+                "a lower --learning-rate, or a --sequence-length of at least 2"
+            )
         constraint = sum(
             penalty(retention(z[kind], mu), keep_ratio[kind], torch.stack(multipliers[kind])) for kind in z
         )
@@ -155,7 +140,10 @@ def learn_ddp(model: nn.Module, units: Units, blocks: BlockSampler, settings: DD
             mu=f"{mu:.3f}",
             **{f"{kind}_sparsity": f"{sparsity(values.detach()):.3f}" for kind, values in z.items()},
         )
-    return {kind: _harden(kind, values.detach().float().cpu(), units, settings) for kind, values in z.items()}
+    return {
+        kind: _harden(kind, values.detach().float().cpu(), units.kept(kind, target_sparsity))
+        for kind, values in z.items()
+    }
 
 
 def _task_loss(model: nn.Module, tokens: torch.Tensor, teacher_logits: torch.Tensor | None, settings: DDPSettings):
@@ -178,16 +166,24 @@ def _warmup_cosine(step: int, settings: DDPSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def _harden(kind: str, z: torch.Tensor, units: Units, settings: DDPSettings) -> torch.Tensor:
-    """m = ReLU(z); where that misses the budget by more than the tolerance, only the largest masks stay."""
+def _harden(kind: str, z: torch.Tensor, wanted: int) -> torch.Tensor:
+    """m = ReLU(z) [layers, units]; where it leaves more than `wanted` units and the tolerance, only the largest masks
+    stay.
+
+    The best unit of a layer always stays, at a value that adds nothing where the layer would lose everything: this
+    release cannot serve layers without attention or MLP (the authors' export keeps one unit too).
+    """
     m = z.clamp(min=0)
-    kept, wanted = int((m > 0).sum()), units.kept(kind, settings.sparsity)
-    if abs(kept - wanted) <= TOLERANCE * units.count(kind):
-        return m
-    message = f"ddp: {kept} of {units.count(kind)} {kind} units are left, {wanted} were asked for"
-    if kept < wanted:
-        tqdm.write(f"{message}; a removed unit contributes nothing, so none was brought back. Train for more steps.")
-        return m
-    tqdm.write(f"{message}; the {kept - wanted} smallest masks were set to 0.")
-    smallest = m.flatten().topk(wanted).values.min()
-    return torch.where(m < smallest, 0, m)
+    best = z.argmax(1, keepdim=True)
+    for layer in (m.sum(1) == 0).nonzero().flatten().tolist():
+        tqdm.write(f"ddp: layer {layer} needs no {kind} unit; its best one stays with a mask of {LAST_UNIT}.")
+        m[layer, best[layer]] = LAST_UNIT
+    kept, tolerance = int((m > 0).sum()), TOLERANCE * m.numel()
+    message = f"ddp: {kept} of {m.numel()} {kind} units are left, {wanted} were asked for"
+    if kept > wanted + tolerance:
+        tqdm.write(f"{message}; the {kept - wanted} smallest masks were set to 0.")
+        rank = m.scatter(1, best, torch.inf)
+        m = torch.where(rank < rank.flatten().topk(wanted).values.min(), 0, m)
+    elif kept < wanted - tolerance:  # a removed unit contributes nothing, so bringing it back would not help
+        tqdm.write(f"{message}; train for more --steps or raise --lambda2-learning-rate.")
+    return m

@@ -1,100 +1,107 @@
 """Learns masks with the chosen method and writes the masked checkpoint."""
 
-import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner import baselines
 from learner.data import BlockSampler, tokenize_files
-from learner.ddp import DDPSettings, learn_ddp
-from learner.evaluate import perplexity
+from learner.ddp import learn_ddp
+from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
 from learner.masking import apply_masks
+from learner.settings import METHODS, Job
 from learner.units import Units, sparsity
 from pruned_vllm.command import atomic_directory
 from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json, write_json
 from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.masked_checkpoint import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
 
-METHODS = ("ddp", "magnitude", "random")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to learn on what.
-
-    Attributes:
-        model: directory or hub id of the dense model.
-        data, eval_data: text files to learn from, and to measure perplexity on.
-        gqa: "tied" or "independent", see `Units.of`.
-        dtype: of the weights while learning ("auto": as stored); masks are float32.
-    """
-
-    model: str
-    method: str
-    ddp: DDPSettings
-    data: list[Path] = field(default_factory=list)
-    eval_data: list[Path] = field(default_factory=list)
-    sequence_length: int = 2048
-    gqa: str = "tied"
-    device: str = "auto"
-    dtype: str = "auto"
+RESULTS_FILE = "learning.json"
 
 
-def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict:
+def is_learned(directory: Path) -> bool:
+    """Whether `directory` holds masks that `learn` wrote, and no weights, which it never writes."""
+    return (directory / RESULTS_FILE).is_file() and not (directory / "config.json").exists()
+
+
+def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict[str, float]:
     """Writes masks, pruning.json and learning.json (settings and results) to the directory `out`; returns the results.
 
+    Results: learning_seconds, head_sparsity and channel_sparsity (shares of units), and with eval_data
+    dense_perplexity and masked_perplexity.
+
     Raises:
-        InputError: the model or the text cannot be used, or `out` exists.
+        InputError: the model or the text cannot be used, learning diverges, or `out` exists.
     """
-    with atomic_directory(out, overwrite=overwrite, marker="pruning.json") as directory:
-        model, tokenizer = _load(job)
-        geometry = ModelGeometry.from_config(model.config.to_dict())
-        units = Units.of(geometry, job.gqa)
-        eval_ids = tokenize_files(tokenizer, job.eval_data) if job.eval_data else None
+    if job.method not in METHODS:
+        raise InputError(f"method {job.method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if job.method == "ddp" and not job.data:
+        raise InputError("ddp learns from text; name text files with --data")
+    with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+        model, tokenizer, units = _load(job)
+        results = {}
+        if job.eval_data:
+            eval_ids = tokenize_files(tokenizer, job.eval_data)
+            if len(eval_ids) < EVAL_BLOCK_SIZE:
+                raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+            results["dense_perplexity"] = perplexity(model, eval_ids)
+        blocks = None
+        if job.method == "ddp":
+            blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.ddp.sequence_length, job.seed)
+
         started = time.perf_counter()
         if job.method == "ddp":
-            if not job.data:
-                raise InputError("ddp learns from text; name text files with --data")
-            blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.sequence_length, job.ddp.seed)
-            values = learn_ddp(model, units, blocks, job.ddp)
+            values = learn_ddp(model, units, blocks, job.sparsity, job.ddp, job.seed)
         elif job.method == "magnitude":
-            values = baselines.magnitude(model, units, job.ddp.sparsity)
+            values = baselines.magnitude(model, units, job.sparsity)
         else:
-            values = baselines.random(units, job.ddp.sparsity, job.ddp.seed)
-        results = {"seconds": time.perf_counter() - started}
-        results |= {f"{kind}_sparsity": sparsity(its_values) for kind, its_values in values.items()}
+            values = baselines.random(units, job.sparsity, job.seed)
+        results["learning_seconds"] = time.perf_counter() - started
+
         masks = {name: mask.contiguous() for name, mask in units.to_masks(values).items()}
-        if eval_ids is not None:
-            results["dense_perplexity"] = perplexity(model, eval_ids)
+        save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
+        results |= {f"{kind}_sparsity": sparsity(unit_values) for kind, unit_values in values.items()}
+        if job.eval_data:
             with apply_masks(model, {name: mask.to(model.device) for name, mask in masks.items()}):
                 results["masked_perplexity"] = perplexity(model, eval_ids)
-        save_file(masks, directory / "pruning_masks.safetensors", metadata={"format": "pt"})
         pruning = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "method": job.method,
             "channel_mask_site": "product",
             "base_model": str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,
             "lora_adapter": None,
         }
-        _write_json(directory / "pruning.json", pruning)
-        _write_json(directory / "learning.json", {"job": asdict(job), "results": results})
+        write_json(directory / PRUNING_FILE, pruning)
+        write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results})
     return results
 
 
 def _load(job: Job):
-    """The frozen dense model and its tokenizer."""
-    device = job.device if job.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """The frozen dense model, its tokenizer and its units."""
+    directory, device = Path(job.model), job.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
+        config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
+        units = Units.of(ModelGeometry.from_config(read_json(config / "config.json")))
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=job.dtype, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(job.model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{job.model} cannot be loaded as a causal language model: {error}") from None
-    return model.to(device).requires_grad_(False).eval(), tokenizer
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        model = model.to(device).requires_grad_(False).eval()
+    except InputError:
+        raise
+    except Exception as error:  # damaged models and unknown devices end in almost any exception
+        raise InputError(
+            f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if loading["missing_keys"]:  # Transformers would go on with random weights
+        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
+    return model, tokenizer, units

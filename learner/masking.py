@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pruned_vllm.families import CHANNEL_MASK, HEAD_MASK
+from pruned_vllm.masked_checkpoint import CHANNEL_MASK, CHANNEL_MASK_SITES, HEAD_MASK
 
 
 @contextmanager
@@ -27,14 +27,16 @@ def apply_masks(
             into them.
         channel_mask_site: "product" multiplies act(gate) * up, "gate_and_up" both projections before the activation.
     """
+    if channel_mask_site not in CHANNEL_MASK_SITES:
+        raise ValueError(f"channel_mask_site is {channel_mask_site!r}; it must be one of {CHANNEL_MASK_SITES}")
     handles = []
     for index, layer in enumerate(model.model.layers):
         head_mask = masks.get(HEAD_MASK.format(index))
         channel_mask = masks.get(CHANNEL_MASK.format(index))
         if head_mask is not None:
-            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(_multiply_heads(head_mask)))
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(_multiply_input(head_mask)))
         if channel_mask is not None and channel_mask_site == "product":
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(_multiply_heads(channel_mask)))
+            handles.append(layer.mlp.down_proj.register_forward_pre_hook(_multiply_input(channel_mask)))
         elif channel_mask is not None:
             for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 handles.append(projection.register_forward_hook(_multiply_output(channel_mask)))
@@ -45,7 +47,7 @@ def apply_masks(
             handle.remove()
 
 
-def _multiply_heads(mask: torch.Tensor):
+def _multiply_input(mask: torch.Tensor):
     """Multiplies an input [..., units * size] by one factor a unit; size is head_dim for heads and 1 for channels."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor]):

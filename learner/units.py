@@ -5,47 +5,45 @@ from dataclasses import dataclass
 import torch
 
 from pruned_vllm.errors import InputError
-from pruned_vllm.families import CHANNEL_MASK, HEAD_MASK
 from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.masked_checkpoint import CHANNEL_MASK, HEAD_MASK
 
-Values = dict[str, torch.Tensor]  # "head" -> [layers, head units], "channel" -> [layers, intermediate_size]
+Values = dict[str, torch.Tensor]  # "head" -> [layers, KV heads], "channel" -> [layers, intermediate_size]
 
 
 @dataclass(frozen=True)
 class Units:
-    """What is pruned.
+    """What is pruned: KV heads, each with all query heads that read it, and FFN channels.
 
     Attributes:
         num_layers: layers of the model.
-        widths: units in a layer by kind. A head unit is a query head, or a KV head with all its query heads.
-        query_heads_per_unit: query heads that one head unit removes.
+        widths: units in a layer by kind.
+        query_heads_per_kv_head: query heads that go with a KV head.
     """
 
     num_layers: int
     widths: dict[str, int]
-    query_heads_per_unit: int
+    query_heads_per_kv_head: int
 
     @classmethod
-    def of(cls, geometry: ModelGeometry, gqa: str = "tied") -> "Units":
-        """Args: gqa: "tied" prunes KV heads with all their query heads, "independent" single query heads."""
+    def of(cls, geometry: ModelGeometry) -> "Units":
+        if not geometry.is_dense:
+            raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
         dense = geometry.dense
-        if set(geometry.layers) != {dense}:
-            raise InputError("the model is pruned already; masks are learned on a dense model")
-        heads_per_unit = dense.query_heads_per_kv_head[0] if gqa == "tied" else 1
-        widths = {"head": dense.num_attention_heads // heads_per_unit, "channel": dense.intermediate_size}
-        return cls(len(geometry.layers), widths, heads_per_unit)
+        widths = {"head": dense.num_key_value_heads, "channel": dense.intermediate_size}
+        return cls(len(geometry.layers), widths, dense.query_heads_per_kv_head[0])
 
     def count(self, kind: str) -> int:
         """Units of this kind in the whole model."""
         return self.num_layers * self.widths[kind]
 
     def kept(self, kind: str, sparsity: float) -> int:
-        """Units that stay at this sparsity, at least one."""
-        return max(1, round(self.count(kind) * (1 - sparsity)))
+        """Units that stay at this sparsity: at least one in each layer."""
+        return max(self.num_layers, round(self.count(kind) * (1 - sparsity)))
 
     def to_masks(self, values: Values) -> dict[str, torch.Tensor]:
         """Values of all units as the masks of a mask file; differentiable."""
-        heads = values["head"].repeat_interleave(self.query_heads_per_unit, dim=1)
+        heads = values["head"].repeat_interleave(self.query_heads_per_kv_head, dim=1)
         masks = {HEAD_MASK.format(index): heads[index] for index in range(self.num_layers)}
         return masks | {CHANNEL_MASK.format(index): values["channel"][index] for index in range(self.num_layers)}
 

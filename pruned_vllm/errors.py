@@ -1,4 +1,4 @@
-"""The one exception that every room raises for bad input. Pure Python."""
+"""The one exception that every part raises for bad input. Pure Python."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,5 @@ class InputError(ValueError):
     """
 
     def __init__(self, what: str, problems: Sequence[str] = ()):
-        self.what = what
         self.problems = tuple(problems)
         super().__init__("\n  - ".join((what, *self.problems)))

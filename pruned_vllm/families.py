@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 PRUNED_PREFIX = "Pruned"  # PrunedLlamaForCausalLM: an architecture that a vLLM without the plugin refuses to load
 
-# Keys of pruning_masks.safetensors (the masked checkpoint, see README "Formats").
-HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]
-CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"  # [intermediate_size]
+# Buffers that old checkpoints carry and every loader computes itself.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ FAMILIES: dict[str, Family] = {
 
 def find_family(config: Mapping[str, Any]) -> Family | None:
     """The row for a config.json, dense or converted; None when the architecture is not supported."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    family = FAMILIES.get(str(config.get("model_type")))
     if family and config.get("architectures") in ([family.architecture], [family.pruned_architecture]):
         return family
     return None

@@ -146,18 +146,32 @@ class ModelGeometry:
         hidden_size = checked("top level", _positive, sizes, "hidden_size")
         vocab_size = checked("top level", _positive, sizes, "vocab_size")
         num_layers = checked("top level", _positive, sizes, "num_hidden_layers")
-        head_dim = config.get("head_dim") or family.default_head_dim
-        if head_dim is None and dense and hidden_size:
-            head_dim = hidden_size // dense.num_attention_heads
+        if sizes.get("head_dim") is None:
+            sizes["head_dim"] = family.default_head_dim
+        if sizes["head_dim"] is None and dense and hidden_size:
+            sizes["head_dim"] = hidden_size // dense.num_attention_heads
+        # Without it something it derives from is missing, which is reported already.
+        head_dim = (
+            sizes["head_dim"] if sizes["head_dim"] is None else checked("top level", _positive, sizes, "head_dim")
+        )
         layers = [dense] * (num_layers or 0)
-        for index, overrides in (config.get("per_layer_config") or {}).items():
+        per_layer = config.get("per_layer_config") or {}
+        if not isinstance(per_layer, Mapping):
+            problems.append(f"per_layer_config is a {type(per_layer).__name__}; it maps layer indices to sizes")
+            per_layer = {}
+        for index, overrides in per_layer.items():
             where = f"per_layer_config[{index!r}]"
-            if not str(index).isdecimal() or int(index) >= len(layers):
+            if not isinstance(overrides, Mapping):
+                problems.append(f"{where}: {overrides!r} is no mapping of sizes")
+            elif not str(index).isdecimal() or int(index) >= len(layers):
                 problems.append(f"{where}: not a layer index; the model has layers 0 to {len(layers) - 1}")
             elif unknown := set(overrides) - PER_LAYER_KEYS:
                 problems.append(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(PER_LAYER_KEYS)}")
             else:
                 layers[int(index)] = checked(where, LayerGeometry.from_sizes, sizes | dict(overrides))
+        tied = checked("top level", _flag, "tie_word_embeddings", config)
+        names = ("qkv_bias", "o_bias", "mlp_bias")
+        biases = {name: checked("top level", _flag, getattr(family, name), config) for name in names}
         if problems:
             raise InputError("config.json describes no valid model:", problems)
         return cls(
@@ -165,10 +179,10 @@ class ModelGeometry:
             hidden_size=hidden_size,
             head_dim=head_dim,
             vocab_size=vocab_size,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=_flag(family.qkv_bias, config),
-            o_bias=_flag(family.o_bias, config),
-            mlp_bias=_flag(family.mlp_bias, config),
+            tie_word_embeddings=tied,
+            qkv_bias=biases["qkv_bias"],
+            o_bias=biases["o_bias"],
+            mlp_bias=biases["mlp_bias"],
             dense=dense,
             layers=tuple(layers),
         )
@@ -186,17 +200,18 @@ class ModelGeometry:
         stock = self._stock_config(config)
         if stock is not None:
             return stock
-        per_layer = {
-            str(i): overrides for i, layer in enumerate(self.layers) if (overrides := layer.to_overrides(self.dense))
-        }
+        overrides = {str(index): layer.to_overrides(self.dense) for index, layer in enumerate(self.layers)}
+        # Hugging Face wants every per-layer key at the top level too.
+        uneven = any("query_heads_per_kv_head" in keys for keys in overrides.values())
         return {
             **config,
+            **({"query_heads_per_kv_head": None} if uneven else {}),
             "architectures": [self.family.pruned_architecture],
             "head_dim": self.head_dim,
             "num_key_value_heads": self.dense.num_key_value_heads,
             # Without it LlamaConfig raises AmbiguousGlobalPerLayerAttributeError while it validates itself.
             "allow_global_per_layer_attribute_access": True,
-            "per_layer_config": per_layer,
+            "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
         }
 
     def _stock_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -210,7 +225,12 @@ class ModelGeometry:
             if self.qkv_bias or self.o_bias or self.mlp_bias:
                 return None
             # Mistral computes what Llama computes, and its config accepts any number of heads.
-            family, extra = FAMILIES["mistral"], {"model_type": "mistral", "sliding_window": None}
+            family = FAMILIES["mistral"]
+            extra = {
+                "model_type": "mistral",
+                "sliding_window": None,  # MistralConfig's default is a window
+                "max_position_embeddings": config.get("max_position_embeddings", 2048),  # LlamaConfig's default
+            }
         stock = {
             **config,
             **extra,
@@ -267,6 +287,16 @@ class ModelGeometry:
         return sum(map(math.prod, self.layer_tensor_shapes(index).values()))
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every layer is what the top level says, its query groups even."""
+        return self.dense.has_even_groups and set(self.layers) == {self.dense}
+
+    @property
+    def num_layer_parameters(self) -> int:
+        """Number of parameters of all layers, without embeddings, final norm and lm_head."""
+        return sum(map(self.layer_parameters, range(len(self.layers))))
+
+    @property
     def num_parameters(self) -> int:
         """Number of parameters on disk; tied embeddings count once."""
         return sum(map(math.prod, self.tensor_shapes().values()))
@@ -289,4 +319,7 @@ def _positive(sizes: Mapping[str, Any], key: str) -> int:
 
 
 def _flag(flag: bool | str, config: Mapping[str, Any]) -> bool:
-    return flag if isinstance(flag, bool) else bool(config.get(flag, False))
+    value = flag if isinstance(flag, bool) else config.get(flag)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{flag} is {value!r}; it must be true or false")
+    return bool(value)

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from converter import cli
 from learner.masking import apply_masks
+from pruned_vllm.command import atomic_directory
+from pruned_vllm.errors import InputError
 from pruned_vllm.geometry import ModelGeometry
 
 
@@ -75,21 +77,19 @@ def test_writes_a_complete_model_directory(ckpt, tmp_path, capsys):
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= names
     assert "modeling_evil.py" not in names and "pruning_masks.safetensors" not in names
     assert "| 1 | 1 | 1 | 1 |" in (out / "README.md").read_text()
-    assert oct(out.stat().st_mode & 0o777) == oct((ckpt.stat()).st_mode & 0o777)
+    assert out.stat().st_mode == ckpt.stat().st_mode
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(ckpt / "config.json").stat().st_mode & 0o777}
     assert "vllm serve" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("site", ["product", "gate_and_up"])
-@pytest.mark.parametrize(
-    ("model_type", "heads", "kv_heads", "architecture"),
-    [("llama", 6, 6, "LlamaForCausalLM"), ("mistral", 6, 6, "MistralForCausalLM"), ("qwen3", 6, 6, "Qwen3ForCausalLM")],
-)
-def test_uniform_results_run_on_stock_hugging_face(tmp_path, model_type, heads, kv_heads, architecture, site):
-    model = tiny_model(model_type, heads, kv_heads, 40)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_uniform_results_run_on_stock_hugging_face(tmp_path, model_type, site):
+    model = tiny_model(model_type, 6, 6, 40)
     write_masked(tmp_path / "ckpt", model, UNIFORM, site)
     assert run(tmp_path / "ckpt", tmp_path / "out") == 0
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert type(stock).__name__ == architecture
+    assert type(stock) is type(model)
     assert stock.config.num_attention_heads == 3 and stock.config.intermediate_size == 8
     tokens = torch.arange(50)[None]
     with torch.no_grad(), apply_masks(model, UNIFORM, site):
@@ -132,6 +132,13 @@ def test_masks_only_checkpoint_takes_weights_from_its_base_model(tmp_path, ckpt)
     info = json.loads((masks_only / "pruning.json").read_text())
     (masks_only / "pruning.json").write_text(json.dumps(info | {"base_model": "../ckpt"}))
     assert run(masks_only, tmp_path / "out2") == 0
+    other = tmp_path / "other"
+    tiny_model("llama", 6, 6, 40, seed=1).save_pretrained(other)
+    assert run(ckpt, tmp_path / "out3", "--base-model", other) == 0  # counts before the weights beside the masks
+    (shard,) = (tmp_path / "out3").glob("*.safetensors")
+    assert torch.equal(
+        load_file(shard)["model.norm.weight"], load_file(other / "model.safetensors")["model.norm.weight"]
+    )
     assert (tmp_path / "out2" / "model-00001-of-00001.safetensors").read_bytes() == (
         tmp_path / "out" / "model-00001-of-00001.safetensors"
     ).read_bytes()
@@ -183,6 +190,7 @@ BAD_INPUTS = {
     "json list": (lambda c: (c / "pruning.json").write_text("[]"), "must hold a JSON object"),
     "format version": (lambda c: edit_json(c / "pruning.json", format_version=2), "format_version is 2; it must be 1"),
     "mask site": (lambda c: edit_json(c / "pruning.json", channel_mask_site="down"), "channel_mask_site is 'down'"),
+    "method": (lambda c: edit_json(c / "pruning.json", method="a\nb: c"), "it must be one word"),
     "pruning key": (lambda c: edit_json(c / "pruning.json", extra=1), "unknown key 'extra'"),
     "lora": (lambda c: edit_json(c / "pruning.json", lora_adapter="adapter"), "merges no LoRA adapter"),
     "mask shape": (lambda c: edit_masks(c, **{HEADS0: torch.ones(7)}), "shape [7], the model needs [6]"),
@@ -195,9 +203,9 @@ BAD_INPUTS = {
     "masks truncated": (lambda c: truncate(c / "pruning_masks.safetensors"), "truncated or no safetensors"),
     "all heads gone": (
         lambda c: edit_masks(c, **{HEADS0: torch.zeros(6)}),
-        "layer 0: the masks remove all of its attention",
+        "layer 0: all of its attention is masked",
     ),
-    "all channels gone": (lambda c: edit_masks(c, **{CHANNELS0: torch.zeros(40)}), "remove all of its mlp"),
+    "all channels gone": (lambda c: edit_masks(c, **{CHANNELS0: torch.zeros(40)}), "all of its mlp is masked"),
     "architecture": (
         lambda c: edit_json(c / "config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2"),
         "GPT2LMHeadModel",
@@ -207,6 +215,19 @@ BAD_INPUTS = {
         lambda c: edit_json(c / "config.json", per_layer_config={"0": {"intermediate_size": 20}}),
         "is pruned already",
     ),
+    "model_type list": (lambda c: edit_json(c / "config.json", model_type=["llama"]), "not supported"),
+    "layers list": (lambda c: edit_json(c / "config.json", per_layer_config=[1]), "per_layer_config is a list"),
+    "layer number": (lambda c: edit_json(c / "config.json", per_layer_config={"0": 5}), "5 is no mapping of sizes"),
+    "head_dim": (lambda c: edit_json(c / "config.json", head_dim="32"), "head_dim is '32'; it must be a whole number"),
+    "tied string": (lambda c: edit_json(c / "config.json", tie_word_embeddings="false"), "must be true or false"),
+    "tied without embedding": (
+        lambda c: (
+            edit_json(c / "config.json", tie_word_embeddings=True),
+            edit_weights(c, {}, remove=("model.embed_tokens.weight",)),
+        ),
+        "model.embed_tokens.weight [256, 96]: missing",
+    ),
+    "index entry": (lambda c: add_index(c, ["model.safetensors"]), "files outside of its directory"),
     "config size": (lambda c: edit_json(c / "config.json", intermediate_size=41), "config.json says [41, 96]"),
     "shard truncated": (lambda c: truncate(c / "model.safetensors"), "truncated or no safetensors"),
     "shard garbage": (lambda c: (c / "model.safetensors").write_bytes(b"\xff" * 5000), "truncated or no safetensors"),
@@ -222,7 +243,7 @@ BAD_INPUTS = {
     ),
     "tensor nan": (
         lambda c: edit_weights(c, {"model.norm.weight": torch.full((96,), torch.nan)}),
-        "model.norm.weight: 96 values are NaN or infinite",
+        "model.norm.weight: 96 values are NaN or infinite in F32; check",
     ),
     "fold overflows": (lambda c: overflow(c), "values are NaN or infinite in F32 after the masks were"),
     "index outside": (lambda c: add_index(c, "../elsewhere.safetensors"), "files outside of its directory"),
@@ -296,8 +317,19 @@ def test_existing_output_is_kept(ckpt, tmp_path, capsys):
     assert run(ckpt, out) == 2
     assert "exists; choose another directory, or replace it with --overwrite" in capsys.readouterr().err
     assert run(ckpt, out, "--overwrite") == 2  # no model that this command wrote
-    assert "has no config.json" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
+    (out / "config.json").write_text('{"model_type": "llama"}')  # a model, but not one of ours
+    assert run(ckpt, out, "--overwrite") == 2
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "precious.txt"]
+
+
+def test_output_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="exists"), atomic_directory(out, overwrite=False, is_ours=Path.exists):
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwrite_replaces_whole_and_only_after_success(ckpt, tmp_path):
@@ -316,7 +348,10 @@ def test_overwrite_replaces_whole_and_only_after_success(ckpt, tmp_path):
 
 def test_the_weights_are_never_overwritten(ckpt, capsys):
     assert run(ckpt, ckpt, "--overwrite") == 2
-    assert "contains the dense weights" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
+    edit_json(ckpt / "config.json", pruning={})  # looks like a converted model
+    assert run(ckpt, ckpt, "--overwrite") == 2
+    assert "which is to be converted" in capsys.readouterr().err
     assert (ckpt / "model.safetensors").exists()
 
 

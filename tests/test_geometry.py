@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
+from transformers import AutoConfig
 
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import FAMILIES
@@ -72,6 +73,8 @@ def test_config_round_trip(its_layers, model_type):
     assert after.tensor_shapes() == before.tensor_shapes()
     if "per_layer_config" in written:  # dense sizes stay at the top level
         assert after == before
+        hugging_face = AutoConfig.for_model(**written)
+        assert ModelGeometry.from_config(hugging_face.to_dict()) == before
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_model_is_as_fast_as_itself_and_slower_than_a_smaller_one(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["decode:1:32", "prefill:1:32:64", "train:1:2", "decode:0:1:2", "decode:1:1:1", "decode"]
+    "text", ["decode:1:32", "prefill:1:32:64", "train:1:2", "decode:0:1:2", "decode:1:1:1", "decode:x:1:2"]
 )
 def test_bad_cases_are_refused(text):
     with pytest.raises(ValueError, match=text):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from converter.convert import convert
 from converter.plan import make_plan
 from learner.masking import apply_masks
-from pruned_vllm.families import CHANNEL_MASK, HEAD_MASK
+from pruned_vllm.masked_checkpoint import CHANNEL_MASK, HEAD_MASK
 
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention serves
 NUM_LAYERS = 3
@@ -86,10 +86,10 @@ def converted(directory: Path, model: PreTrainedModel, masks: dict[str, torch.Te
     return directory / "out"
 
 
-def prompts(vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
+def prompts() -> list[list[int]]:
     """Prompts of different lengths, so that a batch has ragged rows."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in (1, 5, 17, 40)]
+    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 5, 17, 40)]
 
 
 @torch.no_grad()

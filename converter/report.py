@@ -1,4 +1,4 @@
-"""What people read of a conversion: the table on the terminal and the model card."""
+"""What people read of a conversion: the table on the terminal, and the model card."""
 
 from rich.console import Console
 from rich.table import Table
@@ -28,15 +28,14 @@ def print_plan(plan: Plan) -> None:
 def totals(plan: Plan) -> list[str]:
     """Sentences with the sizes before and after."""
     before, after = plan.dense, plan.pruned
-    layers_before = sum(map(before.layer_parameters, range(len(before.layers))))
-    layers_after = sum(map(after.layer_parameters, range(len(after.layers))))
+    layers_before, layers_after = before.num_layer_parameters, after.num_layer_parameters
     kv_before, kv_after = before.num_key_value_heads, after.num_key_value_heads
     config = plan.config()
     return [
         f"Parameters: {before.num_parameters:,} before, {after.num_parameters:,} after "
         f"({1 - after.num_parameters / before.num_parameters:.1%} removed; "
         f"{1 - layers_after / layers_before:.1%} of the layers, embeddings stay).",
-        f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.num_bytes / 1e9:,.3f} GB after.",
+        f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
         f"Architecture: {config['architectures'][0]}"
@@ -47,11 +46,9 @@ def totals(plan: Plan) -> list[str]:
 def model_card(plan: Plan) -> str:
     """README.md of the converted checkpoint."""
     config = plan.config()
-    base = plan.info.base_model
     header = ["---", "library_name: vllm", "tags:", "- pruned", f"- {plan.info.method}"]
-    # The hub takes base_model for one of its ids; a directory would make it refuse the card.
-    if base and base.count("/") == 1 and not base.startswith((".", "/", "~")):
-        header.append(f"base_model: {base}")
+    if plan.source:
+        header.append(f"base_model: {plan.source}")
     plugin = "" if "per_layer_config" not in config else "    pip install pruned-vllm\n"
     rows = "\n".join(
         f"| {i} | {layer.num_attention_heads} | {layer.num_key_value_heads} | {layer.intermediate_size} |"
@@ -63,7 +60,7 @@ def model_card(plan: Plan) -> str:
             "---",
             "# Structurally pruned model",
             "",
-            f"Masks learned by `{plan.info.method}` on `{base or plan.dense.family.architecture}`, "
+            f"Masks learned by `{plan.info.method}` on `{plan.source or plan.dense.family.architecture}`, "
             "folded into the weights by pruned-vllm.",
             "",
             *(f"- {line}" for line in totals(plan)),
