@@ -12,14 +12,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 setup: $(VENV)/.installed
 
-# torch comes first and with its own dependencies, so that pip takes the build that fits the machine (CPU or CUDA).
+# torch comes first and with its own dependencies, so that pip may take the build that its index offers, CPU or CUDA.
 # The rest is a full pin without torchvision, torchaudio and torchcodec, which vLLM's text models do not need and whose
 # builds break a CPU torch: hence --no-deps.
-$(VENV)/.installed: requirements/cpu.txt pyproject.toml
+$(VENV)/.installed: requirements/cpu.txt requirements/vllm-name/pyproject.toml pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
-	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-name -e .
 	touch $@
 
 demo: setup

@@ -161,7 +161,8 @@ def _client_when_ready(server: subprocess.Popen, url: str, log: Path):
         except APIConnectionError:
             time.sleep(1)
     tail = "\n".join(log.read_text().splitlines()[-15:])
-    raise InputError(f"vllm serve did not answer within 300 s; the end of {log}:\n{tail}")
+    what = "did not answer within 300 s" if server.poll() is None else f"ended with exit code {server.poll()}"
+    raise InputError(f"vllm serve {what}; the end of {log}:\n{tail}")
 
 
 def served_perplexity(client, tokenizer_directory: Path, text: Path, name: str = SERVED_NAME) -> float:
