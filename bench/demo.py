@@ -137,7 +137,9 @@ def served(model: Path, log: Path, name: str = SERVED_NAME):
     options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", name]
     arguments = [command("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port, *options]
     console.print(f"[bold cyan]$ vllm {shlex.join(map(str, arguments[1:]))}", soft_wrap=True)
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+    environment = (
+        {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    )
     with log.open("w") as log_file:
         server = subprocess.Popen(list(map(str, arguments)), stdout=log_file, stderr=subprocess.STDOUT, env=environment)
     try:
