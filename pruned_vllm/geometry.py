@@ -180,9 +180,7 @@ class ModelGeometry:
             head_dim=head_dim,
             vocab_size=vocab_size,
             tie_word_embeddings=tied,
-            qkv_bias=biases["qkv_bias"],
-            o_bias=biases["o_bias"],
-            mlp_bias=biases["mlp_bias"],
+            **biases,
             dense=dense,
             layers=tuple(layers),
         )
