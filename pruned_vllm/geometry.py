@@ -20,6 +20,7 @@ from typing import Any
 
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import FAMILIES, Family, find_family
+from pruned_vllm.stock import stock_config
 
 PER_LAYER_KEYS = {
     "num_attention_heads",
@@ -49,6 +50,11 @@ class LayerGeometry:
     @property
     def num_key_value_heads(self) -> int:
         return len(self.query_heads_per_kv_head)
+
+    @property
+    def widest_group(self) -> int:
+        """Query heads of the KV head that has most; 0 when attention is skipped."""
+        return max(self.query_heads_per_kv_head, default=0)
 
     @property
     def has_even_groups(self) -> bool:
@@ -195,7 +201,7 @@ class ModelGeometry:
         Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
         needed; else under the `Pruned` architecture with `per_layer_config`.
         """
-        stock = self._stock_config(config)
+        stock = stock_config(self, config)
         if stock is not None:
             return stock
         overrides = {str(index): layer.to_overrides(self.dense) for index, layer in enumerate(self.layers)}
@@ -212,38 +218,12 @@ class ModelGeometry:
             "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
         }
 
-    def _stock_config(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        layer = self.layers[0]
-        if len(set(self.layers)) > 1 or layer.skip or not layer.has_even_groups:
-            return None
-        heads, family, extra = layer.num_attention_heads, self.family, {}
-        if family.stock_heads == "fills_hidden" and heads * self.head_dim != self.hidden_size:
-            return None
-        if family.stock_heads == "divides_hidden" and self.hidden_size % heads:
-            if self.qkv_bias or self.o_bias or self.mlp_bias:
-                return None
-            # Mistral computes what Llama computes, and its config accepts any number of heads.
-            family = FAMILIES["mistral"]
-            extra = {
-                "model_type": "mistral",
-                "sliding_window": None,  # MistralConfig's default is a window
-                "max_position_embeddings": config.get("max_position_embeddings", 2048),  # LlamaConfig's default
-            }
-        stock = {
-            **config,
-            **extra,
-            "architectures": [family.architecture],
-            "head_dim": self.head_dim,
-            "num_attention_heads": heads,
-            "num_key_value_heads": layer.num_key_value_heads,
-            "intermediate_size": layer.intermediate_size,
-        }
-        for key in ("per_layer_config", "allow_global_per_layer_attribute_access"):
-            stock.pop(key, None)
-        return stock
-
     def layer_tensor_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's tensors by full name. A skipped sublayer has none, not even its norm."""
+        """Shapes of one layer's tensors by full name.
+
+        A skipped sublayer has no norm and no weights. Where it ends in a bias (`o_proj`, `down_proj`), that stays:
+        it was added to the hidden states whatever the masks removed.
+        """
         layer = self.layers[index]
         q = layer.num_attention_heads * self.head_dim
         kv = layer.num_key_value_heads * self.head_dim
@@ -263,11 +243,15 @@ class ModelGeometry:
             linear("self_attn.o_proj", hidden, q, self.o_bias)
             if self.family.qk_norm:
                 shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+        elif self.o_bias:
+            shapes["self_attn.o_proj.bias"] = (hidden,)
         if width:
             shapes["post_attention_layernorm.weight"] = (hidden,)
             linear("mlp.gate_proj", width, hidden, self.mlp_bias)
             linear("mlp.up_proj", width, hidden, self.mlp_bias)
             linear("mlp.down_proj", hidden, width, self.mlp_bias)
+        elif self.mlp_bias:
+            shapes["mlp.down_proj.bias"] = (hidden,)
         return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
