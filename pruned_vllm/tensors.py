@@ -1,0 +1,23 @@
+"""Cutting and zero-padding weights by index; shared by the converter and the tensor-parallel loader."""
+
+from collections.abc import Sequence
+
+import torch
+
+PAD = -1  # in an index: a unit that does not exist, made of zeros
+
+
+def take_or_zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """`tensor.index_select(dim, index)`, with zeros where the index is PAD."""
+    padded = index == PAD
+    result = tensor.index_select(dim, index.clamp(min=0))
+    if padded.any():
+        result.index_fill_(dim, padded.nonzero().view(-1).to(result.device), 0)
+    return result
+
+
+def head_rows(heads: Sequence[int] | torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows [len(heads) * head_dim] of a projection that belong to these heads; PAD for all rows of a head PAD."""
+    index = torch.as_tensor(heads, dtype=torch.long)[:, None]
+    rows = index * head_dim + torch.arange(head_dim)
+    return torch.where(index == PAD, PAD, rows).view(-1)
