@@ -7,11 +7,15 @@ import of torch there has hung start-ups, while touching CUDA before a fork brea
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: tells vLLM which class serves which architecture. May be called again."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
     # Not `from vllm import ModelRegistry`: that lazy attribute fails in vLLM's model-inspection subprocess.
     from vllm.model_executor.models.registry import ModelRegistry
 
     from pruned_vllm.families import FAMILIES
+    from pruned_vllm.models.config import PrunedConfig
 
     for family in FAMILIES.values():
         architecture = family.pruned_architecture
         ModelRegistry.register_model(architecture, f"pruned_vllm.models.{family.model_type}:{architecture}")
+        MODELS_CONFIG_MAP[architecture] = PrunedConfig

@@ -22,6 +22,8 @@ from pruned_vllm.errors import InputError
 from pruned_vllm.families import FAMILIES, Family, find_family
 from pruned_vllm.stock import stock_config
 
+PAD = -1  # in an index of heads or channels: a unit that does not exist, made of zeros
+
 PER_LAYER_KEYS = {
     "num_attention_heads",
     "num_key_value_heads",

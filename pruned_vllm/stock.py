@@ -17,6 +17,8 @@ def stock_config(geometry: "ModelGeometry", config: Mapping[str, Any]) -> dict[s
     layer = geometry.layers[0]
     if len(set(geometry.layers)) > 1 or layer.skip or not layer.has_even_groups:
         return None
+    if geometry.family.qk_norm and geometry.o_bias:  # vLLM's Qwen3 has no such bias
+        return None
     heads, family, extra = layer.num_attention_heads, geometry.family, {}
     if family.stock_heads == "fills_hidden" and heads * geometry.head_dim != geometry.hidden_size:
         return None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-PAD = -1  # in an index: a unit that does not exist, made of zeros
+from pruned_vllm.geometry import PAD
 
 
 def take_or_zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,24 @@
 """What all pruned models share on vLLM: layers at their real size, and a loader that refuses wrong shapes.
 
-A stock decoder layer sizes itself from the config it is given, so a pruned one is the stock class with its own
-layer's config (`config.per_layer_config[i]`) instead of the model's. Nothing is built at the dense size first.
+Everything around the decoder layers is vLLM's Llama: embedding, final norm, lm_head and logits are the same in all
+supported families. Nothing is built at the dense size first.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import vllm
-from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import IGNORED_SUFFIXES
 from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.models.layer import PrunedDecoderLayer
+from pruned_vllm.models.loading import layout_changes
+from pruned_vllm.tensors import take_or_zero
 
 # The name puts the records under vLLM's own logging configuration.
 logger = init_logger("vllm.pruned_vllm")
@@ -23,24 +26,29 @@ logger = init_logger("vllm.pruned_vllm")
 TESTED_VLLM = "0.32."
 
 
-def layer_config(config: PreTrainedConfig, prefix: str) -> PreTrainedConfig:
-    """The config of the decoder layer called `prefix` ("model.layers.3"): flat sizes, as stock layers read them."""
-    return config.per_layer_config[extract_layer_index(prefix)]
+class PrunedForCausalLM(LlamaForCausalLM):
+    """Base of the served classes; each family says which layers it has."""
 
+    decoder_layer_type: type[PrunedDecoderLayer]
 
-class PrunedForCausalLM:
-    """Mixin before a stock `...ForCausalLM` class; the stock class must build layers through `layer_config`."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         _check_version()
-        self._geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
-        _check_servable(self._geometry, vllm_config.parallel_config.tensor_parallel_size)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        config = vllm_config.model_config.hf_config
+        geometry = ModelGeometry.from_config(config.to_dict())
+        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
+        changes = layout_changes(geometry, tensor_parallel_size)
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
         # after dummy loading the first call is a weight update, which may bring any subset.
-        quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
+        quantized = getattr(config, "quantization_config", None) is not None
+        if changes:
+            _check_can_be_laid_out(tensor_parallel_size, quantized, vllm_config.lora_config is not None)
+        super().__init__(
+            vllm_config=vllm_config, prefix=prefix, layer_type=partial(self.decoder_layer_type, geometry=geometry)
+        )
+        self._geometry = geometry
+        self._layout_changes = changes
         self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
-        logger.info_once(_summary(self._geometry, vllm_config.model_config.dtype.itemsize))
+        logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a stream of (name, tensor).
@@ -51,9 +59,16 @@ class PrunedForCausalLM:
         Raises:
             InputError: after the whole stream was seen, with every wrong shape, missing and unknown tensor.
         """
-        loaded = super().load_weights(self._checked(weights))
+        loaded = super().load_weights(self._laid_out(self._checked(weights)))
         self._all_tensors_expected = False  # later calls (weight updates) may bring any subset
         return loaded
+
+    def _laid_out(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Brings heads and channels into the order of the tensor-parallel ranks, with zeros for padding."""
+        for name, tensor in weights:
+            if name in self._layout_changes:
+                tensor = take_or_zero(tensor, *self._layout_changes[name])
+            yield name, tensor
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         missing = self._geometry.tensor_shapes()
@@ -89,21 +104,16 @@ def _check_version() -> None:
         )
 
 
-def _check_servable(geometry: ModelGeometry, tensor_parallel_size: int) -> None:
-    problems = []
-    for index, layer in enumerate(geometry.layers):
-        where = f"layer {index}"
-        if layer.skip:
-            problems.append(f"{where} skips {' and '.join(layer.skip)}")
-        elif not layer.has_even_groups:
-            problems.append(f"{where} has uneven query groups {list(layer.query_heads_per_kv_head)}")
-        elif layer.num_key_value_heads % tensor_parallel_size or layer.intermediate_size % tensor_parallel_size:
-            problems.append(
-                f"{where} has {layer.num_key_value_heads} KV heads and {layer.intermediate_size} FFN channels, which "
-                f"--tensor-parallel-size {tensor_parallel_size} does not divide; use 1"
-            )
-    if problems:
-        raise InputError("This release cannot serve the model:", problems)
+def _check_can_be_laid_out(tensor_parallel_size: int, quantized: bool, has_lora: bool) -> None:
+    """Only plain weights can be brought into a new order and padded while they are loaded."""
+    reasons = ["the checkpoint is quantized on disk"] * quantized + [
+        "LoRA adapters have the unpadded shapes"
+    ] * has_lora
+    if reasons:
+        raise InputError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide the heads and channels of every layer, so "
+            f"they are padded while the weights are loaded, but {' and '.join(reasons)}; use --tensor-parallel-size 1"
+        )
 
 
 def _summary(geometry: ModelGeometry, element_bytes: int) -> str:

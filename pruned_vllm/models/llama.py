@@ -1,16 +1,34 @@
-"""Llama with its own number of heads and FFN width in every layer."""
+"""Llama with its own heads and FFN width in every layer."""
 
+from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.llama import LlamaAttention
 
-from pruned_vllm.models.base import PrunedForCausalLM, layer_config
-
-
-class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
-    def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config, prefix, config=layer_config(vllm_config.model_config.hf_config, prefix))
+from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.models.base import PrunedForCausalLM
+from pruned_vllm.models.layer import PrunedDecoderLayer
 
 
-class PrunedLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=PrunedLlamaDecoderLayer)
+class PrunedLlamaDecoderLayer(PrunedDecoderLayer):
+    attention_type: type[LlamaAttention] = LlamaAttention
+
+    def build_attention(
+        self, vllm_config: VllmConfig, geometry: ModelGeometry, prefix: str, num_heads: int, num_kv_heads: int
+    ) -> nn.Module:
+        config = vllm_config.model_config.hf_config
+        return self.attention_type(
+            config=config,
+            hidden_size=geometry.hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            quant_config=vllm_config.quant_config,
+            bias=geometry.qkv_bias,
+            bias_o_proj=geometry.o_bias,
+            cache_config=vllm_config.cache_config,
+            prefix=prefix,
+        )
+
+
+class PrunedLlamaForCausalLM(PrunedForCausalLM):
+    decoder_layer_type = PrunedLlamaDecoderLayer

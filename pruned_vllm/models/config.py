@@ -1,0 +1,36 @@
+"""What vLLM believes of a pruned model before it builds it."""
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from pruned_vllm.errors import InputError
+from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.sharding import shard_layer
+
+if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
+    from vllm.config import VllmConfig
+
+
+class PrunedConfig(VerifyAndUpdateConfig):
+    """Hook that vLLM calls with the whole configuration, before it compares head counts with tensor parallelism."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Sets the model-wide head counts to those of the largest attention op, padding included.
+
+        vLLM wants a head count that tensor parallelism divides, takes the largest layer's for it, and sizes some
+        buffers by it; what runs is the padded layout.
+        """
+        geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        most_heads = max(layer.num_attention_heads for layer in geometry.layers)
+        if ranks > max(1, most_heads):
+            raise InputError(
+                f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: some "
+                f"ranks would hold zeros alone; use at most {max(1, most_heads)}"
+            )
+        layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
+        sizes = vllm_config.model_config.model_arch_config
+        sizes.total_num_attention_heads = ranks * max(1, *(layout.op_heads for layout in layouts))
+        sizes.total_num_kv_heads = ranks * max(1, *(layout.kv_heads for layout in layouts))
