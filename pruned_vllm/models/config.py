@@ -30,6 +30,8 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: some "
                 f"ranks would hold zeros alone; use at most {max(1, most_heads)}"
             )
+        if not most_heads:  # without any KV cache vLLM's prefix caching finds nothing to manage, and fails
+            vllm_config.cache_config.enable_prefix_caching = False
         layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
         sizes = vllm_config.model_config.model_arch_config
         sizes.total_num_attention_heads = ranks * max(1, *(layout.op_heads for layout in layouts))

@@ -96,15 +96,15 @@ class Removed(nn.Module):
 
     def __init__(self, projection: str, hidden_size: int, has_bias: bool) -> None:
         super().__init__()
-        self.bias_of = None
         if has_bias:
-            self.bias_of = nn.Module()
-            self.bias_of.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
-            self.add_module(projection, self.bias_of)
+            bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+            self.add_module(projection, nn.ParameterDict({"bias": bias}))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Adds to `hidden_states`, which hold what the sublayer before added and has not been normed yet."""
-        return hidden_states if self.bias_of is None else hidden_states + self.bias_of.bias
+        for bias in self.parameters():
+            hidden_states = hidden_states + bias
+        return hidden_states
 
 
 def compact_attention(attention: nn.Module, layout: LayerLayout, vllm_config: VllmConfig, prefix: str) -> None:
