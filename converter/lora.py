@@ -199,11 +199,11 @@ def _number_problems(
     config: dict[str, Any], key: str, pattern_key: str, is_number: Callable[[Any], bool], wanted: str
 ) -> list[str]:
     """Problems with one number and with the pattern that replaces it for some modules."""
-    pattern = config.get(pattern_key) or {}
+    problems, pattern = [], config.get(pattern_key) or {}
     if not isinstance(pattern, dict):
-        return [f"{pattern_key} is {pattern!r}; it must be a mapping of module names to numbers"]
+        problems, pattern = [f"{pattern_key} is {pattern!r}; it must be a mapping of module names to numbers"], {}
     numbers = {key: config.get(key)} | {f"{pattern_key}[{module!r}]": value for module, value in pattern.items()}
-    problems = [
+    problems += [
         f"{where} is {value!r}; it must be {wanted}" for where, value in numbers.items() if not is_number(value)
     ]
     for module in pattern:

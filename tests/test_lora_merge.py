@@ -348,7 +348,7 @@ def test_bad_adapter_is_refused_and_leaves_nothing(ckpt, tmp_path, capsys, break
 
 
 def test_every_problem_of_an_adapter_is_reported_at_once(ckpt, tmp_path, capsys):
-    edit_config(use_dora=True, lora_alpha=None, rank_pattern={"(": "4"})(ckpt)
+    edit_config(use_dora=True, lora_alpha=None, alpha_pattern=[1], rank_pattern={"(": "4"})(ckpt)
     edit_tensors(
         {
             f"{Q0}.lora_A.weight": torch.ones(5, 95),
@@ -363,6 +363,7 @@ def test_every_problem_of_an_adapter_is_reported_at_once(ckpt, tmp_path, capsys)
     for message in (
         "use_dora is True",
         "lora_alpha is None",
+        "alpha_pattern is [1]",
         "rank_pattern['('] is '4'",
         "rank_pattern['(']: no regular expression",
         "shape [5, 95]",
