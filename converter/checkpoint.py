@@ -81,7 +81,7 @@ class Checkpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index} has no weight_map")
-        outside = {repr(file) for file in weight_map.values() if not _is_inside(file)}
+        outside = {repr(file) for file in weight_map.values() if not is_inside(file)}
         if outside:
             raise InputError(f"{index} names files outside of its directory; nothing was read:", sorted(outside))
         return weight_map
@@ -91,8 +91,8 @@ class Checkpoint:
         return self._shards[name].get_tensor(name)
 
 
-def _is_inside(file: Any) -> bool:
-    """Whether an entry of the index is a plain path below the directory."""
+def is_inside(file: Any) -> bool:
+    """Whether a path that a checkpoint names is plain and below its directory."""
     return (
         isinstance(file, str)
         and file.isprintable()

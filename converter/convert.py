@@ -24,7 +24,8 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
 
     Args:
         plan: from `converter.plan.make_plan`.
-        max_shard_bytes: size of a shard; this much memory is needed, plus the largest tensor in float32.
+        max_shard_bytes: size of a shard; this much memory is needed, plus the largest tensor in float32 (twice
+            with an adapter).
 
     Raises:
         InputError: `out` exists, holds the masks or the weights, there is too little disk, or a value overflows.
@@ -35,12 +36,19 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
         shapes = plan.pruned.tensor_shapes()
         writer = ShardWriter(directory, max_shard_bytes)
         for name, shape in tqdm(shapes.items(), desc="converting", unit=" tensors"):
-            tensor, after = plan.checkpoint.read(name), ""
+            tensor, done = plan.checkpoint.read(name), []
+            dtype = tensor.dtype
+            if plan.adapter is not None and name in plan.adapter.pairs:
+                tensor = plan.adapter.merge(name, tensor)
+                done.append("the adapter was merged")
             if name in plan.cuts:
-                tensor, after = plan.cuts[name].apply(tensor), " after the masks were folded in"
+                tensor = plan.cuts[name].apply(tensor)
+                done.append("the masks were folded in")
+            tensor = tensor.to(dtype)
             if tuple(tensor.shape) != shape:
                 raise AssertionError(f"{name}: cut to {list(tensor.shape)}, the geometry says {list(shape)}")
             if bad := int((~tensor.isfinite()).sum()):
+                after = f" after {' and '.join(done)}" if done else ""
                 raise InputError(
                     f"{name}: {bad} values are NaN or infinite in {plan.checkpoint.dtypes[name]}{after}; check the "
                     "weights, or store them in a dtype with a larger range"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from converter.checkpoint import ELEMENT_BYTES, open_shard
+from converter.checkpoint import ELEMENT_BYTES, is_inside, open_shard
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json
 from pruned_vllm.geometry import ModelGeometry
@@ -30,11 +30,13 @@ class PruningInfo:
         method: what learned the masks, e.g. "ddp".
         channel_mask_site: what the channel mask multiplied: "product" act(gate)*up, "gate_and_up" both projections.
         base_model: directory or hub id of the weights, where the checkpoint holds masks only.
+        lora_adapter: directory of a PEFT adapter below the checkpoint, or None.
     """
 
     method: str
     channel_mask_site: str
     base_model: str | None
+    lora_adapter: str | None
 
     @classmethod
     def read(cls, directory: Path) -> "PruningInfo":
@@ -59,8 +61,13 @@ class PruningInfo:
                 f"one of {CHANNEL_MASK_SITES}",
             ),
             base_model=expect("base_model", isinstance(content.get("base_model"), str | None), "a string or null"),
+            # A checkpoint from elsewhere must not make this command read other directories.
+            lora_adapter=expect(
+                "lora_adapter",
+                content.get("lora_adapter") is None or is_inside(content["lora_adapter"]),
+                "null or a directory inside of the checkpoint, relative to it and without '..'",
+            ),
         )
-        expect("lora_adapter", content.get("lora_adapter") is None, "null: this release merges no LoRA adapter")
         if problems:
             raise InputError(f"{path}:", problems)
         return info

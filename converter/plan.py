@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
 from converter.fold import Cut, cut_layer
+from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import IGNORED_SUFFIXES
@@ -46,6 +47,7 @@ class Plan:
         info: pruning.json.
         dense, pruned: geometries before and after.
         cuts: by full tensor name; a tensor that is not named is copied.
+        adapter: what is merged before the cuts, if anything.
     """
 
     directory: Path
@@ -55,6 +57,7 @@ class Plan:
     dense: ModelGeometry
     pruned: ModelGeometry
     cuts: dict[str, Cut]
+    adapter: LoraAdapter | None
 
     def bytes_of(self, geometry: ModelGeometry) -> int:
         """Bytes of the tensors of `geometry` in the dtypes of the checkpoint."""
@@ -102,9 +105,14 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
         raise InputError(f"{weights} is pruned already; masks are for a dense model")
 
     problems = _tensor_problems(checkpoint, dense)
-    masks = []
+    masks, adapter = [], None
     try:
         masks = read_masks(directory, dense)
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        if info.lora_adapter is not None:
+            adapter = LoraAdapter.read(directory / info.lora_adapter, checkpoint, dense)
     except InputError as error:
         problems.append(str(error))
     if problems:
@@ -116,7 +124,7 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
         layer, layer_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site)
         layers.append(layer)
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
-    return Plan(directory, checkpoint, source, info, dense, dense.with_layers(tuple(layers)), cuts)
+    return Plan(directory, checkpoint, source, info, dense, dense.with_layers(tuple(layers)), cuts, adapter)
 
 
 def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) -> tuple[Path, str | None]:

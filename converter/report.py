@@ -31,7 +31,7 @@ def totals(plan: Plan) -> list[str]:
     layers_before, layers_after = before.num_layer_parameters, after.num_layer_parameters
     kv_before, kv_after = before.num_key_value_heads, after.num_key_value_heads
     config = plan.config()
-    return [
+    lines = [
         f"Parameters: {before.num_parameters:,} before, {after.num_parameters:,} after "
         f"({1 - after.num_parameters / before.num_parameters:.1%} removed; "
         f"{1 - layers_after / layers_before:.1%} of the layers, embeddings stay).",
@@ -41,6 +41,11 @@ def totals(plan: Plan) -> list[str]:
         f"Architecture: {config['architectures'][0]}"
         + (" (served by the pruned-vllm plugin)." if "per_layer_config" in config else " (stock; needs no plugin)."),
     ]
+    if plan.adapter is not None:
+        ranks, count = plan.adapter.ranks, len(plan.adapter.pairs)
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        lines.append(f"LoRA adapter: {rank}, merged into {count:,} weights before the masks were folded in.")
+    return lines
 
 
 def model_card(plan: Plan) -> str:

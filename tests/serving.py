@@ -46,8 +46,9 @@ def generate(llm: LLM, **options) -> list:
 def assert_is_the_masked_model(outputs, model, masks, site="product") -> None:
     """Tokens equal, log-probabilities of prompt and output tokens within 1e-4."""
     for prompt, output in zip(prompts(), outputs, strict=True):
-        tokens, expected = oracle(model, masks, site, prompt, NUM_TOKENS)
-        assert list(output.outputs[0].token_ids) == tokens
+        served_tokens = list(output.outputs[0].token_ids)
+        tokens, expected = oracle(model, masks, site, prompt, served_tokens)
+        assert served_tokens == tokens and len(tokens) == NUM_TOKENS
         served = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
         assert len(served) == len(expected) == len(prompt) + NUM_TOKENS - 1
         worst = max(

@@ -192,7 +192,7 @@ BAD_INPUTS = {
     "mask site": (lambda c: edit_json(c / "pruning.json", channel_mask_site="down"), "channel_mask_site is 'down'"),
     "method": (lambda c: edit_json(c / "pruning.json", method="a\nb: c"), "it must be one word"),
     "pruning key": (lambda c: edit_json(c / "pruning.json", extra=1), "unknown key 'extra'"),
-    "lora": (lambda c: edit_json(c / "pruning.json", lora_adapter="adapter"), "merges no LoRA adapter"),
+    "lora": (lambda c: edit_json(c / "pruning.json", lora_adapter="gone"), "ckpt/gone, the lora_adapter of"),
     "mask shape": (lambda c: edit_masks(c, **{HEADS0: torch.ones(7)}), "shape [7], the model needs [6]"),
     "mask rank": (lambda c: edit_masks(c, **{HEADS0: torch.ones(1, 6)}), "shape [1, 6], the model needs [6]"),
     "mask nan": (lambda c: edit_masks(c, **{HEADS0: torch.full((6,), torch.nan)}), "6 of 6 values are NaN"),

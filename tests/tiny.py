@@ -94,15 +94,14 @@ def prompts() -> list[list[int]]:
 
 @torch.no_grad()
 def oracle(
-    model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str, prompt: list[int], num_tokens: int
+    model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str, prompt: list[int], continuation: list[int]
 ) -> tuple[list[int], torch.Tensor]:
-    """Greedy continuation of `prompt` by the masked dense model.
+    """What the masked dense model says of a greedy `continuation` of `prompt`.
 
-    Returns the new tokens and the log-probabilities [len(prompt) + num_tokens - 1, vocab] of every position.
+    Returns the tokens that it prefers in place of each token of `continuation` (the same, if it would have generated
+    that), and the log-probabilities [len(prompt) + len(continuation) - 1, vocab] of every position.
     """
-    tokens = list(prompt)
+    tokens = torch.tensor([[*prompt, *continuation]])
     with apply_masks(model, masks, site):
-        for _ in range(num_tokens):
-            log_probabilities = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-            tokens.append(int(log_probabilities[-1].argmax()))
-    return tokens[len(prompt) :], log_probabilities
+        log_probabilities = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+    return log_probabilities[len(prompt) - 1 :].argmax(-1).tolist(), log_probabilities
