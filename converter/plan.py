@@ -116,7 +116,6 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
         layer, layer_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site)
         layers.append(layer)
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
-    _check_supported(layers)
     return Plan(directory, checkpoint, source, info, dense, dense.with_layers(tuple(layers)), cuts)
 
 
@@ -176,17 +175,3 @@ def _tied_lm_head_problems(checkpoint: Checkpoint) -> list[str]:
     ):
         return []
     return [f"{lm_head}: differs from {embedding}, but tie_word_embeddings is true in config.json; correct either"]
-
-
-def _check_supported(layers: list[LayerGeometry]) -> None:
-    problems = []
-    for index, layer in enumerate(layers):
-        if layer.skip:
-            problems.append(f"layer {index}: all of its {' and '.join(layer.skip)} is masked; leave one unit unmasked")
-        if not layer.has_even_groups:
-            problems.append(
-                f"layer {index}: its KV heads keep unequal numbers of query heads, "
-                f"{list(layer.query_heads_per_kv_head)}; keep equally many in each, or whole KV heads only"
-            )
-    if problems:
-        raise InputError("This release cannot serve what the masks leave:", problems)
