@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -85,7 +85,7 @@ def make_plan(
     directory: Path,
     base_model: str | None = None,
     *,
-    gqa_layout: str = "compact",
+    gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int = 1,
     max_distinct_shapes: int | None = None,
 ) -> Plan:

@@ -13,8 +13,6 @@ from converter.cover import cheapest_cover
 from pruned_vllm.errors import InputError
 from pruned_vllm.geometry import LayerGeometry
 
-GQA_LAYOUTS = ("compact", "padded")
-
 
 def auto_alignment() -> int:
     """The alignment of FFN widths that suits this machine."""
