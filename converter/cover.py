@@ -30,7 +30,7 @@ def cheapest_cover(fits: torch.Tensor, costs: Sequence[int], weights: Sequence[i
 
     Args:
         fits: bool [shapes, layers]; whether the layer fits into the shape.
-        costs: of one layer of each shape, positive.
+        costs: of one layer of each shape, at least 0 and not all 0.
         weights: how many layers each column of `fits` stands for.
 
     Returns:
@@ -40,7 +40,12 @@ def cheapest_cover(fits: torch.Tensor, costs: Sequence[int], weights: Sequence[i
         ValueError: no `limit` shapes cover all layers.
     """
     search = _Search(fits, costs, weights, limit)
-    search.run()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small: where cores are busy, waiting for threads takes 20 times as long
+    try:
+        search.run()
+    finally:
+        torch.set_num_threads(threads)
     opened = search.table[search.best]
     if int(opened.amin(0).max()) == search.missing:
         raise ValueError(f"no {limit} of the {len(costs)} shapes cover all {fits.shape[1]} layers")
@@ -70,7 +75,7 @@ class _Search:
         self.limit = min(limit, len(costs))
         # The totals of two covers differ by a multiple of this, so a better one is better by this much.
         self.quantum = max(1, scale * math.gcd(*(cost - costs[0] for cost in costs)))
-        self.missing = 4 * int(self.costs.max())  # the cost of no shape at all
+        self.missing = int(self.costs.max()) * sum(weights) + 1  # no shape at all: dearer than any cover
         self.table = torch.where(fits, self.costs[:, None], self.missing)  # [shapes, layers]
         self.best, self.best_total = torch.tensor([0]), self._total(torch.tensor([0]))
 

@@ -1,5 +1,6 @@
 """What people read of a conversion: the table on the terminal, and the model card."""
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -9,7 +10,15 @@ from converter.plan import Plan
 
 def print_plan(plan: Plan) -> None:
     """Prints the sizes of every layer and the totals."""
-    table = Table(title=f"{plan.dense.family.architecture} pruned by {plan.info.method}", caption=_caption(plan))
+    title = f"{plan.dense.family.architecture} pruned by {plan.info.method}"
+    # So plain that even a 70B model's numbers fit into 80 columns.
+    table = Table(
+        title=title,
+        caption="sizes: kept + padding" if _is_padded(plan) else None,
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     header, rows = _layer_table(plan)
     for column in header:
         table.add_column(column, justify="right")
@@ -24,22 +33,23 @@ def _is_padded(plan: Plan) -> bool:
     return plan.pruned.num_parameters != plan.exact.num_parameters
 
 
-def _caption(plan: Plan) -> str:
-    return "kept + padding / dense; lost: bytes of padding" if _is_padded(plan) else "kept / dense"
-
-
 def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of layers; what padding costs only where there is any."""
     padded = _is_padded(plan)
-    header = ["layer", "query heads", "KV heads", "FFN channels"]
+    sizes = {
+        "query heads": "num_attention_heads",
+        "KV heads": "num_key_value_heads",
+        "FFN channels": "intermediate_size",
+    }
+    header = ["layer", *(f"{name} of {getattr(plan.dense.dense, size):,}" for name, size in sizes.items())]
     header += ["MB exact", "MB padded", "lost"] if padded else ["MB", "of dense"]
     rows = []
     for index, (exact, layer) in enumerate(zip(plan.exact.layers, plan.pruned.layers, strict=True)):
         row = [str(index)]
-        for size in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        for size in sizes.values():
             kept, written = getattr(exact, size), getattr(layer, size)
             padding = f"+{written - kept:,}" if written > kept else ""
-            row.append(f"{kept:,}{padding} / {getattr(plan.dense.dense, size):,}" if kept else "-")
+            row.append(f"{kept:,}{padding}" if kept else "-")
         dense_bytes, exact_bytes, written_bytes = (
             plan.checkpoint.bytes_of(geometry.layer_tensor_shapes(index))
             for geometry in (plan.dense, plan.exact, plan.pruned)
@@ -125,7 +135,6 @@ def model_card(plan: Plan) -> str:
             "",
             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
             "",
-            f"Sizes: {_caption(plan)}.",
-            "",
+            *(["Sizes are kept + padding; the padding is zeros.", ""] if _is_padded(plan) else []),
         ]
     )
