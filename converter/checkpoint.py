@@ -1,6 +1,8 @@
 """Reads a Hugging Face model directory lazily: names, shapes and dtypes from the headers, tensors one at a time."""
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,6 +87,10 @@ class Checkpoint:
         if outside:
             raise InputError(f"{index} names files outside of its directory; nothing was read:", sorted(outside))
         return weight_map
+
+    def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here."""
+        return sum(ELEMENT_BYTES[self.dtypes[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""

@@ -8,7 +8,9 @@ import argparse
 import re
 from pathlib import Path
 
-from pruned_vllm.command import check_output, run_command
+from pruned_vllm.command import check_output, positive_int, run_command
+
+DEFAULT_ALIGNMENT: int | str = 1  # of FFN widths; "auto" or a number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +31,30 @@ def main(argv: list[str] | None = None) -> int:
         "--base-model",
         metavar="DIR_OR_ID",
         help="dense model, in place of any weights in CHECKPOINT and of the one that pruning.json names",
+    )
+    parser.add_argument(
+        "--gqa-layout",
+        choices=("compact", "padded"),
+        default="compact",
+        help="for KV heads that keep different numbers of query heads. compact writes the heads that are left, and "
+        "needs the plugin; padded fills up every KV head of a layer to as many as its fullest one, with zeros, so that "
+        "anything that reads per_layer_config can load it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--align",
+        type=_alignment,
+        default=DEFAULT_ALIGNMENT,
+        metavar="N",
+        help="pad FFN widths with zero channels to multiples of N, which matrix multiplications run faster on: auto is "
+        "64 with a CUDA GPU here, else 32; 1 pads nothing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-distinct-shapes",
+        type=positive_int,
+        metavar="K",
+        help="pad layers until at most K different shapes are left, with the fewest bytes that can do it. Fewer shapes "
+        "mean fewer graphs to compile at start-up, more bytes to read at every step; --dry-run says how many "
+        "(default: no limit)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -52,14 +78,25 @@ def _convert(args: argparse.Namespace) -> None:
     from converter.convert import convert, is_converted
     from converter.plan import make_plan
     from converter.report import print_plan
+    from converter.shapes import auto_alignment
 
     if not args.dry_run:
         check_output(args.out, args.overwrite, is_converted)
-    plan = make_plan(args.checkpoint, args.base_model)
+    plan = make_plan(
+        args.checkpoint,
+        args.base_model,
+        gqa_layout=args.gqa_layout,
+        alignment=auto_alignment() if args.align == "auto" else args.align,
+        max_distinct_shapes=args.max_distinct_shapes,
+    )
     print_plan(plan)
     if not args.dry_run:
         convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
         print(f"Wrote {args.out}. Serve it: vllm serve {args.out}")
+
+
+def _alignment(text: str) -> int | str:
+    return text if text == "auto" else positive_int(text)
 
 
 def _size(text: str) -> int:

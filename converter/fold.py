@@ -5,6 +5,8 @@ Why the folds are exact, with m the mask, for every finite m:
   into its rows of W_V and b_V; where it serves several, only W_O's columns belong to one query head alone.
 - channel mask on the product, m_j (act(gate_j) * up_j): goes into row j of W_up and b_up (DDP, paper section 3.1).
 - channel mask on both projections before the activation, act(m_j gate_j) * (m_j up_j): goes into both rows.
+
+Padding is exact too: a padded KV head has zero values, a padded query head or channel zero columns in W_O or W_down.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 
 from converter.masks import LayerMasks
 from pruned_vllm.geometry import LayerGeometry
+from pruned_vllm.tensors import PAD, head_rows, take_or_zero
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Cut:
     """What happens to one tensor; None keeps all, or multiplies by nothing.
 
     Attributes:
-        rows, columns: indices that stay, ascending.
-        row_factors, column_factors: float32, one for each index that stays.
+        rows, columns: what the result consists of, as indices; PAD for zeros.
+        row_factors, column_factors: float32, one for each index.
     """
 
     rows: torch.Tensor | None = None
@@ -33,9 +36,9 @@ class Cut:
         """Cuts, multiplies in float32 (float64 for float64) and casts once to the dtype the tensor had."""
         result = tensor
         if self.rows is not None:
-            result = result.index_select(0, self.rows)
+            result = take_or_zero(result, 0, self.rows)
         if self.columns is not None:
-            result = result.index_select(1, self.columns)
+            result = take_or_zero(result, 1, self.columns)
         if self.row_factors is None and self.column_factors is None:
             return result.contiguous()
         result = result.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -46,46 +49,79 @@ class Cut:
         return result.to(tensor.dtype).contiguous()
 
 
+def kept_layer(dense: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
+    """The geometry that a layer's masks leave. `dense` is the layer before pruning, its query groups even."""
+    groups, width = dense.query_heads_per_kv_head, dense.intermediate_size
+    if masks.head is not None:
+        groups = tuple(len(heads) for heads in _kept_query_heads(dense, masks.head).values())
+    if masks.channel is not None:
+        width = int(masks.channel.count_nonzero())
+    return LayerGeometry(groups, width)
+
+
 def cut_layer(
-    dense: LayerGeometry, head_dim: int, masks: LayerMasks, channel_mask_site: str
-) -> tuple[LayerGeometry, dict[str, Cut]]:
-    """The geometry that a layer's masks leave, and the cut of each of its tensors.
+    dense: LayerGeometry, head_dim: int, masks: LayerMasks, channel_mask_site: str, target: LayerGeometry
+) -> dict[str, Cut]:
+    """The cut of each of a layer's tensors that makes it into `target`.
 
     Args:
         dense: the layer before pruning, its query groups even.
         channel_mask_site: "product" or "gate_and_up".
+        target: a shape that `kept_layer` fits into (see `converter.shapes.fits`); what it has more is padding.
 
     Returns:
-        the pruned layer; cuts by tensor name without the "model.layers.{i}." prefix. Tensors that are not named
-        (norms, down_proj.bias, o_proj.bias) stay as they are.
+        cuts by tensor name without the "model.layers.{i}." prefix. Tensors that are not named (norms, down_proj.bias,
+        o_proj.bias) stay as they are, those of a skipped sublayer vanish.
     """
     cuts: dict[str, Cut] = {}
-    groups, width = dense.query_heads_per_kv_head, dense.intermediate_size
 
     def linear(name: str, cut: Cut) -> None:
         cuts[f"{name}.weight"] = cut
         cuts[f"{name}.bias"] = Cut(rows=cut.rows, row_factors=cut.row_factors)
 
     if masks.head is not None:
-        kept = masks.head.view(len(groups), groups[0]) != 0
-        groups = tuple(int(count) for count in kept.sum(1) if count)
-        query_heads = kept.view(-1).nonzero().view(-1)
-        kv_heads = kept.any(1).nonzero().view(-1)
-        query_rows, kv_rows = _head_rows(query_heads, head_dim), _head_rows(kv_heads, head_dim)
-        factors = masks.head[query_heads].repeat_interleave(head_dim)
+        kv_heads, query_heads = _place_heads(_kept_query_heads(dense, masks.head), target)
+        query_rows, kv_rows = head_rows(query_heads, head_dim), head_rows(kv_heads, head_dim)
+        factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long)).repeat_interleave(head_dim)
         one_query_head = dense.num_attention_heads == dense.num_key_value_heads
         linear("self_attn.q_proj", Cut(rows=query_rows))
         linear("self_attn.k_proj", Cut(rows=kv_rows))
         linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if one_query_head else None))
         cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if one_query_head else factors)
     if masks.channel is not None:
-        channels = masks.channel.nonzero().view(-1)
-        factors, width = masks.channel[channels], len(channels)
+        kept = masks.channel.nonzero().view(-1)
+        channels = torch.cat((kept, torch.full((target.intermediate_size - len(kept),), PAD)))
+        factors = _factors(masks.channel, channels)
         linear("mlp.up_proj", Cut(rows=channels, row_factors=factors))
         linear("mlp.gate_proj", Cut(rows=channels, row_factors=factors if channel_mask_site == "gate_and_up" else None))
         cuts["mlp.down_proj.weight"] = Cut(columns=channels)
-    return LayerGeometry(groups, width), cuts
+    return cuts
 
 
-def _head_rows(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).view(-1)
+def _kept_query_heads(dense: LayerGeometry, head_mask: torch.Tensor) -> dict[int, list[int]]:
+    """The query heads that stay, by the KV head they read; a KV head without any is gone."""
+    kept: dict[int, list[int]] = {}
+    for head in head_mask.nonzero().view(-1).tolist():
+        kept.setdefault(head // dense.widest_group, []).append(head)
+    return kept
+
+
+def _place_heads(kept: dict[int, list[int]], target: LayerGeometry) -> tuple[list[int], list[int]]:
+    """Which KV head and which query heads go to each place of `target`, PAD where none is left."""
+    groups = target.query_heads_per_kv_head
+    places, kv_heads = range(len(groups)), list(kept)
+    if not target.has_even_groups:
+        # Uneven groups may come in another order than the masks left them in; sorting pairs equal sizes.
+        places = sorted(places, key=lambda place: groups[place])
+        kv_heads.sort(key=lambda kv_head: len(kept[kv_head]))
+    at = dict(zip(places, kv_heads, strict=False))  # more places than heads: padding
+    query_heads = []
+    for place, group in enumerate(groups):
+        heads = kept.get(at.get(place, PAD), [])
+        query_heads += heads + [PAD] * (group - len(heads))
+    return [at.get(place, PAD) for place in range(len(groups))], query_heads
+
+
+def _factors(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The mask at `index`; 1 for padding, whose zeros stay zeros."""
+    return torch.where(index == PAD, 1, mask[index.clamp(min=0)])

@@ -1,18 +1,18 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
-from converter.fold import Cut, cut_layer
+from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
+from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import IGNORED_SUFFIXES
 from pruned_vllm.geometry import LayerGeometry, ModelGeometry
@@ -45,7 +45,8 @@ class Plan:
         checkpoint: the dense weights.
         source: hub id of the dense model, where they came from the hub.
         info: pruning.json.
-        dense, pruned: geometries before and after.
+        dense, exact, pruned: geometries before, as the masks leave it, and as it is written: `exact` plus padding.
+        alignment: of the FFN widths.
         cuts: by full tensor name; a tensor that is not named is copied.
         adapter: what is merged before the cuts, if anything.
     """
@@ -55,16 +56,15 @@ class Plan:
     source: str | None
     info: PruningInfo
     dense: ModelGeometry
+    exact: ModelGeometry
     pruned: ModelGeometry
+    alignment: int
     cuts: dict[str, Cut]
     adapter: LoraAdapter | None
 
     def bytes_of(self, geometry: ModelGeometry) -> int:
         """Bytes of the tensors of `geometry` in the dtypes of the checkpoint."""
-        return sum(
-            ELEMENT_BYTES[self.checkpoint.dtypes[name]] * math.prod(shape)
-            for name, shape in geometry.tensor_shapes().items()
-        )
+        return self.checkpoint.bytes_of(geometry.tensor_shapes())
 
     def config(self) -> dict[str, Any]:
         """The converted config.json."""
@@ -75,7 +75,7 @@ class Plan:
                 "format_version": FORMAT_VERSION,
                 "method": self.info.method,
                 "source": self.source,
-                "alignment": 1,
+                "alignment": self.alignment,
                 "sizes": {
                     "parameters": [self.dense.num_parameters, self.pruned.num_parameters],
                     "num_key_value_heads": [self.dense.num_key_value_heads, self.pruned.num_key_value_heads],
@@ -84,11 +84,21 @@ class Plan:
         }
 
 
-def make_plan(directory: Path, base_model: str | None = None) -> Plan:
+def make_plan(
+    directory: Path,
+    base_model: str | None = None,
+    *,
+    gqa_layout: Literal["compact", "padded"] = "compact",
+    alignment: int = 1,
+    max_distinct_shapes: int | None = None,
+) -> Plan:
     """Reads the masked checkpoint in `directory` and checks all of it.
 
     Args:
         base_model: directory or hub id of the dense model; takes the place of any other weights.
+        gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
+        alignment: pads FFN widths to multiples of this, at most to the dense width.
+        max_distinct_shapes: pads layers until there are at most so many different ones, at the least possible bytes.
 
     Raises:
         InputError: with every problem of the first stage that has any (files, config, tensors and masks, geometry).
@@ -118,13 +128,31 @@ def make_plan(directory: Path, base_model: str | None = None) -> Plan:
     if problems:
         raise InputError(f"{directory} cannot be converted:", problems)
 
-    layers: list[LayerGeometry] = []
+    exact = [kept_layer(dense.dense, layer_masks) for layer_masks in masks]
+    layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
+    layers = [with_aligned_width(layer, alignment, dense.dense.intermediate_size) for layer in layers]
+    if max_distinct_shapes is not None:
+
+        def layer_bytes(layer: LayerGeometry) -> int:
+            return checkpoint.bytes_of(dense.with_layers((layer,)).layer_tensor_shapes(0))
+
+        layers = with_few_shapes(layers, layer_bytes, max_distinct_shapes)
     cuts: dict[str, Cut] = {}
-    for index, layer_masks in enumerate(masks):
-        layer, layer_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site)
-        layers.append(layer)
+    for index, (layer_masks, layer) in enumerate(zip(masks, layers, strict=True)):
+        layer_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site, layer)
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
-    return Plan(directory, checkpoint, source, info, dense, dense.with_layers(tuple(layers)), cuts, adapter)
+    return Plan(
+        directory=directory,
+        checkpoint=checkpoint,
+        source=source,
+        info=info,
+        dense=dense,
+        exact=dense.with_layers(tuple(exact)),
+        pruned=dense.with_layers(tuple(layers)),
+        alignment=alignment,
+        cuts=cuts,
+        adapter=adapter,
+    )
 
 
 def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) -> tuple[Path, str | None]:

@@ -1,28 +1,76 @@
 """What people read of a conversion: the table on the terminal, and the model card."""
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints the width of every layer and the totals."""
-    dense = plan.dense.dense
-    table = Table(title=f"{plan.dense.family.architecture} pruned by {plan.info.method}")
-    for column in ("layer", "query heads", "KV heads", "FFN channels", "parameters"):
+    """Prints the sizes of every layer and the totals."""
+    title = f"{plan.dense.family.architecture} pruned by {plan.info.method}"
+    # So plain that even a 70B model's numbers fit into 80 columns.
+    table = Table(
+        title=title,
+        caption="sizes: kept + padding" if _is_padded(plan) else None,
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    header, rows = _layer_table(plan)
+    for column in header:
         table.add_column(column, justify="right")
-    for index, layer in enumerate(plan.pruned.layers):
-        table.add_row(
-            str(index),
-            f"{layer.num_attention_heads} / {dense.num_attention_heads}",
-            f"{layer.num_key_value_heads} / {dense.num_key_value_heads}",
-            f"{layer.intermediate_size:,} / {dense.intermediate_size:,}",
-            f"{plan.pruned.layer_parameters(index) / plan.dense.layer_parameters(index):.1%}",
-        )
+    for row in rows:
+        table.add_row(*row)
     console = Console()
     console.print(table)
     console.print("\n".join(totals(plan)), highlight=False, soft_wrap=True)
+
+
+def _is_padded(plan: Plan) -> bool:
+    return plan.pruned.num_parameters != plan.exact.num_parameters
+
+
+def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of layers; what padding costs only where there is any."""
+    padded = _is_padded(plan)
+    sizes = {
+        "query heads": "num_attention_heads",
+        "KV heads": "num_key_value_heads",
+        "FFN channels": "intermediate_size",
+    }
+    header = ["layer", *(f"{name} of {getattr(plan.dense.dense, size):,}" for name, size in sizes.items())]
+    header += ["MB exact", "MB padded", "lost"] if padded else ["MB", "of dense"]
+    rows = []
+    for index, (exact, layer) in enumerate(zip(plan.exact.layers, plan.pruned.layers, strict=True)):
+        row = [str(index)]
+        for size in sizes.values():
+            kept, written = getattr(exact, size), getattr(layer, size)
+            padding = f"+{written - kept:,}" if written > kept else ""
+            row.append(f"{kept:,}{padding}" if kept else "-")
+        dense_bytes, exact_bytes, written_bytes = (
+            plan.checkpoint.bytes_of(geometry.layer_tensor_shapes(index))
+            for geometry in (plan.dense, plan.exact, plan.pruned)
+        )
+        row.append(_megabytes(exact_bytes))
+        if padded:
+            row += [_megabytes(written_bytes), _lost(exact_bytes, written_bytes)]
+        else:
+            row.append(f"{exact_bytes / dense_bytes:.1%}")
+        rows.append(row)
+    return header, rows
+
+
+def _megabytes(size: int) -> str:
+    """Three digits at least: layers of tiny models count too."""
+    return f"{size / 1e6:,.1f}" if size >= 1e7 else f"{size / 1e6:.3g}"
+
+
+def _lost(exact: int, padded: int) -> str:
+    """What padding adds. Nothing is never padded, so `exact` is not 0 where this is more than 0."""
+    return f"{padded / exact - 1:.1%}" if padded > exact else "-"
 
 
 def totals(plan: Plan) -> list[str]:
@@ -38,6 +86,7 @@ def totals(plan: Plan) -> list[str]:
         f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
+        *_shape_totals(plan),
         f"Architecture: {config['architectures'][0]}"
         + (" (served by the pruned-vllm plugin)." if "per_layer_config" in config else " (stock; needs no plugin)."),
     ]
@@ -48,6 +97,24 @@ def totals(plan: Plan) -> list[str]:
     return lines
 
 
+def _shape_totals(plan: Plan) -> list[str]:
+    """How many different layers there are, and what it cost to have no more."""
+    exact_shapes, shapes = len(set(plan.exact.layers)), len(set(plan.pruned.layers))
+    if not _is_padded(plan):
+        return [f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers."]
+    exact_bytes, written_bytes = plan.bytes_of(plan.exact), plan.bytes_of(plan.pruned)
+    element_bytes = ELEMENT_BYTES[plan.checkpoint.dtypes["model.layers.0.self_attn.k_proj.weight"]]
+    exact_cache, cache = (geometry.kv_cache_bytes_per_token(element_bytes) for geometry in (plan.exact, plan.pruned))
+    padding = f"Padding: {_megabytes(written_bytes - exact_bytes)} MB of zeros in the weights "
+    padding += f"({_lost(exact_bytes, written_bytes)} on top of {_megabytes(exact_bytes)} MB)"
+    if cache > exact_cache:
+        padding += f", {cache - exact_cache:,} bytes of KV cache per token on top of {exact_cache:,}"
+    return [
+        f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers ({exact_shapes} without padding).",
+        f"{padding}; the output is the same.",
+    ]
+
+
 def model_card(plan: Plan) -> str:
     """README.md of the converted checkpoint."""
     config = plan.config()
@@ -55,10 +122,7 @@ def model_card(plan: Plan) -> str:
     if plan.source:
         header.append(f"base_model: {plan.source}")
     plugin = "" if "per_layer_config" not in config else "    pip install pruned-vllm\n"
-    rows = "\n".join(
-        f"| {i} | {layer.num_attention_heads} | {layer.num_key_value_heads} | {layer.intermediate_size} |"
-        for i, layer in enumerate(plan.pruned.layers)
-    )
+    columns, rows = _layer_table(plan)
     return "\n".join(
         [
             *header,
@@ -74,9 +138,8 @@ def model_card(plan: Plan) -> str:
             "",
             f"{plugin}    vllm serve <this directory>",
             "",
-            "| layer | query heads | KV heads | FFN channels |",
-            "|---|---|---|---|",
-            rows,
+            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
             "",
+            *(["Sizes are kept + padding; the padding is zeros.", ""] if _is_padded(plan) else []),
         ]
     )

@@ -1,0 +1,120 @@
+"""The shapes that layers are written in: what the masks leave, padded with zeros where that was asked for.
+
+Padding keeps the output exact and costs bytes. It buys even query groups (which any reader of `per_layer_config`
+understands), FFN widths that suit the hardware, and few distinct layer shapes, which mean few compiled graphs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from converter.cover import cheapest_cover
+from pruned_vllm.errors import InputError
+from pruned_vllm.geometry import LayerGeometry
+
+
+def auto_alignment() -> int:
+    """The alignment of FFN widths that suits this machine."""
+    return 64 if torch.cuda.is_available() else 32
+
+
+def with_even_groups(layer: LayerGeometry) -> LayerGeometry:
+    """Every query group as wide as the layer's widest."""
+    return replace(layer, query_heads_per_kv_head=(layer.widest_group,) * layer.num_key_value_heads)
+
+
+def with_aligned_width(layer: LayerGeometry, alignment: int, dense_width: int) -> LayerGeometry:
+    """The FFN width rounded up to a multiple of `alignment`, but to no more than the dense width."""
+    width = -(-layer.intermediate_size // alignment) * alignment
+    return replace(layer, intermediate_size=min(width, dense_width))
+
+
+def fits(layer: LayerGeometry, shape: LayerGeometry) -> bool:
+    """Whether zero-padding and reordering KV heads can make `layer` into `shape`.
+
+    A sublayer that is gone stays gone. Uneven groups take no padding: only the same groups, in any order, fit.
+    """
+    if layer.skip != shape.skip or layer.intermediate_size > shape.intermediate_size:
+        return False
+    if shape.has_even_groups:
+        return layer.num_key_value_heads <= shape.num_key_value_heads and layer.widest_group <= shape.widest_group
+    return _sorted_groups(layer) == _sorted_groups(shape)
+
+
+def with_few_shapes(
+    layers: Sequence[LayerGeometry], cost: Callable[[LayerGeometry], int], limit: int
+) -> list[LayerGeometry]:
+    """Pads layers until at most `limit` distinct shapes are left, at the lowest possible total cost.
+
+    Args:
+        layers: what is to be written; every size is the smallest that is allowed.
+        cost: bytes of a layer; must grow with the number of KV heads, with that of query heads and with the width.
+
+    Returns:
+        the shape of each layer. No size exceeds the largest of `layers`.
+
+    Raises:
+        InputError: `limit` is less than the number of different sets of missing sublayers.
+    """
+    kinds = {tuple(layer.skip): None for layer in layers}
+    if limit < len(kinds):
+        named = ", ".join(f"no {' and no '.join(kind)}" if kind else "complete" for kind in kinds)
+        raise InputError(
+            f"{limit} distinct layer shapes are too few: the masks leave {len(kinds)} kinds of layers ({named}), and "
+            f"padding makes none into another; the smallest number that works is {len(kinds)}"
+        )
+    if len(set(layers)) <= limit:
+        return list(layers)
+    # The same groups in another order are the same shape: all get the order that comes first.
+    order = {_sorted_groups(layer): layer.query_heads_per_kv_head for layer in reversed(layers)}
+    ordered = [replace(layer, query_heads_per_kv_head=order[_sorted_groups(layer)]) for layer in layers]
+    distinct = list(dict.fromkeys(ordered))
+    candidates = _candidates(distinct)
+    choice = cheapest_cover(
+        torch.tensor([[layer in inside for layer in distinct] for inside in candidates.values()]),
+        [cost(shape) for shape in candidates],
+        [ordered.count(layer) for layer in distinct],
+        limit,
+    )
+    shapes = list(candidates)
+    chosen = {layer: shapes[index] for layer, index in zip(distinct, choice, strict=True)}
+    return [chosen[layer] for layer in ordered]
+
+
+def _candidates(layers: Sequence[LayerGeometry]) -> dict[LayerGeometry, set[LayerGeometry]]:
+    """Every shape that can be the cheapest for some set of layers, with the layers that fit into it.
+
+    `layers` are distinct, and have the same groups in the same order.
+    Those are the joins: in each size as large as the largest of the layers inside, and no larger.
+    """
+    found: dict[LayerGeometry, set[LayerGeometry]] = {}
+
+    def add(groups: tuple[int, ...], inside: list[LayerGeometry]) -> None:
+        """Shapes of these groups, in every width that one of the layers has."""
+        for width in {layer.intermediate_size for layer in inside}:
+            shape = LayerGeometry(groups, width)
+            narrow = {layer for layer in inside if layer.intermediate_size <= width}
+            if not shape.has_even_groups or _join(narrow) == shape:
+                found[shape] = narrow
+
+    for kind in dict.fromkeys(tuple(layer.skip) for layer in layers):
+        alike = [layer for layer in layers if tuple(layer.skip) == kind]
+        for num_key_value_heads in {layer.num_key_value_heads for layer in alike}:
+            for group in {layer.widest_group for layer in alike}:
+                even = LayerGeometry((group,) * num_key_value_heads, max(layer.intermediate_size for layer in alike))
+                add(even.query_heads_per_kv_head, [layer for layer in alike if fits(layer, even)])
+        for groups in dict.fromkeys(layer.query_heads_per_kv_head for layer in alike if not layer.has_even_groups):
+            add(groups, [layer for layer in alike if layer.query_heads_per_kv_head == groups])
+    return found
+
+
+def _join(layers: set[LayerGeometry]) -> LayerGeometry:
+    """The smallest shape with even groups that all layers fit into."""
+    group = max((layer.widest_group for layer in layers), default=0)
+    num_key_value_heads = max((layer.num_key_value_heads for layer in layers), default=0)
+    return LayerGeometry((group,) * num_key_value_heads, max((layer.intermediate_size for layer in layers), default=0))
+
+
+def _sorted_groups(layer: LayerGeometry) -> tuple[int, ...]:
+    return tuple(sorted(layer.query_heads_per_kv_head, reverse=True))
