@@ -155,9 +155,7 @@ GEOMETRIES = {
     "qwen2 uniform heads": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (40,) * 3, "qwen2", 2),
     "qwen2 nothing pruned": Geometry(((2, 2, 2),) * 3, (100,) * 3, "qwen2", 2),
     "qwen2 uniform widths, heads wider than hidden": Geometry(((2, 2, 2),) * 3, (40,) * 3, "qwen2", 2),
-    "qwen2 uniform widths": Geometry(
-        ((2, 2, 2),) * 3, (40,) * 3, "qwen2", 2, config={"hidden_size": 192}, stock=True
-    ),
+    "qwen2 uniform widths": Geometry(((2, 2, 2),) * 3, (40,) * 3, "qwen2", 2, config={"hidden_size": 192}, stock=True),
     "qwen3 gqa": Geometry(GQA, ODD, "qwen3", 2),
     "qwen3 mha": Geometry(MHA, ODD, "qwen3", negative=True),
     "qwen3 gqa, 2 of 4 query heads": Geometry(((2, 0, 2), (0, 2, 0), (2, 2, 2)), ODD, "qwen3", 4),
