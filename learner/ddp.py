@@ -30,7 +30,6 @@ Z_MINIMUM = -0.1
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equation (12)
 SLOPE = math.log(11)  # C0: makes s(0) = 0, s(mu) = 0.5, s(2 mu) = 1
 TOLERANCE = 0.01  # of all units of a kind; beyond it the largest masks decide which stay
-LAST_UNIT = 1e-6  # value of a layer's last unit where the layer would lose all
 
 
 def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
@@ -168,22 +167,14 @@ def _warmup_cosine(step: int, settings: DDPSettings) -> float:
 
 def _harden(kind: str, z: torch.Tensor, wanted: int) -> torch.Tensor:
     """m = ReLU(z) [layers, units]; where it leaves more than `wanted` units and the tolerance, only the largest masks
-    stay.
-
-    The best unit of a layer always stays, at a value that adds nothing where the layer would lose everything: this
-    release cannot serve layers without attention or MLP (the authors' export keeps one unit too).
+    stay. A layer may lose all of its units.
     """
     m = z.clamp(min=0)
-    best = z.argmax(1, keepdim=True)
-    for layer in (m.sum(1) == 0).nonzero().flatten().tolist():
-        tqdm.write(f"ddp: layer {layer} needs no {kind} unit; its best one stays with a mask of {LAST_UNIT}.")
-        m[layer, best[layer]] = LAST_UNIT
     kept, tolerance = int((m > 0).sum()), TOLERANCE * m.numel()
     message = f"ddp: {kept} of {m.numel()} {kind} units are left, {wanted} were asked for"
     if kept > wanted + tolerance:
         tqdm.write(f"{message}; the {kept - wanted} smallest masks were set to 0.")
-        rank = m.scatter(1, best, torch.inf)
-        m = torch.where(rank < rank.flatten().topk(wanted).values.min(), 0, m)
+        m = torch.where(m < m.flatten().topk(wanted).values.min(), 0, m)
     elif kept < wanted - tolerance:  # a removed unit contributes nothing, so bringing it back would not help
         tqdm.write(f"{message}; train for more --steps or raise --lambda2-learning-rate.")
     return m

@@ -38,8 +38,8 @@ class Units:
         return self.num_layers * self.widths[kind]
 
     def kept(self, kind: str, sparsity: float) -> int:
-        """Units that stay at this sparsity: at least one in each layer."""
-        return max(self.num_layers, round(self.count(kind) * (1 - sparsity)))
+        """Units that stay at this sparsity: at least one."""
+        return max(1, round(self.count(kind) * (1 - sparsity)))
 
     def to_masks(self, values: Values) -> dict[str, torch.Tensor]:
         """Values of all units as the masks of a mask file; differentiable."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from learner import baselines, cli
 from learner.data import BlockSampler
-from learner.ddp import LAST_UNIT, _harden, annealed_mu, gate, learn_ddp, penalty, retention
+from learner.ddp import _harden, annealed_mu, gate, learn_ddp, penalty, retention
 from learner.masking import apply_masks
 from learner.settings import DDPSettings
 from learner.units import Units
@@ -118,16 +118,16 @@ def test_a_unit_is_a_kv_head_with_its_query_heads():
     assert torch.equal(masks["model.layers.2.mlp.channel_mask"], values["channel"][2])
 
 
-def test_last_unit_of_a_layer_stays():
+def test_a_layer_may_lose_all_of_its_units():
     z = torch.tensor([[-0.1, -0.05, -0.1, -0.1], [1.0, 2.0, 3.0, 4.0]])
-    assert _harden("head", z, wanted=4).tolist() == [[0, pytest.approx(LAST_UNIT), 0, 0], [0, 2, 3, 4]]
+    assert _harden("head", z, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
 
 
 def test_too_many_units_leave_the_largest(capsys):
     z = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
-    m = _harden("channel", z, wanted=4)
-    assert m.tolist() == [[0, 0, 0, pytest.approx(0.4)], [0, 2, 3, 4]]
-    assert "8 of 8 channel units are left, 4 were asked for" in capsys.readouterr().out
+    m = _harden("channel", z, wanted=3)
+    assert m.tolist() == [[0, 0, 0, 0], [0, 2, 3, 4]]
+    assert "8 of 8 channel units are left, 3 were asked for" in capsys.readouterr().out
 
 
 def test_magnitude_keeps_the_heaviest_units():

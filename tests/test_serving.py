@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 from serving import GEOMETRIES, assert_serves_the_masked_model, engine
 from tiny import converted
 
+from pruned_vllm.models.base import PrunedForCausalLM
+
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_served_model_is_the_masked_model(tmp_path, geometry):
@@ -47,24 +49,55 @@ def rewrite(directory, change) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_checkpoint_that_does_not_fit_is_refused_with_every_mismatch(tmp_path):
-    """Stock vLLM truncates a tensor that is too large and leaves what is missing uninitialised."""
-    model, masks = GEOMETRIES["llama ragged"].model_and_masks()
+@pytest.mark.parametrize("name", ["llama uneven groups, biases", "qwen3 biases, skips"])
+def test_every_tensor_that_does_not_fit_is_named(tmp_path, name):
+    """Stock vLLM truncates a tensor that is too large and leaves what is missing uninitialised.
+
+    Every dimension of every tensor is off by one here, one tensor is missing and one is too many.
+    """
+    model, masks = GEOMETRIES[name].model_and_masks()
     directory = converted(tmp_path, model, masks)
+    expected = {}
 
     def change(tensors):
-        tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(52, 96)
-        tensors["model.layers.1.self_attn.q_proj.weight"] = torch.ones(64, 96)
+        lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
+        expected["model.layers.1.mlp.up_proj.weight"] = f"{list(lost.shape)}: missing"
+        for number, (key, tensor) in enumerate(sorted(tensors.items())):
+            shape = list(tensor.shape)
+            shape[number % len(shape)] += 1 if number % 3 else -1
+            tensors[key] = torch.ones(shape)
+            expected[key] = f"the file has {shape}, config.json says {list(tensor.shape)}"
         tensors["model.layers.2.mlp.extra.weight"] = torch.ones(3)
-        del tensors["model.layers.2.self_attn.k_proj.weight"]
+        expected["model.layers.2.mlp.extra.weight"] = "not a tensor of this model"
 
     rewrite(directory, change)
-    with pytest.raises(ValueError, match="does not fit its config.json in 4 tensors") as error, engine(directory):
-        pass
-    for line in (
-        "model.layers.0.mlp.up_proj.weight: the file has [52, 96], config.json says [51, 96]",
-        "model.layers.1.self_attn.q_proj.weight: the file has [64, 96], config.json says [32, 96]",
-        "model.layers.2.mlp.extra.weight [3]: not a tensor of this model",
-        "model.layers.2.self_attn.k_proj.weight [192, 96]: missing",
+    with (
+        pytest.raises(ValueError, match=f"does not fit its config.json in {len(expected)} ") as error,
+        engine(directory),
     ):
-        assert line in str(error.value)
+        pass
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == len(expected)
+    for key, message in expected.items():
+        assert any(key in line and message in line for line in lines), f"{key}: {message} is not reported"
+
+
+@pytest.mark.parametrize("name", ["llama uneven groups, biases", "llama biases survive everywhere", "qwen3 skips"])
+def test_nothing_stays_uninitialised(tmp_path, monkeypatch, name):
+    """Every weight is loaded into memory that is full of NaN."""
+    model, masks = GEOMETRIES[name].model_and_masks()
+    directory = converted(tmp_path, model, masks)
+    built = []
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    original = PrunedForCausalLM.__init__
+
+    def build_in_poisoned_memory(self, **kwargs):
+        torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+        original(self, **kwargs)
+        torch.use_deterministic_algorithms(False)
+        built.append({name for name, parameter in self.named_parameters() if parameter.isnan().all()})
+
+    monkeypatch.setattr(PrunedForCausalLM, "__init__", build_in_poisoned_memory)
+    assert_serves_the_masked_model(directory, model, masks, GEOMETRIES[name].site)
+    (poisoned,) = built
+    assert any("qkv_proj" in name for name in poisoned) and any("gate_up_proj" in name for name in poisoned)

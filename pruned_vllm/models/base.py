@@ -35,18 +35,14 @@ class PrunedForCausalLM(LlamaForCausalLM):
         _check_version()
         config = vllm_config.model_config.hf_config
         geometry = ModelGeometry.from_config(config.to_dict())
-        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
-        changes = layout_changes(geometry, tensor_parallel_size)
-        # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
-        # after dummy loading the first call is a weight update, which may bring any subset.
-        quantized = getattr(config, "quantization_config", None) is not None
-        if changes:
-            _check_can_be_laid_out(tensor_parallel_size, quantized, vllm_config.lora_config is not None)
         super().__init__(
             vllm_config=vllm_config, prefix=prefix, layer_type=partial(self.decoder_layer_type, geometry=geometry)
         )
         self._geometry = geometry
-        self._layout_changes = changes
+        self._layout_changes = layout_changes(geometry, vllm_config.parallel_config.tensor_parallel_size)
+        # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
+        # after dummy loading the first call is a weight update, which may bring any subset.
+        quantized = getattr(config, "quantization_config", None) is not None
         self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
         logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
 
@@ -101,18 +97,6 @@ def _check_version() -> None:
         logger.warning_once(
             f"pruned-vllm was tested with vLLM {TESTED_VLLM}x, this is {vllm.__version__}; compare its output with the "
             "masked model's before you rely on it"
-        )
-
-
-def _check_can_be_laid_out(tensor_parallel_size: int, quantized: bool, has_lora: bool) -> None:
-    """Only plain weights can be brought into a new order and padded while they are loaded."""
-    reasons = ["the checkpoint is quantized on disk"] * quantized + [
-        "LoRA adapters have the unpadded shapes"
-    ] * has_lora
-    if reasons:
-        raise InputError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide the heads and channels of every layer, so "
-            f"they are padded while the weights are loaded, but {' and '.join(reasons)}; use --tensor-parallel-size 1"
         )
 
 

@@ -21,18 +21,36 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
         vLLM wants a head count that tensor parallelism divides, takes the largest layer's for it, and sizes some
         buffers by it; what runs is the padded layout.
+
+        Raises:
+            InputError: tensor parallelism that this model or this configuration cannot have.
         """
         geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        most_heads = max(layer.num_attention_heads for layer in geometry.layers)
-        if ranks > max(1, most_heads):
-            raise InputError(
-                f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: some "
-                f"ranks would hold zeros alone; use at most {max(1, most_heads)}"
-            )
-        if not most_heads:  # without any KV cache vLLM's prefix caching finds nothing to manage, and fails
+        _check_tensor_parallelism(vllm_config, geometry, ranks)
+        if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
         layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
         sizes = vllm_config.model_config.model_arch_config
         sizes.total_num_attention_heads = ranks * max(1, *(layout.op_heads for layout in layouts))
         sizes.total_num_kv_heads = ranks * max(1, *(layout.kv_heads for layout in layouts))
+
+
+def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry, ranks: int) -> None:
+    from pruned_vllm.models.loading import layout_changes
+
+    most_heads = max(layer.num_attention_heads for layer in geometry.layers)
+    if ranks > most_heads > 0:
+        raise InputError(
+            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: some "
+            f"ranks would hold zeros alone; use at most {most_heads}"
+        )
+    # Only plain weights can be brought into a new order and padded while they are loaded.
+    quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
+    reasons = ["the checkpoint is quantized on disk"] * quantized
+    reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
+    if reasons and layout_changes(geometry, ranks):
+        raise InputError(
+            f"--tensor-parallel-size {ranks} does not divide the heads and channels of every layer, so they are padded "
+            f"while the weights are loaded, but {' and '.join(reasons)}; use --tensor-parallel-size 1"
+        )
