@@ -27,8 +27,13 @@ KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; smaller on GPUs
 
 
 @contextmanager
-def running_engines(models: Sequence[str], engine_options: dict) -> Iterator[list]:
-    """Starts one `vllm.LLM` per model directory and shuts all of them down at the end, also after Ctrl-C."""
+def running_engines(
+    models: Sequence[str], engine_options: dict, start_seconds: list[float] | None = None
+) -> Iterator[list]:
+    """Starts one `vllm.LLM` per model directory and shuts all of them down at the end, also after Ctrl-C.
+
+    `start_seconds` gets how long each took to start.
+    """
     # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
@@ -39,7 +44,10 @@ def running_engines(models: Sequence[str], engine_options: dict) -> Iterator[lis
     with ExitStack() as stack:
         engines = []
         for model in tqdm(models, desc="starting engines", unit="engine"):
+            started = time.monotonic()
             engine = LLM(model=model, **engine_options)
+            if start_seconds is not None:
+                start_seconds.append(time.monotonic() - started)
             stack.callback(engine.llm_engine.engine_core.shutdown, timeout=SHUTDOWN_SECONDS)
             engines.append(engine)
         yield engines

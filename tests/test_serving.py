@@ -1,5 +1,6 @@
 """The oracle: a converted model served by vLLM computes what the masked dense model computes."""
 
+import functools
 import json
 
 import pytest
@@ -85,12 +86,14 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path, name):
 @pytest.mark.parametrize("name", ["llama uneven groups, biases", "llama biases survive everywhere", "qwen3 skips"])
 def test_nothing_stays_uninitialised(tmp_path, monkeypatch, name):
     """Every weight is loaded into memory that is full of NaN."""
-    model, masks = GEOMETRIES[name].model_and_masks()
-    directory = converted(tmp_path, model, masks)
+    geometry = GEOMETRIES[name]
+    model, masks = geometry.model_and_masks()
+    directory = converted(tmp_path, model, masks, geometry.site)
     built = []
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     original = PrunedForCausalLM.__init__
 
+    @functools.wraps(original)  # vLLM looks at the arguments
     def build_in_poisoned_memory(self, **kwargs):
         torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
         original(self, **kwargs)
@@ -98,6 +101,6 @@ def test_nothing_stays_uninitialised(tmp_path, monkeypatch, name):
         built.append({name for name, parameter in self.named_parameters() if parameter.isnan().all()})
 
     monkeypatch.setattr(PrunedForCausalLM, "__init__", build_in_poisoned_memory)
-    assert_serves_the_masked_model(directory, model, masks, GEOMETRIES[name].site)
+    assert_serves_the_masked_model(directory, model, masks, geometry.site)
     (poisoned,) = built
     assert any("qkv_proj" in name for name in poisoned) and any("gate_up_proj" in name for name in poisoned)
