@@ -2,13 +2,14 @@
 # make demo    learn masks, convert, serve, compare: everything once, on a model trained on the spot
 # make test    all tests
 # make lint    formatting and static checks
+# make lm-eval lm-evaluation-harness on a pruned model, through Transformers and through vLLM; installs it first
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +32,10 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lm-eval: setup
+	$(PIP) install --quiet --no-deps -r requirements/lm-eval.txt
+	$(BIN)/python -m pytest -q tests/test_lm_eval.py
 
 clean:
 	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache

@@ -6,9 +6,10 @@
 
 The model has the shape of Qwen2.5-0.5B (24 layers, 14 query heads on 2 KV heads) with random weights; each layer keeps
 a share of its heads and channels that is drawn at random, one half on average, so that query groups are uneven and
-widths odd. All variants live at the same time and take turns; every speed is the median of ratios to the first one in
-the same round. The ideal ratio counts the bytes that a decode step reads. With --compile, start-up is timed without
-any compile cache.
+widths odd. All variants live at the same time and take turns; every speed is the median of ratios to the first one,
+run by run. Two engines of the same model differ by up to 5 %, and keep doing so for as long as they live (each got
+other memory); so --rounds starts all of them anew, in the opposite order. The ideal ratio counts the bytes that a
+decode step reads. With --compile, start-up is timed without any compile cache.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def variants(what: str, dense: ModelGeometry) -> dict[str, ModelGeometry]:
         even = [with_even_groups(layer) for layer in exact]
         found = {"--gqa-layout padded": aligned(even, 32), "--gqa-layout compact": aligned(exact, 32)}
     elif what == "align":
-        found = {f"--align {multiple}": aligned(exact, multiple) for multiple in (1, 8, 16, 32, 64)}
+        found = {f"--align {multiple}": aligned(exact, multiple) for multiple in (1, 32, 64)}
     else:
         layers = aligned(exact, 32)
         found = {"unlimited": layers}
@@ -85,58 +86,72 @@ def variants(what: str, dense: ModelGeometry) -> dict[str, ModelGeometry]:
     return {name: dense.with_layers(tuple(layers)) for name, layers in found.items()}
 
 
-def compare(what: str, repeats: int, compile: bool) -> dict:
+def compare(what: str, rounds: int, repeats: int, compile: bool) -> dict:
     """Times all variants; returns what layouts.json holds, less the command."""
     dense = ModelGeometry.from_config(CONFIG)
     geometries = variants(what, dense)
     if compile:
         os.environ |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     options = engine_options(dense, CASES, load_format="dummy", dtype="bfloat16", max_model_len=128, compile=compile)
-    start_seconds: list[float] = []
-    with tempfile.TemporaryDirectory() as directory:
-        models = []
-        for number, geometry in enumerate(geometries.values()):
-            models.append(f"{directory}/{number}")
-            Path(models[-1]).mkdir()
-            # Never the stock class, which a single shape would get: what is compared is shapes, not classes.
-            config = geometry.to_config(CONFIG)
-            config["architectures"] = [geometry.family.pruned_architecture]
-            write_json(Path(models[-1]) / "config.json", config)
-        with running_engines(models, options, start_seconds) as engines:
-            samples = measure(engines, CASES, dense.vocab_size, repeats)
-    reference = next(iter(geometries.values()))
+    samples = {name: {case: [] for case in CASES} for name in geometries}
+    start_seconds: dict[str, list[float]] = {name: [] for name in geometries}
+    for number in range(rounds):
+        order = list(geometries)[:: -1 if number % 2 else 1]
+        _measure_round({name: geometries[name] for name in order}, options, repeats, samples, start_seconds)
+    first, reference = next(iter(geometries.items()))
     return {
         "what": what,
-        "settings": {"repeats": repeats, "compile": compile, "dtype": "bfloat16"},
+        "settings": {"rounds": rounds, "repeats": repeats, "compile": compile, "dtype": "bfloat16"},
         "variants": [
             {
                 "name": name,
                 "parameters": geometry.num_parameters,
                 "distinct_layer_shapes": len(set(geometry.layers)),
-                "start_seconds": start_seconds[number],
-                "cases": [_case_record(case, samples[case], number, geometry, reference) for case in CASES],
+                "start_seconds": start_seconds[name],
+                "cases": [
+                    _case_record(case, samples[first][case], samples[name][case], geometry, reference) for case in CASES
+                ],
             }
-            for number, (name, geometry) in enumerate(geometries.items())
+            for name, geometry in geometries.items()
         ],
         "versions": describe_versions(),
         "hardware": describe_hardware(),
     }
 
 
+def _measure_round(geometries: dict[str, ModelGeometry], options: dict, repeats: int, samples, start_seconds) -> None:
+    """Starts an engine for each geometry, in this order, and adds what it measures to `samples` and `start_seconds`."""
+    started: list[float] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for name, geometry in geometries.items():
+            model = Path(directory, name)
+            model.mkdir()
+            # Never the stock class, which a single shape may get: what is compared is shapes, not classes.
+            config = geometry.to_config(CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
+            write_json(model / "config.json", config)
+        models = [str(Path(directory, name)) for name in geometries]
+        with running_engines(models, options, started) as engines:
+            seconds = measure(engines, CASES, ModelGeometry.from_config(CONFIG).vocab_size, repeats)
+    for number, name in enumerate(geometries):
+        start_seconds[name].append(started[number])
+        for case in CASES:
+            samples[name][case] += seconds[case][number]
+
+
 def _case_record(
-    case: Case, samples: list[list[float]], number: int, geometry: ModelGeometry, reference: ModelGeometry
+    case: Case, reference_s: list[float], samples_s: list[float], geometry: ModelGeometry, reference: ModelGeometry
 ) -> dict:
-    ratios = [first / this for first, this in zip(samples[0], samples[number], strict=True)]
+    ratios = [before / after for before, after in zip(reference_s, samples_s, strict=True)]
     q1, _, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     ideal = decode_step_bytes(reference, case, ELEMENT_BYTES) / decode_step_bytes(geometry, case, ELEMENT_BYTES)
     return {
         "case": case.name,
-        "tokens_per_s": case.num_timed_tokens / median(samples[number]),
+        "tokens_per_s": case.num_timed_tokens / median(samples_s),
         "speed": median(ratios),
         "speed_q1": q1,
         "speed_q3": q3,
         "ideal_speed": ideal,
-        "samples_s": samples[number],
+        "samples_s": samples_s,
     }
 
 
@@ -146,25 +161,24 @@ def _print(results: dict) -> None:
 
     table = Table(title=f"speed against {results['variants'][0]['name']}")
     table.add_column("written with", no_wrap=True)
-    for header in ("shapes", "parameters", "start s", *(f"{case.name} (quartiles), ideal" for case in CASES)):
-        table.add_column(header, justify="right")
+    for header in ("shapes", "parameters", "start s", "case", "tok/s", "speed", "quartiles", "ideal"):
+        table.add_column(header, justify="right", no_wrap=True)
     for variant in results["variants"]:
-        table.add_row(
+        about = [
             variant["name"],
             str(variant["distinct_layer_shapes"]),
             f"{variant['parameters'] / 1e6:.0f}M",
-            f"{variant['start_seconds']:.0f}",
-            *(
-                f"{c['tokens_per_s']:.1f} tok/s {c['speed']:.2f}x ({c['speed_q1']:.2f} to {c['speed_q3']:.2f}), "
-                f"{c['ideal_speed']:.2f}x"
-                for c in variant["cases"]
-            ),
-        )
-    Console().print(table)
+            " ".join(f"{seconds:.0f}" for seconds in variant["start_seconds"]),
+        ]
+        for case in variant["cases"]:
+            numbers = f"{case['speed']:.3f}x", f"{case['speed_q1']:.3f}-{case['speed_q3']:.3f}"
+            table.add_row(*about, case["case"], f"{case['tokens_per_s']:.1f}", *numbers, f"{case['ideal_speed']:.3f}x")
+            about = [""] * 4
+    Console(width=120).print(table)
 
 
 def _run(args: argparse.Namespace) -> None:
-    results = compare(args.what, args.repeats, args.compile)
+    results = compare(args.what, args.rounds, args.repeats, args.compile)
     results["command"] = shlex.join(["python", "-m", "bench.layouts", *sys.argv[1:]])
     _print(results)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -179,7 +193,8 @@ def main() -> int:
     )
     add = parser.add_argument
     add("what", choices=("gqa", "align", "shapes"))
-    add("--repeats", type=positive_int, default=7, help="rounds after one warm-up; default: 7")
+    add("--rounds", type=positive_int, default=2, help="times that all engines are started; default: 2")
+    add("--repeats", type=positive_int, default=3, help="runs of each in a round, after one warm-up; default: 3")
     add("--compile", action="store_true", help="let vLLM compile; default: eager")
     add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")
     args = parser.parse_args()

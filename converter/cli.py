@@ -10,8 +10,6 @@ from pathlib import Path
 
 from pruned_vllm.command import check_output, positive_int, run_command
 
-DEFAULT_ALIGNMENT: int | str = 1  # of FFN widths; "auto" or a number
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -37,22 +35,23 @@ def main(argv: list[str] | None = None) -> int:
         choices=("compact", "padded"),
         default="compact",
         help="for KV heads that keep different numbers of query heads. compact writes the heads that are left, and "
-        "needs the plugin; padded fills up every KV head of a layer to as many as its fullest one, with zeros, so that "
-        "anything that reads per_layer_config can load it (default: %(default)s)",
+        "needs the plugin; padded fills up every KV head of a layer to as many as its fullest one, with zeros, for "
+        "software that knows per_layer_config but no uneven groups (default: %(default)s)",
     )
     parser.add_argument(
         "--align",
         type=_alignment,
-        default=DEFAULT_ALIGNMENT,
+        default="auto",
         metavar="N",
         help="pad FFN widths with zero channels to multiples of N, which matrix multiplications run faster on: auto is "
-        "64 with a CUDA GPU here, else 32; 1 pads nothing (default: %(default)s)",
+        "64 with a CUDA GPU here, else 32; 1 pads nothing (default: %(default)s; measured on CPU: 1 to 3 %% faster)",
     )
     parser.add_argument(
         "--max-distinct-shapes",
         type=positive_int,
         metavar="K",
-        help="pad layers until at most K different shapes are left, with the fewest bytes that can do it. Fewer shapes "
+        help="pad layers until at most K different shapes are left, at the fewest bytes that can do it; "
+        "layers that come to share a shape get even query groups. Fewer shapes "
         "mean fewer graphs to compile at start-up, more bytes to read at every step; --dry-run says how many "
         "(default: no limit)",
     )

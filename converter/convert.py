@@ -14,9 +14,9 @@ from pruned_vllm.files import read_json, write_json
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether `directory` holds a model that `convert` wrote."""
+    """Whether `directory` holds a model that `convert` wrote: a fine-tuned one saved later has no model card."""
     config = directory / "config.json"
-    return config.is_file() and "pruning" in read_json(config)
+    return config.is_file() and "pruning" in read_json(config) and (directory / "README.md").is_file()
 
 
 def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:

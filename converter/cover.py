@@ -157,4 +157,4 @@ class _Search:
             if length == 0 or step < SMALLEST_STEP:
                 break
             prices = (prices + (step * (self.best_total - bound) / length * subgradient).round().long()).clamp(min=0)
-        return _Node(opened, free, best_prices)
+        return _Node(opened, free, best_prices) if len(free) else None

@@ -61,7 +61,7 @@ class PruningInfo:
                 f"one of {CHANNEL_MASK_SITES}",
             ),
             base_model=expect("base_model", isinstance(content.get("base_model"), str | None), "a string or null"),
-            # A checkpoint from elsewhere must not make this command read other directories.
+            # A checkpoint from elsewhere must not make this command merge what is elsewhere.
             lora_adapter=expect(
                 "lora_adapter",
                 content.get("lora_adapter") is None or is_inside(content["lora_adapter"]),

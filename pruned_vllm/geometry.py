@@ -86,7 +86,11 @@ class LayerGeometry:
                     "uneven groups need query_heads_per_kv_head"
                 )
             groups = (heads // kv_heads,) * kv_heads
-        elif len(groups) != kv_heads or sum(groups) != heads or min(groups, default=0) < 1:
+        elif (
+            not all(type(group) is int and group > 0 for group in groups)
+            or len(groups) != kv_heads
+            or sum(groups) != heads
+        ):
             raise ValueError(
                 f"query_heads_per_kv_head {list(groups)} must be {kv_heads} positive numbers "
                 f"(num_key_value_heads) that add up to {heads} (num_attention_heads)"

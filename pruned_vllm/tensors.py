@@ -9,15 +9,16 @@ from pruned_vllm.geometry import PAD
 
 def take_or_zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """`tensor.index_select(dim, index)`, with zeros where the index is PAD."""
+    index = index.to(tensor.device)
     padded = index == PAD
     result = tensor.index_select(dim, index.clamp(min=0))
     if padded.any():
-        result.index_fill_(dim, padded.nonzero().view(-1).to(result.device), 0)
+        result.index_fill_(dim, padded.nonzero().view(-1), 0)
     return result
 
 
 def head_rows(heads: Sequence[int] | torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows [len(heads) * head_dim] of a projection that belong to these heads; PAD for all rows of a head PAD."""
-    index = torch.as_tensor(heads, dtype=torch.long)[:, None]
-    rows = index * head_dim + torch.arange(head_dim)
+    """Rows [len(heads) * head_dim] of a projection that belong to these heads; PAD for all rows of a head PAD; on the CPU."""
+    index = torch.as_tensor(heads, dtype=torch.long, device="cpu")[:, None]
+    rows = index * head_dim + torch.arange(head_dim, device="cpu")
     return torch.where(index == PAD, PAD, rows).view(-1)

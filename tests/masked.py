@@ -29,8 +29,8 @@ def ragged_checkpoint(directory: Path) -> Path:
 
 
 def convert_pruned(*args) -> int:
-    """Runs the command; returns its exit code."""
-    return cli.main([str(arg) for arg in args])
+    """Runs the command, exact widths unless the arguments say otherwise; returns its exit code."""
+    return cli.main(["--align", "1", *map(str, args)])
 
 
 def edit_json(path: Path, **changes) -> None:

@@ -115,6 +115,10 @@ def test_uniform_layers_get_the_stock_architecture(model_type, heads, architectu
             {"per_layer_config": {"0": {"query_heads_per_kv_head": [3, 4], "num_key_value_heads": 2}}},
             r"query_heads_per_kv_head \[3, 4\] must be 2 positive numbers .* add up to 6",
         ),
+        (
+            {"per_layer_config": {"0": {"query_heads_per_kv_head": [2.5, 3.5], "num_key_value_heads": 2}}},
+            r"query_heads_per_kv_head \[2.5, 3.5\] must be 2 positive numbers",
+        ),
     ],
 )
 def test_bad_configs_are_refused(changes, message):

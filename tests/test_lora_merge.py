@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from masked import convert_pruned, edit_json
 from safetensors.torch import load_file, save_file
 from tiny import masks_for, tiny_model, write_masked
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from converter import cli
 from learner.masking import apply_masks
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "megatron_core": "megatron.core"}
@@ -40,10 +40,6 @@ def ckpt(tmp_path) -> Path:
     write_masked(tmp_path / "ckpt", model, UNIFORM, "gate_and_up", lora_adapter="adapter")
     write_adapter(tmp_path / "ckpt", model, MODULES)
     return tmp_path / "ckpt"
-
-
-def run(*args) -> int:
-    return cli.main([str(arg) for arg in args])
 
 
 def write_adapter(
@@ -108,7 +104,7 @@ def test_scales(tmp_path, config, ranks, q_scale, up_scale, dtypes):
         tmp_path / "ckpt", model, {"model.layers.1.mlp.channel_mask": mask}, lora_adapter="adapter", method="x"
     )
     tensors = write_adapter(ckpt, model, [Q_PROJ, UP_1], ranks, dtype=dtypes[1], **config)
-    assert run(ckpt, tmp_path / "out") == 0
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
     result = converted_tensors(tmp_path / "out")
     kept = mask.nonzero().view(-1)
     q_proj, up_proj = (model.get_submodule(name).weight.double() for name in (Q_PROJ, UP_1))
@@ -125,7 +121,7 @@ def test_float64_weights_are_merged_in_float64(tmp_path):
     model = tiny_model("llama", 6, 6, 40).double()
     ckpt = write_masked(tmp_path / "ckpt", model, UNIFORM, lora_adapter="adapter")
     tensors = write_adapter(ckpt, model, ["lm_head"], dtype=torch.bfloat16)
-    assert run(ckpt, tmp_path / "out") == 0
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
     expected = model.lm_head.weight + delta(tensors, "lm_head", 2)
     torch.testing.assert_close(converted_tensors(tmp_path / "out")["lm_head.weight"], expected, rtol=0, atol=1e-14)
 
@@ -145,7 +141,7 @@ def test_masks_are_folded_into_the_merged_model(tmp_path, family, site):
     model = tiny_model(family, 6, 6, 40)
     ckpt = write_masked(tmp_path / "ckpt", model, UNIFORM, site, lora_adapter="adapter")
     tensors = write_adapter(ckpt, model, [*MODULES, "lm_head"])
-    assert run(ckpt, tmp_path / "out") == 0
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
     for module in [*MODULES, "lm_head"]:
         model.get_submodule(module).weight += delta(tensors, module, 2).float()
     assert_stock_model_computes(tmp_path / "out", model, site)
@@ -184,16 +180,16 @@ def test_merges_what_peft_merges(tmp_path, name, config):
     adapted.save_pretrained(
         ckpt / "deep" / "adapter", save_embedding_layers=True if name == "embeddings saved" else "auto"
     )
-    assert run(ckpt, tmp_path / "out") == 0
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
     assert_stock_model_computes(tmp_path / "out", adapted.merge_and_unload(), "gate_and_up")
 
 
 def test_the_adapter_changes_the_result_and_the_report_says_so(ckpt, tmp_path, capsys):
-    assert run(ckpt, tmp_path / "out") == 0
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
     assert "LoRA adapter: rank 4, merged into 21 weights" in capsys.readouterr().out
     assert "LoRA adapter: rank 4, merged into 21 weights" in (tmp_path / "out" / "README.md").read_text()
     edit_json(ckpt / "pruning.json", lora_adapter=None)
-    assert run(ckpt, tmp_path / "dense") == 0
+    assert convert_pruned(ckpt, tmp_path / "dense") == 0
     assert "LoRA" not in capsys.readouterr().out
     merged, plain = converted_tensors(tmp_path / "out"), converted_tensors(tmp_path / "dense")
     changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
@@ -205,20 +201,16 @@ def test_the_adapter_lies_beside_the_masks_wherever_the_weights_are(ckpt, tmp_pa
     masks_only.mkdir()
     for name in ("pruning_masks.safetensors", "pruning.json", "adapter"):
         (ckpt / name).rename(masks_only / name)
-    assert run(masks_only, tmp_path / "out", "--base-model", ckpt) == 0
+    assert convert_pruned(masks_only, tmp_path / "out", "--base-model", ckpt) == 0
 
 
 def test_keys_with_the_adapter_name(ckpt, tmp_path):
-    assert run(ckpt, tmp_path / "out") == 0
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
     file = ckpt / "adapter" / "adapter_model.safetensors"
     save_file({re.sub(r"(lora_[AB])", r"\1.default", key): value for key, value in load_file(file).items()}, file)
-    assert run(ckpt, tmp_path / "out2") == 0
+    assert convert_pruned(ckpt, tmp_path / "out2") == 0
     shard = "model-00001-of-00001.safetensors"
     assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "out2" / shard).read_bytes()
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_config(**changes):
@@ -341,7 +333,7 @@ BAD_ADAPTERS = {
 @pytest.mark.parametrize(("break_it", "message"), BAD_ADAPTERS.values(), ids=BAD_ADAPTERS.keys())
 def test_bad_adapter_is_refused_and_leaves_nothing(ckpt, tmp_path, capsys, break_it, message):
     break_it(ckpt)
-    assert run(ckpt, tmp_path / "out") == 2
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert message in captured.err and "convert-pruned: " in captured.err
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
@@ -358,7 +350,7 @@ def test_every_problem_of_an_adapter_is_reported_at_once(ckpt, tmp_path, capsys)
         remove=(f"{Q0.replace('q_', 'v_')}.lora_B.weight",),
     )(ckpt)
     save_file({"head_z": torch.ones(6)}, ckpt / "pruning_masks.safetensors")
-    assert run(ckpt, tmp_path / "out") == 2
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
     error = capsys.readouterr().err
     for message in (
         "use_dora is True",
@@ -382,6 +374,6 @@ def test_pickled_adapters_are_never_read(ckpt, tmp_path, capsys):
 
     (ckpt / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Payload(), ckpt / "adapter" / "adapter_model.bin")
-    assert run(ckpt, tmp_path / "out") == 2
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
     assert "pickled weights are never read; save the adapter as safetensors" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]

@@ -52,7 +52,10 @@ def test_overwrite_replaces_whole_and_only_after_success(ckpt, tmp_path):
 def test_the_weights_are_never_overwritten(ckpt, capsys):
     assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
     assert "was not written by this command" in capsys.readouterr().err
-    edit_json(ckpt / "config.json", pruning={})  # looks like a converted model
+    edit_json(ckpt / "config.json", pruning={})  # as a fine-tuned model has it
+    assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    (ckpt / "README.md").write_text("")  # looks like a converted model
     assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
     assert "which is to be converted" in capsys.readouterr().err
     assert (ckpt / "model.safetensors").exists()

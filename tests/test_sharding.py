@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruned_vllm.geometry import PAD, LayerGeometry
+from pruned_vllm.geometry import PAD, LayerGeometry, ModelGeometry
+from pruned_vllm.models.loading import layout_changes
 from pruned_vllm.sharding import shard_layer
 from pruned_vllm.tensors import head_rows, take_or_zero
 
@@ -76,6 +77,23 @@ def test_one_rank_keeps_the_order():
     assert layout.query_index == list(range(8)) and layout.kv_index == [0, 1, 2]
     assert layout.is_compact and layout.group_size == 4 and layout.op_heads == 12
     assert layout.op_target(0) == [0, 1, 2, 4, 8, 9, 10, 11]
+
+
+def test_changes_of_weights_stay_on_the_cpu():
+    """vLLM builds a model under the device that it will run on; the weights come from files."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 96,
+        "vocab_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "intermediate_size": 33,
+    }
+    with torch.device("meta"):
+        changes = layout_changes(ModelGeometry.from_config(config), 2)
+    assert len(changes) == 12 and all(index.device.type == "cpu" for _, index in changes.values())
 
 
 def test_padding_is_zero():

@@ -1,7 +1,7 @@
 """What all pruned models share on vLLM: layers at their real size, and a loader that refuses wrong shapes.
 
 Everything around the decoder layers is vLLM's Llama: embedding, final norm, lm_head and logits are the same in all
-supported families. Nothing is built at the dense size first.
+supported families. No layer is built at the dense size first.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,6 +43,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
         # after dummy loading the first call is a weight update, which may bring any subset.
         quantized = getattr(config, "quantization_config", None) is not None
+        self._quantized = quantized
         self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
         logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
 
@@ -71,6 +72,8 @@ class PrunedForCausalLM(LlamaForCausalLM):
         optional = {}
         if self._geometry.tie_word_embeddings:  # vLLM skips it then
             optional["lm_head.weight"] = missing["model.embed_tokens.weight"]
+        layers = enumerate(self._geometry.layers)
+        uneven = tuple(f"model.layers.{index}.self_attn." for index, layer in layers if not layer.has_even_groups)
         problems = []
         for name, tensor in weights:
             if name.endswith(IGNORED_SUFFIXES):
@@ -78,7 +81,9 @@ class PrunedForCausalLM(LlamaForCausalLM):
             expected = missing.pop(name, None) or optional.get(name)
             if expected is None and self._all_tensors_expected:
                 problems.append(f"{name} {list(tensor.shape)}: not a tensor of this model, or given twice")
-            elif expected is not None and tensor.is_floating_point() and tuple(tensor.shape) != expected:
+            elif name.startswith(uneven) and name.endswith((".k_scale", ".v_scale")):  # vLLM would drop them silently
+                problems.append(f"{name}: KV-cache scales need even query groups; convert with --gqa-layout padded")
+            elif expected not in (None, tuple(tensor.shape)) and (tensor.is_floating_point() or not self._quantized):
                 problems.append(f"{name}: the file has {list(tensor.shape)}, config.json says {list(expected)}")
             else:
                 yield name, tensor

@@ -33,7 +33,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
         layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
         sizes = vllm_config.model_config.model_arch_config
         sizes.total_num_attention_heads = ranks * max(1, *(layout.op_heads for layout in layouts))
-        sizes.total_num_kv_heads = ranks * max(1, *(layout.kv_heads for layout in layouts))
+        sizes.total_num_kv_heads = max(1, *(ranks * layout.kv_heads // layout.kv_replicas for layout in layouts))
 
 
 def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry, ranks: int) -> None:
@@ -42,8 +42,8 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry
     most_heads = max(layer.num_attention_heads for layer in geometry.layers)
     if ranks > most_heads > 0:
         raise InputError(
-            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: some "
-            f"ranks would hold zeros alone; use at most {most_heads}"
+            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: at "
+            f"least one rank would hold zeros alone in all of them; use at most {most_heads}"
         )
     # Only plain weights can be brought into a new order and padded while they are loaded.
     quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None

@@ -8,7 +8,9 @@ from pruned_vllm.geometry import LayerGeometry, ModelGeometry
 from pruned_vllm.sharding import LayerLayout, shard_layer
 from pruned_vllm.tensors import head_rows
 
-Change = tuple[int, torch.Tensor]  # the dimension, and the index of what it holds afterwards (PAD: zeros)
+# The dimension, and the index of what it holds afterwards (PAD: zeros). On the CPU, where files are read, whatever
+# device vLLM is building the model under.
+Change = tuple[int, torch.Tensor]
 
 
 def layout_changes(geometry: ModelGeometry, tensor_parallel_size: int) -> dict[str, Change]:
@@ -32,7 +34,7 @@ def _layer_changes(layer: LayerGeometry, layout: LayerLayout, head_dim: int) -> 
         yield from _rows("self_attn.k_proj", kv_rows)
         yield from _rows("self_attn.v_proj", kv_rows)
     if layout.channel_index != list(range(layer.intermediate_size)):
-        channels = torch.tensor(layout.channel_index)
+        channels = torch.tensor(layout.channel_index, device="cpu")
         yield from _rows("mlp.gate_proj", channels)
         yield from _rows("mlp.up_proj", channels)
         yield "mlp.down_proj.weight", (1, channels)
