@@ -18,7 +18,7 @@ def take_or_zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.T
 
 
 def head_rows(heads: Sequence[int] | torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows [len(heads) * head_dim] of a projection that belong to these heads; PAD for all rows of a head PAD; on the CPU."""
+    """Rows [len(heads) * head_dim] of a projection that belong to these heads; those of a head PAD are PAD."""
     index = torch.as_tensor(heads, dtype=torch.long, device="cpu")[:, None]
     rows = index * head_dim + torch.arange(head_dim, device="cpu")
     return torch.where(index == PAD, PAD, rows).view(-1)
