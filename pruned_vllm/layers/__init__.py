@@ -1,0 +1,1 @@
+"""Layers that vLLM has no word for: each computes with weights at their real size."""
