@@ -1,6 +1,6 @@
 """Ragged mixture-of-experts: a reference in float64, the most that rounding may cost, and checked calls.
 
-Imports Triton nowhere but in `check`: a process that shall interpret kernels must set TRITON_INTERPRET before.
+Imports Triton only inside of functions: a process that shall interpret kernels must set TRITON_INTERPRET before.
 """
 
 import contextlib
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from pruned_vllm.kernels.ragged_moe_config import Config
 
 
 class Case(NamedTuple):
@@ -134,3 +136,40 @@ def schedule(topk_ids: list[list[int]], offsets: list[int], block_m: int) -> tup
     with poisoned_memory():
         _, tiles, sorted_pairs = _schedule(torch.tensor(topk_ids), torch.tensor(offsets), block_m)
     return tiles.tolist(), sorted_pairs.tolist()
+
+
+def compile_config(config: Config, dtype: str, compute_capability: int) -> list:
+    """The gate-and-up and the down kernel compiled for a GPU that need not be there. Sizes are multiples of 16.
+
+    Args:
+        dtype: of the weights, as Triton calls it: "bf16", "fp16" or "fp32".
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pruned_vllm.kernels import ragged_moe_triton as kernels
+
+    numbers = dict.fromkeys(("x", "gate_up", "down", "intermediate", "partial"), f"*{dtype}")
+    integers = dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "*i32")
+    multiples = ("hidden", "up_offset", "intermediate_stride")
+    compiled = []
+    for kernel, tile in ((kernels._gate_up_kernel, config.gate_up), (kernels._down_kernel, config.down)):
+        constants = {
+            "SORTED": config.is_sorted,
+            "GROUP": config.group,
+            "BLOCK_M": config.block_m,
+        } | tile.launch_options()
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        constants["VECTOR"] = kernels.VECTOR
+        types = numbers | integers | {"topk_weights": "*fp32"} | dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in multiples]
+        source = ASTSource(
+            kernel,
+            signature,
+            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        compiled.append(triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options))
+    return compiled

@@ -50,8 +50,8 @@ class Config(NamedTuple):
 
 # Decode reads each weight once, so it is bound by memory and wants many programs with much in flight each. At batch 1,
 # 8 experts of at most 768 channels, on average half: 16 channels per program make some 190 programs for an H100's 132
-# multiprocessors, 64 hidden units per program in the down projection 256. Sorting 8 pairs would take as long as a
-# third of the products, and while pairs are few against experts hardly two of them meet in one expert.
+# multiprocessors, 64 hidden units per program in the down projection 256. There the launch of a schedule would cost a
+# good part of what the products do, and while pairs are few against experts hardly two of them meet in one expert.
 _HALF_PRECISION = (
     Config(0.25, False, 16, 1, Tile(16, 256, 4, 3), Tile(64, 128, 4, 4)),
     Config(16, True, 16, 1, Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)),

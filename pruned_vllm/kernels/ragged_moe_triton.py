@@ -132,9 +132,9 @@ def _gate_up_kernel(
         tile, tiles, sorted_pairs, topk_ids, offsets, num_experts, SORTED, BLOCK_M
     )
     # The grid holds a program for every block of the widest expert. Those beyond an expert's own width end here, after
-    # a few loads: at batch 1 the whole grid is resident at once, and they leave their share of the bandwidth to others;
-    # in large batches they were at most about 1 % of the work. A list of exactly the real blocks would need a
-    # longer schedule in front of every layer or programs that loop over it, and save less than that.
+    # a few loads: at batch 1 the whole grid is resident at once and they leave the bandwidth to the rest;
+    # in large batches they cost, by estimate, 1 % of the time. A list of exactly the real blocks would need a longer
+    # schedule in front of every layer, or programs that loop over it and drain their pipelines between two entries.
     if block * BLOCK_N >= width:
         return
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
