@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 def random_inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> Inputs:
-    """Fresh inputs, each tensor of numbers with NaN around it in memory, so that a read outside shows."""
+    """Fresh inputs, each with NaN or, around the offsets, absurd numbers next to it in memory: a read outside shows."""
     torch.manual_seed(seed)
     rows, num_experts = sum(case.widths), len(case.widths)
     odd = seed % 2  # what half of the runs have: x not contiguous, 64-bit integers, a wider max_width than needed
@@ -45,7 +45,7 @@ def random_inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> Inp
         x=x[:, : case.hidden],
         gate_up=_guarded((torch.randn(2, rows, case.hidden) / case.hidden**0.5).to(device, dtype)),
         down=_guarded(torch.randn(rows, case.hidden).to(device, dtype)),
-        offsets=torch.tensor([0, *case.widths]).cumsum(0).to(device, integers),
+        offsets=_guarded(torch.tensor([0, *case.widths]).cumsum(0).to(device, integers)),
         topk_weights=_guarded(torch.rand(case.tokens, case.topk).to(device)),
         topk_ids=_route(case, num_experts).to(device, integers),
         max_width=max(case.widths) + 5 * odd,
@@ -53,7 +53,8 @@ def random_inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> Inp
 
 
 def _guarded(tensor: torch.Tensor) -> torch.Tensor:
-    memory = torch.full((tensor.numel() + 4096,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    around = torch.nan if tensor.is_floating_point() else 2**30
+    memory = torch.full((tensor.numel() + 4096,), around, dtype=tensor.dtype, device=tensor.device)
     inside = memory[2048 : 2048 + tensor.numel()].view(tensor.shape)
     return inside.copy_(tensor)
 
@@ -63,7 +64,8 @@ def _route(case: Case, num_experts: int) -> torch.Tensor:
     if case.routing == "router":
         return torch.rand(case.tokens, num_experts).topk(case.topk).indices
     if case.routing == "any":
-        return torch.randint(-1, num_experts + 1, shape)
+        ids = torch.randint(-2, num_experts + 2, shape)
+        return torch.where(ids > num_experts, 1000, ids)
     return torch.full(shape, 1 if case.routing == "one" else -1)
 
 

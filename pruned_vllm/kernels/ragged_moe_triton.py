@@ -151,7 +151,7 @@ def _gate_up_kernel(
         up_weight = tl.load(gate_at + up_offset + start, wanted, 0.0)
         gate = _dot(rows, gate_weight, gate)
         up = _dot(rows, up_weight, up)
-    product = tl.where((channel < width)[None, :], gate / (1.0 + tl.exp(-gate)) * up, 0.0)
+    product = gate / (1.0 + tl.exp(-gate)) * up  # 0 beyond the width: the weights were read as 0 there
     end = (width + VECTOR - 1) // VECTOR * VECTOR
     out_at = intermediate + row[:, None] * intermediate_stride + channel[None, :]
     tl.store(out_at, product.to(intermediate.dtype.element_ty), exists[:, None] & (channel < end)[None, :])
