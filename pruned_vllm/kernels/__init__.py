@@ -1,0 +1,1 @@
+"""Kernels for layers that stock vLLM has no kernel for. Nothing is imported here: each needs its own hardware."""
