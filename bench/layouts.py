@@ -54,10 +54,10 @@ ELEMENT_BYTES = 2  # bfloat16
 def ragged_layers(dense: ModelGeometry, seed: int = 0) -> list[LayerGeometry]:
     """Half of the heads and channels on average; every KV head keeps 1 to all of its query heads."""
     chance = random.Random(seed)
-    group, width = dense.dense.widest_group, dense.dense.intermediate_size
+    group, width = dense.dense_layers[0].widest_group, dense.dense_layers[0].intermediate_size
     return [
         LayerGeometry(
-            tuple(chance.randint(1, group) for _ in range(dense.dense.num_key_value_heads)),
+            tuple(chance.randint(1, group) for _ in range(dense.dense_layers[0].num_key_value_heads)),
             max(1, round(width * chance.betavariate(2, 2))),
         )
         for _ in dense.layers
@@ -69,7 +69,7 @@ def variants(what: str, dense: ModelGeometry) -> dict[str, ModelGeometry]:
     exact = ragged_layers(dense)
 
     def aligned(layers: list[LayerGeometry], multiple: int) -> list[LayerGeometry]:
-        return [with_aligned_width(layer, multiple, dense.dense.intermediate_size) for layer in layers]
+        return [with_aligned_width(layer, multiple, dense.dense_layers[0].intermediate_size) for layer in layers]
 
     def layer_bytes(layer: LayerGeometry) -> int:
         return dense.with_layers((layer,)).layer_parameters(0) * ELEMENT_BYTES

@@ -35,6 +35,8 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
         InputError: `config` is no pruned model, or the sizes contradict each other.
     """
     small = ModelGeometry.from_config(config)
+    if small.experts is not None:
+        raise InputError("models with experts cannot be scaled yet; give a model with dense MLPs")
     if small.is_dense:
         raise InputError("config.json has no per_layer_config that prunes anything: there is no pattern to scale")
     kept = {key: value for key, value in config.items() if key not in DROPPED_KEYS and not key.endswith("_token_id")}
@@ -42,7 +44,7 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
     dense = ModelGeometry.from_config(dense_config)
     num_layers = len(dense.layers)
     sources = [small.layers[(2 * i + 1) * len(small.layers) // (2 * num_layers)] for i in range(num_layers)]
-    layers = tuple(_scale_layer(source, small.dense, dense.dense, align) for source in sources)
+    layers = tuple(_scale_layer(source, small.dense_layers[0], dense.dense_layers[0], align) for source in sources)
     return dense_config, dense.with_layers(layers).to_config(dense_config)
 
 

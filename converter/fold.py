@@ -5,6 +5,9 @@ Why the folds are exact, with m the mask, for every finite m:
   into its rows of W_V and b_V; where it serves several, only W_O's columns belong to one query head alone.
 - channel mask on the product, m_j (act(gate_j) * up_j): goes into row j of W_up and b_up (DDP, paper section 3.1).
 - channel mask on both projections before the activation, act(m_j gate_j) * (m_j up_j): goes into both rows.
+- expert masks are channel masks of each routed expert. The router and the MLP that all tokens share stay as they are.
+
+Where a model clips v (OLMoE), every head mask goes into W_O: m clip(v) is not clip(m v).
 
 Padding is exact too: a padded KV head has zero values, a padded query head or channel zero columns in W_O or W_down.
 """
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from converter.masks import LayerMasks
+from pruned_vllm.families import Family
 from pruned_vllm.geometry import LayerGeometry
 from pruned_vllm.tensors import PAD, head_rows, take_or_zero
 
@@ -51,16 +55,23 @@ class Cut:
 
 def kept_layer(dense: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
     """The geometry that a layer's masks leave. `dense` is the layer before pruning, its query groups even."""
-    groups, width = dense.query_heads_per_kv_head, dense.intermediate_size
+    groups, width, experts = dense.query_heads_per_kv_head, dense.intermediate_size, dense.expert_intermediate_sizes
     if masks.head is not None:
         groups = tuple(len(heads) for heads in _kept_query_heads(dense, masks.head).values())
     if masks.channel is not None:
         width = int(masks.channel.count_nonzero())
-    return LayerGeometry(groups, width)
+    if masks.expert is not None:
+        experts = tuple(masks.expert.count_nonzero(dim=1).tolist())
+    return LayerGeometry(groups, width, experts)
 
 
 def cut_layer(
-    dense: LayerGeometry, head_dim: int, masks: LayerMasks, channel_mask_site: str, target: LayerGeometry
+    family: Family,
+    dense: LayerGeometry,
+    head_dim: int,
+    masks: LayerMasks,
+    channel_mask_site: str,
+    target: LayerGeometry,
 ) -> dict[str, Cut]:
     """The cut of each of a layer's tensors that makes it into `target`.
 
@@ -71,7 +82,7 @@ def cut_layer(
 
     Returns:
         cuts by tensor name without the "model.layers.{i}." prefix. Tensors that are not named (norms, down_proj.bias,
-        o_proj.bias) stay as they are, those of a skipped sublayer vanish.
+        o_proj.bias, the router) stay as they are, those of a skipped sublayer or an expert without channels vanish.
     """
     cuts: dict[str, Cut] = {}
 
@@ -83,19 +94,33 @@ def cut_layer(
         kv_heads, query_heads = _place_heads(_kept_query_heads(dense, masks.head), target)
         query_rows, kv_rows = head_rows(query_heads, head_dim), head_rows(kv_heads, head_dim)
         factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long)).repeat_interleave(head_dim)
-        one_query_head = dense.num_attention_heads == dense.num_key_value_heads
+        into_v_proj = dense.num_attention_heads == dense.num_key_value_heads and not family.clips_values
         linear("self_attn.q_proj", Cut(rows=query_rows))
         linear("self_attn.k_proj", Cut(rows=kv_rows))
-        linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if one_query_head else None))
-        cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if one_query_head else factors)
+        linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if into_v_proj else None))
+        cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if into_v_proj else factors)
     if masks.channel is not None:
-        kept = masks.channel.nonzero().view(-1)
-        channels = torch.cat((kept, torch.full((target.intermediate_size - len(kept),), PAD)))
-        factors = _factors(masks.channel, channels)
-        linear("mlp.up_proj", Cut(rows=channels, row_factors=factors))
-        linear("mlp.gate_proj", Cut(rows=channels, row_factors=factors if channel_mask_site == "gate_and_up" else None))
-        cuts["mlp.down_proj.weight"] = Cut(columns=channels)
+        gate, up, down = _cut_mlp(masks.channel, channel_mask_site, target.intermediate_size)
+        linear("mlp.gate_proj", gate)
+        linear("mlp.up_proj", up)
+        cuts["mlp.down_proj.weight"] = down
+    if masks.expert is not None:
+        for expert, width in enumerate(target.expert_intermediate_sizes):
+            modules, mlp_cuts = (
+                family.experts.modules_of(expert),
+                _cut_mlp(masks.expert[expert], channel_mask_site, width),
+            )
+            cuts |= {f"{module}.weight": cut for module, cut in zip(modules, mlp_cuts, strict=True)}
     return cuts
+
+
+def _cut_mlp(channel_mask: torch.Tensor, channel_mask_site: str, width: int) -> tuple[Cut, Cut, Cut]:
+    """The cuts of the gate, up and down projection that leave `width` channels, those beyond the mask's zeros."""
+    kept = channel_mask.nonzero().view(-1)
+    channels = torch.cat((kept, torch.full((width - len(kept),), PAD)))
+    factors = _factors(channel_mask, channels)
+    gate = Cut(rows=channels, row_factors=factors if channel_mask_site == "gate_and_up" else None)
+    return gate, Cut(rows=channels, row_factors=factors), Cut(columns=channels)
 
 
 def _kept_query_heads(dense: LayerGeometry, head_mask: torch.Tensor) -> dict[int, list[int]]:

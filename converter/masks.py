@@ -1,6 +1,7 @@
 """Reads the two files that make a model directory a masked checkpoint: pruning_masks.safetensors and pruning.json."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pruned_vllm.geometry import ModelGeometry
 from pruned_vllm.masked_checkpoint import (
     CHANNEL_MASK,
     CHANNEL_MASK_SITES,
+    EXPERT_MASK,
     FORMAT_VERSION,
     HEAD_MASK,
     MASKS_FILE,
@@ -79,20 +81,19 @@ class LayerMasks:
 
     head: torch.Tensor | None  # [num_attention_heads]
     channel: torch.Tensor | None  # [intermediate_size]
+    expert: torch.Tensor | None = None  # [num_experts, moe_intermediate_size]
 
 
 def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks]:
     """Reads and checks the masks for a dense model of this geometry.
 
     Raises:
-        InputError: with every unknown key, wrong shape or dtype, and value that is NaN or infinite.
+        InputError: with every unknown key, wrong shape or dtype, value that is NaN or infinite, and head that the
+            family cannot lose.
     """
     path = directory / MASKS_FILE
     shard = open_shard(path)
-    expected = {}
-    for index, layer in enumerate(geometry.layers):
-        expected[HEAD_MASK.format(index)] = (layer.num_attention_heads,)
-        expected[CHANNEL_MASK.format(index)] = (layer.intermediate_size,)
+    expected = _mask_shapes(geometry)
     masks: dict[str, torch.Tensor] = {}
     problems = []
     for name in sorted(shard.keys()):
@@ -100,8 +101,7 @@ def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks]:
         shape = tuple(header.get_shape())
         if name not in expected:
             problems.append(
-                f"{name}: unknown key; known: {HEAD_MASK.format('{i}')} and {CHANNEL_MASK.format('{i}')} "
-                f"for layers 0 to {len(geometry.layers) - 1}"
+                f"{name}: unknown key; known: {_describe_keys(expected)} for layers 0 to {len(geometry.layers) - 1}"
             )
         elif shape != expected[name]:
             problems.append(f"{name}: shape {list(shape)}, the model needs {list(expected[name])}")
@@ -110,10 +110,34 @@ def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks]:
         else:
             masks[name] = shard.get_tensor(name).float()
             if bad := int((~masks[name].isfinite()).sum()):
-                problems.append(f"{name}: {bad} of {shape[0]} values are NaN or infinite")
+                problems.append(f"{name}: {bad} of {masks[name].numel()} values are NaN or infinite")
+            elif name.endswith("head_mask") and not geometry.family.can_lose_heads and (masks[name] == 0).any():
+                problems.append(
+                    f"{name}: {int((masks[name] == 0).sum())} of {shape[0]} heads have a mask of 0, but "
+                    f"{geometry.family.architecture} normalises q and k over all heads together, so the others would "
+                    "change without them; prune the experts alone"
+                )
     if problems:
         raise InputError(f"{path} does not fit the model:", problems)
     return [
-        LayerMasks(masks.get(HEAD_MASK.format(index)), masks.get(CHANNEL_MASK.format(index)))
+        LayerMasks(*(masks.get(key.format(index)) for key in (HEAD_MASK, CHANNEL_MASK, EXPERT_MASK)))
         for index in range(len(geometry.layers))
     ]
+
+
+def _mask_shapes(geometry: ModelGeometry) -> dict[str, tuple[int, ...]]:
+    """The keys that a mask file for this dense model may have."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, layer in enumerate(geometry.layers):
+        shapes[HEAD_MASK.format(index)] = (layer.num_attention_heads,)
+        if layer.expert_intermediate_sizes:
+            shapes[EXPERT_MASK.format(index)] = (len(layer.expert_intermediate_sizes), layer.expert_width)
+        else:
+            shapes[CHANNEL_MASK.format(index)] = (layer.intermediate_size,)
+    return shapes
+
+
+def _describe_keys(names: Iterable[str]) -> str:
+    """The kinds of keys, with {i} for the layer."""
+    kinds = {re.sub(r"\d+", "{i}", name): None for name in names}
+    return " and ".join(kinds)

@@ -1,5 +1,6 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,9 @@ COPIED_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
+
+# How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
+FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,12 @@ def make_plan(
     if not dense.is_dense:
         raise InputError(f"{weights} is pruned already; masks are for a dense model")
 
+    if dense.experts is not None and max_distinct_shapes is not None:
+        raise InputError(
+            f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
+            "--align makes the shapes of experts fewer"
+        )
+
     problems = _tensor_problems(checkpoint, dense)
     masks, adapter = [], None
     try:
@@ -128,9 +138,12 @@ def make_plan(
     if problems:
         raise InputError(f"{directory} cannot be converted:", problems)
 
-    exact = [kept_layer(dense.dense, layer_masks) for layer_masks in masks]
+    exact = [kept_layer(layer, layer_masks) for layer, layer_masks in zip(dense.layers, masks, strict=True)]
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
-    layers = [with_aligned_width(layer, alignment, dense.dense.intermediate_size) for layer in layers]
+    layers = [
+        with_aligned_width(layer, alignment, before.intermediate_size or before.expert_width)
+        for layer, before in zip(layers, dense.layers, strict=True)
+    ]
     if max_distinct_shapes is not None:
 
         def layer_bytes(layer: LayerGeometry) -> int:
@@ -139,7 +152,9 @@ def make_plan(
         layers = with_few_shapes(layers, layer_bytes, max_distinct_shapes)
     cuts: dict[str, Cut] = {}
     for index, (layer_masks, layer) in enumerate(zip(masks, layers, strict=True)):
-        layer_cuts = cut_layer(dense.dense, dense.head_dim, layer_masks, info.channel_mask_site, layer)
+        layer_cuts = cut_layer(
+            dense.family, dense.layers[index], dense.head_dim, layer_masks, info.channel_mask_site, layer
+        )
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     return Plan(
         directory=directory,
@@ -186,6 +201,11 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
 
 def _tensor_problems(checkpoint: Checkpoint, dense: ModelGeometry) -> list[str]:
     """Compares the headers of the shards with what config.json promises."""
+    if fused := sorted(name for name in checkpoint.shapes if FUSED_EXPERTS.search(name)):
+        return [
+            f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor; the format has one for "
+            "each expert, as every published checkpoint: load the model with Transformers 5 and save_pretrained it"
+        ]
     expected = dense.tensor_shapes()
     problems = [f"{name} {list(shape)}: missing" for name, shape in expected.items() if name not in checkpoint.shapes]
     for name, shape in checkpoint.shapes.items():

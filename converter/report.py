@@ -1,11 +1,14 @@
 """What people read of a conversion: the table on the terminal, and the model card."""
 
+from collections.abc import Callable, Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
+from pruned_vllm.geometry import LayerGeometry
 
 
 def print_plan(plan: Plan) -> None:
@@ -35,21 +38,27 @@ def _is_padded(plan: Plan) -> bool:
 
 def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of layers; what padding costs only where there is any."""
-    padded = _is_padded(plan)
-    sizes = {
-        "query heads": "num_attention_heads",
-        "KV heads": "num_key_value_heads",
-        "FFN channels": "intermediate_size",
+    padded, experts = _is_padded(plan), plan.dense.experts
+    sizes: dict[str, Callable[[LayerGeometry], int]] = {
+        "query heads": lambda layer: layer.num_attention_heads,
+        "KV heads": lambda layer: layer.num_key_value_heads,
+        "FFN channels": lambda layer: layer.intermediate_size,
+        "experts": lambda layer: sum(layer.expert_intermediate_sizes),
     }
-    header = ["layer", *(f"{name} of {getattr(plan.dense.dense, size):,}" for name, size in sizes.items())]
+    dense = {name: max(map(size, plan.dense.layers)) for name, size in sizes.items()}
+    sizes = {name: size for name, size in sizes.items() if dense[name]}
+    header = ["layer", *(f"{name} of {dense[name]:,}" for name in sizes)]
+    header += [f"each of {experts.intermediate_size:,}", "from", "to"] if experts else []
     header += ["MB exact", "MB padded", "lost"] if padded else ["MB", "of dense"]
     rows = []
     for index, (exact, layer) in enumerate(zip(plan.exact.layers, plan.pruned.layers, strict=True)):
         row = [str(index)]
         for size in sizes.values():
-            kept, written = getattr(exact, size), getattr(layer, size)
+            kept, written = size(exact), size(layer)
             padding = f"+{written - kept:,}" if written > kept else ""
             row.append(f"{kept:,}{padding}" if kept else "-")
+        if experts:
+            row += _spread(exact.expert_intermediate_sizes)
         dense_bytes, exact_bytes, written_bytes = (
             plan.checkpoint.bytes_of(geometry.layer_tensor_shapes(index))
             for geometry in (plan.dense, plan.exact, plan.pruned)
@@ -61,6 +70,11 @@ def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             row.append(f"{exact_bytes / dense_bytes:.1%}")
         rows.append(row)
     return header, rows
+
+
+def _spread(widths: Sequence[int]) -> list[str]:
+    """Mean, least and most of the widths of a layer's experts."""
+    return [f"{sum(widths) / len(widths):,.0f}", f"{min(widths):,}", f"{max(widths):,}"] if widths else ["-"] * 3
 
 
 def _megabytes(size: int) -> str:
@@ -86,6 +100,7 @@ def totals(plan: Plan) -> list[str]:
         f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
+        *_expert_totals(plan),
         *_shape_totals(plan),
         f"Architecture: {config['architectures'][0]}"
         + (" (served by the pruned-vllm plugin)." if "per_layer_config" in config else " (stock; needs no plugin)."),
@@ -95,6 +110,18 @@ def totals(plan: Plan) -> list[str]:
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         lines.append(f"LoRA adapter: {rank}, merged into {count:,} weights before the masks were folded in.")
     return lines
+
+
+def _expert_totals(plan: Plan) -> list[str]:
+    """What the masks leave of the routed experts."""
+    if plan.dense.experts is None:
+        return []
+    widths = [width for layer in plan.exact.layers for width in layer.expert_intermediate_sizes]
+    channels = plan.dense.experts.intermediate_size * len(widths)
+    return [
+        f"Experts: {len(widths):,} with {channels:,} channels before, {sum(widths):,} after "
+        f"({1 - sum(widths) / channels:.1%} removed); {widths.count(0):,} experts lost all."
+    ]
 
 
 def _shape_totals(plan: Plan) -> list[str]:

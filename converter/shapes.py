@@ -25,9 +25,14 @@ def with_even_groups(layer: LayerGeometry) -> LayerGeometry:
 
 
 def with_aligned_width(layer: LayerGeometry, alignment: int, dense_width: int) -> LayerGeometry:
-    """The FFN width rounded up to a multiple of `alignment`, but to no more than the dense width."""
-    width = -(-layer.intermediate_size // alignment) * alignment
-    return replace(layer, intermediate_size=min(width, dense_width))
+    """The FFN width, or that of each expert, rounded up to a multiple of `alignment`, but to no more than the dense
+    width. What has no channels gets none."""
+
+    def aligned(width: int) -> int:
+        return min(-(-width // alignment) * alignment, dense_width)
+
+    experts = tuple(map(aligned, layer.expert_intermediate_sizes))
+    return replace(layer, intermediate_size=aligned(layer.intermediate_size), expert_intermediate_sizes=experts)
 
 
 def fits(layer: LayerGeometry, shape: LayerGeometry) -> bool:

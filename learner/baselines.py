@@ -18,15 +18,25 @@ def magnitude(model: nn.Module, units: Units, target_sparsity: float) -> Values:
     def scores(kind: str, *projections: torch.Tensor) -> torch.Tensor:
         return sum(squares(weight, units.widths[kind]) for weight in projections)
 
-    heads, channels = [], []
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+    def score_heads(layer: nn.Module) -> torch.Tensor:
+        attention = layer.self_attn
         projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        heads.append(scores("head", *projections, attention.o_proj.weight.T))
-        channels.append(scores("channel", mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T))
+        return scores("head", *projections, attention.o_proj.weight.T)
+
+    def score_channels(layer: nn.Module) -> torch.Tensor:
+        mlp = layer.mlp
+        return scores("channel", mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+
+    def score_experts(layer: nn.Module) -> torch.Tensor:
+        experts = layer.mlp.experts  # gate_up_proj [experts, 2 * width, hidden_size], gate before up
+        gate, up = experts.gate_up_proj.chunk(2, dim=1)
+        return scores("expert", gate, up, experts.down_proj.transpose(1, 2))
+
+    score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
+    layers = model.model.layers
     return {
-        "head": _largest_in_each_layer(torch.stack(heads).cpu(), target_sparsity),
-        "channel": _largest_in_each_layer(torch.stack(channels).cpu(), target_sparsity),
+        kind: _largest_in_each_layer(torch.stack([score[kind](layers[i]) for i in indices]).cpu(), target_sparsity)
+        for kind, indices in units.layers.items()
     }
 
 
@@ -34,8 +44,8 @@ def random(units: Units, target_sparsity: float, seed: int) -> Values:
     """Keeps units drawn at random. Returns as `magnitude` does."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        kind: _largest_in_each_layer(torch.rand(units.num_layers, width, generator=generator), target_sparsity)
-        for kind, width in units.widths.items()
+        kind: _largest_in_each_layer(torch.rand(units.shape(kind), generator=generator), target_sparsity)
+        for kind in units.layers
     }
 
 

@@ -17,14 +17,20 @@ def main(argv: list[str] | None = None) -> int:
         prog="learn-masks",
         description="Learns masks on a frozen model and writes a masked checkpoint for convert-pruned: the masks, and "
         "where the weights are. The weights themselves are not copied. A head is removed with its KV head, so in "
-        "grouped query attention with all query heads of its group.",
+        "grouped query attention with all query heads of its group. Of mixture-of-experts models the channels of the "
+        "routed experts are removed, not the router or shared experts; OLMoE keeps its heads.",
         epilog="example: learn-masks meta-llama/Llama-2-7b-hf ckpt/ --sparsity 0.5 --data text/*.txt --dtype bfloat16",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
     add("--method", choices=METHODS, default=Job.method, help="ddp learns, the others are baselines; default: ddp")
-    add("--sparsity", type=fraction, default=Job.sparsity, help="share of heads and channels to remove; default: 0.5")
+    add(
+        "--sparsity",
+        type=fraction,
+        default=Job.sparsity,
+        help="share of heads, channels and experts' channels to remove; default: 0.5",
+    )
     add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to learn from; ddp needs it")
     add(
         "--eval-data",

@@ -1,6 +1,7 @@
 """DDP: Deterministic Differentiable (Structured) Pruning, arXiv 2603.08065. Equation numbers are the paper's.
 
-The model is frozen. Each unit k (a head, an FFN channel) has one number z_k, and everything is deterministic:
+The model is frozen. Each unit k (a head, an FFN channel, a channel of an expert) has one number z_k, and everything is
+deterministic:
 
     m = ReLU(z)                    what the unit's output is multiplied by, unbounded above         (11)
     s = clamp(1.2 v - 0.1, 0, 1),  v = sigmoid(ln(11) (z - mu) / mu)     retention score            (12)
@@ -10,7 +11,8 @@ The model is frozen. Each unit k (a head, an FFN channel) has one number z_k, an
 z descends, the multipliers ascend at the same time, and mu falls from 0.5 to 0.05 so that s turns into a step (14).
 ReLU and clamp pass gradients straight through: at the start z = 1 = 2 mu, where s is exactly saturated and would never
 move. After each step z is clamped from below at -0.1, so that a pruned unit can come back (as the authors' code does;
-the paper does not say it). Heads and channels have budgets and multipliers of their own.
+the paper does not say it). Heads, channels and channels of experts have budgets and multipliers of their own; experts
+share one, so that an expert that is rarely chosen may lose all.
 """
 
 import math
@@ -81,8 +83,8 @@ def learn_ddp(
     generator = torch.Generator().manual_seed(seed)
     z = {}
     multipliers = {}
-    for kind, width in units.widths.items():
-        start = 1 + 0.01 * torch.randn(units.num_layers, width, generator=generator)
+    for kind in units.layers:
+        start = 1 + 0.01 * torch.randn(units.shape(kind), generator=generator)
         z[kind] = nn.Parameter(start.to(device))
         multipliers[kind] = [nn.Parameter(torch.zeros((), device=device)) for _ in range(3)]
     keep_ratio = {kind: units.kept(kind, target_sparsity) / units.count(kind) for kind in z}

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,8 +34,8 @@ def is_learned(directory: Path) -> bool:
 def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict[str, float]:
     """Writes masks, pruning.json and learning.json (settings and results) to the directory `out`; returns the results.
 
-    Results: learning_seconds, head_sparsity and channel_sparsity (shares of units), and with eval_data
-    dense_perplexity and masked_perplexity.
+    Results: learning_seconds, head_sparsity, channel_sparsity and expert_sparsity (shares of the units that the model
+    has), and with eval_data dense_perplexity and masked_perplexity.
 
     Raises:
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
@@ -89,7 +90,13 @@ def _load(job: Job):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        units = Units.of(ModelGeometry.from_config(read_json(config / "config.json")))
+        geometry = ModelGeometry.from_config(read_json(config / "config.json"))
+        if not hasattr(transformers, geometry.family.architecture):
+            raise InputError(
+                f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run; learn "
+                "the masks elsewhere and write them in the format of pruning_masks.safetensors"
+            )
+        units = Units.of(geometry)
         model, loading = AutoModelForCausalLM.from_pretrained(
             job.model, dtype=job.dtype, use_safetensors=True, output_loading_info=True
         )

@@ -41,7 +41,8 @@ class Job:
     Attributes:
         model: directory or hub id of the dense model.
         method: one of METHODS.
-        sparsity: share of the KV heads (with all their query heads), and of the FFN channels, to remove.
+        sparsity: share of the KV heads (with all their query heads), of the FFN channels of dense MLPs, and of the
+            channels of routed experts, to remove.
         data, eval_data: UTF-8 text files to learn from, and to measure perplexity on.
         device: torch device; "auto" is a GPU if there is one.
         dtype: of the weights while learning ("auto": as stored); masks are float32.

@@ -1,41 +1,58 @@
 """The prunable units of a model, as tensors [layers, units] by kind, and their way into a mask file."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from pruned_vllm.errors import InputError
 from pruned_vllm.geometry import ModelGeometry
-from pruned_vllm.masked_checkpoint import CHANNEL_MASK, HEAD_MASK
+from pruned_vllm.masked_checkpoint import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 
-Values = dict[str, torch.Tensor]  # "head" -> [layers, KV heads], "channel" -> [layers, intermediate_size]
+Values = dict[str, torch.Tensor]  # by kind: [layers that have the kind, units in such a layer]
 
 
 @dataclass(frozen=True)
 class Units:
-    """What is pruned: KV heads, each with all query heads that read it, and FFN channels.
+    """What is pruned: KV heads, each with all query heads that read it, and channels of dense MLPs and of experts.
 
     Attributes:
-        num_layers: layers of the model.
-        widths: units in a layer by kind.
+        layers: by kind ("head", "channel", "expert") which layers have such units; a kind that none has is not named.
+        widths: by kind, units in each of those layers: KV heads, FFN channels, channels of all routed experts.
         query_heads_per_kv_head: query heads that go with a KV head.
+        num_experts: routed experts in a layer that has any.
     """
 
-    num_layers: int
+    layers: dict[str, tuple[int, ...]]
     widths: dict[str, int]
     query_heads_per_kv_head: int
+    num_experts: int
 
     @classmethod
     def of(cls, geometry: ModelGeometry) -> "Units":
         if not geometry.is_dense:
             raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
-        dense = geometry.dense
-        widths = {"head": dense.num_key_value_heads, "channel": dense.intermediate_size}
-        return cls(len(geometry.layers), widths, dense.query_heads_per_kv_head[0])
+        sizes = {
+            "head": [layer.num_key_value_heads * geometry.family.can_lose_heads for layer in geometry.layers],
+            "channel": [layer.intermediate_size for layer in geometry.layers],
+            "expert": [sum(layer.expert_intermediate_sizes) for layer in geometry.layers],
+        }
+        layers = {kind: tuple(index for index, size in enumerate(each) if size) for kind, each in sizes.items()}
+        layers = {kind: indices for kind, indices in layers.items() if indices}
+        return cls(
+            layers=layers,
+            widths={kind: max(sizes[kind]) for kind in layers},
+            query_heads_per_kv_head=geometry.layers[0].widest_group,
+            num_experts=geometry.experts.num_experts if geometry.experts else 0,
+        )
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """[layers, units] of this kind's values."""
+        return len(self.layers[kind]), self.widths[kind]
 
     def count(self, kind: str) -> int:
         """Units of this kind in the whole model."""
-        return self.num_layers * self.widths[kind]
+        return math.prod(self.shape(kind))
 
     def kept(self, kind: str, sparsity: float) -> int:
         """Units that stay at this sparsity: at least one."""
@@ -43,9 +60,16 @@ class Units:
 
     def to_masks(self, values: Values) -> dict[str, torch.Tensor]:
         """Values of all units as the masks of a mask file; differentiable."""
-        heads = values["head"].repeat_interleave(self.query_heads_per_kv_head, dim=1)
-        masks = {HEAD_MASK.format(index): heads[index] for index in range(self.num_layers)}
-        return masks | {CHANNEL_MASK.format(index): values["channel"][index] for index in range(self.num_layers)}
+        masks = {}
+        for kind, layers in self.layers.items():
+            for index, units in zip(layers, values[kind], strict=True):
+                if kind == "head":
+                    masks[HEAD_MASK.format(index)] = units.repeat_interleave(self.query_heads_per_kv_head)
+                elif kind == "channel":
+                    masks[CHANNEL_MASK.format(index)] = units
+                else:
+                    masks[EXPERT_MASK.format(index)] = units.view(self.num_experts, -1)
+        return masks
 
 
 def sparsity(values: torch.Tensor) -> float:

@@ -6,31 +6,29 @@ A converted model keeps its dense sizes at the top level of config.json and says
     "per_layer_config": {"0": {"num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 333},
                          "3": {"skip": ["attention"], "intermediate_size": 512}}
 
-A layer that is not listed, and a key that a layer does not list, has the dense value. One key is ours, for what
-Hugging Face has no word for: `query_heads_per_kv_head` (a list, written when the groups differ).
+A layer that is not listed, and a key that a layer does not list, has the dense value. Two keys are ours, for what
+Hugging Face has no word for: `query_heads_per_kv_head` (a list, written when the groups differ) and
+`expert_intermediate_sizes` (the width of each expert, written when they differ or are all 0).
 
     geometry = ModelGeometry.from_config(json.load(open("config.json")))
     geometry.layers[3].num_key_value_heads, geometry.num_parameters, geometry.kv_cache_bytes_per_token(2)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pruned_vllm.config_values import flag, naturals, positive
 from pruned_vllm.errors import InputError
+from pruned_vllm.experts import DenseExperts
 from pruned_vllm.families import FAMILIES, Family, find_family
 from pruned_vllm.stock import stock_config
+from pruned_vllm.tensor_names import layer_tensor_shapes, tensor_shapes
 
 PAD = -1  # in an index of heads or channels: a unit that does not exist, made of zeros
 
-PER_LAYER_KEYS = {
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "query_heads_per_kv_head",
-    "skip",
-}
+ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,14 @@ class LayerGeometry:
 
     Attributes:
         query_heads_per_kv_head: for each KV head, how many query heads read it; () when attention is skipped.
-        intermediate_size: FFN channels; 0 when the MLP is skipped.
+        intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
+        expert_intermediate_sizes: FFN channels of each routed expert; () for a layer with a dense MLP or none. 0 is an
+            expert that outputs zeros; the router still sees it. A layer whose experts are all 0 skips nothing.
     """
 
     query_heads_per_kv_head: tuple[int, ...]
     intermediate_size: int
+    expert_intermediate_sizes: tuple[int, ...] = ()
 
     @property
     def num_attention_heads(self) -> int:
@@ -63,19 +64,31 @@ class LayerGeometry:
         return len(set(self.query_heads_per_kv_head)) <= 1
 
     @property
+    def expert_width(self) -> int:
+        """The width that all experts have in common; 0 where they differ, have no channels or do not exist."""
+        widths = set(self.expert_intermediate_sizes)
+        return widths.pop() if len(widths) == 1 else 0
+
+    @property
     def skip(self) -> list[str]:
         """The sublayers that are gone, in the words of `per_layer_config`."""
-        return ["attention"] * (not self.query_heads_per_kv_head) + ["mlp"] * (not self.intermediate_size)
+        has_mlp = self.intermediate_size or self.expert_intermediate_sizes
+        return ["attention"] * (not self.query_heads_per_kv_head) + ["mlp"] * (not has_mlp)
 
     @classmethod
-    def from_sizes(cls, sizes: Mapping[str, Any]) -> "LayerGeometry":
-        """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers."""
+    def from_sizes(cls, sizes: Mapping[str, Any], num_experts: int = 0, width_key: str = "") -> "LayerGeometry":
+        """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
+
+        Args:
+            num_experts: 0 for a layer with a dense MLP.
+            width_key: the family's key for the width of all experts.
+        """
         skip = sizes.get("skip", [])
-        if not set(skip) <= {"attention", "mlp"}:
-            raise ValueError(f'skip is {skip}; it may name "attention" and "mlp"')
-        heads, kv_heads, width = (
-            _positive(sizes, key) for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        )
+        known = ("attention",) if num_experts else ("attention", "mlp")
+        if not set(skip) <= set(known):
+            kind = "a layer with experts" if num_experts else "it"
+            raise ValueError(f"skip is {skip}; {kind} may name {' and '.join(map(repr, known))}")
+        heads, kv_heads = (positive(sizes, key) for key in ("num_attention_heads", "num_key_value_heads"))
         groups = sizes.get("query_heads_per_kv_head")
         if "attention" in skip:
             groups = ()
@@ -95,9 +108,15 @@ class LayerGeometry:
                 f"query_heads_per_kv_head {list(groups)} must be {kv_heads} positive numbers "
                 f"(num_key_value_heads) that add up to {heads} (num_attention_heads)"
             )
+        if num_experts:
+            widths = naturals(sizes, "expert_intermediate_sizes") or (positive(sizes, width_key),) * num_experts
+            if len(widths) != num_experts:
+                raise ValueError(f"expert_intermediate_sizes has {len(widths)} numbers for {num_experts} experts")
+            return cls(tuple(groups), 0, widths)
+        width = positive(sizes, "intermediate_size")
         return cls(tuple(groups), 0 if "mlp" in skip else width)
 
-    def to_overrides(self, dense: "LayerGeometry") -> dict[str, Any]:
+    def to_overrides(self, dense: "LayerGeometry", width_key: str = "") -> dict[str, Any]:
         """The flat keys in which this layer differs from the dense one; empty when it does not."""
         overrides: dict[str, Any] = {}
         if self.skip:
@@ -110,12 +129,23 @@ class LayerGeometry:
                 overrides["query_heads_per_kv_head"] = list(self.query_heads_per_kv_head)
         if self.intermediate_size not in (0, dense.intermediate_size):
             overrides["intermediate_size"] = self.intermediate_size
+        if self.expert_intermediate_sizes != dense.expert_intermediate_sizes:
+            if self.expert_width:
+                overrides[width_key] = self.expert_width
+            else:
+                overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
         return overrides
 
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """All sizes of a model. `dense` is the layer that the top level of config.json describes."""
+    """All sizes of a model.
+
+    Attributes:
+        experts: what the layers with experts have in common before pruning; None in a model without such layers.
+        dense_layers: the layers before pruning, which the top level of config.json describes.
+        layers: the layers as they are.
+    """
 
     family: Family
     hidden_size: int
@@ -125,7 +155,8 @@ class ModelGeometry:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    dense: LayerGeometry
+    experts: DenseExperts | None
+    dense_layers: tuple[LayerGeometry, ...]
     layers: tuple[LayerGeometry, ...]
 
     @classmethod
@@ -142,48 +173,25 @@ class ModelGeometry:
                 f"architectures {config.get('architectures')} with model_type {config.get('model_type')!r} is not "
                 f"supported; supported: {', '.join(f.architecture for f in FAMILIES.values())}"
             )
-        problems: list[str] = []
-
-        def checked(where: str, read, *args):
-            try:
-                return read(*args)
-            except (ValueError, TypeError) as error:
-                problems.append(f"{where}: {error}")
-
-        sizes = dict(config)
-        if sizes.get("num_key_value_heads") is None and family.model_type == "llama":
-            sizes["num_key_value_heads"] = sizes.get("num_attention_heads")  # LlamaConfig's default
+        problems = _Problems()
+        sizes = family.with_defaults(config)
         sizes.pop("skip", None)
-        dense = checked("top level", LayerGeometry.from_sizes, sizes)
-        hidden_size = checked("top level", _positive, sizes, "hidden_size")
-        vocab_size = checked("top level", _positive, sizes, "vocab_size")
-        num_layers = checked("top level", _positive, sizes, "num_hidden_layers")
+        hidden_size, vocab_size, num_layers, heads = (
+            problems.checked("top level", positive, sizes, key)
+            for key in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
+        )
         if sizes.get("head_dim") is None:
             sizes["head_dim"] = family.default_head_dim
-        if sizes["head_dim"] is None and dense and hidden_size:
-            sizes["head_dim"] = hidden_size // dense.num_attention_heads
-        # Without it something it derives from is missing, which is reported already.
-        head_dim = (
-            sizes["head_dim"] if sizes["head_dim"] is None else checked("top level", _positive, sizes, "head_dim")
-        )
-        layers = [dense] * (num_layers or 0)
-        per_layer = config.get("per_layer_config") or {}
-        if not isinstance(per_layer, Mapping):
-            problems.append(f"per_layer_config is a {type(per_layer).__name__}; it maps layer indices to sizes")
-            per_layer = {}
-        for index, overrides in per_layer.items():
-            where = f"per_layer_config[{index!r}]"
-            if not isinstance(overrides, Mapping):
-                problems.append(f"{where}: {overrides!r} is no mapping of sizes")
-            elif not str(index).isdecimal() or int(index) >= len(layers):
-                problems.append(f"{where}: not a layer index; the model has layers 0 to {len(layers) - 1}")
-            elif unknown := set(overrides) - PER_LAYER_KEYS:
-                problems.append(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(PER_LAYER_KEYS)}")
-            else:
-                layers[int(index)] = checked(where, LayerGeometry.from_sizes, sizes | dict(overrides))
-        tied = checked("top level", _flag, "tie_word_embeddings", config)
+        if sizes["head_dim"] is None and heads and hidden_size:
+            sizes["head_dim"] = hidden_size // heads
+        head_dim = None  # without it something it derives from is missing, which is reported already
+        if sizes["head_dim"] is not None:
+            head_dim = problems.checked("top level", positive, sizes, "head_dim")
+        experts = family.experts and problems.checked("top level", DenseExperts.from_config, family.experts, sizes)
+        dense_layers, layers = _read_layers(family, experts, sizes, num_layers or 0, problems)
+        tied = problems.checked("top level", flag, "tie_word_embeddings", config)
         names = ("qkv_bias", "o_bias", "mlp_bias")
-        biases = {name: checked("top level", _flag, getattr(family, name), config) for name in names}
+        biases = {name: problems.checked("top level", flag, getattr(family, name), sizes) for name in names}
         if problems:
             raise InputError("config.json describes no valid model:", problems)
         return cls(
@@ -193,12 +201,13 @@ class ModelGeometry:
             vocab_size=vocab_size,
             tie_word_embeddings=tied,
             **biases,
-            dense=dense,
+            experts=experts,
+            dense_layers=tuple(dense_layers),
             layers=tuple(layers),
         )
 
     def with_layers(self, layers: tuple[LayerGeometry, ...]) -> "ModelGeometry":
-        """The same model with other layers, e.g. the pruned ones; `dense` stays."""
+        """The same model with other layers, e.g. the pruned ones; `dense_layers` stay."""
         return replace(self, layers=tuple(layers))
 
     def to_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,65 +219,35 @@ class ModelGeometry:
         stock = stock_config(self, config)
         if stock is not None:
             return stock
-        overrides = {str(index): layer.to_overrides(self.dense) for index, layer in enumerate(self.layers)}
+        width_key = self.family.experts.width_key if self.family.experts else ""
+        overrides = {
+            str(index): layer.to_overrides(dense, width_key)
+            for index, (layer, dense) in enumerate(zip(self.layers, self.dense_layers, strict=True))
+        }
         # Hugging Face wants every per-layer key at the top level too.
-        uneven = any("query_heads_per_kv_head" in keys for keys in overrides.values())
+        ours = [
+            key
+            for key in ("query_heads_per_kv_head", "expert_intermediate_sizes")
+            if any(key in keys for keys in overrides.values())
+        ]
         return {
             **config,
-            **({"query_heads_per_kv_head": None} if uneven else {}),
+            **dict.fromkeys(ours),
             "architectures": [self.family.pruned_architecture],
             "head_dim": self.head_dim,
-            "num_key_value_heads": self.dense.num_key_value_heads,
+            "num_key_value_heads": self.dense_layers[0].num_key_value_heads,
             # Without it LlamaConfig raises AmbiguousGlobalPerLayerAttributeError while it validates itself.
             "allow_global_per_layer_attribute_access": True,
             "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
         }
 
     def layer_tensor_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's tensors by full name.
-
-        A skipped sublayer has no norm and no weights. Where it ends in a bias (`o_proj`, `down_proj`), that stays:
-        it was added to the hidden states whatever the masks removed.
-        """
-        layer = self.layers[index]
-        q = layer.num_attention_heads * self.head_dim
-        kv = layer.num_key_value_heads * self.head_dim
-        hidden, width = self.hidden_size, layer.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-            shapes[f"{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{name}.bias"] = (rows,)
-
-        if layer.query_heads_per_kv_head:
-            shapes["input_layernorm.weight"] = (hidden,)
-            linear("self_attn.q_proj", q, hidden, self.qkv_bias)
-            linear("self_attn.k_proj", kv, hidden, self.qkv_bias)
-            linear("self_attn.v_proj", kv, hidden, self.qkv_bias)
-            linear("self_attn.o_proj", hidden, q, self.o_bias)
-            if self.family.qk_norm:
-                shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (self.head_dim,)
-        elif self.o_bias:
-            shapes["self_attn.o_proj.bias"] = (hidden,)
-        if width:
-            shapes["post_attention_layernorm.weight"] = (hidden,)
-            linear("mlp.gate_proj", width, hidden, self.mlp_bias)
-            linear("mlp.up_proj", width, hidden, self.mlp_bias)
-            linear("mlp.down_proj", hidden, width, self.mlp_bias)
-        elif self.mlp_bias:
-            shapes["mlp.down_proj.bias"] = (hidden,)
-        return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
+        """Shapes of one layer's tensors by full name; see `pruned_vllm.tensor_names`."""
+        return layer_tensor_shapes(self, index)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors of the checkpoint, by name, in the order of the forward pass."""
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
-        for index in range(len(self.layers)):
-            shapes |= self.layer_tensor_shapes(index)
-        shapes["model.norm.weight"] = (self.hidden_size,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
+        return tensor_shapes(self)
 
     def layer_parameters(self, index: int) -> int:
         """Number of parameters of one layer."""
@@ -277,7 +256,7 @@ class ModelGeometry:
     @property
     def is_dense(self) -> bool:
         """Whether every layer is what the top level says, its query groups even."""
-        return self.dense.has_even_groups and set(self.layers) == {self.dense}
+        return self.layers == self.dense_layers and all(layer.has_even_groups for layer in self.layers)
 
     @property
     def num_layer_parameters(self) -> int:
@@ -299,15 +278,49 @@ class ModelGeometry:
         return 2 * self.num_key_value_heads * self.head_dim * element_bytes
 
 
-def _positive(sizes: Mapping[str, Any], key: str) -> int:
-    value = sizes.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
-    return value
+class _Problems(list[str]):
+    """What is wrong with a config.json."""
+
+    def checked(self, where: str, read: Callable, *args) -> Any:
+        """What `read` returns; None if it raises, and then the problem is added."""
+        try:
+            return read(*args)
+        except (ValueError, TypeError) as error:
+            problem = f"{where}: {error}"
+            if problem not in self:  # one key may be wrong for every layer
+                self.append(problem)
+            return None
 
 
-def _flag(flag: bool | str, config: Mapping[str, Any]) -> bool:
-    value = flag if isinstance(flag, bool) else config.get(flag)
-    if not isinstance(value, bool | None):
-        raise ValueError(f"{flag} is {value!r}; it must be true or false")
-    return bool(value)
+def _read_layers(
+    family: Family, experts: DenseExperts | None, sizes: Mapping[str, Any], num_layers: int, problems: _Problems
+) -> tuple[list[LayerGeometry | None], list[LayerGeometry | None]]:
+    """The layers that the top level `sizes` describe, and those that `per_layer_config` makes of them."""
+
+    def read_layer(where: str, index: int, overrides: Mapping[str, Any]) -> LayerGeometry | None:
+        keys, arguments = {*ATTENTION_KEYS, "intermediate_size"}, ()
+        if family.experts is not None and problems.checked("top level", family.experts.are_in_layer, index, sizes):
+            if experts is None:  # reported already
+                return None
+            keys = {*ATTENTION_KEYS, family.experts.width_key, "expert_intermediate_sizes"}
+            arguments = (experts.num_experts, family.experts.width_key)
+        if unknown := set(overrides) - keys:
+            problems.append(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(keys)}")
+            return None
+        return problems.checked(where, LayerGeometry.from_sizes, {**sizes, **overrides}, *arguments)
+
+    dense_layers = [read_layer("top level", index, {}) for index in range(num_layers)]
+    layers = list(dense_layers)
+    per_layer = sizes.get("per_layer_config") or {}
+    if not isinstance(per_layer, Mapping):
+        problems.append(f"per_layer_config is a {type(per_layer).__name__}; it maps layer indices to sizes")
+        per_layer = {}
+    for index, overrides in per_layer.items():
+        where = f"per_layer_config[{index!r}]"
+        if not isinstance(overrides, Mapping):
+            problems.append(f"{where}: {overrides!r} is no mapping of sizes")
+        elif not str(index).isdecimal() or int(index) >= num_layers:
+            problems.append(f"{where}: not a layer index; the model has layers 0 to {num_layers - 1}")
+        else:
+            layers[int(index)] = read_layer(where, int(index), overrides)
+    return dense_layers, layers

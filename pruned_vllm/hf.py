@@ -16,8 +16,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from pruned_vllm.errors import InputError
+from pruned_vllm.experts import ExpertsFormat
 from pruned_vllm.families import PRUNED_PREFIX, Family
 from pruned_vllm.files import read_json
 from pruned_vllm.geometry import ModelGeometry
@@ -34,7 +38,8 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
         stock model is what `AutoModelForCausalLM` makes of it.
 
     Raises:
-        InputError: config.json is missing or describes no pruned model, or tensors do not fit it; every one is listed.
+        InputError: config.json is missing or describes no pruned model, Transformers lacks its architecture, or tensors
+            do not fit it; every one is listed.
     """
     config = read_json(Path(directory) / "config.json")
     if not any(str(name).startswith(PRUNED_PREFIX) for name in config.get("architectures") or ()):
@@ -68,7 +73,16 @@ def _loading_problems(info: Mapping[str, Any]) -> list[str]:
 @cache
 def _pruned_class(family: Family) -> type[PreTrainedModel]:
     """PrunedLlamaForCausalLM ...: `save_pretrained` writes the name of the class into `architectures`."""
-    stock_class = getattr(transformers, family.architecture)
+    stock_class = getattr(transformers, family.architecture, None)
+    if stock_class is None:
+        raise InputError(f"Transformers has no {family.architecture}, so its pruned models can only be served by vLLM")
+    if family.experts is not None:
+        # Transformers fuses the experts of stock models while it loads them, into one tensor, so of one width; models
+        # of other modules than its own take part in that only by what is registered here.
+        renamings = []
+        if family.experts.module != "mlp":
+            renamings.append(WeightRenaming(f".{family.experts.module}.", ".mlp."))
+        register_checkpoint_conversion_mapping(family.pruned_architecture, renamings, overwrite=True)
     return type(family.pruned_architecture, (_PrunedForCausalLM, stock_class), {"__module__": __name__})
 
 
@@ -78,6 +92,10 @@ class _PrunedForCausalLM:
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # dense, but `from_pretrained` builds on the meta device: no memory is spent
         geometry = ModelGeometry.from_config(config.to_dict())
+        if geometry.experts is not None:  # see _pruned_class
+            stock_class = type(self.model)
+            name = PRUNED_PREFIX + stock_class.__name__
+            self.model.__class__ = type(name, (stock_class,), {"__module__": __name__})
         layers = self.model.layers
         for index in range(len(layers)):
             layers[index] = _build_layer(type(layers[index]), config, geometry, index)
@@ -96,10 +114,50 @@ def _build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometr
     elif not geometry.layers[index].has_even_groups:
         layer.self_attn.num_key_value_groups = 1
         layer.self_attn.register_forward_pre_hook(partial(_repeat_kv_heads, groups), with_kwargs=True)
-    if not geometry.layers[index].intermediate_size:
+    if widths := geometry.layers[index].expert_intermediate_sizes:
+        layer.mlp.experts = _RaggedExperts(geometry.family.experts, geometry.hidden_size, widths, config.hidden_act)
+    elif not geometry.layers[index].intermediate_size:
         layer.post_attention_layernorm = nn.Identity()
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
     return layer
+
+
+class _RaggedExperts(nn.ModuleList):
+    """In place of the stock experts, which are all of one width; takes what the stock router returns."""
+
+    def __init__(self, names: ExpertsFormat, hidden_size: int, widths: tuple[int, ...], activation: str) -> None:
+        super().__init__(_Expert(names, hidden_size, width, activation) for width in widths)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [tokens, hidden_size], top_k_index and top_k_weights [tokens, experts of each token]"""
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == index)
+            if expert.width and len(token):
+                output = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                result.index_add_(0, token, output.to(result.dtype))
+        return result
+
+
+class _Expert(nn.Module):
+    """A gated MLP with the projections' names on disk; without channels it has no parameters and is never called."""
+
+    def __init__(self, names: ExpertsFormat, hidden_size: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.width = width
+        self._names = names.projections
+        gate, up, down = self._names
+        if width:
+            self.add_module(gate, nn.Linear(hidden_size, width, bias=False))
+            self.add_module(up, nn.Linear(hidden_size, width, bias=False))
+            self.add_module(down, nn.Linear(width, hidden_size, bias=False))
+        self.activation = ACT2FN[activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (getattr(self, name) for name in self._names)
+        return down(self.activation(gate(hidden_states)) * up(hidden_states))
 
 
 class _SkippedSublayer(nn.Module):

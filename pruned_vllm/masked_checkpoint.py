@@ -2,7 +2,8 @@
 
 MASKS_FILE = "pruning_masks.safetensors"
 HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]
-CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"  # [intermediate_size]
+CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"  # [intermediate_size]; only layers with a dense MLP
+EXPERT_MASK = "model.layers.{}.mlp.experts.channel_mask"  # [num_experts, moe_intermediate_size], whatever the family
 
 PRUNING_FILE = "pruning.json"
 PRUNING_KEYS = ("format_version", "method", "channel_mask_site", "base_model", "lora_adapter")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import masks_for, tiny_model
+from tiny import HF_MOE, masks_for, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -118,6 +118,36 @@ def test_a_unit_is_a_kv_head_with_its_query_heads():
     assert torch.equal(masks["model.layers.2.mlp.channel_mask"], values["channel"][2])
 
 
+@pytest.mark.parametrize("model_type", HF_MOE)
+def test_channels_of_experts_are_units(model_type):
+    config = {"mlp_only_layers": [1]} if model_type.startswith("qwen") else {}
+    model = tiny_model(model_type, 6, 3, 24, **config)
+    units = Units.of(geometry_of(model))
+    heads = {} if model_type == "olmoe" else {"head": 3}  # OLMoE cannot lose heads
+    assert units.widths == heads | ({"channel": 24} if config else {}) | {"expert": 4 * 24}
+    assert units.layers["expert"] == ((0, 2) if config else (0, 1, 2)) and units.layers.get("channel", (1,)) == (1,)
+    values = {kind: torch.rand(units.shape(kind)) for kind in units.layers}
+    masks = units.to_masks(values)
+    assert torch.equal(masks["model.layers.2.mlp.experts.channel_mask"], values["expert"][-1].view(4, 24))
+    assert ("model.layers.1.mlp.channel_mask" in masks) == bool(config)
+    with apply_masks(model, masks):  # every mask has a place
+        model(torch.arange(20)[None])
+
+
+def test_ddp_prunes_experts_and_freezes_the_rest():
+    model = tiny_model("qwen2_moe", 6, 6, 40, mlp_only_layers=[0])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
+    units = Units.of(geometry_of(model))
+    settings = DDPSettings(steps=150, batch_size=4)
+    values = learn_ddp(model, units, BlockSampler(tokens, 32, 0), 0.5, settings, 0)
+    assert set(values) == {"head", "channel", "expert"}
+    kept, wanted = int((values["expert"] > 0).sum()), units.kept("expert", 0.5)
+    assert abs(kept - wanted) <= 0.01 * units.count("expert") + 1
+    assert values["expert"].shape == (2, 96) and values["expert"].unique().numel() > 30
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_a_layer_may_lose_all_of_its_units():
     z = torch.tensor([[-0.1, -0.05, -0.1, -0.1], [1.0, 2.0, 3.0, 4.0]])
     assert _harden("head", z, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
@@ -139,6 +169,17 @@ def test_magnitude_keeps_the_heaviest_units():
     values = baselines.magnitude(model, Units.of(geometry_of(model)), target_sparsity=0.8)
     assert values["head"][0].tolist() == values["head"][1].tolist() == [0, 1, 0, 0, 0, 0]
     assert values["channel"][2, 7] == 1 and values["channel"].sum(1).tolist() == [8, 8, 8]
+
+
+def test_magnitude_keeps_the_heaviest_channels_of_experts():
+    model = tiny_model("mixtral", 12, 6, 10)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, :, 7] *= 30
+        model.model.layers[1].mlp.experts.gate_up_proj[3, 10 + 4] *= 30  # up
+        model.model.layers[1].mlp.experts.gate_up_proj[0, 5] *= 30  # gate
+    values = baselines.magnitude(model, Units.of(geometry_of(model)), target_sparsity=0.9)
+    assert values["expert"].sum(1).tolist() == [4, 4, 4]
+    assert values["expert"][1].view(4, 10)[[2, 3, 0], [7, 4, 5]].tolist() == [1, 1, 1]
 
 
 def learned(sparsity: float = 0.5, seed: int = 0, **settings) -> tuple[dict, Units]:
@@ -236,6 +277,12 @@ def test_learn_masks_refuses_bad_input(word_model, capsys, change, message):
 def test_learn_masks_refuses_what_is_no_model(word_model, capsys):
     assert run(word_model / "nothing", word_model / "ckpt", "--data", word_model / "text.txt") == 2
     assert "cannot be loaded as a causal language model" in capsys.readouterr().err
+
+
+def test_learn_masks_refuses_what_transformers_lacks(tmp_path, capsys):
+    tiny_model("deepseek", 6, 3, 40).save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "model", tmp_path / "ckpt", "--method", "random") == 2
+    assert "Transformers has no DeepseekForCausalLM" in capsys.readouterr().err
 
 
 def test_learn_masks_refuses_a_model_that_lacks_weights(word_model, capsys):

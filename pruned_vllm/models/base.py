@@ -106,7 +106,7 @@ def _check_version() -> None:
 
 
 def _summary(geometry: ModelGeometry, element_bytes: int) -> str:
-    dense = geometry.with_layers((geometry.dense,) * len(geometry.layers))
+    dense = geometry.with_layers(geometry.dense_layers)
     saved = 1 - geometry.num_parameters / dense.num_parameters
     return (
         f"{geometry.family.pruned_architecture}: {geometry.num_parameters / 1e6:,.1f}M parameters, {saved:.1%} fewer "
