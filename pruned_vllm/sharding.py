@@ -134,6 +134,25 @@ def shard_layer(layer: LayerGeometry, tensor_parallel_size: int) -> LayerLayout:
     )
 
 
+def shard_experts(widths: tuple[int, ...], tensor_parallel_size: int) -> list[list[range]]:
+    """For each rank the channels that it holds of each expert, of which `widths` are the channels in all.
+
+    Every expert is shared out as evenly as it goes, and what is left over goes round the ranks, so that two ranks
+    differ by one channel at most, of an expert and of all experts together. Nothing is padded.
+    """
+    held: list[list[range]] = [[] for _ in range(tensor_parallel_size)]
+    turn = 0  # the rank whose turn it is to take one more
+    for width in widths:
+        share, rest = divmod(width, tensor_parallel_size)
+        start = 0
+        for rank, channels in enumerate(held):
+            stop = start + share + ((rank - turn) % tensor_parallel_size < rest)
+            channels.append(range(start, stop))
+            start = stop
+        turn = (turn + rest) % tensor_parallel_size
+    return held
+
+
 Assignment = list[list[tuple[int, range]]]  # for each rank: KV heads, each with query heads that read it there
 
 

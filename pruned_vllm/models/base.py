@@ -17,7 +17,7 @@ from pruned_vllm.errors import InputError
 from pruned_vllm.families import IGNORED_SUFFIXES
 from pruned_vllm.geometry import ModelGeometry
 from pruned_vllm.models.layer import PrunedDecoderLayer
-from pruned_vllm.models.loading import layout_changes
+from pruned_vllm.models.loading import layout_changes, module_names
 from pruned_vllm.tensors import take_or_zero
 
 # The name puts the records under vLLM's own logging configuration.
@@ -43,6 +43,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
         # after dummy loading the first call is a weight update, which may bring any subset.
         quantized = getattr(config, "quantization_config", None) is not None
+        self._module_names = module_names(geometry)
         self._quantized = quantized
         self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
         logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
@@ -61,11 +62,12 @@ class PrunedForCausalLM(LlamaForCausalLM):
         return loaded
 
     def _laid_out(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Brings heads and channels into the order of the tensor-parallel ranks, with zeros for padding."""
+        """Brings heads and channels into the order of the tensor-parallel ranks, with zeros for padding, and experts
+        to the names of their modules."""
         for name, tensor in weights:
             if name in self._layout_changes:
                 tensor = take_or_zero(tensor, *self._layout_changes[name])
-            yield name, tensor
+            yield self._module_names.get(name, name), tensor
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         missing = self._geometry.tensor_shapes()

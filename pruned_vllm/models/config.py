@@ -47,6 +47,12 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry
         )
     # Only plain weights can be brought into a new order and padded while they are loaded.
     quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
+    parallel = vllm_config.parallel_config
+    if geometry.experts is not None and (parallel.enable_expert_parallel or parallel.enable_eplb):
+        raise InputError(
+            "--enable-expert-parallel and --enable-eplb need experts of one size, which these are not; with "
+            "--tensor-parallel-size alone every rank holds a part of each expert"
+        )
     reasons = ["the checkpoint is quantized on disk"] * quantized
     reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
     if reasons and layout_changes(geometry, ranks):

@@ -12,6 +12,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 
 from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.layers.ragged_moe import MoEBlock
 from pruned_vllm.sharding import LayerLayout, shard_layer
 
 
@@ -42,7 +43,10 @@ class PrunedDecoderLayer(nn.Module):
         else:
             self.input_layernorm = None
             self.self_attn = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
-        if layer.intermediate_size:
+        if layer.expert_intermediate_sizes:
+            self.post_attention_layernorm = norm()
+            self.mlp = MoEBlock(vllm_config, geometry, layer, f"{prefix}.mlp")
+        elif layer.intermediate_size:
             self.post_attention_layernorm = norm()
             self.mlp = LlamaMLP(
                 hidden_size=geometry.hidden_size,

@@ -16,7 +16,8 @@ class PrunedQwen3DecoderLayer(PrunedDecoderLayer):
         self, vllm_config: VllmConfig, geometry: ModelGeometry, prefix: str, num_heads: int, num_kv_heads: int
     ) -> nn.Module:
         config = vllm_config.model_config.hf_config
-        is_sliding = config.layer_types[extract_layer_index(prefix)] == "sliding_attention"
+        layer_types = getattr(config, "layer_types", None)  # Qwen3-MoE has none
+        is_sliding = layer_types is not None and layer_types[extract_layer_index(prefix)] == "sliding_attention"
         attention = Qwen3Attention(
             hidden_size=geometry.hidden_size,
             num_heads=num_heads,
