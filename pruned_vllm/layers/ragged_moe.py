@@ -112,7 +112,9 @@ class RaggedExperts(nn.Module):
         self.max_width = max(local_widths)
         self.starts = [0, *accumulate(local_widths)]
         self.top_k, self.hidden_size = top_k, hidden_size
-        self.gate_up, self.down = map(partial(nn.Parameter, requires_grad=False), self._empty_weights())
+        # Without a channel there is nothing to load, and vLLM wants every parameter loaded.
+        make = partial(nn.Parameter, requires_grad=False) if self.max_width else lambda weight: None
+        self.gate_up, self.down = map(make, self._empty_weights())
         self.register_buffer("offsets", torch.tensor(self.starts, dtype=torch.int32), persistent=False)
         self.layer_name = prefix
         self._packed = None  # what the CPU op computes with
@@ -127,12 +129,14 @@ class RaggedExperts(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         """Takes this rank's channels of "{expert}.w1.weight" (gate), "w3" (up) and "w2" (down)."""
-        if self._packed is not None:  # loaded again
+        if self._packed is not None:  # loaded again; NaN shows if not all experts come
             dtype, self._packed = self._packed.dtype, None
-            self.gate_up.data, self.down.data = (weight.to(dtype) for weight in self._empty_weights())
+            self.gate_up.data, self.down.data = (w.to(dtype).fill_(torch.nan) for w in self._empty_weights())
         for name, tensor in weights:
             expert, projection, _ = name.split(".")
             channels = self.channels[int(expert)]
+            if not channels:
+                continue
             rows = slice(self.starts[int(expert)], self.starts[int(expert) + 1])
             if projection == DOWN:
                 self.down.data[rows].copy_(tensor[:, channels.start : channels.stop].T)
