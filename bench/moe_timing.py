@@ -1,6 +1,6 @@
 """Times contestants, which compute the same layer of routed experts, in turns on the same routing.
 
-    record = time_case(contestants(RandomExperts(layer, "cpu")), x, layer, repeats=15)
+record = time_case(contestants(RandomExperts(layer, "cpu")), x, layer, repeats=15)
 """
 
 import time

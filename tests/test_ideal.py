@@ -33,8 +33,8 @@ MOE = ModelGeometry.from_config(MOE_CONFIG)
 RAGGED = ModelGeometry.from_config(
     MOE_CONFIG | {"per_layer_config": {"1": {"expert_intermediate_sizes": [40, 0, 15, 25]}}}
 )
-# Two layers of attention with qkv biases, one with a dense MLP of 100, one with a router, a shared expert of 30 channels
-# and its gate.
+# Two layers of attention, one with a dense MLP, one with a router, a shared expert of 30 channels and its gate; biases
+# of q, k and v and the norms are vectors.
 MOE_UNROUTED = 2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 100 + 4 * 64 + 3 * 64 * 30 + 64
 MOE_VECTORS = 2 * (64 + 2 * 32 + 2 * 64)
 
