@@ -4,9 +4,9 @@
         contestant.run(x, topk_weights, topk_ids)
 
 "ragged" is what the served model runs. "dense" is the layer before pruning and "widest" the pruned one padded to its
-widest expert, both by vLLM's fused op: `cpu_fused_moe` on CPU, its Triton kernel `fused_experts` on CUDA. That one has
-tuned tiles for some GPUs and widths, mostly those of dense models, and defaults elsewhere, and vLLM may serve with other
-kernels. On CUDA "dense, same kernel" is the layer before pruning by the kernel of "ragged", so that tiles and tuning
+widest expert, both by vLLM's fused op: `cpu_fused_moe` on CPU, its Triton kernel `fused_experts` on CUDA. It has tuned
+tiles for some GPUs and widths, mostly those of dense models, and defaults elsewhere; vLLM may serve with other kernels.
+On CUDA "dense, same kernel" is the layer before pruning by the kernel of "ragged", so that tiles and tuning
 cancel out; without vLLM that kernel computes "widest", too, and there is no other "dense".
 """
 
