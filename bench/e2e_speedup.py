@@ -100,7 +100,7 @@ def describe_hardware() -> dict:
 
     return {
         "device": current_platform.get_device_name(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "environment": {
@@ -111,7 +111,7 @@ def describe_hardware() -> dict:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -2,7 +2,12 @@
 
 Decode is bound by memory: a step reads every weight once and the keys and values of every sequence in the batch.
 Prefill is bound by arithmetic. The ideal speedup of a case is the dense model's cost over the pruned model's; it
-counts what pruning cannot touch (lm_head, embedding rows, norms), so it is what a perfect runtime would reach.
+counts what pruning cannot touch (lm_head, embedding rows, norms, routers, shared experts), so it is what a perfect
+runtime would reach.
+
+Of routed experts it counts what tokens need on average if a router sends each to k different ones of E, every choice as
+likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes a share k/E. Trained
+routers prefer some experts, and tokens of one text resemble each other: a real batch reads fewer.
 
     case = Case.parse("decode:8:32:64")
     ideal_speedup(dense_geometry, pruned_geometry, case, element_bytes=2)
@@ -61,9 +66,10 @@ def ideal_speedup(dense: ModelGeometry, pruned: ModelGeometry, case: Case, eleme
 
 
 def decode_step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
-    """Bytes that the average decode step reads: layers, final norm, lm_head, one embedding row and the KV cache of
-    each sequence."""
-    layers = geometry.num_layer_parameters
+    """Bytes that the average decode step reads: layers, of routed experts those that some token is sent to, final norm,
+    lm_head, one embedding row and the KV cache of each sequence."""
+    unread = routed_weights(geometry) * (1 - chosen_share(geometry)) ** case.batch_size
+    layers = geometry.num_layer_parameters - unread
     lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
     embedding_rows = case.batch_size * geometry.hidden_size
     # Step k of output_len - 1 attends to the input and k generated tokens.
@@ -72,10 +78,22 @@ def decode_step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -
     return (layers + geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
 
 
-def prefill_flops(geometry: ModelGeometry, case: Case) -> int:
-    """Floating-point operations that prefill the batch: 2 per weight and token, causal attention, and lm_head for the
-    last position of each sequence only, which is all that vLLM computes."""
-    weights = heads = 0
+def routed_weights(geometry: ModelGeometry) -> int:
+    """Weights of all routed experts, three matrices each; 0 in a model without experts."""
+    return 3 * geometry.hidden_size * sum(sum(layer.expert_intermediate_sizes) for layer in geometry.layers)
+
+
+def chosen_share(geometry: ModelGeometry) -> float:
+    """The share of a layer's routed experts that one token is sent to; 1 in a model without experts."""
+    experts = geometry.experts
+    return experts.num_experts_per_tok / experts.num_experts if experts else 1.0
+
+
+def prefill_flops(geometry: ModelGeometry, case: Case) -> float:
+    """Floating-point operations that prefill the batch: 2 per token and weight, of routed experts those that the token
+    is sent to, causal attention, and lm_head for the last position of each sequence only, which is all that vLLM
+    computes."""
+    heads, weights = 0, -routed_weights(geometry) * (1 - chosen_share(geometry))
     for index, layer in enumerate(geometry.layers):
         shapes = geometry.layer_tensor_shapes(index).values()
         weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)

@@ -1,26 +1,78 @@
 """Writes the shape of a small pruned model at a size worth timing: config.json files, no weights.
 
-    python -m bench.scale out/ scaled/
+    python -m bench.scale out/ scaled/           # out/: any converted model
+    python -m bench.scale beta:0.5 scaled/       # no model: a Qwen3-MoE whose experts keep half of their channels
     python bench/e2e_speedup.py --dense scaled/dense --pruned scaled/pruned --load-format dummy
 
 Each layer of the large model keeps the share of heads and channels that the small model's layer at the same relative
 depth keeps, so a learned ragged pattern can be timed where weights, not overheads, fill the time. Random weights
 (`--load-format dummy`) take as long as trained ones.
+
+With experts, a layer's source is at the same relative depth among the layers that have experts, or have none, as it
+does. Its experts' shares are the quantiles of the source's, linear between them where the large layer has more
+experts: repeating widths would make classes of equal experts that no learned model has. Their order is drawn anew in
+each layer. `beta:KEEP` spreads the shares like the beta distribution of that mean (bench/widths.py), in every layer
+alike, and removes no heads. The defaults make about half a billion parameters with and without experts.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.widths import beta_shares, quantiles, widths_of
 from pruned_vllm.command import positive_int, run_command
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json, write_json
 from pruned_vllm.geometry import LayerGeometry, ModelGeometry
 
 # Keys of the small model that say nothing about the large one, or would contradict it.
-DROPPED_KEYS = ("per_layer_config", "pruning", "allow_global_per_layer_attribute_access", "layer_types")
+DROPPED_KEYS = (
+    "per_layer_config",
+    "pruning",
+    "allow_global_per_layer_attribute_access",
+    "layer_types",
+    "query_heads_per_kv_head",
+    "expert_intermediate_sizes",
+)
+MOE_OPTIONS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+# config.json of Qwen/Qwen3-30B-A3B, less what does not change a shape or a speed; its sizes get replaced.
+QWEN3_MOE = {
+    "architectures": ["PrunedQwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_hidden_layers": 1,
+    "vocab_size": 151936,
+    "moe_intermediate_size": 1_000_000,  # so that widths are shares in millionths
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+}
+
+
+def read_pattern(source: str) -> dict:
+    """config.json of the small model: a directory's, or one made up for "beta:KEEP". Raises InputError."""
+    kind, colon, text = source.partition(":")
+    if kind != "beta" or not colon:
+        return read_json(Path(source) / "config.json")
+    try:
+        keep = float(text)
+    except ValueError:
+        raise InputError(f"{source!r}: what follows beta: is the mean share that experts keep, e.g. beta:0.5") from None
+    shares = beta_shares(keep, QWEN3_MOE["num_experts"])
+    widths = widths_of(shares, QWEN3_MOE["moe_intermediate_size"])
+    return {**QWEN3_MOE, "per_layer_config": {"0": {"expert_intermediate_sizes": list(widths)}}}
 
 
 def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, dict]:
@@ -28,47 +80,83 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
 
     Args:
         config: config.json of a small converted model.
-        sizes: top-level keys of the large model (hidden_size, num_hidden_layers ...).
+        sizes: top-level keys of the large model (hidden_size, num_hidden_layers ...); with experts also MOE_OPTIONS,
+            whatever the family calls them.
         align: FFN widths become multiples of it.
 
     Raises:
         InputError: `config` is no pruned model, or the sizes contradict each other.
     """
     small = ModelGeometry.from_config(config)
-    if small.experts is not None:
-        raise InputError("models with experts cannot be scaled yet; give a model with dense MLPs")
     if small.is_dense:
         raise InputError("config.json has no per_layer_config that prunes anything: there is no pattern to scale")
     kept = {key: value for key, value in config.items() if key not in DROPPED_KEYS and not key.endswith("_token_id")}
-    dense_config = {**kept, **sizes, "architectures": [small.family.architecture]}
+    dense_config = {**kept, **_family_keys(small, config, sizes), "architectures": [small.family.architecture]}
     dense = ModelGeometry.from_config(dense_config)
-    num_layers = len(dense.layers)
-    sources = [small.layers[(2 * i + 1) * len(small.layers) // (2 * num_layers)] for i in range(num_layers)]
-    layers = tuple(_scale_layer(source, small.dense_layers[0], dense.dense_layers[0], align) for source in sources)
-    return dense_config, dense.with_layers(layers).to_config(dense_config)
+    layers = []
+    for index, layer in enumerate(dense.dense_layers):
+        source = _counterpart(index, dense.dense_layers, small.dense_layers)
+        layers.append(_scale_layer(small.layers[source], small.dense_layers[source], layer, align, seed=index))
+    return dense_config, dense.with_layers(tuple(layers)).to_config(dense_config)
 
 
-def _scale_layer(source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry, align: int) -> LayerGeometry:
+def _family_keys(small: ModelGeometry, config: Mapping, sizes: Mapping) -> dict:
+    """`sizes` under the names that the family has for them. A shared MLP keeps its ratio to a routed expert."""
+    names = small.family.experts
+    keys = {key: value for key, value in sizes.items() if key not in MOE_OPTIONS}
+    if names is None:
+        return keys
+    count_keys = [key for key in names.count_keys if config.get(key) is not None]
+    keys |= dict.fromkeys(count_keys, sizes["num_experts"])
+    keys |= {"num_experts_per_tok": sizes["num_experts_per_tok"], names.width_key: sizes["moe_intermediate_size"]}
+    if names.shared_width_key is not None:
+        ratio = small.experts.shared_intermediate_size / small.experts.intermediate_size
+        keys[names.shared_width_key] = round(ratio * sizes["moe_intermediate_size"])
+    return keys
+
+
+def _counterpart(index: int, large: Sequence[LayerGeometry], small: Sequence[LayerGeometry]) -> int:
+    """Index of the small model's layer of the same kind, with experts or without, at the same relative depth."""
+
+    def alike(layers: Sequence[LayerGeometry]) -> list[int]:
+        kind = bool(large[index].expert_intermediate_sizes)
+        return [i for i, layer in enumerate(layers) if bool(layer.expert_intermediate_sizes) == kind]
+
+    place, count, candidates = alike(large).index(index), len(alike(large)), alike(small)
+    if not candidates:
+        kind = "experts" if large[index].expert_intermediate_sizes else "a dense MLP"
+        raise InputError(f"layer {index} of the large model has {kind}, which no layer of the small one has")
+    return candidates[(2 * place + 1) * len(candidates) // (2 * count)]
+
+
+def _scale_layer(
+    source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry, align: int, seed: int
+) -> LayerGeometry:
     """`dense` less what `source` lacks against `source_dense`; whole KV groups, at least one of what is not skipped."""
     groups, width = dense.query_heads_per_kv_head, dense.intermediate_size
     kept_heads = source.num_attention_heads / source_dense.num_attention_heads
+    kept_groups = groups[: max(1, round(kept_heads * len(groups)))] if kept_heads else ()
+    if dense.expert_intermediate_sizes:
+        kept = [expert / source_dense.expert_width for expert in source.expert_intermediate_sizes]
+        shares = quantiles(kept, len(dense.expert_intermediate_sizes))
+        widths = widths_of(shares, dense.expert_width, align, seed)
+        return replace(dense, query_heads_per_kv_head=kept_groups, expert_intermediate_sizes=widths)
     kept_channels = source.intermediate_size / source_dense.intermediate_size
     return replace(
         dense,
-        query_heads_per_kv_head=groups[: max(1, round(kept_heads * len(groups)))] if kept_heads else (),
+        query_heads_per_kv_head=kept_groups,
         intermediate_size=min(width, max(1, round(kept_channels * width / align)) * align) if kept_channels else 0,
     )
 
 
-def write_scaled(pruned_dir: Path, out: Path, sizes: Mapping, align: int) -> None:
+def write_scaled(config: Mapping, out: Path, sizes: Mapping, align: int) -> None:
     """Writes OUT/dense/config.json and OUT/pruned/config.json and prints their sizes. Raises InputError."""
-    config_path = pruned_dir / "config.json"
-    configs = scale_model(read_json(config_path), sizes, align)
-    for name, config in zip(("dense", "pruned"), configs, strict=True):
+    configs = scale_model(config, sizes, align)
+    for name, written in zip(("dense", "pruned"), configs, strict=True):
         directory = out / name
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "config.json", config)
-        geometry = ModelGeometry.from_config(config)
+        write_json(directory / "config.json", written)
+        geometry = ModelGeometry.from_config(written)
         print(
             f"{directory}: {geometry.num_parameters / 1e6:,.0f}M parameters, "
             f"{geometry.num_parameters * 2 / 1e9:,.2f} GB in bfloat16, "
@@ -82,15 +170,18 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m bench.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("pruned", type=Path, metavar="PRUNED_DIR", help="a small model written by convert-pruned")
+    add("source", metavar="PRUNED_DIR", help="a small model written by convert-pruned, or beta:KEEP")
     add("out", type=Path, metavar="OUT", help="gets OUT/dense/config.json and OUT/pruned/config.json")
-    add("--hidden-size", type=positive_int, default=1536, help="default: 1536")
-    add("--num-hidden-layers", type=positive_int, default=16, help="default: 16")
+    add("--hidden-size", type=positive_int, help="default: 1536, with experts 1024")
+    add("--num-hidden-layers", type=positive_int, help="default: 16, with experts 8")
     add(
         "--intermediate-size",
         type=positive_int,
-        help="default: 8/3 of the hidden size, rounded up to a multiple of 256",
+        help="of dense MLPs; default: 8/3 of the hidden size, rounded up to a multiple of 256",
     )
+    add("--num-experts", type=positive_int, default=32, help="default: 32")
+    add("--num-experts-per-tok", type=positive_int, default=4, help="default: 4")
+    add("--moe-intermediate-size", type=positive_int, default=512, help="width of an expert; default: 512")
     add("--head-dim", type=positive_int, default=64, help="default: 64")
     add("--num-attention-heads", type=positive_int, help="default: hidden size / head dim")
     add("--num-key-value-heads", type=positive_int, help="default: as many as attention heads")
@@ -101,13 +192,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(args: argparse.Namespace) -> None:
+    config = read_pattern(args.source)
+    sizes = {key: value for key, value in vars(args).items() if key not in ("source", "out", "align")}
+    has_experts = ModelGeometry.from_config(config).experts is not None
+    hidden_size = args.hidden_size or (1024 if has_experts else 1536)
+    sizes["hidden_size"] = hidden_size
+    sizes["num_hidden_layers"] = args.num_hidden_layers or (8 if has_experts else 16)
+    sizes["intermediate_size"] = args.intermediate_size or -(-hidden_size * 8 // 3 // 256) * 256
+    sizes["num_attention_heads"] = args.num_attention_heads or hidden_size // args.head_dim
+    sizes["num_key_value_heads"] = args.num_key_value_heads or sizes["num_attention_heads"]
+    write_scaled(config, args.out, sizes, args.align)
+
+
 def main() -> int:
     args = build_parser().parse_args()
-    sizes = {key: value for key, value in vars(args).items() if key not in ("pruned", "out", "align")}
-    sizes["intermediate_size"] = args.intermediate_size or -(-args.hidden_size * 8 // 3 // 256) * 256
-    sizes["num_attention_heads"] = args.num_attention_heads or args.hidden_size // args.head_dim
-    sizes["num_key_value_heads"] = args.num_key_value_heads or sizes["num_attention_heads"]
-    return run_command("bench.scale", lambda: write_scaled(args.pruned, args.out, sizes, args.align))
+    return run_command("bench.scale", lambda: _run(args))
 
 
 if __name__ == "__main__":
