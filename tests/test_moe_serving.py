@@ -23,29 +23,27 @@ def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = Fals
     return model, masks | (masks_for(HEADS, []) if heads and model_type != "olmoe" else {})
 
 
-CASES = [
-    (model_type, widths, heads, config)
-    for model_type in MOE_CONFIGS
-    for widths, heads, config in (
-        (RAGGED, False, {}),
-        (ONE_EMPTY, True, {}),
-        (LAYER_EMPTY, False, {}),
-        (UNIFORM, False, {}),
-        (HALF_UNIFORM, True, {}),
-    )
-] + [
-    ("qwen3_moe", RAGGED, True, {"mlp_only_layers": [1], "norm_topk_prob": False}),
-    ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
-    ("mixtral", RAGGED, True, {"sliding_window": 8}),
-]
+PATTERNS = {
+    "ragged": (RAGGED, False),
+    "an empty expert everywhere, heads": (ONE_EMPTY, True),
+    "an empty layer": (LAYER_EMPTY, False),
+    "uniform": (UNIFORM, False),
+    "uniform layers beside a ragged one, heads": (HALF_UNIFORM, True),
+}
+CASES = {
+    f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
+} | {
+    "qwen3_moe, a dense layer": ("qwen3_moe", RAGGED, True, {"mlp_only_layers": [1], "norm_topk_prob": False}),
+    "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8}),
+}
 
 
-@pytest.mark.parametrize(("model_type", "widths", "heads", "config"), CASES)
-@pytest.mark.parametrize("site", ["product"])
-def test_served_model_is_the_masked_model(tmp_path, model_type, widths, heads, config, site):
+@pytest.mark.parametrize(("model_type", "widths", "heads", "config"), CASES.values(), ids=CASES.keys())
+def test_served_model_is_the_masked_model(tmp_path, model_type, widths, heads, config):
     model, masks = model_and_masks(model_type, widths, heads, **config)
-    directory = converted(tmp_path, model, masks, site)
-    assert_serves_the_masked_model(directory, model, masks, site)
+    directory = converted(tmp_path, model, masks)
+    assert_serves_the_masked_model(directory, model, masks)
 
 
 def test_masks_on_both_projections(tmp_path):
