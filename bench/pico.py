@@ -6,9 +6,10 @@ minute on two CPU cores on English that ships with Python: the reference topics 
 docstrings of the standard library. Small, but not random: their held-out perplexity is far below that of
 token frequencies alone, so pruning them costs something that can be measured.
 
-    python -m bench.pico llama     # multi-head attention, untied embeddings
-    python -m bench.pico qwen3     # grouped-query attention, q/k norms, tied embeddings
-    python -m bench.pico           # both
+    python -m bench.pico llama        # multi-head attention, untied embeddings
+    python -m bench.pico qwen3        # grouped-query attention, q/k norms, tied embeddings
+    python -m bench.pico qwen3_moe    # the same with 16 experts in each layer, of which a token takes 2
+    python -m bench.pico              # all
 
 Notable facts:
 - A model is trained once and cached in ${XDG_CACHE_HOME:-~/.cache}/pruned-vllm/pico. The directory's name
@@ -16,6 +17,8 @@ Notable facts:
 - Beside the model lie train.txt and heldout.txt (no paragraph is in both) and pico.json (sizes, perplexities).
 - The same seed on the same machine with the same number of threads gives the same weights.
 - head_dim is 32, the smallest that vLLM's CPU attention serves.
+- Routers are trained to use all experts (bench/router.py); `router_load` in pico.json is the share of the held-out
+  text that each expert gets.
 """
 
 import argparse
@@ -43,6 +46,7 @@ BATCH_SIZE = 4  # sequences per step
 STEPS = 1100
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 40
+BALANCING = 0.02  # weight of the loss that keeps all experts in use
 SEED = 0
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 
@@ -64,6 +68,20 @@ RECIPES = {
         "Qwen3Config",
         "Qwen3ForCausalLM",
         {"num_hidden_layers": 4, "num_key_value_heads": 4, "intermediate_size": 352, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.0,  # see balancing_loss
+            "tie_word_embeddings": True,
+        },
     ),
 }
 
@@ -155,7 +173,7 @@ def unigram_perplexity(train_ids, heldout_ids) -> float:
 
 
 def pico_model(name: str) -> Path:
-    """The directory of a trained model ("llama" or "qwen3"), trained now if it is not in the cache.
+    """The directory of a trained model (a name of RECIPES), trained now if it is not in the cache.
 
     It holds the model in float32, its tokenizer, train.txt, heldout.txt and pico.json. InputError for other names.
     """
@@ -181,6 +199,7 @@ def _train(name: str, directory: Path) -> None:
     import transformers
     from tqdm import trange
 
+    from bench.router import balancing_loss, expert_load
     from learner.data import BlockSampler, tokenize_files
     from learner.evaluate import perplexity
 
@@ -195,6 +214,7 @@ def _train(name: str, directory: Path) -> None:
     special_ids = {f"{token}_id": tokenizer.convert_tokens_to_ids(text) for token, text in SPECIAL_TOKENS.items()}
     config = getattr(transformers, config_class)(**SHARED_CONFIG, **differences, **special_ids)
     model = getattr(transformers, model_class)(config)
+    has_router = hasattr(config, "num_experts")
     blocks = BlockSampler(train_ids, BLOCK_SIZE, SEED)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -208,7 +228,11 @@ def _train(name: str, directory: Path) -> None:
     progress = trange(STEPS, desc=f"training pico {name}", unit="step")
     for _ in progress:
         batch = blocks.next_batch(BATCH_SIZE)
-        loss = model(input_ids=batch, labels=batch).loss
+        if has_router:
+            output = model(input_ids=batch, labels=batch, output_router_logits=True)
+            loss = output.loss + BALANCING * balancing_loss(output.router_logits, config.num_experts_per_tok)
+        else:
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -225,6 +249,8 @@ def _train(name: str, directory: Path) -> None:
         "heldout_perplexity": perplexity(model, heldout_ids),
         "unigram_perplexity": unigram_perplexity(train_ids, heldout_ids),
     }
+    if has_router:
+        facts["router_load"] = expert_load(model, heldout_ids)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     write_json(directory / "pico.json", facts)
@@ -234,10 +260,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.pico", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="llama or qwen3; default: both")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(RECIPES)}; default: all")
     args = parser.parse_args(argv)
 
     def show() -> None:
+        from bench.router import describe_load
+
         for name in args.names or RECIPES:
             directory = pico_model(name)
             facts = read_json(directory / "pico.json")
@@ -246,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"  held-out perplexity {facts['heldout_perplexity']:.2f}; "
                 f"token frequencies alone {facts['unigram_perplexity']:.2f}"
             )
+            if "router_load" in facts:
+                print(describe_load(facts["router_load"]))
 
     return run_command(parser.prog, show)
 

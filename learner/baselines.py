@@ -1,15 +1,17 @@
 """What a learned mask has to beat: the same budget in every layer, units chosen by weight norm or by chance."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from learner.units import Units, Values
 
 
-def magnitude(model: nn.Module, units: Units, target_sparsity: float) -> Values:
+def magnitude(model: nn.Module, units: Units, target_sparsity: Mapping[str, float]) -> Values:
     """Keeps the units with the largest L2 norm over all weights that would go with them.
 
-    Returns 1 for units that stay and 0 for others, by kind, [layers, units].
+    `target_sparsity` is the share to remove, by kind. Returns 1 for units that stay and 0 for others.
     """
 
     def squares(weight: torch.Tensor, count: int) -> torch.Tensor:  # [count], `weight` [count * rows, columns]
@@ -34,17 +36,18 @@ def magnitude(model: nn.Module, units: Units, target_sparsity: float) -> Values:
 
     score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
     layers = model.model.layers
-    return {
-        kind: _largest_in_each_layer(torch.stack([score[kind](layers[i]) for i in indices]).cpu(), target_sparsity)
+    scores_by_kind = {
+        kind: torch.stack([score[kind](layers[index]) for index in indices]).cpu()
         for kind, indices in units.layers.items()
     }
+    return {kind: _largest_in_each_layer(each, target_sparsity[kind]) for kind, each in scores_by_kind.items()}
 
 
-def random(units: Units, target_sparsity: float, seed: int) -> Values:
-    """Keeps units drawn at random. Returns as `magnitude` does."""
+def random(units: Units, target_sparsity: Mapping[str, float], seed: int) -> Values:
+    """Keeps units drawn at random. Takes and returns what `magnitude` does."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        kind: _largest_in_each_layer(torch.rand(units.shape(kind), generator=generator), target_sparsity)
+        kind: _largest_in_each_layer(torch.rand(units.shape(kind), generator=generator), target_sparsity[kind])
         for kind in units.layers
     }
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from learner.settings import METHODS, DDPSettings, Job
+from learner.settings import BUDGETS, METHODS, DDPSettings, Job
 from pruned_vllm.command import fraction, positive_float, positive_int, run_command
 
 
@@ -30,6 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         type=fraction,
         default=Job.sparsity,
         help="share of heads, channels and experts' channels to remove; default: 0.5",
+    )
+    add(
+        "--head-sparsity",
+        type=fraction,
+        default=Job.head_sparsity,
+        help="share of heads to remove, 0 leaves them as they are; default: as --sparsity",
     )
     add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to learn from; ddp needs it")
     add(
@@ -65,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     setting("mu_end", positive_float, "mask value that counts half at the last step")
     setting("kd_weight", float, "weight of the distillation loss, 0 learns without a teacher")
     setting("kd_temperature", positive_float, "temperature of the distillation loss")
+    ddp.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        default=DDPSettings.budget,
+        help="what loses the share by itself: the whole model, each layer, or each expert; default: global",
+    )
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _learn(vars(args)))
 

@@ -11,11 +11,13 @@ deterministic:
 z descends, the multipliers ascend at the same time, and mu falls from 0.5 to 0.05 so that s turns into a step (14).
 ReLU and clamp pass gradients straight through: at the start z = 1 = 2 mu, where s is exactly saturated and would never
 move. After each step z is clamped from below at -0.1, so that a pruned unit can come back (as the authors' code does;
-the paper does not say it). Heads, channels and channels of experts have budgets and multipliers of their own; experts
-share one, so that an expert that is rarely chosen may lose all.
+the paper does not say it). Heads, channels and channels of experts have budgets and multipliers of their own. Layers
+and experts share them, so that an expert that is rarely chosen may lose all; with `settings.budget` each layer or each
+expert has its own, and the penalty is the mean over these groups (19). There the paper shares the multipliers.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ from pruned_vllm.errors import InputError
 Z_MINIMUM = -0.1
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equation (12)
 SLOPE = math.log(11)  # C0: makes s(0) = 0, s(mu) = 0.5, s(2 mu) = 1
-TOLERANCE = 0.01  # of all units of a kind; beyond it the largest masks decide which stay
+TOLERANCE = 0.01  # of the units of a group; beyond it the largest masks decide which stay
 
 
 def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
@@ -57,21 +59,26 @@ def annealed_mu(progress: float, settings: DDPSettings) -> float:
 
 
 def penalty(s: torch.Tensor, keep_ratio: float, multipliers: torch.Tensor) -> torch.Tensor:
-    """Equations (13) and (15) for one kind of unit: s [layers, units], multipliers [lambda1, lambda2, lambda3]."""
-    violation = s.mean() - keep_ratio
-    terms = torch.stack([violation, violation**2, (s * (1 - s)).mean()])
-    return multipliers @ terms
+    """Equations (13), (15) and (19) for one kind of unit: s [groups, units], multipliers [3, groups]."""
+    violation = s.mean(1) - keep_ratio
+    terms = torch.stack([violation, violation**2, (s * (1 - s)).mean(1)])
+    return (multipliers * terms).sum(0).mean()
 
 
 def learn_ddp(
-    model: nn.Module, units: Units, blocks: BlockSampler, target_sparsity: float, settings: DDPSettings, seed: int
+    model: nn.Module,
+    units: Units,
+    blocks: BlockSampler,
+    target_sparsity: Mapping[str, float],
+    settings: DDPSettings,
+    seed: int,
 ) -> Values:
     """Learns m for every unit.
 
     Args:
         model: frozen causal LM; it is its own teacher, without masks.
         blocks: source of training batches.
-        target_sparsity: share of the units of each kind to remove.
+        target_sparsity: share of the units to remove, by kind.
 
     Returns:
         m by kind, float32 [layers, units] on the CPU; 0 is pruned.
@@ -81,13 +88,14 @@ def learn_ddp(
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    z = {}
-    multipliers = {}
+    z, multipliers, groups, kept, keep_ratio = {}, {}, {}, {}, {}
     for kind in units.layers:
         start = 1 + 0.01 * torch.randn(units.shape(kind), generator=generator)
         z[kind] = nn.Parameter(start.to(device))
-        multipliers[kind] = [nn.Parameter(torch.zeros((), device=device)) for _ in range(3)]
-    keep_ratio = {kind: units.kept(kind, target_sparsity) / units.count(kind) for kind in z}
+        groups[kind] = units.num_groups(kind, settings.budget)
+        multipliers[kind] = [nn.Parameter(torch.zeros(groups[kind], device=device)) for _ in range(3)]
+        kept[kind] = units.kept(kind, target_sparsity[kind], settings.budget)
+        keep_ratio[kind] = kept[kind] * groups[kind] / units.count(kind)
     optimizer = torch.optim.AdamW(
         [
             {"params": list(z.values()), "lr": settings.learning_rate},
@@ -127,7 +135,8 @@ def learn_ddp(
                 "a lower --learning-rate, or a --sequence-length of at least 2"
             )
         constraint = sum(
-            penalty(retention(z[kind], mu), keep_ratio[kind], torch.stack(multipliers[kind])) for kind in z
+            penalty(retention(z[kind], mu).view(groups[kind], -1), keep_ratio[kind], torch.stack(multipliers[kind]))
+            for kind in z
         )
         constraint.backward()
         optimizer.step()
@@ -141,10 +150,7 @@ def learn_ddp(
             mu=f"{mu:.3f}",
             **{f"{kind}_sparsity": f"{sparsity(values.detach()):.3f}" for kind, values in z.items()},
         )
-    return {
-        kind: _harden(kind, values.detach().float().cpu(), units.kept(kind, target_sparsity))
-        for kind, values in z.items()
-    }
+    return {kind: _harden(kind, values.detach().float().cpu(), kept[kind], groups[kind]) for kind, values in z.items()}
 
 
 def _task_loss(model: nn.Module, tokens: torch.Tensor, teacher_logits: torch.Tensor | None, settings: DDPSettings):
@@ -167,16 +173,24 @@ def _warmup_cosine(step: int, settings: DDPSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def _harden(kind: str, z: torch.Tensor, wanted: int) -> torch.Tensor:
-    """m = ReLU(z) [layers, units]; where it leaves more than `wanted` units and the tolerance, only the largest masks
-    stay. A layer may lose all of its units.
+def _harden(kind: str, z: torch.Tensor, wanted: int, groups: int = 1) -> torch.Tensor:
+    """m = ReLU(z) [layers, units]; where it leaves more units of a group than `wanted` and the tolerance, only the
+    largest masks of the group stay. Without groups a layer may lose all of its units.
     """
-    m = z.clamp(min=0)
-    kept, tolerance = int((m > 0).sum()), TOLERANCE * m.numel()
-    message = f"ddp: {kept} of {m.numel()} {kind} units are left, {wanted} were asked for"
-    if kept > wanted + tolerance:
-        tqdm.write(f"{message}; the {kept - wanted} smallest masks were set to 0.")
-        m = torch.where(m < m.flatten().topk(wanted).values.min(), 0, m)
-    elif kept < wanted - tolerance:  # a removed unit contributes nothing, so bringing it back would not help
-        tqdm.write(f"{message}; train for more --steps or raise --lambda2-learning-rate.")
-    return m
+    m = z.clamp(min=0).view(groups, -1)
+    kept, size = (m > 0).sum(1), m.shape[1]
+
+    def message(wrong: torch.Tensor) -> str:
+        number = int(wrong.sum())
+        where = f" in {number} of {groups} groups" if groups > 1 else ""
+        left = f"{int(kept[wrong].sum())} of {number * size} {kind} units are left{where}"
+        return f"ddp: {left}, {number * wanted} were asked for"
+
+    too_many, too_few = kept > wanted + TOLERANCE * size, kept < wanted - TOLERANCE * size
+    if too_many.any():
+        tqdm.write(f"{message(too_many)}; the {int((kept - wanted)[too_many].sum())} smallest masks were set to 0.")
+        smallest_kept = m.topk(wanted, dim=1).values[:, -1:]
+        m = torch.where(too_many[:, None] & (m < smallest_kept), 0, m)
+    if too_few.any():  # a removed unit contributes nothing, so bringing it back would not help
+        tqdm.write(f"{message(too_few)}; train for more --steps or raise --lambda2-learning-rate.")
+    return m.view_as(z)

@@ -34,8 +34,8 @@ def is_learned(directory: Path) -> bool:
 def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict[str, float]:
     """Writes masks, pruning.json and learning.json (settings and results) to the directory `out`; returns the results.
 
-    Results: learning_seconds, head_sparsity, channel_sparsity and expert_sparsity (shares of the units that the model
-    has), and with eval_data dense_perplexity and masked_perplexity.
+    Results: learning_seconds, head_sparsity, channel_sparsity and expert_sparsity (shares of the units that masks were
+    learned for), and with eval_data dense_perplexity and masked_perplexity.
 
     Raises:
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
@@ -46,6 +46,7 @@ def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict[str, float]:
         raise InputError("ddp learns from text; name text files with --data")
     with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
         model, tokenizer, units = _load(job)
+        target = {kind: job.sparsity_of(kind) for kind in units.layers}
         results = {}
         if job.eval_data:
             eval_ids = tokenize_files(tokenizer, job.eval_data)
@@ -58,11 +59,11 @@ def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict[str, float]:
 
         started = time.perf_counter()
         if job.method == "ddp":
-            values = learn_ddp(model, units, blocks, job.sparsity, job.ddp, job.seed)
+            values = learn_ddp(model, units, blocks, target, job.ddp, job.seed)
         elif job.method == "magnitude":
-            values = baselines.magnitude(model, units, job.sparsity)
+            values = baselines.magnitude(model, units, target)
         else:
-            values = baselines.random(units, job.sparsity, job.seed)
+            values = baselines.random(units, target, job.seed)
         results["learning_seconds"] = time.perf_counter() - started
 
         masks = {name: mask.contiguous() for name, mask in units.to_masks(values).items()}
@@ -97,6 +98,10 @@ def _load(job: Job):
                 "the masks elsewhere and write them in the format of pruning_masks.safetensors"
             )
         units = Units.of(geometry)
+        if job.head_sparsity == 0:
+            units = units.without("head")
+        elif job.head_sparsity and "head" not in units.layers:
+            raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         model, loading = AutoModelForCausalLM.from_pretrained(
             job.model, dtype=job.dtype, use_safetensors=True, output_loading_info=True
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 METHODS = ("ddp", "magnitude", "random")
+BUDGETS = ("global", "layer", "expert")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class DDPSettings:
         warmup_steps: linear warm-up, then cosine to 0, of all learning rates; None is a tenth of the steps.
         mu_start, mu_end: the mask value whose retention is 0.5, at the first and the last step.
         kd_weight: eta, 0 learns without a teacher. kd_temperature: of both softmaxes.
+        budget: one of BUDGETS: what meets the sparsity by itself: all units of a kind together, those of each layer, or
+            those of each expert (heads and channels of dense MLPs: of each layer).
     """
 
     steps: int = 1000
@@ -32,6 +35,7 @@ class DDPSettings:
     mu_end: float = 0.05
     kd_weight: float = 2.0
     kd_temperature: float = 1.0
+    budget: str = "global"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Job:
         method: one of METHODS.
         sparsity: share of the KV heads (with all their query heads), of the FFN channels of dense MLPs, and of the
             channels of routed experts, to remove.
+        head_sparsity: in place of `sparsity` for the KV heads; None is the same, 0 learns no masks of heads.
         data, eval_data: UTF-8 text files to learn from, and to measure perplexity on.
         device: torch device; "auto" is a GPU if there is one.
         dtype: of the weights while learning ("auto": as stored); masks are float32.
@@ -52,9 +57,14 @@ class Job:
     model: str
     method: str = "ddp"
     sparsity: float = 0.5
+    head_sparsity: float | None = None
     data: list[Path] = field(default_factory=list)
     eval_data: list[Path] = field(default_factory=list)
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 42
     ddp: DDPSettings = DDPSettings()
+
+    def sparsity_of(self, kind: str) -> float:
+        """Share of the units of this kind ("head", "channel" or "expert") to remove."""
+        return self.sparsity if kind != "head" or self.head_sparsity is None else self.head_sparsity

@@ -1,7 +1,7 @@
 """The prunable units of a model, as tensors [layers, units] by kind, and their way into a mask file."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,9 +54,20 @@ class Units:
         """Units of this kind in the whole model."""
         return math.prod(self.shape(kind))
 
-    def kept(self, kind: str, sparsity: float) -> int:
-        """Units that stay at this sparsity: at least one."""
-        return max(1, round(self.count(kind) * (1 - sparsity)))
+    def without(self, kind: str) -> "Units":
+        """The same, but all units of this kind stay as they are: they have no values and no masks."""
+        layers, widths = ({name: of[name] for name in of if name != kind} for of in (self.layers, self.widths))
+        return replace(self, layers=layers, widths=widths)
+
+    def num_groups(self, kind: str, budget: str) -> int:
+        """Groups that meet a budget (one of BUDGETS) each by itself; `values.view(num_groups, -1)` is one a row."""
+        if budget == "global":
+            return 1
+        return len(self.layers[kind]) * (self.num_experts if budget == kind == "expert" else 1)
+
+    def kept(self, kind: str, sparsity: float, budget: str = "global") -> int:
+        """Units that stay in each group at this sparsity: at least one."""
+        return max(1, round(self.count(kind) // self.num_groups(kind, budget) * (1 - sparsity)))
 
     def to_masks(self, values: Values) -> dict[str, torch.Tensor]:
         """Values of all units as the masks of a mask file; differentiable."""

@@ -62,13 +62,13 @@ def test_mu_falls_with_the_square_root():
 
 
 def test_penalty_and_its_multipliers_ascend_by_the_violation():
-    s = torch.tensor([[1.0, 0.5], [0.0, 0.9]])
-    multipliers = torch.tensor([-2.0, 3.0, 0.5], requires_grad=True)
+    s = torch.tensor([[1.0, 0.5, 0.0, 0.9]])
+    multipliers = torch.tensor([[-2.0], [3.0], [0.5]], requires_grad=True)
     loss = penalty(s, 0.5, multipliers)
     loss.backward()
     violation, uncertainty = 0.6 - 0.5, (0 + 0.25 + 0 + 0.09) / 4
     assert loss.item() == pytest.approx(-2 * violation + 3 * violation**2 + 0.5 * uncertainty)
-    torch.testing.assert_close(multipliers.grad, torch.tensor([violation, violation**2, uncertainty]))
+    torch.testing.assert_close(multipliers.grad[:, 0], torch.tensor([violation, violation**2, uncertainty]))
 
 
 @pytest.mark.parametrize("site", ["product", "gate_and_up"])
@@ -140,7 +140,8 @@ def test_ddp_prunes_experts_and_freezes_the_rest():
     tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
     units = Units.of(geometry_of(model))
     settings = DDPSettings(steps=150, batch_size=4)
-    values = learn_ddp(model, units, BlockSampler(tokens, 32, 0), 0.5, settings, 0)
+    target = dict.fromkeys(units.layers, 0.5)
+    values = learn_ddp(model, units, BlockSampler(tokens, 32, 0), target, settings, 0)
     assert set(values) == {"head", "channel", "expert"}
     kept, wanted = int((values["expert"] > 0).sum()), units.kept("expert", 0.5)
     assert abs(kept - wanted) <= 0.01 * units.count("expert") + 1
@@ -166,7 +167,7 @@ def test_magnitude_keeps_the_heaviest_units():
         model.model.layers[1].self_attn.o_proj.weight[:, 64:96] *= 30
         model.model.layers[0].self_attn.k_proj.weight[32:64] *= 30
         model.model.layers[2].mlp.down_proj.weight[:, 7] *= 30
-    values = baselines.magnitude(model, Units.of(geometry_of(model)), target_sparsity=0.8)
+    values = baselines.magnitude(model, Units.of(geometry_of(model)), {"head": 0.8, "channel": 0.8})
     assert values["head"][0].tolist() == values["head"][1].tolist() == [0, 1, 0, 0, 0, 0]
     assert values["channel"][2, 7] == 1 and values["channel"].sum(1).tolist() == [8, 8, 8]
 
@@ -177,8 +178,8 @@ def test_magnitude_keeps_the_heaviest_channels_of_experts():
         model.model.layers[1].mlp.experts.down_proj[2, :, 7] *= 30
         model.model.layers[1].mlp.experts.gate_up_proj[3, 10 + 4] *= 30  # up
         model.model.layers[1].mlp.experts.gate_up_proj[0, 5] *= 30  # gate
-    values = baselines.magnitude(model, Units.of(geometry_of(model)), target_sparsity=0.9)
-    assert values["expert"].sum(1).tolist() == [4, 4, 4]
+    values = baselines.magnitude(model, Units.of(geometry_of(model)), {"head": 0.5, "expert": 0.9})
+    assert values["expert"].sum(1).tolist() == [4, 4, 4] and values["head"].sum(1).tolist() == [3, 3, 3]
     assert values["expert"][1].view(4, 10)[[2, 3, 0], [7, 4, 5]].tolist() == [1, 1, 1]
 
 
@@ -187,7 +188,8 @@ def learned(sparsity: float = 0.5, seed: int = 0, **settings) -> tuple[dict, Uni
     tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
     units = Units.of(geometry_of(model))
     ddp = DDPSettings(**{"steps": 150, "batch_size": 4} | settings)
-    return learn_ddp(model, units, BlockSampler(tokens, 32, seed), sparsity, ddp, seed), units
+    target = dict.fromkeys(units.layers, sparsity)
+    return learn_ddp(model, units, BlockSampler(tokens, 32, seed), target, ddp, seed), units
 
 
 @pytest.mark.parametrize("target", [0.25, 0.5])
