@@ -1,41 +1,83 @@
-"""What a learning run can be told; the command line takes its defaults from here. Pure Python."""
+"""What a learning run can be told, and the table of methods; the command line is made from both. Pure Python.
+
+A method is one row of METHODS, one dataclass of settings here, and one module with a function `learn` (learner/method.py
+says what it takes and returns). Options of the same name in two methods mean the same, but may have other defaults.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-METHODS = ("ddp", "magnitude", "random")
 BUDGETS = ("global", "layer", "expert")
+GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
+QUERY_HEADS = ("independent", "tied")
+
+
+def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, shown: str | None = None) -> Any:
+    """A field that `learn-masks` offers: its help, the values it may have, and how the default is shown."""
+    return field(default=default, metadata={"help": text, "choices": choices, "shown": shown})
 
 
 @dataclass(frozen=True)
-class DDPSettings:
-    """Hyper-parameters of DDP; the defaults are the paper's.
+class TrainingSettings:
+    """Of methods that learn by gradients."""
+
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(16, "sequences in a step, on all devices together")
+    micro_batch_size: int = option(16, "sequences in one forward pass on one device; lower it to save memory")
+    sequence_length: int = option(2048, "tokens in a sequence")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+
+@dataclass(frozen=True)
+class DDPSettings(TrainingSettings):
+    """Defaults of arXiv 2603.08065."""
+
+    learning_rate: float = option(2e-2, "of the masks (ddp: their parameters z)")
+    lambda_learning_rate: float = option(2e-2, "of the multipliers lambda1 and lambda3")
+    lambda2_learning_rate: float = option(0.8, "of lambda2; raise it when a short run misses its budget")
+    warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
+    mu_start: float = option(0.5, "mask value that counts half at the first step")
+    mu_end: float = option(0.05, "mask value that counts half at the last step")
+    kd_weight: float = option(2.0, "weight of the distillation loss, 0 learns without a teacher")
+    kd_temperature: float = option(1.0, "temperature of the distillation loss")
+    budget: str = option(
+        "global", "what loses the share by itself: the whole model, each layer, or each expert", choices=BUDGETS
+    )
+    gate: str = option("relu", "how masks come from their parameters; the others are the paper's baselines", choices=GATES)
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of methods that need none."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS.
 
     Attributes:
-        steps: optimizer steps of `batch_size` sequences.
-        micro_batch_size: sequences in one forward pass; the gradient is that of the whole batch.
-        sequence_length: tokens in a sequence.
-        learning_rate: of z. lambda_learning_rate: of lambda1 and lambda3. lambda2_learning_rate: of lambda2.
-        warmup_steps: linear warm-up, then cosine to 0, of all learning rates; None is a tenth of the steps.
-        mu_start, mu_end: the mask value whose retention is 0.5, at the first and the last step.
-        kd_weight: eta, 0 learns without a teacher. kd_temperature: of both softmaxes.
-        budget: one of BUDGETS: what meets the sparsity by itself: all units of a kind together, those of each layer, or
-            those of each expert (heads and channels of dense MLPs: of each layer).
+        module: has `learn(task: Task) -> Learned`, as "module" or "module:function".
+        settings: dataclass of its options.
+        summary: one line of help.
+        reads_text: whether it learns from --data.
+        query_heads: which of QUERY_HEADS it supports; the first is its default.
+        offloads: whether the model waits in CPU memory and the method brings to the device what it needs there.
     """
 
-    steps: int = 1000
-    batch_size: int = 16
-    micro_batch_size: int = 16
-    sequence_length: int = 2048
-    learning_rate: float = 2e-2
-    lambda_learning_rate: float = 2e-2
-    lambda2_learning_rate: float = 0.8
-    warmup_steps: int | None = None
-    mu_start: float = 0.5
-    mu_end: float = 0.05
-    kd_weight: float = 2.0
-    kd_temperature: float = 1.0
-    budget: str = "global"
+    module: str
+    settings: type
+    summary: str
+    reads_text: bool = True
+    query_heads: tuple[str, ...] = QUERY_HEADS
+    offloads: bool = False
+
+
+METHODS = {
+    "ddp": Method("learner.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
+    "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
+    "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +86,14 @@ class Job:
 
     Attributes:
         model: directory or hub id of the dense model.
-        method: one of METHODS.
-        sparsity: share of the KV heads (with all their query heads), of the FFN channels of dense MLPs, and of the
-            channels of routed experts, to remove.
-        head_sparsity: in place of `sparsity` for the KV heads; None is the same, 0 learns no masks of heads.
-        data, eval_data: UTF-8 text files to learn from, and to measure perplexity on.
+        method: a name of METHODS.
+        settings: an instance of the method's settings; None takes its defaults.
+        sparsity: share of the query heads, of the FFN channels of dense MLPs, and of the channels of routed experts, to
+            remove.
+        head_sparsity: in place of `sparsity` for the heads; None is the same, 0 learns no masks of heads.
+        query_heads: "independent" or "tied": whether the query heads of a KV head go one by one, or all together with
+            their KV head; None is the method's default. The same in multi-head attention.
+        data, eval_data: what to learn from, and what to measure perplexity on; see learner/data.py.
         device: torch device; "auto" is a GPU if there is one.
         dtype: of the weights while learning ("auto": as stored); masks are float32.
         seed: of initialization and data order.
@@ -56,14 +101,15 @@ class Job:
 
     model: str
     method: str = "ddp"
+    settings: Any = None
     sparsity: float = 0.5
     head_sparsity: float | None = None
+    query_heads: str | None = None
     data: list[Path] = field(default_factory=list)
     eval_data: list[Path] = field(default_factory=list)
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 42
-    ddp: DDPSettings = DDPSettings()
 
     def sparsity_of(self, kind: str) -> float:
         """Share of the units of this kind ("head", "channel" or "expert") to remove."""

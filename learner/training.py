@@ -1,0 +1,125 @@
+"""The loop of methods that learn by gradients: batches, devices, progress, and a state to resume from.
+
+    training = Training(task, parameters, {"z": z, "optimizer": optimizer})
+    for step in training.steps():
+        loss = training.backward(lambda tokens: ...)   # gradients of the mean over the batch, on every device
+        optimizer.step()
+
+Several processes (`accelerate launch -m learner.cli ...`) share each batch. What is learned is small, so every process
+holds all of it, adds up the gradients and takes the same step.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from learner.method import Task
+from pruned_vllm.errors import InputError
+
+SAVE_EVERY = 50  # steps
+
+
+class Training:
+    """A run of `task.settings.steps` steps.
+
+    Args:
+        task: with settings that are TrainingSettings.
+        parameters: what `backward` makes gradients of.
+        state: by name, all that changes from step to step: tensors, and what has state_dict and load_state_dict. Draw
+            random numbers from the seed and the step, not from a generator that lives longer.
+    """
+
+    def __init__(self, task: Task, parameters: Iterable[nn.Parameter], state: dict[str, Any]) -> None:
+        self.task, self.settings = task, task.settings
+        self._parameters = list(parameters)
+        self._state = state
+        if self.settings.gradient_checkpointing:
+            task.model.gradient_checkpointing_enable({"use_reentrant": False})
+            task.model.train()  # Transformers recomputes in training mode only; nothing is dropped out at rate 0
+        self._progress = None
+
+    def steps(self) -> Iterator[int]:
+        """Counts the steps that are left, shows their progress, and saves the state after every SAVE_EVERY."""
+        task, start = self.task, self._restore()
+        for _ in range(start):
+            task.blocks.next_batch(self.settings.batch_size)
+        with tqdm(
+            total=self.settings.steps,
+            initial=start,
+            desc=type(self.settings).__name__.removesuffix("Settings").lower(),
+            unit="step",
+            disable=not task.accelerator.is_main_process,
+        ) as self._progress:
+            for step in range(start, self.settings.steps):
+                yield step
+                self._progress.update()
+                if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.settings.steps:
+                    task.journal.save({"step": step + 1, **{name: _state_of(it) for name, it in self._state.items()}})
+
+    def backward(self, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """Takes the next batch, adds the gradients of its mean loss, and returns that loss.
+
+        Args:
+            loss_of: mean loss of token ids [sequences, length]; the backward pass runs after it has returned, so it
+                must leave no hooks that recomputing activations would need.
+
+        Raises:
+            InputError: the loss is no longer a number.
+        """
+        settings, accelerator = self.settings, self.task.accelerator
+        batch = self.task.blocks.next_batch(settings.batch_size)
+        if settings.batch_size < accelerator.num_processes:
+            raise InputError(f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes")
+        own = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+        total = torch.zeros((), device=accelerator.device)
+        for micro_batch in own.split(settings.micro_batch_size):
+            loss = loss_of(micro_batch) * len(micro_batch) / len(batch)
+            loss.backward()
+            total += loss.detach()
+        total = accelerator.reduce(total).item()
+        if not math.isfinite(total):
+            raise InputError(
+                f"the loss is {total}; use --dtype bfloat16 or float32, a lower --learning-rate, "
+                "or a --sequence-length of at least 2"
+            )
+        if accelerator.num_processes > 1:
+            for parameter in self._parameters:
+                parameter.grad = accelerator.reduce(parameter.grad)
+        return total
+
+    def report(self, step: int, **figures: float) -> None:
+        """Shows figures of a step beside the progress and logs them."""
+        self._progress.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+        self.task.journal.log(step + 1, figures)
+
+    def _restore(self) -> int:
+        saved = self.task.journal.restore()
+        if saved is None:
+            return 0
+        for name, it in self._state.items():
+            if isinstance(it, torch.Tensor):
+                with torch.no_grad():
+                    it.copy_(saved[name])
+            else:
+                it.load_state_dict(saved[name])
+        return saved["step"]
+
+
+def _state_of(it: Any) -> Any:
+    return it.detach() if isinstance(it, torch.Tensor) else it.state_dict()
+
+
+def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of tokens [batch, length] given logits [batch, length, vocabulary]."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(teacher || student) of logits [batch, length, vocabulary], mean over tokens, times temperature squared."""
+    teacher, student = (F.log_softmax(it.flatten(0, 1).float() / temperature, dim=-1) for it in (teacher, student))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
