@@ -2,7 +2,7 @@
 
     training = Training(task, parameters, {"z": z, "optimizer": optimizer})
     for step in training.steps():
-        loss = training.backward(lambda tokens: ...)   # gradients of the mean over the batch, on every device
+        loss = training.backward(masks_of, loss_of)   # gradients of the mean over the batch, on every device
         optimizer.step()
 
 Several processes (`accelerate launch -m learner.cli ...`) share each batch. What is learned is small, so every process
@@ -10,7 +10,7 @@ holds all of it, adds up the gradients and takes the same step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from learner.masking import apply_masks
 from learner.method import Task
 from pruned_vllm.errors import InputError
 
@@ -61,12 +62,21 @@ class Training:
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.settings.steps:
                     task.journal.save({"step": step + 1, **{name: _state_of(it) for name, it in self._state.items()}})
 
-    def backward(self, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    def backward(
+        self,
+        masks_of: Callable[[], Mapping[str, torch.Tensor]],
+        loss_of: Callable[[torch.Tensor, Any], torch.Tensor],
+        teacher_of: Callable[[torch.Tensor], Any] | None = None,
+        channel_mask_site: str = "product",
+    ) -> float:
         """Takes the next batch, adds the gradients of its mean loss, and returns that loss.
 
         Args:
-            loss_of: mean loss of token ids [sequences, length]; the backward pass runs after it has returned, so it
-                must leave no hooks that recomputing activations would need.
+            masks_of: masks under the keys of pruning_masks.safetensors, made anew for every forward pass.
+            loss_of: mean loss of token ids [sequences, length], given also what `teacher_of` returned; the model that
+                it calls is masked, until the backward pass is over.
+            teacher_of: runs before, without masks and gradients.
+            channel_mask_site: see `apply_masks`.
 
         Raises:
             InputError: the loss is no longer a number.
@@ -78,8 +88,13 @@ class Training:
         own = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
         total = torch.zeros((), device=accelerator.device)
         for micro_batch in own.split(settings.micro_batch_size):
-            loss = loss_of(micro_batch) * len(micro_batch) / len(batch)
-            loss.backward()
+            teacher = None
+            if teacher_of is not None:
+                with torch.no_grad():
+                    teacher = teacher_of(micro_batch)
+            with apply_masks(self.task.model, masks_of(), channel_mask_site):
+                loss = loss_of(micro_batch, teacher) * len(micro_batch) / len(batch)
+                loss.backward()
             total += loss.detach()
         total = accelerator.reduce(total).item()
         if not math.isfinite(total):
