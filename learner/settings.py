@@ -58,6 +58,14 @@ class DDPSettings(TrainingSettings):
 
 
 @dataclass(frozen=True)
+class WandaSettings:
+    """Sizes of the calibration text as in arXiv 2306.11695."""
+
+    calibration_sequences: int = option(128, "sequences that activations are measured on")
+    sequence_length: int = option(2048, "tokens in a sequence")
+
+
+@dataclass(frozen=True)
 class NoSettings:
     """Of methods that need none."""
 
@@ -85,6 +93,7 @@ class Method:
 
 METHODS = {
     "ddp": Method("learner.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
+    "wanda": Method("learner.wanda", WandaSettings, "what large weights read from large activations stays"),
     "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
     "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
 }
