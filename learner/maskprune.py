@@ -39,6 +39,10 @@ from learner.training import Training, divergence
 from learner.units import Units
 
 SMALLEST_KEPT = 1e-6  # a unit that stays for the sake of uniformity must not be 0, or the converter would remove it
+LORA_TARGETS = {
+    "all": r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    "query-value": r".*\.self_attn\.[qv]_proj",
+}  # experts have none: Transformers holds all of a layer in two tensors, which no adapter for linear layers fits
 LARGE = 0.1  # mean of the masks that are cut, above which the cut is no longer the end of what was learned
 
 
@@ -125,7 +129,7 @@ def kind_parameters(model: nn.Module, units: Units) -> dict[str, int]:
             return linear(attention.q_proj, attention.k_proj, attention.v_proj) + attention.o_proj.weight.numel()
         if kind == "channel":
             return linear(mlp.gate_proj, mlp.up_proj) + mlp.down_proj.weight.numel()
-        return mlp.experts.gate_up_proj.numel() + mlp.experts.down_proj.numel()
+        return sum(it.numel() for it in mlp.experts.parameters())
 
     layers = model.model.layers
     return {kind: sum(count(kind, layers[index]) for index in indices) for kind, indices in units.layers.items()}
@@ -160,7 +164,7 @@ def _add_adapter(task: Task) -> PeftModel | None:
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
-        target_modules="all-linear" if settings.lora_targets == "all-linear" else ["q_proj", "v_proj"],
+        target_modules=LORA_TARGETS[settings.lora_targets],
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
