@@ -1,6 +1,7 @@
 """convert-pruned: a masked checkpoint becomes a smaller one that vLLM serves.
 
 convert-pruned ckpt/ out/
+convert-pruned out/ --plot      # pictures of what is left, in out/report/
 vllm serve out/
 """
 
@@ -9,6 +10,10 @@ import re
 from pathlib import Path
 
 from pruned_vllm.command import check_output, positive_int, run_command
+from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json
+
+REPORT_DIRECTORY = "report"  # in OUT; vLLM and Transformers look for nothing there
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         "checkpoint",
         type=Path,
         help="masked checkpoint: pruning_masks.safetensors, pruning.json, and the dense model unless pruning.json "
-        "names it (base_model)",
+        "names it (base_model); with --plot and without OUT, a converted model",
     )
-    parser.add_argument("out", type=Path, help="directory to write; must not exist (see --overwrite)")
+    parser.add_argument("out", type=Path, nargs="?", help="directory to write; must not exist (see --overwrite)")
     parser.add_argument(
         "--base-model",
         metavar="DIR_OR_ID",
@@ -68,8 +73,32 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="replace OUT if it is a converted model; it stays until the new one is complete",
     )
+    parser.add_argument(
+        "--plot",
+        action="store_true",
+        help="draw the heads, FFN channels and experts that are left in every layer, into OUT/report; without OUT, "
+        "draw the converted model CHECKPOINT from its config.json and convert nothing. Needs Matplotlib",
+    )
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: _convert(args))
+    if args.out is None and not args.plot:
+        parser.error("the following arguments are required: out")
+    if args.plot and args.dry_run:
+        parser.error("--dry-run writes nothing, --plot does; leave out one of them")
+    return run_command(parser.prog, lambda: _plot(args.checkpoint) if args.out is None else _convert(args))
+
+
+def _plot(directory: Path) -> None:
+    from pruned_vllm.geometry import ModelGeometry
+    from pruned_vllm.pattern import pattern_of_geometry, write_report
+
+    geometry = ModelGeometry.from_config(read_json(directory / "config.json"))
+    if geometry.is_dense:
+        raise InputError(
+            f"{directory}: all layers are equal ({geometry.layers[0].num_attention_heads} query heads), and "
+            "config.json does not say what they were before; add --plot when you convert it, or learn with --report"
+        )
+    write_report(pattern_of_geometry(geometry), directory / REPORT_DIRECTORY)
+    print(f"Wrote {directory / REPORT_DIRECTORY}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -78,9 +107,12 @@ def _convert(args: argparse.Namespace) -> None:
     from converter.plan import make_plan
     from converter.report import print_plan
     from converter.shapes import auto_alignment
+    from pruned_vllm.pattern import pattern_of_geometry, require_matplotlib, write_report
 
     if not args.dry_run:
         check_output(args.out, args.overwrite, is_converted)
+    if args.plot:
+        require_matplotlib()
     plan = make_plan(
         args.checkpoint,
         args.base_model,
@@ -91,6 +123,8 @@ def _convert(args: argparse.Namespace) -> None:
     print_plan(plan)
     if not args.dry_run:
         convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
+        if args.plot:
+            write_report(pattern_of_geometry(plan.pruned), args.out / REPORT_DIRECTORY)
         print(f"Wrote {args.out}. Serve it: vllm serve {args.out}")
 
 

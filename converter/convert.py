@@ -5,18 +5,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from converter.plan import COPIED_FILES, Plan
+from converter.plan import Plan
 from converter.report import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.command import atomic_directory
 from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
+from pruned_vllm.files import FINETUNING_FILE, copy_companions, read_json, write_json
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether `directory` holds a model that `convert` wrote: a fine-tuned one saved later has no model card."""
+    """Whether `directory` holds a model that `convert` wrote, not one that was trained since.
+
+    finetune-pruned leaves a file, and what `save_pretrained` wrote has no model card.
+    """
     config = directory / "config.json"
-    return config.is_file() and "pruning" in read_json(config) and (directory / "README.md").is_file()
+    if not (config.is_file() and (directory / "README.md").is_file()) or (directory / FINETUNING_FILE).exists():
+        return False
+    return "pruning" in read_json(config)
 
 
 def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -56,11 +61,7 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
             writer.add(name, tensor)
         writer.finish()
         write_json(directory / "config.json", plan.config())
-        source = plan.checkpoint.directory
-        for file in {file for pattern in COPIED_FILES for file in source.glob(pattern) if file.is_file()}:
-            copy = directory / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+        copy_companions(plan.checkpoint.directory, directory)
         (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
 
 

@@ -16,25 +16,9 @@ from converter.masks import PruningInfo, read_masks
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import IGNORED_SUFFIXES
+from pruned_vllm.files import COMPANIONS
 from pruned_vllm.geometry import LayerGeometry, ModelGeometry
 from pruned_vllm.masked_checkpoint import FORMAT_VERSION, PRUNING_FILE
-
-# Everything a tokenizer, a chat template or a licence may consist of. Not *.py: no code is carried along.
-COPIED_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 # How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
 FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.weight)?$")
@@ -189,7 +173,7 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
         )
     if candidate.is_dir():
         return candidate, None
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COPIED_FILES]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
     try:
         return Path(snapshot_download(base_model, allow_patterns=patterns)), base_model
     except (OSError, HFValidationError) as error:

@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 from serving import NUM_TOKENS, Geometry, assert_is_the_masked_model, engine, generate
-from tiny import VOCAB_SIZE, converted, oracle, prompts
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import byte_tokenizer, converted, oracle, prompts
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
@@ -23,11 +21,7 @@ def ragged(tmp_path_factory):
     model, masks = RAGGED.model_and_masks()
     directory = converted(tmp_path_factory.mktemp("ragged"), model, masks)
     model.save_pretrained(directory.parent / "dense")
-    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~").save_pretrained(directory)
-    assert len(vocabulary) == VOCAB_SIZE
+    byte_tokenizer().save_pretrained(directory)
     return model, masks, directory
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from deepseek import DeepseekForCausalLM
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from converter.convert import convert
 from converter.plan import make_plan
@@ -134,6 +135,14 @@ def converted(directory: Path, model: PreTrainedModel, masks: dict[str, torch.Te
     write_masked(directory / "ckpt", model, masks, site)
     convert(make_plan(directory / "ckpt"), directory / "out")
     return directory / "out"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte: VOCAB_SIZE of them."""
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~")
 
 
 def prompts() -> list[list[int]]:

@@ -1,0 +1,316 @@
+"""Trains a converted model further, to win back what pruning lost, and saves it as a converted model again.
+
+    finetune(FinetuneJob(model="out/", data=[Path("text.txt")]), Path("recovered/"))
+
+Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA. Notable facts:
+
+- LoRA sits on every projection: attention, MLPs, experts. It is merged in the end, so `recovered/` has the same tensors
+  as `out/` and is served without knowing of it. Rank 0 trains all weights. Routers, on whose choices the experts that
+  are left depend, stay as they are either way.
+- All weights are trained in float32, unless told otherwise: steps of fine-tuning are smaller than bfloat16 resolves.
+  Saved is the dtype of `out/`.
+- config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
+- Until it is complete, the Trainer's checkpoints lie in `recovered.unfinished/`, with job.json, which says what is
+  trained: only the same job can be resumed. A resumed run ends with the weights of an uninterrupted one.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from learner.data import BlockSampler, tokenize_files
+from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
+from learner.training import cross_entropy, divergence
+from pruned_vllm.command import atomic_directory, check_output
+from pruned_vllm.errors import InputError
+from pruned_vllm.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.hf import load_pruned
+
+SAVE_EVERY = 50  # steps
+LOG_EVERY = 10  # steps
+JOB_FILE = "job.json"
+TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+ROUTER = "mlp.gate.weight"  # in all families, as Transformers names it
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What to train on what.
+
+    Attributes:
+        model: directory of the converted model.
+        data, eval_data: what to learn from, and what to measure perplexity on before and after; see learner/data.py.
+        teacher: dense model (directory or hub id) to be distilled from; None learns from the text alone.
+        kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
+        steps: optimizer steps.
+        batch_size, micro_batch_size: sequences in a step and in a forward pass.
+        sequence_length: tokens in a sequence.
+        learning_rate: at its peak; None is 2e-4 for LoRA and 2e-5 for all weights.
+        lora_rank: 0 trains all weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+        device: "auto" is the first GPU if there is one, else "cpu".
+        dtype: of the weights while training; "auto" is as stored for LoRA, float32 for all weights.
+        seed: of data order and LoRA's initialization.
+    """
+
+    model: str
+    data: list[Path]
+    eval_data: list[Path] = field(default_factory=list)
+    teacher: str | None = None
+    kd_weight: float = 2.0
+    steps: int = 300
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    sequence_length: int = 2048
+    learning_rate: float | None = None
+    lora_rank: int = 16
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 42
+
+
+def is_finetuned(directory: Path) -> bool:
+    """Whether `directory` holds a model that `finetune` wrote."""
+    return (directory / FINETUNING_FILE).is_file() and (directory / "config.json").is_file()
+
+
+def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
+    """Writes the trained model to the directory `out`; returns the results.
+
+    Results: training_seconds, loss (mean of the last steps), and with eval_data perplexity_before and perplexity_after,
+    the latter of the weights that are saved.
+
+    Raises:
+        InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
+            there is nothing (or something else) to resume.
+    """
+    check_output(out, overwrite, is_finetuned)
+    source = Path(job.model)
+    geometry = _check(job, source)
+    unfinished = out.resolve().with_name(f"{out.resolve().name}.unfinished")
+    described = {name: value for name, value in asdict(job).items() if name != "device"}
+    described |= {name: list(map(str, described[name])) for name in ("data", "eval_data")}
+    checkpoint = _find_checkpoint(unfinished, described, resume)
+    arguments = _training_arguments(job, unfinished)
+    model, tokenizer = _loaded(
+        source, lambda: (load_pruned(source, dtype="auto"), AutoTokenizer.from_pretrained(source))
+    )
+    stored_dtype, results = model.dtype, {}
+    blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.sequence_length, job.seed)
+    if job.eval_data:
+        eval_ids = tokenize_files(tokenizer, job.eval_data)
+        if len(eval_ids) < EVAL_BLOCK_SIZE:
+            raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+        results["perplexity_before"] = perplexity(model.to(arguments.device).eval(), eval_ids)
+    if checkpoint is not None and not job.lora_rank:
+        # The Trainer takes the names in files for those in memory; Transformers renames or fuses experts in between.
+        model = load_pruned(checkpoint)
+    dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
+    if dtype != "auto":
+        _cast(model, getattr(torch, dtype))
+    teacher = job.teacher and _load_teacher(job, geometry).to(arguments.device)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    write_json(unfinished / JOB_FILE, described)
+    torch.manual_seed(job.seed)  # before LoRA is initialized
+    trainer = _Distillation(
+        model=_trainable(model, job.lora_rank),
+        args=arguments,
+        train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
+        teacher=teacher,
+        kd_weight=job.kd_weight,
+    )
+    results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    results["loss"] = log[-1]["loss"]
+
+    model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
+    _cast(model, stored_dtype)
+    if job.eval_data:
+        results["perplexity_after"] = perplexity(model.eval(), eval_ids)
+    with atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as directory:
+        model.save_pretrained(directory)
+        copy_companions(source, directory)
+        shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
+        write_json(directory / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
+        if (source / "README.md").is_file():
+            card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(unfinished)
+    return results
+
+
+class _Distillation(Trainer):
+    """CE, and with a teacher CE + kd_weight * KL(teacher || model), of token ids "input_ids"."""
+
+    loss_is_scaled_for_ga = False  # the loss is the mean over a micro batch
+
+    def __init__(self, *, teacher: nn.Module | None, kd_weight: float, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self._teacher, self._kd_weight = teacher, kd_weight
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        tokens = inputs["input_ids"]
+        logits = model(input_ids=tokens).logits
+        loss = cross_entropy(logits, tokens)
+        if self._teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self._teacher(input_ids=tokens).logits
+            loss = loss + self._kd_weight * divergence(teacher_logits, logits)
+        if not loss.isfinite():
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning-rate, use --dtype "
+                "bfloat16 or float32, or a --sequence-length of at least 2"
+            )
+        return loss
+
+
+def _check(job: FinetuneJob, source: Path) -> ModelGeometry:
+    """The geometry of the model in `source`, once all that is known before it is loaded is in order."""
+    config = read_json(source / "config.json")
+    geometry = ModelGeometry.from_config(config)
+    if "pruning" not in config:
+        raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")
+    if not hasattr(transformers, geometry.family.architecture):
+        raise InputError(
+            f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run, so {source} "
+            "cannot be trained; vLLM serves it"
+        )
+    if job.batch_size % job.micro_batch_size:
+        raise InputError(
+            f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {job.micro_batch_size}; choose one"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("finetune-pruned runs in one process; start it without accelerate launch or torchrun")
+    if job.lora_rank:
+        try:
+            import peft  # noqa: F401
+        except ImportError:
+            raise InputError(
+                "LoRA needs PEFT, which is not installed: pip install peft, or train all weights with --lora-rank 0"
+            ) from None
+    return geometry
+
+
+def _find_checkpoint(directory: Path, described: dict[str, Any], resume: bool) -> Path | None:
+    """The last complete checkpoint of the same job in RECOVERED.unfinished; None begins anew."""
+    if not directory.exists():
+        if resume:
+            raise InputError(f"{directory} does not exist, so there is nothing to resume; leave out --resume")
+        return None
+    if not resume:
+        raise InputError(f"{directory} holds an unfinished run; continue it with --resume, or remove it")
+    before = read_json(directory / JOB_FILE)
+    if differences := [
+        f"{name}: {before.get(name)!r} before, {value!r} now"
+        for name, value in described.items()
+        if before.get(name) != value
+    ]:
+        raise InputError(f"{directory} holds another job; resume it as it was, or remove it:", differences)
+    complete = [path.parent for path in directory.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=1,  # the data set is as long as the run
+        per_device_train_batch_size=job.micro_batch_size,
+        gradient_accumulation_steps=job.batch_size // job.micro_batch_size,
+        train_sampling_strategy="sequential",  # BlockSampler has mixed it
+        learning_rate=job.learning_rate or (2e-4 if job.lora_rank else 2e-5),
+        lr_scheduler_type="cosine",
+        warmup_steps=job.steps // 20,
+        gradient_checkpointing=job.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=min(LOG_EVERY, job.steps),
+        save_steps=SAVE_EVERY,
+        save_total_limit=1,
+        seed=job.seed,
+        use_cpu=job.device == "cpu",
+        label_names=["input_ids"],  # of language models that PEFT wraps it is not known
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer would split batches over all GPUs with nn.DataParallel
+    return arguments
+
+
+def _trainable(model: nn.Module, rank: int) -> nn.Module:
+    """`model` with LoRA of this rank, or with all weights but its routers to be trained."""
+    if not rank:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.endswith(ROUTER))
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    # Experts of one width are no modules in Transformers but two parameters.
+    names = {name.rpartition("mlp.experts.")[2] for name, _ in model.named_parameters() if "mlp.experts." in name}
+    fused = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if name in names]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",  # but lm_head
+        target_parameters=fused or None,
+    )
+    # For model types that have experts, PEFT takes "all-linear" for routers too and looks for fused experts only.
+    model.config.model_type = "llama"
+    try:
+        return get_peft_model(model, lora)
+    finally:
+        del model.config.model_type  # of the instance; the class has the real one
+
+
+def _load_teacher(job: FinetuneJob, geometry: ModelGeometry) -> nn.Module:
+    teacher = _loaded(
+        job.teacher, lambda: AutoModelForCausalLM.from_pretrained(job.teacher, dtype="auto", use_safetensors=True)
+    )
+    if teacher.config.vocab_size != geometry.vocab_size:
+        raise InputError(
+            f"the teacher {job.teacher} has {teacher.config.vocab_size} tokens and {job.model} {geometry.vocab_size}; "
+            "it must be the model that was pruned, or one with the same tokenizer"
+        )
+    return teacher.requires_grad_(False).eval()
+
+
+def _loaded(what: str | Path, load) -> Any:
+    try:
+        return load()
+    except InputError:
+        raise
+    except Exception as error:  # damaged models end in almost any exception
+        raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Not `model.to(dtype)`, which would round the frequencies of rotary embeddings too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _card_section(job: FinetuneJob, results: dict[str, float]) -> str:
+    """What the model card says of the training."""
+    trained = f"LoRA of rank {job.lora_rank}, merged" if job.lora_rank else "all weights but routers"
+    loss = f"distilled from a teacher (weight {job.kd_weight:g})" if job.teacher else "on text alone"
+    lines = [
+        "## Fine-tuned",
+        "",
+        f"Trained further by finetune-pruned, {loss}: {trained}; {job.steps} steps of {job.batch_size} sequences of "
+        f"{job.sequence_length} tokens.",
+    ]
+    if "perplexity_after" in results:
+        lines.append(
+            f"Perplexity in blocks of {EVAL_BLOCK_SIZE} tokens: {results['perplexity_before']:.4g} before, "
+            f"{results['perplexity_after']:.4g} after."
+        )
+    return "\n".join(["", *lines, ""])
