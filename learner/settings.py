@@ -11,6 +11,7 @@ from typing import Any
 BUDGETS = ("global", "layer", "expert")
 GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
 QUERY_HEADS = ("independent", "tied")
+ERROR_ACCUMULATIONS = ("expectation", "none")
 
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, shown: str | None = None) -> Any:
@@ -48,6 +49,27 @@ class DDPSettings(TrainingSettings):
 
 
 @dataclass(frozen=True)
+class TyrSettings:
+    """Defaults of arXiv 2503.09657."""
+
+    calibration_sequences: int = option(1024, "sequences that layers are pruned on, and that selection draws from")
+    sequence_length: int = option(4096, "tokens in a sequence")
+    iterations: int = option(
+        4, "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike"
+    )
+    generations: int = option(50, "of a search")
+    offspring: int = option(128, "in a generation")
+    selection_tokens: int = option(
+        131072, "tokens that the last stage of selection reads; those before it read 1/64 and 1/8 of that"
+    )
+    error_accumulation: str = option(
+        "expectation",
+        "what later layers are pruned for: errors of all candidates on average, or none (dense inputs)",
+        choices=ERROR_ACCUMULATIONS,
+    )
+
+
+@dataclass(frozen=True)
 class NoSettings:
     """Of methods that need none."""
 
@@ -75,6 +97,7 @@ class Method:
 
 METHODS = {
     "ddp": Method("learner.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
+    "tyr": Method("learner.tyr", TyrSettings, "Tyr-the-Pruner, arXiv 2503.09657", offloads=True),
     "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
     "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
 }
