@@ -104,7 +104,7 @@ def learn_one(model: Path, checkpoint: Path, sparsity: float, budget: str, seed:
         eval_data=[model / "heldout.txt"],
         device="cpu",
         seed=seed,
-        ddp=DDPSettings(**SETTINGS, budget=budget),
+        settings=DDPSettings(**SETTINGS, budget=budget),
     )
     results = learn(job, checkpoint)
     masks = load_file(checkpoint / MASKS_FILE)

@@ -5,14 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from learner.units import Units, Values
+from learner.method import Learned, Task
 
 
-def magnitude(model: nn.Module, units: Units, target_sparsity: Mapping[str, float]) -> Values:
+def magnitude(task: Task) -> Learned:
     """Keeps the units with the largest L2 norm over all weights that would go with them.
 
-    `target_sparsity` is the share to remove, by kind. Returns 1 for units that stay and 0 for others.
+    Query heads that are not tied share their KV head's weights, which so count for neither against the other.
     """
+    units, layers = task.units, task.model.model.layers
 
     def squares(weight: torch.Tensor, count: int) -> torch.Tensor:  # [count], `weight` [count * rows, columns]
         return weight.detach().float().square().reshape(count, -1).sum(1)
@@ -22,8 +23,10 @@ def magnitude(model: nn.Module, units: Units, target_sparsity: Mapping[str, floa
 
     def score_heads(layer: nn.Module) -> torch.Tensor:
         attention = layer.self_attn
-        projections = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        return scores("head", *projections, attention.o_proj.weight.T)
+        query_heads = scores("head", attention.q_proj.weight, attention.o_proj.weight.T)
+        key_value_heads = attention.config.num_key_value_heads
+        shared = sum(squares(each.weight, key_value_heads) for each in (attention.k_proj, attention.v_proj))
+        return query_heads + shared.repeat_interleave(len(query_heads) // key_value_heads)
 
     def score_channels(layer: nn.Module) -> torch.Tensor:
         mlp = layer.mlp
@@ -35,23 +38,29 @@ def magnitude(model: nn.Module, units: Units, target_sparsity: Mapping[str, floa
         return scores("expert", gate, up, experts.down_proj.transpose(1, 2))
 
     score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
-    layers = model.model.layers
     scores_by_kind = {
         kind: torch.stack([score[kind](layers[index]) for index in indices]).cpu()
         for kind, indices in units.layers.items()
     }
-    return {kind: _largest_in_each_layer(each, target_sparsity[kind]) for kind, each in scores_by_kind.items()}
+    return Learned(keep_largest_in_each_layer(scores_by_kind, task.target_sparsity))
 
 
-def random(units: Units, target_sparsity: Mapping[str, float], seed: int) -> Values:
-    """Keeps units drawn at random. Takes and returns what `magnitude` does."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        kind: _largest_in_each_layer(torch.rand(units.shape(kind), generator=generator), target_sparsity[kind])
-        for kind in units.layers
-    }
+def random(task: Task) -> Learned:
+    """Keeps units drawn by lot."""
+    generator = torch.Generator().manual_seed(task.seed)
+    scores = {kind: torch.rand(task.units.shape(kind), generator=generator) for kind in task.units.layers}
+    return Learned(keep_largest_in_each_layer(scores, task.target_sparsity))
 
 
-def _largest_in_each_layer(scores: torch.Tensor, target_sparsity: float) -> torch.Tensor:
-    kept = max(1, round(scores.shape[1] * (1 - target_sparsity)))
-    return torch.zeros_like(scores).scatter(1, scores.topk(kept, dim=1).indices, 1)
+def keep_largest_in_each_layer(
+    scores: Mapping[str, torch.Tensor], target_sparsity: Mapping[str, float]
+) -> dict[str, torch.Tensor]:
+    """By kind, 1 for the units [layers, units] of the largest scores in their layer, and 0 for the others.
+
+    At least one stays.
+    """
+    values = {}
+    for kind, each in scores.items():
+        kept = max(1, round(each.shape[1] * (1 - target_sparsity[kind])))
+        values[kind] = torch.zeros_like(each).scatter(1, each.topk(kept, dim=1).indices, 1)
+    return values

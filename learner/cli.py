@@ -1,30 +1,43 @@
-"""learn-masks: learns which heads and FFN channels of a model can go.
+"""learn-masks: learns which heads, FFN channels and channels of experts a model can do without.
 
 learn-masks meta-llama/Llama-2-7b-hf ckpt/ --method ddp --sparsity 0.5 --data text/*.txt
 convert-pruned ckpt/ out/
 """
 
 import argparse
-import dataclasses
+import types
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-from learner.settings import BUDGETS, METHODS, DDPSettings, Job
-from pruned_vllm.command import fraction, positive_float, positive_int, run_command
+from learner.settings import METHODS, QUERY_HEADS, Job
+from pruned_vllm.command import (
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    run_command,
+)
+from pruned_vllm.errors import InputError
+
+TYPES = {(int, False): positive_int, (int, True): non_negative_int}
+TYPES |= {(float, False): positive_float, (float, True): non_negative_float}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="learn-masks",
-        description="Learns masks on a frozen model and writes a masked checkpoint for convert-pruned: the masks, and "
-        "where the weights are. The weights themselves are not copied. A head is removed with its KV head, so in "
-        "grouped query attention with all query heads of its group. Of mixture-of-experts models the channels of the "
-        "routed experts are removed, not the router or shared experts; OLMoE keeps its heads.",
+        description="Learns masks and writes a masked checkpoint for convert-pruned: the masks, and where the weights "
+        "are, or the weights if the method changes them. Of mixture-of-experts models the channels of the routed "
+        "experts are removed, not the router or shared experts; OLMoE keeps its heads.",
         epilog="example: learn-masks meta-llama/Llama-2-7b-hf ckpt/ --sparsity 0.5 --data text/*.txt --dtype bfloat16",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
-    add("--method", choices=METHODS, default=Job.method, help="ddp learns, the others are baselines; default: ddp")
+    summaries = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+    add("--method", choices=tuple(METHODS), default=Job.method, help=f"{summaries}; default: {Job.method}")
     add(
         "--sparsity",
         type=fraction,
@@ -37,7 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         default=Job.head_sparsity,
         help="share of heads to remove, 0 leaves them as they are; default: as --sparsity",
     )
-    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to learn from; ddp needs it")
+    default_heads = ", ".join(
+        f"{default} ({', '.join(name for name, its in METHODS.items() if its.query_heads[0] == default)})"
+        for default in QUERY_HEADS
+        if any(its.query_heads[0] == default for its in METHODS.values())
+    )
+    add(
+        "--query-heads",
+        choices=QUERY_HEADS,
+        help="in grouped query attention: whether the query heads of a KV head are removed one by one (the KV head "
+        f"goes with the last), or all together, so that the KV cache shrinks; default: {default_heads}",
+    )
+    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to learn from")
     add(
         "--eval-data",
         type=Path,
@@ -48,44 +72,67 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
     add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
+    add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
     add("--seed", type=int, default=Job.seed, help="of initialization and data order; default: 42")
-    add("--overwrite", action="store_true", help="replace CKPT if this command wrote it")
-    ddp = parser.add_argument_group("ddp", "The defaults are the paper's (arXiv 2603.08065).")
-
-    def setting(name: str, type, text: str) -> None:
-        default = getattr(DDPSettings, name)
-        shown = "a tenth of --steps" if default is None else default
-        ddp.add_argument(
-            f"--{name.replace('_', '-')}", type=type, default=default, metavar="N", help=f"{text}; default: {shown}"
-        )
-
-    setting("steps", positive_int, "optimizer steps")
-    setting("batch_size", positive_int, "sequences in a step")
-    setting("micro_batch_size", positive_int, "sequences in one forward pass; lower it to save memory")
-    setting("sequence_length", positive_int, "tokens in a sequence")
-    setting("learning_rate", positive_float, "of the mask parameters z")
-    setting("lambda_learning_rate", positive_float, "of the multipliers lambda1 and lambda3")
-    setting("lambda2_learning_rate", positive_float, "of lambda2; raise it when a short run misses its budget")
-    setting("warmup_steps", positive_int, "linear warm-up before the cosine decay")
-    setting("mu_start", positive_float, "mask value that counts half at the first step")
-    setting("mu_end", positive_float, "mask value that counts half at the last step")
-    setting("kd_weight", float, "weight of the distillation loss, 0 learns without a teacher")
-    setting("kd_temperature", positive_float, "temperature of the distillation loss")
-    ddp.add_argument(
-        "--budget",
-        choices=BUDGETS,
-        default=DDPSettings.budget,
-        help="what loses the share by itself: the whole model, each layer, or each expert; default: global",
-    )
+    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files; CKPT gets a CSV in any case")
+    add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
+    add("--overwrite", action="store_true", help="replace CKPT if this command wrote it, forget an interrupted run")
+    _add_settings(parser)
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _learn(vars(args)))
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option for each name among the settings of all methods; those of several methods in a group of their own."""
+    owners: dict[str, dict] = {}
+    for name, method in METHODS.items():
+        for field in fields(method.settings):
+            owners.setdefault(field.name, {})[name] = field
+    groups = {}
+    for option, by_method in owners.items():
+        title = ", ".join(by_method)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        field = next(iter(by_method.values()))
+        flag = f"--{option.replace('_', '-')}"
+        hint = get_type_hints(METHODS[next(iter(by_method))].settings)[option]
+        if isinstance(hint, types.UnionType):  # int | None
+            hint = next(each for each in get_args(hint) if each is not types.NoneType)
+        shown = {name: its.metadata["shown"] or its.default for name, its in by_method.items()}
+        if len(set(shown.values())) == 1:
+            default = str(next(iter(shown.values())))
+        else:
+            default = ", ".join(f"{value} ({name})" for name, value in shown.items())
+        if hint is bool:
+            groups[title].add_argument(
+                flag, action="store_true", default=argparse.SUPPRESS, help=field.metadata["help"]
+            )
+            continue
+        groups[title].add_argument(
+            flag,
+            type=TYPES.get((hint, field.metadata["zero"]), str),
+            choices=field.metadata["choices"],
+            metavar=None if field.metadata["choices"] else "N",
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']}; default: {default}",
+        )
 
 
 def _learn(arguments: dict) -> None:
     from learner.learn import learn  # late: --help and wrong arguments should not wait for torch
 
-    out, overwrite = arguments.pop("out"), arguments.pop("overwrite")
-    ddp = {field.name: arguments.pop(field.name) for field in dataclasses.fields(DDPSettings)}
-    for name, value in learn(Job(**arguments, ddp=DDPSettings(**ddp)), out, overwrite=overwrite).items():
+    out, run = arguments.pop("out"), {name: arguments.pop(name) for name in ("overwrite", "resume", "tensorboard")}
+    job = {field.name: arguments.pop(field.name) for field in fields(Job) if field.name in arguments}
+    settings = METHODS[job["method"]].settings
+    unknown = [f"--{name.replace('_', '-')}" for name in arguments if name not in {it.name for it in fields(settings)}]
+    if unknown:
+        raise InputError(f"{job['method']} has no {', '.join(unknown)}; see learn-masks --help for whose they are")
+    for name, value in learn(Job(**job, settings=settings(**arguments)), out, **run).items():
         print(f"{name.replace('_', ' '):>20}: {value:.4g}")
     print(f"Wrote {out}. Next: convert-pruned {out} OUT")
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main())

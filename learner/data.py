@@ -1,11 +1,36 @@
-"""Text files to batches of token blocks."""
+"""Text to batches of token blocks: text files, JSONL, parquet, or a data set of the Hugging Face hub.
 
+    ids = read_tokens(tokenizer, ["a.txt", "c4.jsonl", "HuggingFaceFW/fineweb-edu:sample-10BT"], limit=10**7, seed=42)
+    blocks = BlockSampler(ids, sequence_length=2048, seed=42)
+
+A source is
+- a file *.jsonl, *.json or *.parquet: one document in each row
+- any other file: UTF-8 text, one document
+- "owner/name" or "owner/name:configuration" of a data set on the hub, or a directory in the hub's layout
+
+All but text is read with the `datasets` library as a stream, from the hub without downloading the rest, and shuffled.
+Reading stops at `limit` tokens. A run deals steps * batch size * length tokens at most, so with that limit memory holds
+8 bytes for each token that the run consumes, SHUFFLE_BUFFER documents of each source, and the text files, which are
+documents however large they are.
+"""
+
+import glob
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pruned_vllm.errors import InputError
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+SHUFFLE_BUFFER = 10_000  # documents
+SHARDS_AT_ONCE = 10  # files of a data set that the buffer is filled from
+CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer
 
 
 def tokenize_files(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> torch.Tensor:
@@ -28,6 +53,157 @@ def tokenize_files(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> tor
             ids.append(tokenizer.eos_token_id)
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids)
+
+
+def read_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    column: str = "text",
+    split: str = "train",
+    seed: int,
+    show_progress: bool = True,
+) -> torch.Tensor:
+    """Token ids int64 [N] of documents from `sources`, an end-of-text token between them; the same for the same seed.
+
+    Text files keep their order. Text files, other files and each data set give a document in turn, so that all have a
+    share in the limit.
+
+    Args:
+        sources: see the top of this file.
+        limit: N at most; None reads everything.
+        column: where rows have their text; rows without text are left out.
+        split: of data sets; files have none.
+        seed: of the order of rows.
+        show_progress: on stderr.
+
+    Raises:
+        InputError: with every source that cannot be used; or rows further on cannot be read.
+    """
+    documents = _in_turn(_open(sources, column, split, seed))
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces, count = [], 0
+    with tqdm(total=limit, desc="reading", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
+        for texts in _batches(documents):
+            tokenized = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = list(chain.from_iterable(separator + document for document in tokenized))
+            if not pieces:
+                ids = ids[len(separator) :]
+            pieces.append(torch.tensor(ids[: None if limit is None else limit - count], dtype=torch.int64))
+            count += len(pieces[-1])
+            progress.update(len(pieces[-1]))
+            if count == limit:
+                break
+    if not count:
+        raise InputError(f"there is no text in {', '.join(map(str, sources)) or 'an empty list of sources'}")
+    return torch.cat(pieces)
+
+
+def _open(sources: Sequence[str | Path], column: str, split: str, seed: int) -> list[Iterator[str]]:
+    """Streams of documents: of all text files, of all other files, and of each data set."""
+    texts, files, data_sets, problems = [], [], [], []
+    for source in map(str, sources):
+        path = Path(source)
+        try:
+            if path.is_file() and path.suffix in FORMATS:
+                files.append(_rows(source, column, "train", seed))
+            elif path.is_file():
+                _read_text(path)  # again when its turn comes: not all at once in memory
+                texts.append(path)
+            elif path.is_dir() or (HUB_ID.fullmatch(source) and path.suffix not in {".txt", *FORMATS}):
+                data_sets.append(_rows(source, column, split, seed))
+            else:
+                raise InputError(f"{source}: no such file, and no name of a data set on the hub (owner/name)")
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("These sources of text cannot be used:", problems)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [map(_read_text, texts), chain.from_iterable(files[index] for index in order), *data_sets]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    if not text:
+        raise InputError(f"{path}: the file is empty")
+    return text
+
+
+def _rows(source: str, column: str, split: str, seed: int) -> Iterator[str]:
+    """The texts of a file or data set, shuffled; InputError if the first row has none."""
+    try:
+        from datasets import load_dataset  # late: text files do without
+    except ImportError as error:
+        raise InputError(
+            f"{source}: this needs the `datasets` library: pip install 'pruned-vllm[data]', or give text files"
+        ) from error
+    path, name, configuration = Path(source), source, None
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"{source}: the file is empty")
+    if not path.exists():
+        name, _, configuration = source.partition(":")
+    try:
+        if path.is_file():
+            rows = load_dataset(FORMATS[path.suffix], data_files=[glob.escape(source)], split=split, streaming=True)
+        else:
+            rows = load_dataset(name, configuration or None, split=split, streaming=True)
+        first = next(iter(rows), None)
+    except Exception as error:  # damaged files, unknown names and networks end in almost any exception
+        raise InputError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
+    if path.is_dir() and rows.info.builder_name == "text":
+        raise InputError(f"{source}: a directory of text files would be read line by line; name its files instead")
+    if first is None:
+        raise InputError(f"{source}: there are no rows")
+    if column not in first:
+        raise InputError(f"{source}: there is no column {column!r}; it has {', '.join(map(repr, first))}")
+    if not isinstance(first[column], str | None):
+        raise InputError(f"{source}: column {column!r} holds {type(first[column]).__name__}, not text")
+    shards_at_once = 1 if path.is_file() else SHARDS_AT_ONCE
+    rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=shards_at_once)
+    return _documents(rows, source, column)
+
+
+def _documents(rows: Iterable[dict], source: str, column: str) -> Iterator[str]:
+    rows = iter(rows)
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise InputError(f"{source}: cannot be read to its end: {type(error).__name__}: {error}") from error
+        if row is None:
+            return
+        text = row.get(column)
+        if not isinstance(text, str | None):
+            raise InputError(f"{source}: column {column!r} holds {type(text).__name__} in some rows, not text")
+        if text:
+            yield text
+
+
+def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
+    """One item of each stream in turn, until all have ended."""
+    while streams:
+        going_on = []
+        for stream in streams:
+            for item in islice(stream, 1):
+                going_on.append(stream)
+                yield item
+        streams = going_on
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 class BlockSampler:

@@ -9,48 +9,28 @@ deterministic:
         lambda1 (mean s - rho) + lambda2 (mean s - rho)^2 + lambda3 mean s (1 - s)         (13) (15) (16) (17)
 
 z descends, the multipliers ascend at the same time, and mu falls from 0.5 to 0.05 so that s turns into a step (14).
-ReLU and clamp pass gradients straight through: at the start z = 1 = 2 mu, where s is exactly saturated and would never
-move. After each step z is clamped from below at -0.1, so that a pruned unit can come back (as the authors' code does;
-the paper does not say it). Heads, channels and channels of experts have budgets and multipliers of their own. Layers
-and experts share them, so that an expert that is rarely chosen may lose all; with `settings.budget` each layer or each
+After each step z is clamped from below at -0.1, so that a pruned unit can come back (as the authors' code does; the
+paper does not say it). Heads, channels and channels of experts have budgets and multipliers of their own. Layers and
+experts share them, so that an expert that is rarely chosen may lose all; with `settings.budget` each layer or each
 expert has its own, and the penalty is the mean over these groups (19). There the paper shares the multipliers.
+`settings.gate` puts the hard-concrete gates of the paper's ablation in place of (11) and (12): learner/gates.py.
 """
 
 import math
-from collections.abc import Mapping
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
-from learner.data import BlockSampler
-from learner.masking import apply_masks
+from learner import gates
+from learner.method import Learned, Task
 from learner.settings import DDPSettings
-from learner.units import Units, Values, sparsity
-from pruned_vllm.errors import InputError
+from learner.training import Training, cross_entropy, divergence
+from learner.units import Values, sparsity
 
 Z_MINIMUM = -0.1
-STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equation (12)
-SLOPE = math.log(11)  # C0: makes s(0) = 0, s(mu) = 0.5, s(2 mu) = 1
 TOLERANCE = 0.01  # of the units of a group; beyond it the largest masks decide which stay
-
-
-def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
-    """The value of `forward` with the gradient of `backward`."""
-    return backward + (forward - backward).detach()
-
-
-def gate(z: torch.Tensor) -> torch.Tensor:
-    """Equation (11), m = ReLU(z), with the gradient of the identity."""
-    return straight_through(z.clamp(min=0), z)
-
-
-def retention(z: torch.Tensor, mu: float) -> torch.Tensor:
-    """Equation (12) on m = ReLU(z): how much of each unit stays, in [0, 1]."""
-    v = torch.sigmoid(SLOPE * (gate(z) - mu) / mu)
-    stretched = v * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
-    return straight_through(stretched.clamp(0, 1), stretched)
 
 
 def annealed_mu(progress: float, settings: DDPSettings) -> float:
@@ -65,105 +45,79 @@ def penalty(s: torch.Tensor, keep_ratio: float, multipliers: torch.Tensor) -> to
     return (multipliers * terms).sum(0).mean()
 
 
-def learn_ddp(
-    model: nn.Module,
-    units: Units,
-    blocks: BlockSampler,
-    target_sparsity: Mapping[str, float],
-    settings: DDPSettings,
-    seed: int,
-) -> Values:
-    """Learns m for every unit.
-
-    Args:
-        model: frozen causal LM; it is its own teacher, without masks.
-        blocks: source of training batches.
-        target_sparsity: share of the units to remove, by kind.
-
-    Returns:
-        m by kind, float32 [layers, units] on the CPU; 0 is pruned.
-
-    Raises:
-        InputError: the loss is no longer a number.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+def learn(task: Task) -> Learned:
+    """Learns m for every unit; see learner/method.py."""
+    settings, units, device = task.settings, task.units, task.accelerator.device
+    generator = torch.Generator().manual_seed(task.seed)
     z, multipliers, groups, kept, keep_ratio = {}, {}, {}, {}, {}
     for kind in units.layers:
-        start = 1 + 0.01 * torch.randn(units.shape(kind), generator=generator)
-        z[kind] = nn.Parameter(start.to(device))
+        z[kind] = nn.Parameter((1 + 0.01 * torch.randn(units.shape(kind), generator=generator)).to(device))
         groups[kind] = units.num_groups(kind, settings.budget)
         multipliers[kind] = [nn.Parameter(torch.zeros(groups[kind], device=device)) for _ in range(3)]
-        kept[kind] = units.kept(kind, target_sparsity[kind], settings.budget)
+        kept[kind] = units.kept(kind, task.target_sparsity[kind], settings.budget)
         keep_ratio[kind] = kept[kind] * groups[kind] / units.count(kind)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(z.values()), "lr": settings.learning_rate},
-            {
-                "params": [lambdas[i] for lambdas in multipliers.values() for i in (0, 2)],
-                "lr": settings.lambda_learning_rate,
-                "maximize": True,
-            },
-            {
-                "params": [lambdas[1] for lambdas in multipliers.values()],
-                "lr": settings.lambda2_learning_rate,
-                "maximize": True,
-            },
-        ],
-        weight_decay=0.0,
-    )
+    optimizer = _optimizer(z, multipliers, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, settings))
+    state = {"optimizer": optimizer, "schedule": schedule} | {f"z_{kind}": values for kind, values in z.items()}
+    state |= {f"lambda{i + 1}_{kind}": lambdas[i] for kind, lambdas in multipliers.items() for i in range(3)}
+    training = Training(task, z.values(), state)
 
-    progress = trange(settings.steps, desc="ddp", unit="step")
-    for step in progress:
+    for step in training.steps():
         mu = annealed_mu(step / settings.steps, settings)
-        batch = blocks.next_batch(settings.batch_size).to(device)
-        micro_batches = batch.split(settings.micro_batch_size)
-        task_loss = 0.0
-        for micro_batch in micro_batches:
-            teacher_logits = None
-            if settings.kd_weight:
-                with torch.no_grad():
-                    teacher_logits = model(input_ids=micro_batch).logits
-            with apply_masks(model, units.to_masks({kind: gate(values) for kind, values in z.items()})):
-                loss = _task_loss(model, micro_batch, teacher_logits, settings) * len(micro_batch) / len(batch)
-                loss.backward()
-            task_loss += loss.item()
-        if not math.isfinite(task_loss):
-            raise InputError(
-                f"ddp: the loss is {task_loss} at step {step + 1}; use --dtype bfloat16 or float32, "
-                "a lower --learning-rate, or a --sequence-length of at least 2"
-            )
-        constraint = sum(
-            penalty(retention(z[kind], mu).view(groups[kind], -1), keep_ratio[kind], torch.stack(multipliers[kind]))
-            for kind in z
+        loss = training.backward(
+            lambda step=step: units.to_masks(_masks(z, task, step)),
+            partial(_task_loss, task),
+            (lambda tokens: task.model(input_ids=tokens).logits) if settings.kd_weight else None,
         )
+        constraint = 0
+        for kind, values in z.items():
+            scores = gates.scores(values, settings.gate, mu).view(groups[kind], -1)
+            constraint = constraint + penalty(scores, keep_ratio[kind], torch.stack(multipliers[kind]))
         constraint.backward()
+        if settings.gate == "hard-concrete":  # noise keeps its scores apart from 0 and 1: no (15)
+            for lambdas in multipliers.values():
+                lambdas[2].grad = None
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for values in z.values():
-                values.clamp_(min=Z_MINIMUM)
-        progress.set_postfix(
-            loss=f"{task_loss:.3f}",
-            mu=f"{mu:.3f}",
-            **{f"{kind}_sparsity": f"{sparsity(values.detach()):.3f}" for kind, values in z.items()},
-        )
-    return {kind: _harden(kind, values.detach().float().cpu(), kept[kind], groups[kind]) for kind, values in z.items()}
+        if settings.gate == "relu":
+            with torch.no_grad():
+                for values in z.values():
+                    values.clamp_(min=Z_MINIMUM)
+        shares = {f"{kind}_sparsity": sparsity(gates.masks(it.detach(), settings.gate)) for kind, it in z.items()}
+        training.report(step, loss=loss, mu=mu, **shares)
+
+    final = {kind: gates.masks(values.detach(), settings.gate).float().cpu() for kind, values in z.items()}
+    return Learned({kind: _harden(kind, m, kept[kind], groups[kind]) for kind, m in final.items()})
 
 
-def _task_loss(model: nn.Module, tokens: torch.Tensor, teacher_logits: torch.Tensor | None, settings: DDPSettings):
+def _masks(z: dict[str, nn.Parameter], task: Task, step: int) -> Values:
+    noise = torch.Generator().manual_seed(task.seed * 1_000_003 + step)  # the same in every forward pass of a step
+    return {kind: gates.masks(values, task.settings.gate, noise) for kind, values in z.items()}
+
+
+def _task_loss(task: Task, tokens: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
     """L_ce + eta KL(teacher || student), equation (17); means over tokens [batch, length]."""
-    logits = model(input_ids=tokens).logits.float()
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    logits = task.model(input_ids=tokens).logits
+    loss = cross_entropy(logits, tokens)
     if teacher_logits is None:
         return loss
-    temperature = settings.kd_temperature
-    student = F.log_softmax(logits.flatten(0, 1) / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float().flatten(0, 1) / temperature, dim=-1)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return loss + settings.kd_weight * temperature**2 * divergence
+    return loss + task.settings.kd_weight * divergence(teacher_logits, logits, task.settings.kd_temperature)
+
+
+def _optimizer(
+    z: dict[str, nn.Parameter], multipliers: dict[str, list[nn.Parameter]], settings: DDPSettings
+) -> torch.optim.Optimizer:
+    """Descends in z and ascends in the multipliers, each with a learning rate of its own."""
+    dual = [
+        {
+            "params": [lambdas[i] for lambdas in multipliers.values() for i in which],
+            "lr": learning_rate,
+            "maximize": True,
+        }
+        for which, learning_rate in (((0, 2), settings.lambda_learning_rate), ((1,), settings.lambda2_learning_rate))
+    ]
+    return torch.optim.AdamW([{"params": list(z.values()), "lr": settings.learning_rate}, *dual], weight_decay=0.0)
 
 
 def _warmup_cosine(step: int, settings: DDPSettings) -> float:
@@ -173,11 +127,11 @@ def _warmup_cosine(step: int, settings: DDPSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def _harden(kind: str, z: torch.Tensor, wanted: int, groups: int = 1) -> torch.Tensor:
-    """m = ReLU(z) [layers, units]; where it leaves more units of a group than `wanted` and the tolerance, only the
-    largest masks of the group stay. Without groups a layer may lose all of its units.
+def _harden(kind: str, masks: torch.Tensor, wanted: int, groups: int = 1) -> torch.Tensor:
+    """Masks [layers, units]; where they leave more units of a group than `wanted` and the tolerance, only the largest
+    of the group stay. Without groups a layer may lose all of its units.
     """
-    m = z.clamp(min=0).view(groups, -1)
+    m = masks.view(groups, -1)
     kept, size = (m > 0).sum(1), m.shape[1]
 
     def message(wrong: torch.Tensor) -> str:
@@ -193,4 +147,4 @@ def _harden(kind: str, z: torch.Tensor, wanted: int, groups: int = 1) -> torch.T
         m = torch.where(too_many[:, None] & (m < smallest_kept), 0, m)
     if too_few.any():  # a removed unit contributes nothing, so bringing it back would not help
         tqdm.write(f"{message(too_few)}; train for more --steps or raise --lambda2-learning-rate.")
-    return m.view_as(z)
+    return m.view_as(masks)

@@ -31,17 +31,22 @@ class Journal:
             nor files.
         tensorboard: directory for TensorBoard's event files; None writes none.
         is_writer: False in all processes but one.
+
+    Raises:
+        InputError: TensorBoard is not installed.
     """
 
     def __init__(self, directory: Path | None = None, tensorboard: Path | None = None, is_writer: bool = True) -> None:
         self.directory = directory
         self._is_writer = is_writer
         self._rows: list[dict[str, float]] = []
+        self._tensorboard = tensorboard if is_writer else None
         self._board = None
-        if tensorboard is not None and is_writer:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard))
+        if self._tensorboard is not None:
+            try:
+                import torch.utils.tensorboard  # noqa: F401  # now, and not after the first step
+            except ImportError as error:
+                raise InputError("TensorBoard is not installed: pip install 'pruned-vllm[data]'") from error
 
     def restore(self) -> dict[str, Any] | None:
         """The state that was saved last, or None at the start of a run.
@@ -56,11 +61,15 @@ class Journal:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             self._rows, state = saved["log"], saved["state"]
         except Exception as error:  # a damaged file ends in almost any exception
-            raise InputError(f"{path} cannot be read: {error}; remove {self.directory} to begin anew") from error
+            raise InputError(
+                f"{path} cannot be read ({type(error).__name__}); remove {self.directory} to begin anew"
+            ) from error
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Remembers `state`: tensors, numbers, strings, and lists and dictionaries of these."""
+        if self._board is not None:
+            self._board.flush()  # a process that ends loses what is not
         if self.directory is None or not self._is_writer:
             return
         path = self.directory / STATE_FILE
@@ -72,7 +81,12 @@ class Journal:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Adds a row of figures; all rows of a run have the same names."""
         self._rows.append({"step": step, **values})
-        if self._board is not None:
+        if self._tensorboard is not None:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # purge_step: after a resumption TensorBoard forgets the points that come again
+                self._board = SummaryWriter(str(self._tensorboard), purge_step=step)
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 

@@ -1,119 +1,160 @@
 """Learns masks with the chosen method and writes the masked checkpoint."""
 
+import importlib
+import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
-from huggingface_hub import hf_hub_download
+from accelerate import Accelerator
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner import baselines
 from learner.data import BlockSampler, tokenize_files
-from learner.ddp import learn_ddp
 from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
+from learner.journal import LOG_FILE, STATE_FILE, Journal
+from learner.loading import load_dense, on_device
 from learner.masking import apply_masks
+from learner.method import Learned, Task
 from learner.settings import METHODS, Job
-from learner.units import Units, sparsity
-from pruned_vllm.command import atomic_directory
+from learner.units import sparsity
+from pruned_vllm.command import atomic_directory, check_output
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json, write_json
-from pruned_vllm.geometry import ModelGeometry
 from pruned_vllm.masked_checkpoint import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
 
 RESULTS_FILE = "learning.json"
+JOB_FILE = "job.json"
+ADAPTER_DIRECTORY = "adapter"
 
 
 def is_learned(directory: Path) -> bool:
-    """Whether `directory` holds masks that `learn` wrote, and no weights, which it never writes."""
-    return (directory / RESULTS_FILE).is_file() and not (directory / "config.json").exists()
+    """Whether `learn` wrote `directory`, and every file in it."""
+    if not (directory / RESULTS_FILE).is_file():
+        return False
+    written = read_json(directory / RESULTS_FILE).get("files", [])
+    return _files(directory) <= {RESULTS_FILE, *written}
 
 
-def learn(job: Job, out: Path, *, overwrite: bool = False) -> dict[str, float]:
-    """Writes masks, pruning.json and learning.json (settings and results) to the directory `out`; returns the results.
+def _files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
 
-    Results: learning_seconds, head_sparsity, channel_sparsity and expert_sparsity (shares of the units that masks were
-    learned for), and with eval_data dense_perplexity and masked_perplexity.
+
+def learn(
+    job: Job, out: Path, *, overwrite: bool = False, resume: bool = False, tensorboard: Path | None = None
+) -> dict[str, float]:
+    """Writes a masked checkpoint to the directory `out`, with the results in learning.json; returns the results.
+
+    Results: learning_seconds (of this process, so without those before an interruption), head_sparsity,
+    channel_sparsity and expert_sparsity (shares of the units that masks were learned for), and with eval_data
+    dense_perplexity and masked_perplexity.
+
+    An interrupted run leaves its state in `<out>.unfinished`. In several processes (accelerate) all must call this;
+    the first writes.
+
+    Args:
+        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        resume: go on with the interrupted run of the same job, if there is one.
+        tensorboard: directory for event files.
 
     Raises:
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
     """
-    if job.method not in METHODS:
-        raise InputError(f"method {job.method!r} is unknown; choose one of {', '.join(METHODS)}")
-    if job.method == "ddp" and not job.data:
-        raise InputError("ddp learns from text; name text files with --data")
-    with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
-        model, tokenizer, units = _load(job)
-        target = {kind: job.sparsity_of(kind) for kind in units.layers}
-        results = {}
-        if job.eval_data:
-            eval_ids = tokenize_files(tokenizer, job.eval_data)
-            if len(eval_ids) < EVAL_BLOCK_SIZE:
-                raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
-            results["dense_perplexity"] = perplexity(model, eval_ids)
-        blocks = None
-        if job.method == "ddp":
-            blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.ddp.sequence_length, job.seed)
+    method = METHODS[job.method]
+    check_output(out, overwrite, is_learned)
+    accelerator = on_device(job.device)
+    model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
+    results, blocks = {}, None
+    if job.eval_data:
+        eval_ids = tokenize_files(tokenizer, job.eval_data)
+        if len(eval_ids) < EVAL_BLOCK_SIZE:
+            raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+        results["dense_perplexity"] = perplexity(model, eval_ids)
+    if method.reads_text:
+        blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.settings.sequence_length, job.seed)
 
+    target = {kind: job.sparsity_of(kind) for kind in units.layers}
+    with _journal(out, job, accelerator, resume, overwrite, tensorboard) as journal:
         started = time.perf_counter()
-        if job.method == "ddp":
-            values = learn_ddp(model, units, blocks, target, job.ddp, job.seed)
-        elif job.method == "magnitude":
-            values = baselines.magnitude(model, units, target)
-        else:
-            values = baselines.random(units, target, job.seed)
+        learned = _function(method.module)(
+            Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
+        )
         results["learning_seconds"] = time.perf_counter() - started
-
-        masks = {name: mask.contiguous() for name, mask in units.to_masks(values).items()}
-        save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
-        results |= {f"{kind}_sparsity": sparsity(unit_values) for kind, unit_values in values.items()}
+        model.eval()
+        results |= {f"{kind}_sparsity": sparsity(values) for kind, values in learned.values.items()}
+        masks = {name: mask.contiguous() for name, mask in units.to_masks(learned.values).items()}
         if job.eval_data:
-            with apply_masks(model, {name: mask.to(model.device) for name, mask in masks.items()}):
+            on_model = {name: mask.to(model.device) for name, mask in masks.items()}
+            with apply_masks(model, on_model, learned.channel_mask_site):
                 results["masked_perplexity"] = perplexity(model, eval_ids)
-        pruning = {
-            "format_version": FORMAT_VERSION,
-            "method": job.method,
-            "channel_mask_site": "product",
-            "base_model": str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model,
-            "lora_adapter": None,
-        }
-        write_json(directory / PRUNING_FILE, pruning)
-        write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results})
+        if accelerator.is_main_process:
+            with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
+                if learned.weights_changed:
+                    model.save_pretrained(directory)
+                    tokenizer.save_pretrained(directory)
+                if learned.save_adapter is not None:
+                    learned.save_adapter(directory / ADAPTER_DIRECTORY)
+                write_json(directory / PRUNING_FILE, _pruning(job, learned))
+                journal.write_log(directory / LOG_FILE)
+                written = sorted(_files(directory))
+                write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
+        accelerator.wait_for_everyone()
     return results
 
 
-def _load(job: Job):
-    """The frozen dense model, its tokenizer and its units."""
-    directory, device = Path(job.model), job.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def _function(name: str):
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function or "learn")
+
+
+def _pruning(job: Job, learned: Learned) -> dict:
+    base_model = str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": job.method,
+        "channel_mask_site": learned.channel_mask_site,
+        "base_model": None if learned.weights_changed else base_model,
+        "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
+    }
+
+
+@contextmanager
+def _journal(
+    out: Path, job: Job, accelerator: Accelerator, resume: bool, overwrite: bool, tensorboard: Path | None
+) -> Iterator[Journal]:
+    """The journal of this run, in `<out>.unfinished`; what is there stays only where it can be resumed."""
+    directory = out.with_name(f"{out.name}.unfinished")
+    asked = json.loads(json.dumps(asdict(job), default=str))
+    with _first(accelerator):
+        if accelerator.is_main_process and directory.exists() and not resume:
+            if not overwrite:
+                raise InputError(
+                    f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite"
+                )
+            shutil.rmtree(directory)
+        if directory.exists():
+            begun = read_json(directory / JOB_FILE)
+            changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
+            if changed:
+                raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
+        elif accelerator.is_main_process:
+            directory.mkdir(parents=True)
+            write_json(directory / JOB_FILE, asked)
     try:
-        config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        geometry = ModelGeometry.from_config(read_json(config / "config.json"))
-        if not hasattr(transformers, geometry.family.architecture):
-            raise InputError(
-                f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run; learn "
-                "the masks elsewhere and write them in the format of pruning_masks.safetensors"
-            )
-        units = Units.of(geometry)
-        if job.head_sparsity == 0:
-            units = units.without("head")
-        elif job.head_sparsity and "head" not in units.layers:
-            raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=job.dtype, use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
-        model = model.to(device).requires_grad_(False).eval()
-    except InputError:
+        yield Journal(directory, tensorboard, accelerator.is_main_process)
+    except BaseException:
+        if not (directory / STATE_FILE).exists():
+            shutil.rmtree(directory, ignore_errors=True)
+        elif accelerator.is_main_process:
+            print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
         raise
-    except Exception as error:  # damaged models and unknown devices end in almost any exception
-        raise InputError(
-            f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if loading["missing_keys"]:  # Transformers would go on with random weights
-        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
-    return model, tokenizer, units
+    if accelerator.is_main_process:
+        shutil.rmtree(directory)
+
+
+def _first(accelerator: Accelerator):
+    """A block that the main process runs before the others."""
+    return accelerator.main_process_first() if accelerator.num_processes > 1 else nullcontext()

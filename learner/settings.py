@@ -1,12 +1,15 @@
 """What a learning run can be told, and the table of methods; the command line is made from both. Pure Python.
 
-A method is one row of METHODS, one dataclass of settings here, and one module with a function `learn` (learner/method.py
-says what it takes and returns). Options of the same name in two methods mean the same, but may have other defaults.
+A method is one row of METHODS, one dataclass of settings here, and one module with a function `learn`, of which
+learner/method.py says what it takes and returns. Options of the same name in two methods mean the same, but may have
+other defaults.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pruned_vllm.errors import InputError
 
 BUDGETS = ("global", "layer", "expert")
 GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
@@ -14,9 +17,14 @@ QUERY_HEADS = ("independent", "tied")
 ERROR_ACCUMULATIONS = ("expectation", "none")
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, shown: str | None = None) -> Any:
-    """A field that `learn-masks` offers: its help, the values it may have, and how the default is shown."""
-    return field(default=default, metadata={"help": text, "choices": choices, "shown": shown})
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] | None = None, shown: str | None = None, zero: bool = False
+) -> Any:
+    """A field that `learn-masks` offers: its help, the values it may have, and how the default is shown.
+
+    Numbers must be above 0, or, with `zero`, at least 0.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "shown": shown, "zero": zero})
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,22 @@ class DDPSettings(TrainingSettings):
     warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
     mu_start: float = option(0.5, "mask value that counts half at the first step")
     mu_end: float = option(0.05, "mask value that counts half at the last step")
-    kd_weight: float = option(2.0, "weight of the distillation loss, 0 learns without a teacher")
+    kd_weight: float = option(2.0, "weight of the distillation loss, 0 learns without a teacher", zero=True)
     kd_temperature: float = option(1.0, "temperature of the distillation loss")
     budget: str = option(
         "global", "what loses the share by itself: the whole model, each layer, or each expert", choices=BUDGETS
     )
-    gate: str = option("relu", "how masks come from their parameters; the others are the paper's baselines", choices=GATES)
+    gate: str = option(
+        "relu", "how masks come from their parameters; the others are the paper's baselines", choices=GATES
+    )
+
+
+@dataclass(frozen=True)
+class WandaSettings:
+    """Sizes of the calibration text as in arXiv 2306.11695."""
+
+    calibration_sequences: int = option(128, "sequences that activations are measured on")
+    sequence_length: int = option(2048, "tokens in a sequence")
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,9 @@ class TyrSettings:
     calibration_sequences: int = option(1024, "sequences that layers are pruned on, and that selection draws from")
     sequence_length: int = option(4096, "tokens in a sequence")
     iterations: int = option(
-        4, "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike"
+        4,
+        "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
+        zero=True,
     )
     generations: int = option(50, "of a search")
     offspring: int = option(128, "in a generation")
@@ -98,6 +118,7 @@ class Method:
 METHODS = {
     "ddp": Method("learner.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
     "tyr": Method("learner.tyr", TyrSettings, "Tyr-the-Pruner, arXiv 2503.09657", offloads=True),
+    "wanda": Method("learner.wanda", WandaSettings, "what large weights read from large activations stays"),
     "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
     "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
 }
@@ -119,6 +140,7 @@ class Job:
         data, eval_data: what to learn from, and what to measure perplexity on; see learner/data.py.
         device: torch device; "auto" is a GPU if there is one.
         dtype: of the weights while learning ("auto": as stored); masks are float32.
+        trust_remote_code: run the model's own code, for architectures that Transformers lacks.
         seed: of initialization and data order.
     """
 
@@ -132,7 +154,24 @@ class Job:
     eval_data: list[Path] = field(default_factory=list)
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the method does not exist or is told what it cannot do."""
+        if self.method not in METHODS:
+            raise InputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        method = METHODS[self.method]
+        if self.settings is None:
+            object.__setattr__(self, "settings", method.settings())
+        elif type(self.settings) is not method.settings:
+            raise InputError(f"{self.method} takes {method.settings.__name__}, not {type(self.settings).__name__}")
+        if self.query_heads is None:
+            object.__setattr__(self, "query_heads", method.query_heads[0])
+        elif self.query_heads not in method.query_heads:
+            raise InputError(f"{self.method} cannot prune with --query-heads {self.query_heads}")
+        if method.reads_text and not self.data:
+            raise InputError(f"{self.method} learns from text; name text files with --data")
 
     def sparsity_of(self, kind: str) -> float:
         """Share of the units of this kind ("head", "channel" or "expert") to remove."""

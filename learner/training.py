@@ -41,8 +41,11 @@ class Training:
         self._state = state
         if self.settings.gradient_checkpointing:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
-            task.model.train()  # Transformers recomputes in training mode only; nothing is dropped out at rate 0
-        self._progress = None
+        # Transformers recomputes activations in training mode only, and code that a checkpoint brings may compute
+        # gradients only there (DeepSeekMoE's experts). Elsewhere dropout and router noise would be in the way.
+        if self.settings.gradient_checkpointing or not type(task.model).__module__.startswith("transformers."):
+            task.model.train()
+        self._progress, self._step = None, 0
 
     def steps(self) -> Iterator[int]:
         """Counts the steps that are left, shows their progress, and saves the state after every SAVE_EVERY."""
@@ -57,6 +60,7 @@ class Training:
             disable=not task.accelerator.is_main_process,
         ) as self._progress:
             for step in range(start, self.settings.steps):
+                self._step = step
                 yield step
                 self._progress.update()
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.settings.steps:
@@ -84,7 +88,9 @@ class Training:
         settings, accelerator = self.settings, self.task.accelerator
         batch = self.task.blocks.next_batch(settings.batch_size)
         if settings.batch_size < accelerator.num_processes:
-            raise InputError(f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes")
+            raise InputError(
+                f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes"
+            )
         own = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
         total = torch.zeros((), device=accelerator.device)
         for micro_batch in own.split(settings.micro_batch_size):
@@ -99,8 +105,8 @@ class Training:
         total = accelerator.reduce(total).item()
         if not math.isfinite(total):
             raise InputError(
-                f"the loss is {total}; use --dtype bfloat16 or float32, a lower --learning-rate, "
-                "or a --sequence-length of at least 2"
+                f"the loss is {total} at step {self._step + 1}; use --dtype bfloat16 or float32, "
+                "a lower --learning-rate, or a --sequence-length of at least 2"
             )
         if accelerator.num_processes > 1:
             for parameter in self._parameters:

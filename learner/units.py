@@ -14,26 +14,33 @@ Values = dict[str, torch.Tensor]  # by kind: [layers that have the kind, units i
 
 @dataclass(frozen=True)
 class Units:
-    """What is pruned: KV heads, each with all query heads that read it, and channels of dense MLPs and of experts.
+    """What is pruned: heads, and channels of dense MLPs and of experts.
+
+    Heads are query heads, or, if tied, KV heads with all query heads that read them.
 
     Attributes:
         layers: by kind ("head", "channel", "expert") which layers have such units; a kind that none has is not named.
-        widths: by kind, units in each of those layers: KV heads, FFN channels, channels of all routed experts.
-        query_heads_per_kv_head: query heads that go with a KV head.
+        widths: by kind, units in each of those layers: heads, FFN channels, channels of all routed experts.
+        heads_per_unit: query heads in a unit of the kind "head".
         num_experts: routed experts in a layer that has any.
     """
 
     layers: dict[str, tuple[int, ...]]
     widths: dict[str, int]
-    query_heads_per_kv_head: int
+    heads_per_unit: int
     num_experts: int
 
     @classmethod
-    def of(cls, geometry: ModelGeometry) -> "Units":
+    def of(cls, geometry: ModelGeometry, tied: bool = False) -> "Units":
+        """All units of a dense model. Raises InputError for a pruned one."""
         if not geometry.is_dense:
             raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
+        heads_per_unit = geometry.layers[0].widest_group if tied else 1
         sizes = {
-            "head": [layer.num_key_value_heads * geometry.family.can_lose_heads for layer in geometry.layers],
+            "head": [
+                layer.num_attention_heads // heads_per_unit * geometry.family.can_lose_heads
+                for layer in geometry.layers
+            ],
             "channel": [layer.intermediate_size for layer in geometry.layers],
             "expert": [sum(layer.expert_intermediate_sizes) for layer in geometry.layers],
         }
@@ -42,7 +49,7 @@ class Units:
         return cls(
             layers=layers,
             widths={kind: max(sizes[kind]) for kind in layers},
-            query_heads_per_kv_head=geometry.layers[0].widest_group,
+            heads_per_unit=heads_per_unit,
             num_experts=geometry.experts.num_experts if geometry.experts else 0,
         )
 
@@ -75,7 +82,7 @@ class Units:
         for kind, layers in self.layers.items():
             for index, units in zip(layers, values[kind], strict=True):
                 if kind == "head":
-                    masks[HEAD_MASK.format(index)] = units.repeat_interleave(self.query_heads_per_kv_head)
+                    masks[HEAD_MASK.format(index)] = units.repeat_interleave(self.heads_per_unit)
                 elif kind == "channel":
                     masks[CHANNEL_MASK.format(index)] = units
                 else:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from learning import geometry_of, task_of
 from safetensors.torch import load_file, save_file
 from tiny import HF_MOE, masks_for, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,21 +15,18 @@ from transformers import PreTrainedTokenizerFast
 
 from learner import baselines, cli
 from learner.data import BlockSampler
-from learner.ddp import _harden, annealed_mu, gate, learn_ddp, penalty, retention
+from learner.ddp import _harden, annealed_mu, penalty
+from learner.ddp import learn as learn_ddp
+from learner.gates import relu, retention
 from learner.masking import apply_masks
 from learner.settings import DDPSettings
 from learner.units import Units
 from pruned_vllm.errors import InputError
-from pruned_vllm.geometry import ModelGeometry
 
 
-def geometry_of(model) -> ModelGeometry:
-    return ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
-
-
-def test_gate_is_relu_forward_and_identity_backward():
+def test_mask_is_relu_forward_and_identity_backward():
     z = torch.tensor([-0.1, 0.0, 0.3, 5.0], requires_grad=True)
-    m = gate(z)
+    m = relu(z)
     m.backward(torch.arange(4.0))
     assert m.tolist() == torch.tensor([0.0, 0.0, 0.3, 5.0]).tolist()
     assert z.grad.tolist() == [0, 1, 2, 3]
@@ -109,8 +107,16 @@ def test_blocks_are_dealt_once_before_any_comes_again():
         BlockSampler(torch.arange(105), sequence_length=200, seed=0)
 
 
-def test_a_unit_is_a_kv_head_with_its_query_heads():
+def test_a_unit_is_a_query_head():
     units = Units.of(geometry_of(tiny_model("qwen3", 6, 3, 40)))
+    assert units.widths == {"head": 6, "channel": 40}
+    heads = torch.rand(3, 6)
+    masks = units.without("channel").to_masks({"head": heads})
+    assert torch.equal(masks["model.layers.1.self_attn.head_mask"], heads[1])
+
+
+def test_a_tied_unit_is_a_kv_head_with_its_query_heads():
+    units = Units.of(geometry_of(tiny_model("qwen3", 6, 3, 40)), tied=True)
     assert units.widths == {"head": 3, "channel": 40}
     values = {kind: torch.rand(3, width) for kind, width in units.widths.items()}
     masks = units.to_masks(values)
@@ -123,7 +129,7 @@ def test_channels_of_experts_are_units(model_type):
     config = {"mlp_only_layers": [1]} if model_type.startswith("qwen") else {}
     model = tiny_model(model_type, 6, 3, 24, **config)
     units = Units.of(geometry_of(model))
-    heads = {} if model_type == "olmoe" else {"head": 3}  # OLMoE cannot lose heads
+    heads = {} if model_type == "olmoe" else {"head": 6}  # OLMoE cannot lose heads
     assert units.widths == heads | ({"channel": 24} if config else {}) | {"expert": 4 * 24}
     assert units.layers["expert"] == ((0, 2) if config else (0, 1, 2)) and units.layers.get("channel", (1,)) == (1,)
     values = {kind: torch.rand(units.shape(kind)) for kind in units.layers}
@@ -137,11 +143,8 @@ def test_channels_of_experts_are_units(model_type):
 def test_ddp_prunes_experts_and_freezes_the_rest():
     model = tiny_model("qwen2_moe", 6, 6, 40, mlp_only_layers=[0])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
-    units = Units.of(geometry_of(model))
-    settings = DDPSettings(steps=150, batch_size=4)
-    target = dict.fromkeys(units.layers, 0.5)
-    values = learn_ddp(model, units, BlockSampler(tokens, 32, 0), target, settings, 0)
+    task = task_of(model, DDPSettings(steps=150, batch_size=4))
+    values, units = learn_ddp(task).values, task.units
     assert set(values) == {"head", "channel", "expert"}
     kept, wanted = int((values["expert"] > 0).sum()), units.kept("expert", 0.5)
     assert abs(kept - wanted) <= 0.01 * units.count("expert") + 1
@@ -150,8 +153,8 @@ def test_ddp_prunes_experts_and_freezes_the_rest():
 
 
 def test_a_layer_may_lose_all_of_its_units():
-    z = torch.tensor([[-0.1, -0.05, -0.1, -0.1], [1.0, 2.0, 3.0, 4.0]])
-    assert _harden("head", z, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
+    m = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
+    assert _harden("head", m, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
 
 
 def test_too_many_units_leave_the_largest(capsys):
@@ -167,7 +170,7 @@ def test_magnitude_keeps_the_heaviest_units():
         model.model.layers[1].self_attn.o_proj.weight[:, 64:96] *= 30
         model.model.layers[0].self_attn.k_proj.weight[32:64] *= 30
         model.model.layers[2].mlp.down_proj.weight[:, 7] *= 30
-    values = baselines.magnitude(model, Units.of(geometry_of(model)), {"head": 0.8, "channel": 0.8})
+    values = baselines.magnitude(task_of(model, sparsity=0.8, tied=True)).values
     assert values["head"][0].tolist() == values["head"][1].tolist() == [0, 1, 0, 0, 0, 0]
     assert values["channel"][2, 7] == 1 and values["channel"].sum(1).tolist() == [8, 8, 8]
 
@@ -178,18 +181,16 @@ def test_magnitude_keeps_the_heaviest_channels_of_experts():
         model.model.layers[1].mlp.experts.down_proj[2, :, 7] *= 30
         model.model.layers[1].mlp.experts.gate_up_proj[3, 10 + 4] *= 30  # up
         model.model.layers[1].mlp.experts.gate_up_proj[0, 5] *= 30  # gate
-    values = baselines.magnitude(model, Units.of(geometry_of(model)), {"head": 0.5, "expert": 0.9})
+    values = baselines.magnitude(task_of(model, sparsity={"head": 0.5, "expert": 0.9}, tied=True)).values
     assert values["expert"].sum(1).tolist() == [4, 4, 4] and values["head"].sum(1).tolist() == [3, 3, 3]
     assert values["expert"][1].view(4, 10)[[2, 3, 0], [7, 4, 5]].tolist() == [1, 1, 1]
 
 
-def learned(sparsity: float = 0.5, seed: int = 0, **settings) -> tuple[dict, Units]:
-    model = tiny_model("llama", 6, 6, 40)
-    tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
-    units = Units.of(geometry_of(model))
-    ddp = DDPSettings(**{"steps": 150, "batch_size": 4} | settings)
-    target = dict.fromkeys(units.layers, sparsity)
-    return learn_ddp(model, units, BlockSampler(tokens, 32, seed), target, ddp, seed), units
+def learned(sparsity: float = 0.5, **settings) -> tuple[dict, Units]:
+    task = task_of(
+        tiny_model("llama", 6, 6, 40), DDPSettings(**{"steps": 150, "batch_size": 4} | settings), sparsity, tied=True
+    )
+    return learn_ddp(task).values, task.units
 
 
 @pytest.mark.parametrize("target", [0.25, 0.5])
@@ -227,7 +228,7 @@ def run(*args) -> int:
 @pytest.mark.parametrize("method", ["ddp", "magnitude", "random"])
 def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
     text, ckpt = word_model / "text.txt", word_model / "ckpt"
-    small = ["--steps", 60, "--batch-size", 2, "--sequence-length", 32]
+    small = ["--steps", 60, "--batch-size", 2, "--sequence-length", 32] if method == "ddp" else []
     arguments = [word_model / "model", ckpt, "--method", method, "--data", text, "--eval-data", text, *small]
     assert run(*arguments) == 0
     assert "masked perplexity" in capsys.readouterr().out
@@ -255,7 +256,9 @@ def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
         (["--mu-start", "0"], None),
         (["--learning-rate", "nan"], None),
         (["--sequence-length", "1"], "the loss is nan at step 1"),
-        (["--device", "abacus"], "cannot be loaded"),
+        (["--device", "abacus"], "device abacus cannot be used"),
+        (["--method", "random", "--mu-start", "0.5"], "random has no --mu-start"),
+        (["--gate", "sigmoid"], None),
         (["--eval-data", "{text}"], "--eval-data has 2 tokens; at least 128"),
         (["--data"], None),
         (["--sparsity", "1"], None),

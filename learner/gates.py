@@ -1,0 +1,66 @@
+"""From parameters to masks and to what counts against the budget: DDP's gate, and the hard-concrete ones it replaces.
+
+Equation numbers are those of arXiv 2603.08065. Each unit has one parameter z; m is its mask, s its retention score:
+
+    relu                         m = ReLU(z), unbounded above (11), s = phi(z; mu), sharper as mu falls (12)
+    deterministic-hard-concrete  m = s = phi(z; 0.5)
+    hard-concrete                m = clamp(1.2 sigmoid(a + logit(u)) - 0.1, 0, 1), u drawn anew for every step (8),
+                                 s = P(m > 0) = sigmoid(a + ln 11) (9),  with a = ln(11) (z - 0.5) / 0.5
+
+where phi(z; mu) = clamp(1.2 sigmoid(ln(11) (ReLU(z) - mu) / mu) - 0.1, 0, 1). The last two are the paper's ablation; it
+does not print how it parametrizes them. Here all three begin at z = 1, which is m = 1 without noise, and share learning
+rates. ReLU and clamp pass gradients straight through where nothing is drawn: at z = 1 = 2 mu the score is exactly
+saturated and would never move.
+"""
+
+import math
+
+import torch
+
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equations (8) and (12)
+SLOPE = math.log(11)  # C0: makes phi(0) = 0, phi(mu) = 0.5, phi(2 mu) = 1; also ln(-r / l)
+HARD_CONCRETE_MU = 0.5
+
+
+def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    """The value of `forward` with the gradient of `backward`."""
+    return backward + (forward - backward).detach()
+
+
+def relu(z: torch.Tensor) -> torch.Tensor:
+    """Equation (11), m = ReLU(z), with the gradient of the identity."""
+    return straight_through(z.clamp(min=0), z)
+
+
+def retention(z: torch.Tensor, mu: float) -> torch.Tensor:
+    """Equation (12) on m = ReLU(z): how much of each unit stays, in [0, 1]."""
+    stretched = _stretched(SLOPE * (relu(z) - mu) / mu)
+    return straight_through(stretched.clamp(0, 1), stretched)
+
+
+def masks(z: torch.Tensor, gate: str, generator: torch.Generator | None = None) -> torch.Tensor:
+    """What the units' outputs are multiplied by; the noise of "hard-concrete" needs a generator, which others ignore.
+
+    Without a generator its masks are those without noise, as they are deployed.
+    """
+    if gate == "relu":
+        return relu(z)
+    if gate == "deterministic-hard-concrete" or generator is None:
+        return retention(z, HARD_CONCRETE_MU)
+    u = torch.rand(z.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(z)
+    return _stretched(_logit(z) + torch.logit(u)).clamp(0, 1)
+
+
+def scores(z: torch.Tensor, gate: str, mu: float) -> torch.Tensor:
+    """Retention scores: what the budget counts."""
+    if gate == "hard-concrete":
+        return torch.sigmoid(_logit(z) + SLOPE)
+    return retention(z, mu if gate == "relu" else HARD_CONCRETE_MU)
+
+
+def _logit(z: torch.Tensor) -> torch.Tensor:
+    return SLOPE * (z - HARD_CONCRETE_MU) / HARD_CONCRETE_MU
+
+
+def _stretched(logit: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(logit) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW
