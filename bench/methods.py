@@ -103,13 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=("table", "ablations"))
     parser.add_argument("--output-dir", type=Path, required=True, help="replaced if this command wrote it")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="default: 42 for table, 42 43 44 for ablations"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 42, or 42 43 44 for ablations")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time; default: all cores")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="methods, or questions of the ablations; default: all"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, or questions; default: all")
     args = parser.parse_args(argv)
 
     def run() -> None:

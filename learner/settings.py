@@ -16,6 +16,7 @@ GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
 QUERY_HEADS = ("independent", "tied")
 LORA_TARGETS = ("all", "query-value")
 RESOURCES = ("kind", "model")
+ERROR_ACCUMULATIONS = ("expectation", "none")
 
 
 def option(
@@ -91,8 +92,8 @@ class MaskPruneSettings(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class WandaSettings:
-    """Sizes of the calibration text as in arXiv 2306.11695."""
+class CalibrationSettings:
+    """Of methods that run text through the model, but learn nothing by gradients."""
 
     calibration_sequences: int = option(128, "sequences that activations are measured on")
     sequence_length: int = option(2048, "tokens in a sequence")
@@ -101,6 +102,34 @@ class WandaSettings:
     def tokens(self) -> int:
         """That a run consumes."""
         return self.calibration_sequences * self.sequence_length
+
+
+@dataclass(frozen=True)
+class WandaSettings(CalibrationSettings):
+    """Sizes of the calibration text as in arXiv 2306.11695."""
+
+
+@dataclass(frozen=True)
+class TyrSettings(CalibrationSettings):
+    """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
+
+    calibration_sequences: int = option(1024, "sequences that activations are measured on")
+    sequence_length: int = option(4096, "tokens in a sequence")
+    iterations: int = option(
+        4,
+        "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
+        zero=True,
+    )
+    generations: int = option(50, "of a search")
+    offspring: int = option(128, "in a generation")
+    selection_tokens: int = option(
+        131072, "tokens that the last stage of selection reads; those before it read 1/64 and 1/8 of that"
+    )
+    error_accumulation: str = option(
+        "expectation",
+        "what later layers are pruned for: errors of all candidates on average, or none (dense inputs)",
+        choices=ERROR_ACCUMULATIONS,
+    )
 
 
 @dataclass(frozen=True)
@@ -134,6 +163,7 @@ METHODS = {
     "maskprune": Method(
         "learner.maskprune", MaskPruneSettings, "MaskPrune, arXiv 2502.14008: uniform widths", query_heads=("tied",)
     ),
+    "tyr": Method("learner.tyr", TyrSettings, "Tyr-the-Pruner, arXiv 2503.09657", offloads=True),
     "wanda": Method("learner.wanda", WandaSettings, "what large weights read from large activations stays"),
     "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
     "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
