@@ -61,15 +61,23 @@ def main(argv: list[str] | None = None) -> int:
         help="in grouped query attention: whether the query heads of a KV head are removed one by one (the KV head "
         f"goes with the last), or all together, so that the KV cache shrinks; default: {default_heads}",
     )
-    add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text to learn from")
     add(
-        "--eval-data",
-        type=Path,
+        "--data",
         nargs="+",
         default=[],
-        metavar="FILE",
+        metavar="SOURCE",
+        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, or data sets of the Hugging Face hub as "
+        "owner/name or owner/name:configuration, which are streamed",
+    )
+    add(
+        "--eval-data",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
         help="text to measure the perplexity of the dense and the masked model on, in blocks of 128 tokens",
     )
+    add("--text-column", default=Job.text_column, metavar="NAME", help="where rows have their text; default: text")
+    add("--split", default=Job.split, metavar="NAME", help="of data sets; default: train")
     add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
     add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
     add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")

@@ -9,10 +9,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
-from learner.data import BlockSampler, tokenize_files
+from learner.data import BlockSampler, read_tokens
 from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
 from learner.journal import LOG_FILE, STATE_FILE, Journal
 from learner.loading import load_dense, on_device
@@ -28,6 +30,7 @@ from pruned_vllm.masked_checkpoint import FORMAT_VERSION, MASKS_FILE, PRUNING_FI
 RESULTS_FILE = "learning.json"
 JOB_FILE = "job.json"
 ADAPTER_DIRECTORY = "adapter"
+MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
 
 
 def is_learned(directory: Path) -> bool:
@@ -68,12 +71,14 @@ def learn(
     model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
     results, blocks = {}, None
     if job.eval_data:
-        eval_ids = tokenize_files(tokenizer, job.eval_data)
+        eval_ids = _read(tokenizer, job.eval_data, job)
         if len(eval_ids) < EVAL_BLOCK_SIZE:
             raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
         results["dense_perplexity"] = perplexity(model, eval_ids)
     if method.reads_text:
-        blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.settings.sequence_length, job.seed)
+        blocks = BlockSampler(
+            _read(tokenizer, job.data, job, job.settings.tokens), job.settings.sequence_length, job.seed
+        )
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     with _journal(out, job, accelerator, resume, overwrite, tensorboard) as journal:
@@ -103,6 +108,12 @@ def learn(
                 write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
         accelerator.wait_for_everyone()
     return results
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Job, consumed: int = 0) -> torch.Tensor:
+    """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it."""
+    limit = max(consumed, MAX_TOKENS)
+    return read_tokens(tokenizer, sources, limit=limit, column=job.text_column, split=job.split, seed=job.seed)
 
 
 def _function(name: str):

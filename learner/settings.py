@@ -6,7 +6,6 @@ other defaults.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pruned_vllm.errors import InputError
@@ -36,6 +35,11 @@ class TrainingSettings:
     sequence_length: int = option(2048, "tokens in a sequence")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
+    @property
+    def tokens(self) -> int:
+        """That a run consumes."""
+        return self.steps * self.batch_size * self.sequence_length
+
 
 @dataclass(frozen=True)
 class DDPSettings(TrainingSettings):
@@ -63,6 +67,11 @@ class WandaSettings:
 
     calibration_sequences: int = option(128, "sequences that activations are measured on")
     sequence_length: int = option(2048, "tokens in a sequence")
+
+    @property
+    def tokens(self) -> int:
+        """That a run consumes."""
+        return self.calibration_sequences * self.sequence_length
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ class Job:
         query_heads: "independent" or "tied": whether the query heads of a KV head go one by one, or all together with
             their KV head; None is the method's default. The same in multi-head attention.
         data, eval_data: what to learn from, and what to measure perplexity on; see learner/data.py.
+        text_column, split: where data sets have their text.
         device: torch device; "auto" is a GPU if there is one.
         dtype: of the weights while learning ("auto": as stored); masks are float32.
         trust_remote_code: run the model's own code, for architectures that Transformers lacks.
@@ -125,8 +135,10 @@ class Job:
     sparsity: float = 0.5
     head_sparsity: float | None = None
     query_heads: str | None = None
-    data: list[Path] = field(default_factory=list)
-    eval_data: list[Path] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+    eval_data: list[str] = field(default_factory=list)
+    text_column: str = "text"
+    split: str = "train"
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -146,7 +158,7 @@ class Job:
         elif self.query_heads not in method.query_heads:
             raise InputError(f"{self.method} cannot prune with --query-heads {self.query_heads}")
         if method.reads_text and not self.data:
-            raise InputError(f"{self.method} learns from text; name text files with --data")
+            raise InputError(f"{self.method} learns from text; say from which with --data")
 
     def sparsity_of(self, kind: str) -> float:
         """Share of the units of this kind ("head", "channel" or "expert") to remove."""
