@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from learner.journal import LOG_FILE, STATE_FILE, Journal
 from learner.loading import load_dense, on_device
 from learner.masking import apply_masks
 from learner.method import Learned, Task
+from learner.processes import together
 from learner.settings import METHODS, Job
 from learner.units import sparsity
 from pruned_vllm.command import atomic_directory, check_output
@@ -66,19 +67,19 @@ def learn(
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
     """
     method = METHODS[job.method]
-    check_output(out, overwrite, is_learned)
     accelerator = on_device(job.device)
-    model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
     results, blocks = {}, None
-    if job.eval_data:
-        eval_ids = _read(tokenizer, job.eval_data, job)
-        if len(eval_ids) < EVAL_BLOCK_SIZE:
-            raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
-        results["dense_perplexity"] = perplexity(model, eval_ids)
-    if method.reads_text:
-        blocks = BlockSampler(
-            _read(tokenizer, job.data, job, job.settings.tokens), job.settings.sequence_length, job.seed
-        )
+    with together(accelerator):
+        check_output(out, overwrite, is_learned)
+        model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
+        if job.eval_data:
+            eval_ids = _read(tokenizer, job.eval_data, job, accelerator)
+            if len(eval_ids) < EVAL_BLOCK_SIZE:
+                raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+            results["dense_perplexity"] = perplexity(model, eval_ids)
+        if method.reads_text:
+            ids = _read(tokenizer, job.data, job, accelerator, job.settings.tokens)
+            blocks = BlockSampler(ids, job.settings.sequence_length, job.seed)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     with _journal(out, job, accelerator, resume, overwrite, tensorboard) as journal:
@@ -94,26 +95,36 @@ def learn(
             on_model = {name: mask.to(model.device) for name, mask in masks.items()}
             with apply_masks(model, on_model, learned.channel_mask_site):
                 results["masked_perplexity"] = perplexity(model, eval_ids)
-        if accelerator.is_main_process:
-            with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
-                save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
-                if learned.weights_changed:
-                    model.save_pretrained(directory)
-                    tokenizer.save_pretrained(directory)
-                if learned.save_adapter is not None:
-                    learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                write_json(directory / PRUNING_FILE, _pruning(job, learned))
-                journal.write_log(directory / LOG_FILE)
-                written = sorted(_files(directory))
-                write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
-        accelerator.wait_for_everyone()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                    save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
+                    if learned.weights_changed:
+                        model.save_pretrained(directory)
+                        tokenizer.save_pretrained(directory)
+                    if learned.save_adapter is not None:
+                        learned.save_adapter(directory / ADAPTER_DIRECTORY)
+                    write_json(directory / PRUNING_FILE, _pruning(job, learned))
+                    journal.write_log(directory / LOG_FILE)
+                    written = sorted(_files(directory))
+                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
     return results
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Job, consumed: int = 0) -> torch.Tensor:
+def _read(
+    tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Job, accelerator: Accelerator, consumed: int = 0
+) -> torch.Tensor:
     """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it."""
     limit = max(consumed, MAX_TOKENS)
-    return read_tokens(tokenizer, sources, limit=limit, column=job.text_column, split=job.split, seed=job.seed)
+    return read_tokens(
+        tokenizer,
+        sources,
+        limit=limit,
+        column=job.text_column,
+        split=job.split,
+        seed=job.seed,
+        show_progress=accelerator.is_main_process,
+    )
 
 
 def _function(name: str):
@@ -139,25 +150,20 @@ def _journal(
     """The journal of this run, in `<out>.unfinished`; what is there stays only where it can be resumed."""
     directory = out.with_name(f"{out.name}.unfinished")
     asked = json.loads(json.dumps(asdict(job), default=str))
-    with _first(accelerator):
-        if accelerator.is_main_process and directory.exists() and not resume:
-            if not overwrite:
-                raise InputError(
-                    f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite"
-                )
-            shutil.rmtree(directory)
-        if directory.exists():
-            begun = read_json(directory / JOB_FILE)
-            changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
-            if changed:
-                raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
-        elif accelerator.is_main_process:
+    with together(accelerator):
+        if accelerator.is_main_process and directory.exists():
+            if overwrite and not resume:
+                shutil.rmtree(directory)
+            else:
+                _check_resumable(directory, asked, resume)
+        if accelerator.is_main_process and not directory.exists():
             directory.mkdir(parents=True)
             write_json(directory / JOB_FILE, asked)
+        journal = Journal(directory, tensorboard, accelerator.is_main_process)
     try:
-        yield Journal(directory, tensorboard, accelerator.is_main_process)
+        yield journal
     except BaseException:
-        if not (directory / STATE_FILE).exists():
+        if accelerator.is_main_process and not (directory / STATE_FILE).exists():
             shutil.rmtree(directory, ignore_errors=True)
         elif accelerator.is_main_process:
             print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
@@ -166,6 +172,10 @@ def _journal(
         shutil.rmtree(directory)
 
 
-def _first(accelerator: Accelerator):
-    """A block that the main process runs before the others."""
-    return accelerator.main_process_first() if accelerator.num_processes > 1 else nullcontext()
+def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
+    if not resume:
+        raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
+    begun = read_json(directory / JOB_FILE)
+    changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
+    if changed:
+        raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
