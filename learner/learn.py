@@ -1,16 +1,12 @@
 """Learns masks with the chosen method and writes the masked checkpoint."""
 
 import importlib
-import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -21,14 +17,16 @@ from learner.loading import load_dense, on_device
 from learner.masking import apply_masks
 from learner.method import Learned, Task
 from learner.settings import METHODS, Job
+from learner.unfinished import unfinished_run
 from learner.units import sparsity
 from pruned_vllm.command import atomic_directory, check_output
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json, write_json
+from pruned_vllm.geometry import ModelGeometry
 from pruned_vllm.masked_checkpoint import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
 RESULTS_FILE = "learning.json"
-JOB_FILE = "job.json"
 ADAPTER_DIRECTORY = "adapter"
 MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
 
@@ -46,7 +44,13 @@ def _files(directory: Path) -> set[str]:
 
 
 def learn(
-    job: Job, out: Path, *, overwrite: bool = False, resume: bool = False, tensorboard: Path | None = None
+    job: Job,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    tensorboard: Path | None = None,
+    report: bool = False,
 ) -> dict[str, float]:
     """Writes a masked checkpoint to the directory `out`, with the results in learning.json; returns the results.
 
@@ -61,27 +65,33 @@ def learn(
         overwrite: replace `out` if this function wrote it, and forget an interrupted run.
         resume: go on with the interrupted run of the same job, if there is one.
         tensorboard: directory for event files.
+        report: draw what the masks leave, see pruned_vllm/pattern.py.
 
     Raises:
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
     """
     method = METHODS[job.method]
     check_output(out, overwrite, is_learned)
+    if report:
+        require_matplotlib()
     accelerator = on_device(job.device)
     model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
     results, blocks = {}, None
     if job.eval_data:
-        eval_ids = _read(tokenizer, job.eval_data, job)
+        eval_ids = read_text(tokenizer, job.eval_data, job)
         if len(eval_ids) < EVAL_BLOCK_SIZE:
             raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
         results["dense_perplexity"] = perplexity(model, eval_ids)
     if method.reads_text:
         blocks = BlockSampler(
-            _read(tokenizer, job.data, job, job.settings.tokens), job.settings.sequence_length, job.seed
+            read_text(tokenizer, job.data, job, job.settings.tokens), job.settings.sequence_length, job.seed
         )
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
-    with _journal(out, job, accelerator, resume, overwrite, tensorboard) as journal:
+    with unfinished_run(
+        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
+    ) as kept:
+        journal = Journal(kept, tensorboard, accelerator.is_main_process)
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
@@ -104,14 +114,22 @@ def learn(
                     learned.save_adapter(directory / ADAPTER_DIRECTORY)
                 write_json(directory / PRUNING_FILE, _pruning(job, learned))
                 journal.write_log(directory / LOG_FILE)
+                if report:
+                    geometry = ModelGeometry.from_config(model.config.to_dict())
+                    write_report(
+                        pattern_of_masks(geometry, {name: it.numpy() for name, it in masks.items()}), directory
+                    )
                 written = sorted(_files(directory))
                 write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
         accelerator.wait_for_everyone()
     return results
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Job, consumed: int = 0) -> torch.Tensor:
-    """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it."""
+def read_text(tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Any, consumed: int = 0) -> torch.Tensor:
+    """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it.
+
+    `job` has text_column, split and seed.
+    """
     limit = max(consumed, MAX_TOKENS)
     return read_tokens(tokenizer, sources, limit=limit, column=job.text_column, split=job.split, seed=job.seed)
 
@@ -130,42 +148,3 @@ def _pruning(job: Job, learned: Learned) -> dict:
         "base_model": None if learned.weights_changed else base_model,
         "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
     }
-
-
-@contextmanager
-def _journal(
-    out: Path, job: Job, accelerator: Accelerator, resume: bool, overwrite: bool, tensorboard: Path | None
-) -> Iterator[Journal]:
-    """The journal of this run, in `<out>.unfinished`; what is there stays only where it can be resumed."""
-    directory = out.with_name(f"{out.name}.unfinished")
-    asked = json.loads(json.dumps(asdict(job), default=str))
-    with _first(accelerator):
-        if accelerator.is_main_process and directory.exists() and not resume:
-            if not overwrite:
-                raise InputError(
-                    f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite"
-                )
-            shutil.rmtree(directory)
-        if directory.exists():
-            begun = read_json(directory / JOB_FILE)
-            changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
-            if changed:
-                raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
-        elif accelerator.is_main_process:
-            directory.mkdir(parents=True)
-            write_json(directory / JOB_FILE, asked)
-    try:
-        yield Journal(directory, tensorboard, accelerator.is_main_process)
-    except BaseException:
-        if not (directory / STATE_FILE).exists():
-            shutil.rmtree(directory, ignore_errors=True)
-        elif accelerator.is_main_process:
-            print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
-        raise
-    if accelerator.is_main_process:
-        shutil.rmtree(directory)
-
-
-def _first(accelerator: Accelerator):
-    """A block that the main process runs before the others."""
-    return accelerator.main_process_first() if accelerator.num_processes > 1 else nullcontext()

@@ -1,0 +1,73 @@
+"""Where an interrupted run waits to be resumed: `<out>.unfinished/`.
+
+job.json in it says what the job is; only the same job can be resumed.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+
+from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json, write_json
+
+JOB_FILE = "job.json"
+
+
+def unfinished(out: Path) -> Path:
+    return out.with_name(f"{out.name}.unfinished")
+
+
+@contextmanager
+def unfinished_run(
+    out: Path,
+    job: Any,
+    can_resume: Callable[[Path], Any],
+    processes: Accelerator | PartialState,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[Path]:
+    """The directory of this run, new unless it is resumed. When the block ends it goes; when it raises, it stays if the
+    run can be resumed.
+
+    Args:
+        job: a dataclass.
+        can_resume: whether a directory holds a state to resume from.
+        processes: all must enter; the first writes.
+
+    Raises:
+        InputError: there is an interrupted run, and neither `resume` nor `overwrite`, or it is of another job.
+    """
+    directory, is_writer = unfinished(out), processes.is_main_process
+    asked = json.loads(json.dumps(asdict(job), default=str))
+    with processes.main_process_first() if processes.num_processes > 1 else nullcontext():
+        if is_writer and directory.exists() and not resume:
+            if not overwrite:
+                raise InputError(
+                    f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite"
+                )
+            shutil.rmtree(directory)
+        if directory.exists():
+            begun = read_json(directory / JOB_FILE)
+            changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
+            if changed:
+                raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
+        elif is_writer:
+            directory.mkdir(parents=True)
+            write_json(directory / JOB_FILE, asked)
+    try:
+        yield directory
+    except BaseException:
+        if not can_resume(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+        elif is_writer:
+            print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
+        raise
+    if is_writer:
+        shutil.rmtree(directory)
