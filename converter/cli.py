@@ -13,8 +13,6 @@ from pruned_vllm.command import check_output, positive_int, run_command
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json
 
-REPORT_DIRECTORY = "report"  # in OUT; vLLM and Transformers look for nothing there
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -97,8 +95,7 @@ def _plot(directory: Path) -> None:
             f"{directory}: all layers are equal ({geometry.layers[0].num_attention_heads} query heads), and "
             "config.json does not say what they were before; add --plot when you convert it, or learn with --report"
         )
-    write_report(pattern_of_geometry(geometry), directory / REPORT_DIRECTORY)
-    print(f"Wrote {directory / REPORT_DIRECTORY}")
+    print(f"Wrote {write_report(pattern_of_geometry(geometry), directory)}")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -124,7 +121,7 @@ def _convert(args: argparse.Namespace) -> None:
     if not args.dry_run:
         convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
         if args.plot:
-            write_report(pattern_of_geometry(plan.pruned), args.out / REPORT_DIRECTORY)
+            write_report(pattern_of_geometry(plan.pruned), args.out)
         print(f"Wrote {args.out}. Serve it: vllm serve {args.out}")
 
 

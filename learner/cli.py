@@ -83,6 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
     add("--seed", type=int, default=Job.seed, help="of initialization and data order; default: 42")
     add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files; CKPT gets a CSV in any case")
+    add(
+        "--report",
+        action="store_true",
+        help="draw what the masks leave of heads, FFN channels and experts, into CKPT/report; needs Matplotlib",
+    )
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
     add("--overwrite", action="store_true", help="replace CKPT if this command wrote it, forget an interrupted run")
     _add_settings(parser)
@@ -131,7 +136,10 @@ def _learn(arguments: dict) -> None:
 
     from learner.learn import learn
 
-    out, run = arguments.pop("out"), {name: arguments.pop(name) for name in ("overwrite", "resume", "tensorboard")}
+    out, run = (
+        arguments.pop("out"),
+        {name: arguments.pop(name) for name in ("overwrite", "resume", "tensorboard", "report")},
+    )
     job = {field.name: arguments.pop(field.name) for field in fields(Job) if field.name in arguments}
     settings = METHODS[job["method"]].settings
     unknown = [f"--{name.replace('_', '-')}" for name in arguments if name not in {it.name for it in fields(settings)}]

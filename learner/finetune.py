@@ -1,6 +1,6 @@
 """Trains a converted model further, to win back what pruning lost, and saves it as a converted model again.
 
-    finetune(FinetuneJob(model="out/", data=[Path("text.txt")]), Path("recovered/"))
+    finetune(FinetuneJob(model="out/", data=["text.txt"]), Path("recovered/"))
 
 Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA. Notable facts:
 
@@ -10,24 +10,28 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
 - All weights are trained in float32, unless told otherwise: steps of fine-tuning are smaller than bfloat16 resolves.
   Saved is the dtype of `out/`.
 - config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
-- Until it is complete, the Trainer's checkpoints lie in `recovered.unfinished/`, with job.json, which says what is
-  trained: only the same job can be resumed. A resumed run ends with the weights of an uninterrupted one.
+- Until it is complete, the Trainer's checkpoints lie in `recovered.unfinished/`. A resumed run ends with the weights of
+  an uninterrupted one.
 """
 
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from learner.data import BlockSampler, tokenize_files
+from learner.data import BlockSampler
 from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
+from learner.learn import read_text
+from learner.loading import load_dense
+from learner.settings import Job
 from learner.training import cross_entropy, divergence
+from learner.unfinished import unfinished, unfinished_run
 from pruned_vllm.command import atomic_directory, check_output
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import FINETUNING_FILE, copy_companions, read_json, write_json
@@ -36,7 +40,6 @@ from pruned_vllm.hf import load_pruned
 
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
-JOB_FILE = "job.json"
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 ROUTER = "mlp.gate.weight"  # in all families, as Transformers names it
 
@@ -48,6 +51,7 @@ class FinetuneJob:
     Attributes:
         model: directory of the converted model.
         data, eval_data: what to learn from, and what to measure perplexity on before and after; see learner/data.py.
+        text_column, split: where data sets have their text.
         teacher: dense model (directory or hub id) to be distilled from; None learns from the text alone.
         kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
         steps: optimizer steps.
@@ -62,8 +66,10 @@ class FinetuneJob:
     """
 
     model: str
-    data: list[Path]
-    eval_data: list[Path] = field(default_factory=list)
+    data: list[str]
+    eval_data: list[str] = field(default_factory=list)
+    text_column: str = "text"
+    split: str = "train"
     teacher: str | None = None
     kd_weight: float = 2.0
     steps: int = 300
@@ -86,66 +92,71 @@ def is_finetuned(directory: Path) -> bool:
 def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
     """Writes the trained model to the directory `out`; returns the results.
 
-    Results: training_seconds, loss (mean of the last steps), and with eval_data perplexity_before and perplexity_after,
-    the latter of the weights that are saved.
+    Results: training_seconds (of this process), loss (mean of the last steps), and with eval_data perplexity_before and
+    perplexity_after, the latter of the weights that are saved.
+
+    Args:
+        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        resume: go on with the interrupted run of the same job, if there is one.
 
     Raises:
         InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
-            there is nothing (or something else) to resume.
+            an interrupted run of another job does.
     """
     check_output(out, overwrite, is_finetuned)
     source = Path(job.model)
-    geometry = _check(job, source)
-    unfinished = out.resolve().with_name(f"{out.resolve().name}.unfinished")
-    described = {name: value for name, value in asdict(job).items() if name != "device"}
-    described |= {name: list(map(str, described[name])) for name in ("data", "eval_data")}
-    checkpoint = _find_checkpoint(unfinished, described, resume)
-    arguments = _training_arguments(job, unfinished)
-    model, tokenizer = _loaded(
-        source, lambda: (load_pruned(source, dtype="auto"), AutoTokenizer.from_pretrained(source))
-    )
+    _check(job, source)
+    arguments = _training_arguments(job, unfinished(out))
+    model, tokenizer = _load(source)
     stored_dtype, results = model.dtype, {}
-    blocks = BlockSampler(tokenize_files(tokenizer, job.data), job.sequence_length, job.seed)
+    model.to(arguments.device)
     if job.eval_data:
-        eval_ids = tokenize_files(tokenizer, job.eval_data)
+        eval_ids = read_text(tokenizer, job.eval_data, job)
         if len(eval_ids) < EVAL_BLOCK_SIZE:
             raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
-        results["perplexity_before"] = perplexity(model.to(arguments.device).eval(), eval_ids)
-    if checkpoint is not None and not job.lora_rank:
-        # The Trainer takes the names in files for those in memory; Transformers renames or fuses experts in between.
-        model = load_pruned(checkpoint)
-    dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
-    if dtype != "auto":
-        _cast(model, getattr(torch, dtype))
-    teacher = job.teacher and _load_teacher(job, geometry).to(arguments.device)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    write_json(unfinished / JOB_FILE, described)
-    torch.manual_seed(job.seed)  # before LoRA is initialized
-    trainer = _Distillation(
-        model=_trainable(model, job.lora_rank),
-        args=arguments,
-        train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
-        teacher=teacher,
-        kd_weight=job.kd_weight,
-    )
-    results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    results["loss"] = log[-1]["loss"]
+        results["perplexity_before"] = perplexity(model, eval_ids)
+    consumed = job.steps * job.batch_size * job.sequence_length
+    blocks = BlockSampler(read_text(tokenizer, job.data, job, consumed), job.sequence_length, job.seed)
+    teacher = _load_teacher(job, model, arguments.device) if job.teacher else None
 
-    model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
-    _cast(model, stored_dtype)
-    if job.eval_data:
-        results["perplexity_after"] = perplexity(model.eval(), eval_ids)
-    with atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as directory:
-        model.save_pretrained(directory)
-        copy_companions(source, directory)
-        shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
-        write_json(directory / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
-        if (source / "README.md").is_file():
-            card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
-            (directory / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(unfinished)
+    with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:
+        checkpoint = _last_checkpoint(directory)
+        if checkpoint is not None and not job.lora_rank:
+            # The Trainer takes names in files for those in memory; Transformers renames or fuses experts in between.
+            model = load_pruned(checkpoint)
+        dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
+        if dtype != "auto":
+            _cast(model, getattr(torch, dtype))
+        torch.manual_seed(job.seed)  # before LoRA is initialized
+        trainer = _Distillation(
+            model=_trainable(model, job.lora_rank),
+            args=arguments,
+            train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
+            teacher=teacher,
+            kd_weight=job.kd_weight,
+        )
+        results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        results["loss"] = log[-1]["loss"]
+
+        model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
+        _cast(model.eval(), stored_dtype)
+        if job.eval_data:
+            results["perplexity_after"] = perplexity(model, eval_ids)
+        with atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
+            _write(model, source, written, job, results)
+            write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results
+
+
+def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, results: dict[str, float]) -> None:
+    """The weights of `model`, and the rest of the model directory `source`."""
+    model.save_pretrained(directory)
+    copy_companions(source, directory)
+    shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
+    if (source / "README.md").is_file():
+        card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 class _Distillation(Trainer):
@@ -173,8 +184,8 @@ class _Distillation(Trainer):
         return loss
 
 
-def _check(job: FinetuneJob, source: Path) -> ModelGeometry:
-    """The geometry of the model in `source`, once all that is known before it is loaded is in order."""
+def _check(job: FinetuneJob, source: Path) -> None:
+    """Refuses what can be refused before anything is loaded."""
     config = read_json(source / "config.json")
     geometry = ModelGeometry.from_config(config)
     if "pruning" not in config:
@@ -197,24 +208,9 @@ def _check(job: FinetuneJob, source: Path) -> ModelGeometry:
             raise InputError(
                 "LoRA needs PEFT, which is not installed: pip install peft, or train all weights with --lora-rank 0"
             ) from None
-    return geometry
 
 
-def _find_checkpoint(directory: Path, described: dict[str, Any], resume: bool) -> Path | None:
-    """The last complete checkpoint of the same job in RECOVERED.unfinished; None begins anew."""
-    if not directory.exists():
-        if resume:
-            raise InputError(f"{directory} does not exist, so there is nothing to resume; leave out --resume")
-        return None
-    if not resume:
-        raise InputError(f"{directory} holds an unfinished run; continue it with --resume, or remove it")
-    before = read_json(directory / JOB_FILE)
-    if differences := [
-        f"{name}: {before.get(name)!r} before, {value!r} now"
-        for name, value in described.items()
-        if before.get(name) != value
-    ]:
-        raise InputError(f"{directory} holds another job; resume it as it was, or remove it:", differences)
+def _last_checkpoint(directory: Path) -> Path | None:
     complete = [path.parent for path in directory.glob(f"checkpoint-*/{TRAINER_STATE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -271,25 +267,24 @@ def _trainable(model: nn.Module, rank: int) -> nn.Module:
         del model.config.model_type  # of the instance; the class has the real one
 
 
-def _load_teacher(job: FinetuneJob, geometry: ModelGeometry) -> nn.Module:
-    teacher = _loaded(
-        job.teacher, lambda: AutoModelForCausalLM.from_pretrained(job.teacher, dtype="auto", use_safetensors=True)
-    )
-    if teacher.config.vocab_size != geometry.vocab_size:
-        raise InputError(
-            f"the teacher {job.teacher} has {teacher.config.vocab_size} tokens and {job.model} {geometry.vocab_size}; "
-            "it must be the model that was pruned, or one with the same tokenizer"
-        )
-    return teacher.requires_grad_(False).eval()
-
-
-def _loaded(what: str | Path, load) -> Any:
+def _load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The pruned model in the dtype that it is stored in, in evaluation mode, and its tokenizer."""
     try:
-        return load()
+        return load_pruned(source, dtype="auto").eval(), AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
     except Exception as error:  # damaged models end in almost any exception
-        raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load_teacher(job: FinetuneJob, model: nn.Module, device: torch.device) -> nn.Module:
+    teacher, _, _ = load_dense(Job(model=job.teacher, data=job.data), device)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"the teacher {job.teacher} has {teacher.config.vocab_size} tokens, {job.model} {model.config.vocab_size}; "
+            "it must be the model that was pruned, or one with the same tokenizer"
+        )
+    return teacher
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

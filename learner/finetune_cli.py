@@ -23,15 +23,23 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("model", metavar="OUT", help="directory that convert-pruned wrote")
     add("out", metavar="RECOVERED", type=Path, help="directory to write; must not exist (see --overwrite)")
-    add("--data", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text to learn from")
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, or data sets of the Hugging Face hub as "
+        "owner/name or owner/name:configuration, which are streamed",
+    )
     add(
         "--eval-data",
-        type=Path,
         nargs="+",
         default=[],
-        metavar="FILE",
+        metavar="SOURCE",
         help="text to measure the perplexity on, before and after, in blocks of 128 tokens",
     )
+    add("--text-column", default="text", metavar="NAME", help="where rows have their text; default: text")
+    add("--split", default="train", metavar="NAME", help="of data sets; default: train")
     add("--teacher", metavar="MODEL", help="dense model to be distilled from, directory or Hugging Face id")
     add(
         "--kd-weight", type=positive_float, default=2.0, metavar="N", help="weight of the distillation loss; default: 2"
@@ -67,8 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         "saved as they were stored",
     )
     add("--seed", type=int, default=42, help="of data order and LoRA's initialization; default: 42")
-    add("--resume", action="store_true", help="continue the unfinished run in RECOVERED.unfinished")
-    add("--overwrite", action="store_true", help="replace RECOVERED if this command wrote it")
+    add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace RECOVERED if this command wrote it, forget an interrupted run",
+    )
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _finetune(vars(args)))
 

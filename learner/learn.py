@@ -1,16 +1,12 @@
 """Learns masks with the chosen method and writes the masked checkpoint."""
 
 import importlib
-import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -22,14 +18,16 @@ from learner.masking import apply_masks
 from learner.method import Learned, Task
 from learner.processes import together
 from learner.settings import METHODS, Job
+from learner.unfinished import unfinished_run
 from learner.units import sparsity
 from pruned_vllm.command import atomic_directory, check_output
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json, write_json
+from pruned_vllm.geometry import ModelGeometry
 from pruned_vllm.masked_checkpoint import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
 RESULTS_FILE = "learning.json"
-JOB_FILE = "job.json"
 ADAPTER_DIRECTORY = "adapter"
 MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
 
@@ -47,7 +45,13 @@ def _files(directory: Path) -> set[str]:
 
 
 def learn(
-    job: Job, out: Path, *, overwrite: bool = False, resume: bool = False, tensorboard: Path | None = None
+    job: Job,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    tensorboard: Path | None = None,
+    report: bool = False,
 ) -> dict[str, float]:
     """Writes a masked checkpoint to the directory `out`, with the results in learning.json; returns the results.
 
@@ -62,6 +66,7 @@ def learn(
         overwrite: replace `out` if this function wrote it, and forget an interrupted run.
         resume: go on with the interrupted run of the same job, if there is one.
         tensorboard: directory for event files.
+        report: draw what the masks leave, see pruned_vllm/pattern.py.
 
     Raises:
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
@@ -71,18 +76,26 @@ def learn(
     results, blocks = {}, None
     with together(accelerator):
         check_output(out, overwrite, is_learned)
+        if report:
+            require_matplotlib()
         model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
         if job.eval_data:
-            eval_ids = _read(tokenizer, job.eval_data, job, accelerator)
+            eval_ids = read_text(tokenizer, job.eval_data, job, show_progress=accelerator.is_main_process)
             if len(eval_ids) < EVAL_BLOCK_SIZE:
                 raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
             results["dense_perplexity"] = perplexity(model, eval_ids)
         if method.reads_text:
-            ids = _read(tokenizer, job.data, job, accelerator, job.settings.tokens)
+            consumed = job.settings.tokens
+            ids = read_text(tokenizer, job.data, job, consumed, show_progress=accelerator.is_main_process)
             blocks = BlockSampler(ids, job.settings.sequence_length, job.seed)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
-    with _journal(out, job, accelerator, resume, overwrite, tensorboard) as journal:
+    kept = unfinished_run(
+        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
+    )
+    with kept as unfinished:
+        with together(accelerator):
+            journal = Journal(unfinished, tensorboard, accelerator.is_main_process)
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
@@ -106,24 +119,30 @@ def learn(
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
                     write_json(directory / PRUNING_FILE, _pruning(job, learned))
                     journal.write_log(directory / LOG_FILE)
+                    if report:
+                        geometry = ModelGeometry.from_config(model.config.to_dict())
+                        arrays = {name: mask.numpy() for name, mask in masks.items()}
+                        write_report(pattern_of_masks(geometry, arrays), directory)
                     written = sorted(_files(directory))
                     write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
     return results
 
 
-def _read(
-    tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Job, accelerator: Accelerator, consumed: int = 0
+def read_text(
+    tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Any, consumed: int = 0, show_progress: bool = True
 ) -> torch.Tensor:
-    """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it."""
-    limit = max(consumed, MAX_TOKENS)
+    """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it.
+
+    `job` has text_column, split and seed.
+    """
     return read_tokens(
         tokenizer,
         sources,
-        limit=limit,
+        limit=max(consumed, MAX_TOKENS),
         column=job.text_column,
         split=job.split,
         seed=job.seed,
-        show_progress=accelerator.is_main_process,
+        show_progress=show_progress,
     )
 
 
@@ -141,41 +160,3 @@ def _pruning(job: Job, learned: Learned) -> dict:
         "base_model": None if learned.weights_changed else base_model,
         "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
     }
-
-
-@contextmanager
-def _journal(
-    out: Path, job: Job, accelerator: Accelerator, resume: bool, overwrite: bool, tensorboard: Path | None
-) -> Iterator[Journal]:
-    """The journal of this run, in `<out>.unfinished`; what is there stays only where it can be resumed."""
-    directory = out.with_name(f"{out.name}.unfinished")
-    asked = json.loads(json.dumps(asdict(job), default=str))
-    with together(accelerator):
-        if accelerator.is_main_process and directory.exists():
-            if overwrite and not resume:
-                shutil.rmtree(directory)
-            else:
-                _check_resumable(directory, asked, resume)
-        if accelerator.is_main_process and not directory.exists():
-            directory.mkdir(parents=True)
-            write_json(directory / JOB_FILE, asked)
-        journal = Journal(directory, tensorboard, accelerator.is_main_process)
-    try:
-        yield journal
-    except BaseException:
-        if accelerator.is_main_process and not (directory / STATE_FILE).exists():
-            shutil.rmtree(directory, ignore_errors=True)
-        elif accelerator.is_main_process:
-            print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
-        raise
-    if accelerator.is_main_process:
-        shutil.rmtree(directory)
-
-
-def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
-    if not resume:
-        raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
-    begun = read_json(directory / JOB_FILE)
-    changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
-    if changed:
-        raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)

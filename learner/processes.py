@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 from pruned_vllm.errors import InputError
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
     """Every process runs the block, which must not wait for others, and goes on when all have come to its end.
 
     Without this the others would wait for the one that failed in their next exchange, with NCCL until they are killed.

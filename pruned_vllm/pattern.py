@@ -1,8 +1,8 @@
 """What pruning left, as numbers and pictures: the heads and FFN channels of every layer, the widths of the experts.
 
-    write_report(pattern_of_geometry(geometry), Path("out/report"))
+    write_report(pattern_of_geometry(geometry), Path("out"))
 
-`write_report` makes a directory, as in figures 4 to 7 of DDP (arXiv 2603.08065):
+`write_report` makes a directory out/report, as in figures 4 to 7 of DDP (arXiv 2603.08065):
 
 - pattern.json     the numbers behind the pictures
 - heads.png        layers x query heads: which are left
@@ -26,6 +26,7 @@ from pruned_vllm.files import write_json
 from pruned_vllm.geometry import LayerGeometry, ModelGeometry
 from pruned_vllm.masked_checkpoint import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 
+REPORT_DIRECTORY = "report"  # in a checkpoint; vLLM and Transformers look for nothing there
 PATTERN_FILE = "pattern.json"
 NUM_BINS = 32  # of histograms
 KINDS = {"head": HEAD_MASK, "channel": CHANNEL_MASK, "expert": EXPERT_MASK}
@@ -67,11 +68,11 @@ def pattern_of_masks(dense: ModelGeometry, masks: Mapping[str, np.ndarray]) -> d
     return _pattern(dense, rows, head_positions_known=True) | {"mask_values": _histograms(dense, masks)}
 
 
-def write_report(pattern: Mapping[str, Any], directory: Path) -> None:
-    """Writes pattern.json and the pictures; replaces a report, and nothing else.
+def write_report(pattern: Mapping[str, Any], checkpoint: Path) -> Path:
+    """Writes pattern.json and the pictures into `checkpoint`/report, which it returns; replaces a report only.
 
     Raises:
-        InputError: Matplotlib is not installed, or `directory` is something else than a report.
+        InputError: Matplotlib is not installed, or there is a directory `report` that holds something else.
     """
     require_matplotlib()
     pictures = {"heads.png": _draw_heads, "ffn.png": _draw_ffn}
@@ -79,10 +80,12 @@ def write_report(pattern: Mapping[str, Any], directory: Path) -> None:
         pictures["experts.png"] = _draw_experts
     if pattern.get("mask_values"):
         pictures["mask_values.png"] = _draw_mask_values
+    directory = checkpoint / REPORT_DIRECTORY
     with atomic_directory(directory, overwrite=True, is_ours=lambda path: (path / PATTERN_FILE).is_file()) as temporary:
         write_json(temporary / PATTERN_FILE, pattern)
         for name, draw in pictures.items():
             draw(pattern).savefig(temporary / name, dpi=150)
+    return directory
 
 
 def _row(dense: LayerGeometry, heads: list[int], channels: int, experts: tuple[int, ...] | list[int]) -> dict[str, Any]:

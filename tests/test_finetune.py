@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, converted, expert_masks, masks_for, prompts, tiny_model
 
 from learner import finetune_cli
-from learner.data import tokenize_files
+from learner.data import read_tokens
 from learner.evaluate import perplexity
 from learner.finetune import FinetuneJob, _Distillation, finetune, is_finetuned
 from learner.training import divergence
@@ -50,7 +50,8 @@ MODELS = {
 def make(tmp_path: Path, name: str) -> tuple[Path, Path]:
     """A converted model beside its dense one (ckpt/), and text."""
     out, text = converted(tmp_path, *MODELS[name]()), tmp_path / "text.txt"
-    byte_tokenizer().save_pretrained(out)
+    for directory in (out, tmp_path / "ckpt"):
+        byte_tokenizer().save_pretrained(directory)
     text.write_text(TEXT * 40)
     return out, text
 
@@ -58,7 +59,7 @@ def make(tmp_path: Path, name: str) -> tuple[Path, Path]:
 def job(out: Path, text: Path, rank: int, **options) -> FinetuneJob:
     small = {"steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "learning_rate": 5e-3}
     small |= {"lora_rank": rank, "device": "cpu"}
-    return FinetuneJob(model=str(out), data=[text], **small | options)
+    return FinetuneJob(model=str(out), data=[str(text)], **small | options)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -122,11 +123,11 @@ def test_recovered_is_the_trained_model(tmp_path, name, rank, monkeypatch):
         return output
 
     monkeypatch.setattr(_Distillation, "train", remember)
-    results = finetune(job(out, text, rank, eval_data=[text]), tmp_path / "recovered")
+    results = finetune(job(out, text, rank, eval_data=[str(text)]), tmp_path / "recovered")
     recovered = load_pruned(tmp_path / "recovered")
     with torch.no_grad():
         torch.testing.assert_close(recovered(tokens).logits, trained[0], rtol=1e-3, atol=1e-4)
-    ids = tokenize_files(byte_tokenizer(), [text])
+    ids = read_tokens(byte_tokenizer(), [text], seed=0)
     assert perplexity(load_pruned(out), ids) == pytest.approx(results["perplexity_before"])
     assert perplexity(recovered, ids) == pytest.approx(results["perplexity_after"])
     assert results["perplexity_after"] < results["perplexity_before"] / 2
@@ -139,7 +140,7 @@ def test_recovered_is_the_trained_model(tmp_path, name, rank, monkeypatch):
 
 def test_teacher_brings_the_model_nearer_to_itself(tmp_path):
     out, text = make(tmp_path, "llama")
-    dense, ids = MODELS["llama"]()[0], tokenize_files(byte_tokenizer(), [text])[None, :256]
+    dense, ids = MODELS["llama"]()[0], read_tokens(byte_tokenizer(), [text], seed=0)[None, :256]
 
     def distance(directory: Path) -> float:
         with torch.no_grad():
@@ -180,12 +181,12 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
     stranger = tiny_model("llama", 6, 6, 40)
     stranger.resize_token_embeddings(99)
     stranger.save_pretrained(tmp_path / "stranger")
+    byte_tokenizer().save_pretrained(tmp_path / "stranger")
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
         ([out, "--data", tmp_path / "none.txt"], "none.txt"),
         ([tmp_path / "ckpt", "--data", text], "says nothing of pruning"),
         ([tmp_path, "--data", text], "config.json is missing"),
-        ([out, "--data", text, "--resume"], "nothing to resume"),
         ([out, "--data", text, "--batch-size", 6, "--micro-batch-size", 4], "no multiple"),
         ([out, "--data", text, "--teacher", tmp_path / "stranger"], "has 99 tokens"),
         ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "cannot be loaded"),
@@ -196,8 +197,9 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_only_the_same_job_is_resumed(tmp_path, interrupted, capsys):
+def test_interrupted_command(tmp_path, interrupted, capsys, monkeypatch):
     out, text = make(tmp_path, "llama")
+    unfinished = tmp_path / "recovered.unfinished"
     arguments = [
         str(out),
         str(tmp_path / "recovered"),
@@ -208,11 +210,18 @@ def test_only_the_same_job_is_resumed(tmp_path, interrupted, capsys):
         "--device",
         "cpu",
     ]
-    arguments += ["--batch-size", "4", "--micro-batch-size", "2"]
-    assert finetune_cli.main(arguments) == 130
-    assert finetune_cli.main(arguments) == 2 and "--resume" in capsys.readouterr().err
+    arguments += ["--batch-size", "4", "--micro-batch-size", "2", "--steps", "8"]
+    assert finetune_cli.main(arguments) == 130 and unfinished.is_dir()
+    assert "--resume goes on" in capsys.readouterr().out
+    assert finetune_cli.main(arguments) == 2 and "go on with --resume" in capsys.readouterr().err
     assert finetune_cli.main([*arguments, "--resume", "--seed", "7"]) == 2
-    assert "seed: 42 before, 7 now" in capsys.readouterr().err
+    assert "seed: 42, now 7" in capsys.readouterr().err
+    (unfinished / "checkpoint-5" / "trainer_state.json").unlink()  # as if it had ended while that was written
+    assert finetune_cli.main([*arguments, "--resume"]) == 0 and not unfinished.exists()
+    monkeypatch.setattr(_Distillation, "compute_loss", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune_cli.main([*arguments, "--overwrite"])
+    assert not unfinished.exists(), "what cannot be resumed is left behind"
 
 
 def test_deepseek_cannot_be_trained(tmp_path, capsys):

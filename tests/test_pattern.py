@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from masked import RAGGED, convert_pruned
-from tiny import converted, expert_masks, masks_for, tiny_model, write_masked
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, converted, expert_masks, masks_for, tiny_model, write_masked
 
+from learner import cli as learner_cli
 from pruned_vllm.geometry import ModelGeometry
 from pruned_vllm.pattern import pattern_of_geometry, pattern_of_masks, write_report
 
@@ -48,7 +50,7 @@ def test_converted_directory_is_plotted_beside_its_weights(ckpt, tmp_path, capsy
 
 def test_masks_say_which_heads_are_left(ckpt, tmp_path):
     pattern = pattern_of_masks(geometry(ckpt), {name: mask.numpy() for name, mask in RAGGED.items()})
-    write_report(pattern, tmp_path / "report")
+    write_report(pattern, tmp_path)
     assert names(tmp_path / "report") == sorted([*PICTURES, "mask_values.png"])
     assert report(tmp_path / "report") == pattern
     assert [layer["heads"] for layer in pattern["layers"]] == [[1, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0], [1] * 6]
@@ -76,6 +78,16 @@ def test_experts(tmp_path):
     assert pattern["layers"][0]["channels_removed"] == pytest.approx(1 - 46 / 96)
     of_masks = pattern_of_masks(geometry(tmp_path / "ckpt"), {name: np.asarray(mask) for name, mask in masks.items()})
     assert of_masks["layers"] == pattern["layers"]
+
+
+def test_learn_masks_reports_its_masks(ckpt, tmp_path):
+    byte_tokenizer().save_pretrained(ckpt)
+    arguments = [str(ckpt), str(tmp_path / "learned"), "--method", "random", "--report"]
+    assert learner_cli.main(arguments) == 0
+    masks = load_file(tmp_path / "learned" / "pruning_masks.safetensors")
+    pattern = report(tmp_path / "learned" / "report")
+    assert pattern == pattern_of_masks(geometry(ckpt), {name: mask.numpy() for name, mask in masks.items()})
+    assert learner_cli.main([*arguments, "--overwrite"]) == 0, "a report does not stand in the way"
 
 
 def test_equal_layers_have_no_pattern_in_config_json(ckpt, tmp_path, capsys):
