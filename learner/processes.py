@@ -1,4 +1,11 @@
-"""Several processes on one run (`accelerate launch -m learner.cli ...`): what fails in one fails in all."""
+"""Several processes on one run: what fails in one fails in all.
+
+    accelerate launch --num_processes 2 -m learner.cli MODEL ckpt/ ...                      # GPUs
+    torchrun --nproc_per_node 2 -m learner.cli MODEL ckpt/ --device cpu ...
+
+`accelerate launch --cpu` starts one process, whatever --num_processes says. Processes that stop for bad input end with
+exit code 2; the launchers turn that into 1.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
