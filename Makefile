@@ -1,6 +1,9 @@
 # make setup   a virtual environment with vLLM's CPU build, pinned; does nothing when it is up to date
 # make demo    learn masks, convert, serve, compare: everything once, on a model trained on the spot
-# make test    all tests
+# make test    the tests, in under 20 minutes on two cores
+# make test-slow engines with two ranks and other long runs that make test leaves out
+# make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
+# make ablations whether the papers' orderings hold, over three seeds
 # make lint    formatting and static checks
 # make lm-eval lm-evaluation-harness on a pruned model, through Transformers and through vLLM; installs it first
 
@@ -9,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint lm-eval clean
+.PHONY: setup demo test test-slow methods ablations lint lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +31,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+methods: setup
+	$(BIN)/python -m bench.methods table --output-dir bench/results/methods
+
+ablations: setup
+	$(BIN)/python -m bench.methods ablations --output-dir bench/results/method_ablations
 
 lint: setup
 	$(BIN)/ruff check .

@@ -132,7 +132,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _learn(arguments: dict) -> None:
-    from learner.learn import learn  # late: --help and wrong arguments should not wait for torch
+    from accelerate import PartialState  # late: --help and wrong arguments should not wait for torch
+
+    from learner.learn import learn
 
     out, run = (
         arguments.pop("out"),
@@ -143,9 +145,11 @@ def _learn(arguments: dict) -> None:
     unknown = [f"--{name.replace('_', '-')}" for name in arguments if name not in {it.name for it in fields(settings)}]
     if unknown:
         raise InputError(f"{job['method']} has no {', '.join(unknown)}; see learn-masks --help for whose they are")
-    for name, value in learn(Job(**job, settings=settings(**arguments)), out, **run).items():
-        print(f"{name.replace('_', ' '):>20}: {value:.4g}")
-    print(f"Wrote {out}. Next: convert-pruned {out} OUT")
+    results = learn(Job(**job, settings=settings(**arguments)), out, **run)
+    if PartialState().is_main_process:
+        for name, value in results.items():
+            print(f"{name.replace('_', ' '):>20}: {value:.4g}")
+        print(f"Wrote {out}. Next: convert-pruned {out} OUT")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ expert has its own, and the penalty is the mean over these groups (19). There th
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from learner import gates
 from learner.method import Learned, Task
@@ -88,7 +88,8 @@ def learn(task: Task) -> Learned:
         training.report(step, loss=loss, mu=mu, **shares)
 
     final = {kind: gates.masks(values.detach(), settings.gate).float().cpu() for kind, values in z.items()}
-    return Learned({kind: _harden(kind, m, kept[kind], groups[kind]) for kind, m in final.items()})
+    tell = task.accelerator.print
+    return Learned({kind: _harden(kind, m, kept[kind], groups[kind], tell) for kind, m in final.items()})
 
 
 def _masks(z: dict[str, nn.Parameter], task: Task, step: int) -> Values:
@@ -127,7 +128,9 @@ def _warmup_cosine(step: int, settings: DDPSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def _harden(kind: str, masks: torch.Tensor, wanted: int, groups: int = 1) -> torch.Tensor:
+def _harden(
+    kind: str, masks: torch.Tensor, wanted: int, groups: int = 1, tell: Callable[[str], None] = print
+) -> torch.Tensor:
     """Masks [layers, units]; where they leave more units of a group than `wanted` and the tolerance, only the largest
     of the group stay. Without groups a layer may lose all of its units.
     """
@@ -142,9 +145,9 @@ def _harden(kind: str, masks: torch.Tensor, wanted: int, groups: int = 1) -> tor
 
     too_many, too_few = kept > wanted + TOLERANCE * size, kept < wanted - TOLERANCE * size
     if too_many.any():
-        tqdm.write(f"{message(too_many)}; the {int((kept - wanted)[too_many].sum())} smallest masks were set to 0.")
+        tell(f"{message(too_many)}; the {int((kept - wanted)[too_many].sum())} smallest masks were set to 0.")
         smallest_kept = m.topk(wanted, dim=1).values[:, -1:]
         m = torch.where(too_many[:, None] & (m < smallest_kept), 0, m)
     if too_few.any():  # a removed unit contributes nothing, so bringing it back would not help
-        tqdm.write(f"{message(too_few)}; train for more --steps or raise --lambda2-learning-rate.")
+        tell(f"{message(too_few)}; train for more --steps or raise --lambda2-learning-rate.")
     return m.view_as(masks)

@@ -111,12 +111,12 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     stored_dtype, results = model.dtype, {}
     model.to(arguments.device)
     if job.eval_data:
-        eval_ids = read_text(tokenizer, job.eval_data, job)
+        eval_ids = read_text(tokenizer, job.eval_data, job, PartialState())
         if len(eval_ids) < EVAL_BLOCK_SIZE:
             raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
         results["perplexity_before"] = perplexity(model, eval_ids)
     consumed = job.steps * job.batch_size * job.sequence_length
-    blocks = BlockSampler(read_text(tokenizer, job.data, job, consumed), job.sequence_length, job.seed)
+    blocks = BlockSampler(read_text(tokenizer, job.data, job, PartialState(), consumed), job.sequence_length, job.seed)
     teacher = _load_teacher(job, model, arguments.device) if job.teacher else None
 
     with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:

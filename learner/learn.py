@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from learner.journal import LOG_FILE, STATE_FILE, Journal
 from learner.loading import load_dense, on_device
 from learner.masking import apply_masks
 from learner.method import Learned, Task
+from learner.processes import together
 from learner.settings import METHODS, Job
 from learner.unfinished import unfinished_run
 from learner.units import sparsity
@@ -71,27 +73,28 @@ def learn(
         InputError: the model or the text cannot be used, learning diverges, or `out` exists.
     """
     method = METHODS[job.method]
-    check_output(out, overwrite, is_learned)
-    if report:
-        require_matplotlib()
     accelerator = on_device(job.device)
-    model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
     results, blocks = {}, None
-    if job.eval_data:
-        eval_ids = read_text(tokenizer, job.eval_data, job)
-        if len(eval_ids) < EVAL_BLOCK_SIZE:
-            raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
-        results["dense_perplexity"] = perplexity(model, eval_ids)
-    if method.reads_text:
-        blocks = BlockSampler(
-            read_text(tokenizer, job.data, job, job.settings.tokens), job.settings.sequence_length, job.seed
-        )
+    with together(accelerator):
+        check_output(out, overwrite, is_learned)
+        if report:
+            require_matplotlib()
+        model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
+        if job.eval_data:
+            eval_ids = read_text(tokenizer, job.eval_data, job, accelerator)
+            if len(eval_ids) < EVAL_BLOCK_SIZE:
+                raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+            results["dense_perplexity"] = perplexity(model, eval_ids)
+        if method.reads_text:
+            ids = read_text(tokenizer, job.data, job, accelerator, job.settings.tokens)
+            blocks = BlockSampler(ids, job.settings.sequence_length, job.seed)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     with unfinished_run(
-        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
+        out, job, lambda kept: (kept / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
     ) as kept:
-        journal = Journal(kept, tensorboard, accelerator.is_main_process)
+        with together(accelerator):
+            journal = Journal(kept, tensorboard, accelerator.is_main_process)
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
@@ -104,34 +107,46 @@ def learn(
             on_model = {name: mask.to(model.device) for name, mask in masks.items()}
             with apply_masks(model, on_model, learned.channel_mask_site):
                 results["masked_perplexity"] = perplexity(model, eval_ids)
-        if accelerator.is_main_process:
-            with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
-                save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
-                if learned.weights_changed:
-                    model.save_pretrained(directory)
-                    tokenizer.save_pretrained(directory)
-                if learned.save_adapter is not None:
-                    learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                write_json(directory / PRUNING_FILE, _pruning(job, learned))
-                journal.write_log(directory / LOG_FILE)
-                if report:
-                    geometry = ModelGeometry.from_config(model.config.to_dict())
-                    write_report(
-                        pattern_of_masks(geometry, {name: it.numpy() for name, it in masks.items()}), directory
-                    )
-                written = sorted(_files(directory))
-                write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
-        accelerator.wait_for_everyone()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                    save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
+                    if learned.weights_changed:
+                        model.save_pretrained(directory)
+                        tokenizer.save_pretrained(directory)
+                    if learned.save_adapter is not None:
+                        learned.save_adapter(directory / ADAPTER_DIRECTORY)
+                    write_json(directory / PRUNING_FILE, _pruning(job, learned))
+                    journal.write_log(directory / LOG_FILE)
+                    if report:
+                        geometry = ModelGeometry.from_config(model.config.to_dict())
+                        arrays = {name: mask.numpy() for name, mask in masks.items()}
+                        write_report(pattern_of_masks(geometry, arrays), directory)
+                    written = sorted(_files(directory))
+                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
     return results
 
 
-def read_text(tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Any, consumed: int = 0) -> torch.Tensor:
+def read_text(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    job: Any,
+    processes: Accelerator | PartialState,
+    consumed: int = 0,
+) -> torch.Tensor:
     """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it.
 
     `job` has text_column, split and seed.
     """
-    limit = max(consumed, MAX_TOKENS)
-    return read_tokens(tokenizer, sources, limit=limit, column=job.text_column, split=job.split, seed=job.seed)
+    return read_tokens(
+        tokenizer,
+        sources,
+        limit=max(consumed, MAX_TOKENS),
+        column=job.text_column,
+        split=job.split,
+        seed=job.seed,
+        show_progress=processes.is_main_process,
+    )
 
 
 def _function(name: str):

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pruned_vllm.errors import InputError
+from pruned_vllm.masked_checkpoint import CHANNEL_MASK_SITES
 
 BUDGETS = ("global", "layer", "expert")
 GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
 QUERY_HEADS = ("independent", "tied")
+LORA_TARGETS = ("all", "query-value")
+RESOURCES = ("kind", "model")
+ERROR_ACCUMULATIONS = ("expectation", "none")
 
 
 def option(
@@ -62,8 +66,34 @@ class DDPSettings(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class WandaSettings:
-    """Sizes of the calibration text as in arXiv 2306.11695."""
+class MaskPruneSettings(TrainingSettings):
+    """Defaults of arXiv 2502.14008 where it has any; see learner/maskprune.py for the others."""
+
+    steps: int = option(8750, "optimizer steps")
+    sequence_length: int = option(512, "tokens in a sequence")
+    learning_rate: float = option(1e-2, "of the masks")
+    lora_learning_rate: float = option(1e-3, "of the adapter")
+    lora_rank: int = option(8, "of the adapter, 0 learns masks only", zero=True)
+    lora_alpha: float = option(8.0, "of the adapter, whose product is scaled by alpha / rank")
+    lora_targets: str = option(
+        "all", "projections with an adapter: all of attention and dense MLPs, or q and v", choices=LORA_TARGETS
+    )
+    layer_weight: float = option(1.0, "alpha, weight of the distance of the hidden states", zero=True)
+    prox_interval: int = option(10, "steps between proximal steps of the channels at the start; falls to 1")
+    decay: float = option(0.5, "eta1 of the proximal step, which divides masks by 1 + 2 eta1 y")
+    s_rate: float = option(2.0, "eta2 of s, the share of each row to remove; over the whole run")
+    y_rate: float = option(10.0, "eta3 of y, the multiplier of the masks; over the whole run")
+    z_rate: float = option(20.0, "eta4 of z, the multiplier of the parameters; over the whole run")
+    multiplier_start: float = option(0.1, "y and z at the start")
+    resource: str = option(
+        "kind", "what has a budget of parameters: each kind of unit, or the model", choices=RESOURCES
+    )
+    channel_mask_site: str = option("product", "what the masks of channels multiply", choices=CHANNEL_MASK_SITES)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Of methods that run text through the model, but learn nothing by gradients."""
 
     calibration_sequences: int = option(128, "sequences that activations are measured on")
     sequence_length: int = option(2048, "tokens in a sequence")
@@ -72,6 +102,34 @@ class WandaSettings:
     def tokens(self) -> int:
         """That a run consumes."""
         return self.calibration_sequences * self.sequence_length
+
+
+@dataclass(frozen=True)
+class WandaSettings(CalibrationSettings):
+    """Sizes of the calibration text as in arXiv 2306.11695."""
+
+
+@dataclass(frozen=True)
+class TyrSettings(CalibrationSettings):
+    """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
+
+    calibration_sequences: int = option(1024, "sequences that activations are measured on")
+    sequence_length: int = option(4096, "tokens in a sequence")
+    iterations: int = option(
+        4,
+        "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
+        zero=True,
+    )
+    generations: int = option(50, "of a search")
+    offspring: int = option(128, "in a generation")
+    selection_tokens: int = option(
+        131072, "tokens that the last stage of selection reads; those before it read 1/64 and 1/8 of that"
+    )
+    error_accumulation: str = option(
+        "expectation",
+        "what later layers are pruned for: errors of all candidates on average, or none (dense inputs)",
+        choices=ERROR_ACCUMULATIONS,
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +160,10 @@ class Method:
 
 METHODS = {
     "ddp": Method("learner.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
+    "maskprune": Method(
+        "learner.maskprune", MaskPruneSettings, "MaskPrune, arXiv 2502.14008: uniform widths", query_heads=("tied",)
+    ),
+    "tyr": Method("learner.tyr", TyrSettings, "Tyr-the-Pruner, arXiv 2503.09657", offloads=True),
     "wanda": Method("learner.wanda", WandaSettings, "what large weights read from large activations stays"),
     "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
     "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),

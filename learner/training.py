@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from learner.masking import apply_masks
 from learner.method import Task
+from learner.processes import together
 from pruned_vllm.errors import InputError
 
 SAVE_EVERY = 50  # steps
@@ -64,7 +65,9 @@ class Training:
                 yield step
                 self._progress.update()
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.settings.steps:
-                    task.journal.save({"step": step + 1, **{name: _state_of(it) for name, it in self._state.items()}})
+                    with together(task.accelerator):
+                        state = {name: _state_of(it) for name, it in self._state.items()}
+                        task.journal.save({"step": step + 1, **state})
 
     def backward(
         self,

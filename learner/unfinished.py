@@ -6,13 +6,14 @@ job.json in it says what the job is; only the same job can be resumed.
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 
+from learner.processes import together
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json, write_json
 
@@ -46,28 +47,31 @@ def unfinished_run(
     """
     directory, is_writer = unfinished(out), processes.is_main_process
     asked = json.loads(json.dumps(asdict(job), default=str))
-    with processes.main_process_first() if processes.num_processes > 1 else nullcontext():
-        if is_writer and directory.exists() and not resume:
-            if not overwrite:
-                raise InputError(
-                    f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite"
-                )
-            shutil.rmtree(directory)
-        if directory.exists():
-            begun = read_json(directory / JOB_FILE)
-            changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
-            if changed:
-                raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
-        elif is_writer:
+    with together(processes):
+        if is_writer and directory.exists():
+            if overwrite and not resume:
+                shutil.rmtree(directory)
+            else:
+                _check_resumable(directory, asked, resume)
+        if is_writer and not directory.exists():
             directory.mkdir(parents=True)
             write_json(directory / JOB_FILE, asked)
     try:
         yield directory
     except BaseException:
-        if not can_resume(directory):
+        if is_writer and not can_resume(directory):
             shutil.rmtree(directory, ignore_errors=True)
         elif is_writer:
             print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
         raise
     if is_writer:
         shutil.rmtree(directory)
+
+
+def _check_resumable(directory: Path, asked: dict[str, Any], resume: bool) -> None:
+    if not resume:
+        raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
+    begun = read_json(directory / JOB_FILE)
+    changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
+    if changed:
+        raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)

@@ -62,8 +62,8 @@ def test_compiled(tmp_path):
     ("model_type", "widths", "config"),
     [
         ("qwen3_moe", ONE_EMPTY, {}),
-        ("qwen2_moe", HALF_UNIFORM, {"shared_expert_intermediate_size": 21}),
-        ("mixtral", LAYER_EMPTY, {}),
+        pytest.param("qwen2_moe", HALF_UNIFORM, {"shared_expert_intermediate_size": 21}, marks=pytest.mark.slow),
+        pytest.param("mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
         ("deepseek", RAGGED, {}),
     ],
 )

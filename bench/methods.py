@@ -1,0 +1,215 @@
+"""What the methods cost and keep: perplexity on held-out text of pico models that each of them has pruned.
+
+    python -m bench.methods table --output-dir bench/results/methods               # make methods
+    python -m bench.methods ablations --output-dir bench/results/method_ablations  # make ablations; three seeds
+
+`table` compares methods at 20 and 50 % on the pico Llama, Qwen3 and Qwen3-MoE (bench/pico.py). `ablations` asks whether
+the papers' orderings hold: DDP's gates, distillation and budgets, Tyr's search and error accumulation.
+
+Every figure comes from one `learn-masks` command in a process of one thread, as many at a time as there are cores: a
+pico model gains nothing from a second thread. `learning.json` of each run is in the results.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, pstdev
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pruned_vllm.command import atomic_directory, positive_int, run_command
+from pruned_vllm.errors import InputError
+from pruned_vllm.files import read_json, write_json
+
+RESULTS_FILE = "methods.json"
+MODELS = ("llama", "qwen3", "qwen3_moe")
+SPARSITIES = (0.2, 0.5)
+TRAINING = ("--steps", "300", "--batch-size", "8", "--sequence-length", "128")
+# With 300 steps for the paper's 1000, DDP's budget needs a firmer hand to be met by then.
+DDP = ("--method", "ddp", *TRAINING, "--lambda2-learning-rate", "1.6")
+CALIBRATION = ("--calibration-sequences", "128", "--sequence-length", "128")
+TYR = (
+    *("--method", "tyr", *CALIBRATION),
+    *("--iterations", "3", "--generations", "12", "--offspring", "16", "--selection-tokens", "8192"),
+)
+# name -> options of learn-masks
+METHODS = {
+    "random": ("--method", "random"),
+    "magnitude": ("--method", "magnitude"),
+    "wanda": ("--method", "wanda", *CALIBRATION),
+    "maskprune": ("--method", "maskprune", *TRAINING),
+    "tyr": TYR,
+    "ddp": DDP,
+}
+# question -> (model, sparsity, {answer: options}), answers from the one that should be worst to the best
+ABLATIONS = {
+    "gate and distillation": (
+        "llama",
+        0.5,
+        {
+            "hard-concrete": (*DDP, "--gate", "hard-concrete", "--kd-weight", "0"),
+            "deterministic hard-concrete": (*DDP, "--gate", "deterministic-hard-concrete", "--kd-weight", "0"),
+            "+ expanded masks": (*DDP, "--kd-weight", "0"),
+            "+ distillation (ddp)": DDP,
+        },
+    ),
+    "budget": (
+        "qwen3_moe",
+        0.5,
+        {
+            "of each expert": (*DDP, "--head-sparsity", "0", "--budget", "expert"),
+            "of each layer": (*DDP, "--head-sparsity", "0", "--budget", "layer"),
+            "global": (*DDP, "--head-sparsity", "0"),
+        },
+    ),
+    "search": (
+        "llama",
+        0.5,
+        {
+            "uniform sparsity": (*TYR, "--iterations", "0"),
+            "search without error accumulation": (*TYR, "--error-accumulation", "none"),
+            "search (tyr)": TYR,
+        },
+    ),
+}
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One learn-masks command."""
+
+    question: str
+    answer: str
+    model: str
+    sparsity: float
+    seed: int
+    options: tuple[str, ...]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("table", "ablations"))
+    parser.add_argument("--output-dir", type=Path, required=True, help="replaced if this command wrote it")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 42, or 42 43 44 for ablations")
+    parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time; default: all cores")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, or questions; default: all")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        with atomic_directory(args.output_dir, overwrite=True, is_ours=_is_ours) as directory:
+            seeds = args.seeds or ((42,) if args.what == "table" else (42, 43, 44))
+            results = measure(_runs(args.what, seeds, args.only), args.jobs)
+            write_json(directory / RESULTS_FILE, results)
+        show(results)
+
+    return run_command(parser.prog, run)
+
+
+def _is_ours(directory: Path) -> bool:
+    return (directory / RESULTS_FILE).is_file()
+
+
+def _runs(what: str, seeds: tuple[int, ...], only: list[str] | None) -> list[Run]:
+    names = METHODS if what == "table" else ABLATIONS
+    if unknown := sorted(set(only or ()) - set(names)):
+        raise InputError(f"{', '.join(unknown)}: there are {', '.join(names)}")
+    if what == "ablations":
+        return [
+            Run(question, answer, model, sparsity, seed, options)
+            for question, (model, sparsity, answers) in ABLATIONS.items()
+            if not only or question in only
+            for answer, options in answers.items()
+            for seed in seeds
+        ]
+    return [
+        Run(f"{model} {sparsity:.0%}", name, model, sparsity, seed, options)
+        for model in MODELS
+        for sparsity in SPARSITIES
+        for name, options in METHODS.items()
+        if not only or name in only
+        for seed in seeds
+    ]
+
+
+def measure(runs: list[Run], jobs: int) -> dict:
+    """Runs all and returns what RESULTS_FILE holds."""
+    from bench.pico import pico_model
+
+    models = {run.model: pico_model(run.model) for run in runs}
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs) as pool:
+        numbered = [(Path(temporary) / str(number), run) for number, run in enumerate(runs)]
+        outcomes = pool.map(lambda each: learn_one(models[each[1].model], each[1], each[0]), numbered)
+        results = list(tqdm(outcomes, total=len(runs), desc="methods", unit="run"))
+    return {
+        "models": {name: read_json(directory / "pico.json") for name, directory in models.items()},
+        "runs": results,
+        "jobs": jobs,
+        "versions": {
+            "python": platform.python_version(),
+            **{library: version(library) for library in ("torch", "transformers")},
+        },
+    }
+
+
+def learn_one(model: Path, run: Run, checkpoint: Path) -> dict:
+    """Runs one command; raises InputError when it fails."""
+    arguments = [str(model), str(checkpoint), "--sparsity", str(run.sparsity), "--seed", str(run.seed)]
+    arguments += ["--device", "cpu", "--eval-data", str(model / "heldout.txt"), *run.options]
+    if run.options[1] not in ("random", "magnitude"):
+        arguments += ["--data", str(model / "train.txt")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "learner.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(
+            f"learn-masks {' '.join(arguments)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}"
+        )
+    return {
+        "question": run.question,
+        "answer": run.answer,
+        "model": run.model,
+        "sparsity": run.sparsity,
+        "seed": run.seed,
+        "options": list(run.options),
+        **read_json(checkpoint / "learning.json")["results"],
+    }
+
+
+def show(results: dict) -> None:
+    """A table for each question: mean perplexity over seeds, its spread, what was removed, seconds."""
+    for question in dict.fromkeys(run["question"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["question"] == question]
+        title = f"{question} ({runs[0]['model']}, dense perplexity {runs[0]['dense_perplexity']:.2f})"
+        table = Table("", "perplexity", "spread", "heads", "channels", "seconds", box=box.SIMPLE, title=title)
+        for answer in dict.fromkeys(run["answer"] for run in runs):
+            its = [run for run in runs if run["answer"] == answer]
+            perplexities = [run["masked_perplexity"] for run in its]
+            removed = [
+                [run[f"{kind}_sparsity"] for run in its for kind in kinds if f"{kind}_sparsity" in run]
+                for kinds in (("head",), ("channel", "expert"))
+            ]
+            table.add_row(
+                answer,
+                f"{mean(perplexities):.2f}",
+                f"{pstdev(perplexities):.2f}" if len(its) > 1 else "",
+                *(f"{mean(shares):.1%}" if shares else "" for shares in removed),
+                f"{mean(run['learning_seconds'] for run in its):.0f}",
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

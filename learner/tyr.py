@@ -1,0 +1,132 @@
+"""Tyr-the-Pruner: a search over sparsities of all layers, pruned and solved anew at each, arXiv 2503.09657.
+
+    learn-masks MODEL ckpt/ --method tyr --sparsity 0.5 --data text/*.txt
+
+No gradients. Four iterations go from coarse to fine; each makes candidates of every sublayer from the dense weights
+(learner/tyr_supernet.py, learner/tyr_pruning.py), at up to nine sparsities around those that the iteration before has
+found, and searches for the best combination (learner/tyr_search.py). Sparsities are 12.5 % of a sublayer's units apart
+in the first iteration, and half as far in each that follows, but never less than one unit. Masks are 0 or 1; o_proj
+and down_proj have other weights than the dense model.
+
+Notable facts:
+- In all genomes the number of units lost is exactly what was asked for, for each kind by itself.
+- Memory: the dense model, calibration text and its hidden states lie in CPU memory. The device holds one block, its
+  matrices H, and in the search the hidden states of a stage. Candidates take disk: at 50 % about four times the
+  o_proj and down_proj of the model. They are kept until their iteration ends.
+- A run that is resumed gives the same masks and weights as one that was never interrupted: candidates that are on disk
+  are not made again, and what is drawn by lot depends on seed, iteration and generation alone.
+- `--iterations 0` is the paper's baseline: all layers alike, pruned as here.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import torch
+from tqdm import tqdm
+
+from learner.blockwise import Blockwise
+from learner.method import Learned, Task
+from learner.tyr_search import Space, divergences, draw, next_parent
+from learner.tyr_sublayers import Sublayer, sublayers_of
+from learner.tyr_supernet import Genome, Supernet
+from pruned_vllm.errors import InputError
+
+FIRST_INTERVAL = 0.125  # of a sublayer's units
+REACH = 4  # candidates on either side of the centre
+
+
+def learn(task: Task) -> Learned:
+    """Prunes `task.model` in place; see learner/method.py."""
+    if task.accelerator.num_processes > 1:
+        raise InputError(
+            f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
+        )
+    settings, sublayers = task.settings, sublayers_of(task.units)
+    blockwise = Blockwise(task.model, task.accelerator.device)
+    tokens = task.blocks.next_batch(min(settings.calibration_sequences, len(task.blocks.blocks)))
+    state = task.journal.restore() or {"iteration": 0, "generation": 0}
+    centre = tuple(state.get("centre", uniform(task, sublayers)))
+    with ExitStack() as stack:
+        directory = task.journal.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for iteration in range(state["iteration"], max(1, settings.iterations)):
+            if settings.iterations:
+                space = space_around(centre, sublayers, iteration)
+            else:
+                space = Space([it.kind for it in sublayers], [0 for _ in sublayers], [(count,) for count in centre])
+            candidates = directory / f"candidates-{iteration}"
+            supernet = Supernet(candidates, blockwise, sublayers, space.levels)
+            title = f"tyr {iteration + 1}/{max(1, settings.iterations)}"
+            supernet.build(tokens, settings.error_accumulation == "expectation", f"{title} candidates")
+            if settings.iterations:
+                state = state if state["iteration"] == iteration else {"iteration": iteration, "generation": 0}
+                centre = _search(task, tokens, supernet, space, centre, state, title)
+            if iteration + 1 < settings.iterations:
+                task.journal.save({"iteration": iteration + 1, "generation": 0, "centre": list(centre)})
+                shutil.rmtree(candidates)
+        return Learned(_install(task, supernet, centre), weights_changed=True)
+
+
+def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
+    """The same share of every sublayer; where that is no whole number, some lose one unit more."""
+    genome = {}
+    for kind in task.units.layers:
+        members = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
+        removed = task.units.count(kind) - task.units.kept(kind, task.target_sparsity[kind])
+        for place, index in enumerate(members):
+            genome[index] = (place + 1) * removed // len(members) - place * removed // len(members)
+    return tuple(genome[index] for index in range(len(sublayers)))
+
+
+def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int) -> Space:
+    """The genomes of an iteration, counted from 0."""
+    intervals = [max(1, round(it.num_units * FIRST_INTERVAL / 2**iteration)) for it in sublayers]
+    steps = range(-REACH, REACH + 1)
+    levels = [
+        tuple(count + step * interval for step in steps if 0 <= count + step * interval <= sublayer.num_units)
+        for count, interval, sublayer in zip(centre, intervals, sublayers, strict=True)
+    ]
+    return Space([it.kind for it in sublayers], intervals, levels)
+
+
+def _search(
+    task: Task, tokens: torch.Tensor, supernet: Supernet, space: Space, centre: Genome, state: dict, title: str
+) -> Genome:
+    """The best genome of an iteration, `state["generation"]` generations of which are over."""
+    settings, iteration = task.settings, state["iteration"]
+    parent = tuple(state.get("parent", centre))
+    progress = tqdm(
+        range(state["generation"], settings.generations),
+        desc=f"{title} search",
+        unit="generation",
+        initial=state["generation"],
+        total=settings.generations,
+    )
+    for generation in progress:
+        random = Random(f"{task.seed} {iteration} {generation}")
+        offspring = space.offspring(parent, settings.offspring, random)
+
+        def score(genomes: Sequence[Genome], number: int, random: Random = random) -> list[float]:
+            return divergences(supernet, genomes, draw(tokens, number, random))
+
+        parent, divergence = next_parent(parent, offspring, settings.selection_tokens, score)
+        progress.set_postfix(divergence=f"{divergence:.4f}")
+        task.journal.log(
+            iteration * settings.generations + generation + 1, {"iteration": iteration + 1, "divergence": divergence}
+        )
+        saved = {"generation": generation + 1, "centre": list(centre), "parent": list(parent)}
+        task.journal.save({"iteration": iteration, **saved})
+    return parent
+
+
+def _install(task: Task, supernet: Supernet, genome: Genome) -> dict[str, torch.Tensor]:
+    """Writes the weights of a genome into the model; returns the masks of all units."""
+    values = {kind: torch.ones(task.units.shape(kind)) for kind in task.units.layers}
+    for index, (sublayer, count) in enumerate(zip(supernet.sublayers, genome, strict=True)):
+        units = slice(sublayer.first_unit, sublayer.first_unit + sublayer.num_units)
+        values[sublayer.kind][sublayer.row, units] = supernet.kept(index, count).float()
+        sublayer.weight(task.model.model.layers[sublayer.layer]).copy_(supernet.weight(index, count))
+    return values
