@@ -1,6 +1,7 @@
 """What users turn on in vLLM works with uneven query groups, a layer without attention and one without MLP."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
+from learner.finetune import FinetuneJob, finetune
 from pruned_vllm.hf import load_pruned
 
 RAGGED = Geometry(((3, 1, 0, 4), (0, 0, 0, 0), (4, 3, 2, 1)), (51, 99, 0), group=4)
@@ -128,11 +130,15 @@ def test_lora_adapter_trained_on_the_pruned_model(ragged, tmp_path):
 
 
 def test_fine_tuned_model_is_served_again(ragged, tmp_path):
-    model = load_pruned(ragged[2], dtype=torch.float32)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train(model, model.parameters())
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    model.eval().save_pretrained(tmp_path / "tuned")
+    """What finetune-pruned writes, as Transformers computes it."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 40)
+    job = FinetuneJob(model=str(ragged[2]), data=[str(text)], steps=6, batch_size=4, micro_batch_size=4)
+    finetune(replace(job, sequence_length=32, learning_rate=5e-3, lora_rank=4, device="cpu"), tmp_path / "tuned")
+    before, model = (load_pruned(directory, dtype=torch.float32) for directory in (ragged[2], tmp_path / "tuned"))
+    assert not torch.equal(
+        before.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight
+    )
     with engine(tmp_path / "tuned") as llm:
         outputs = generate(llm)
     assert_greedy_continuations_of(model, outputs)
