@@ -61,23 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         help="in grouped query attention: whether the query heads of a KV head are removed one by one (the KV head "
         f"goes with the last), or all together, so that the KV cache shrinks; default: {default_heads}",
     )
-    add(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, or data sets of the Hugging Face hub as "
-        "owner/name or owner/name:configuration, which are streamed",
-    )
-    add(
-        "--eval-data",
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="text to measure the perplexity of the dense and the masked model on, in blocks of 128 tokens",
-    )
-    add("--text-column", default=Job.text_column, metavar="NAME", help="where rows have their text; default: text")
-    add("--split", default=Job.split, metavar="NAME", help="of data sets; default: train")
+    add_text_arguments(parser)
     add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
     add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
     add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
@@ -93,6 +77,30 @@ def main(argv: list[str] | None = None) -> int:
     _add_settings(parser)
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _learn(vars(args)))
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = False) -> None:
+    """--data and what else says where text comes from; see learner/data.py."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        required=needs_data,
+        metavar="SOURCE",
+        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, or data sets of the Hugging Face hub as "
+        "owner/name or owner/name:configuration, which are streamed",
+    )
+    parser.add_argument(
+        "--eval-data",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="text to measure the perplexity on, before and after, in blocks of 128 tokens",
+    )
+    parser.add_argument(
+        "--text-column", default="text", metavar="NAME", help="where rows have their text; default: text"
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="of data sets; default: train")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -111,12 +112,12 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     stored_dtype, results = model.dtype, {}
     model.to(arguments.device)
     if job.eval_data:
-        eval_ids = read_text(tokenizer, job.eval_data, job, PartialState())
+        eval_ids = read_text(tokenizer, job.eval_data, job)
         if len(eval_ids) < EVAL_BLOCK_SIZE:
             raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
         results["perplexity_before"] = perplexity(model, eval_ids)
     consumed = job.steps * job.batch_size * job.sequence_length
-    blocks = BlockSampler(read_text(tokenizer, job.data, job, PartialState(), consumed), job.sequence_length, job.seed)
+    blocks = BlockSampler(read_text(tokenizer, job.data, job, consumed), job.sequence_length, job.seed)
     teacher = _load_teacher(job, model, arguments.device) if job.teacher else None
 
     with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:
@@ -201,13 +202,6 @@ def _check(job: FinetuneJob, source: Path) -> None:
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("finetune-pruned runs in one process; start it without accelerate launch or torchrun")
-    if job.lora_rank:
-        try:
-            import peft  # noqa: F401
-        except ImportError:
-            raise InputError(
-                "LoRA needs PEFT, which is not installed: pip install peft, or train all weights with --lora-rank 0"
-            ) from None
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
@@ -247,8 +241,6 @@ def _trainable(model: nn.Module, rank: int) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith(ROUTER))
         return model
-    from peft import LoraConfig, get_peft_model
-
     # Experts of one width are no modules in Transformers but two parameters.
     names = {name.rpartition("mlp.experts.")[2] for name, _ in model.named_parameters() if "mlp.experts." in name}
     fused = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if name in names]

@@ -8,7 +8,8 @@ vllm serve recovered/
 import argparse
 from pathlib import Path
 
-from pruned_vllm.command import positive_float, positive_int, run_command
+from learner.cli import add_text_arguments
+from pruned_vllm.command import non_negative_int, positive_float, positive_int, run_command
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -23,28 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("model", metavar="OUT", help="directory that convert-pruned wrote")
     add("out", metavar="RECOVERED", type=Path, help="directory to write; must not exist (see --overwrite)")
-    add(
-        "--data",
-        nargs="+",
-        required=True,
-        metavar="SOURCE",
-        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, or data sets of the Hugging Face hub as "
-        "owner/name or owner/name:configuration, which are streamed",
-    )
-    add(
-        "--eval-data",
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="text to measure the perplexity on, before and after, in blocks of 128 tokens",
-    )
-    add("--text-column", default="text", metavar="NAME", help="where rows have their text; default: text")
-    add("--split", default="train", metavar="NAME", help="of data sets; default: train")
+    add_text_arguments(parser, needs_data=True)
     add("--teacher", metavar="MODEL", help="dense model to be distilled from, directory or Hugging Face id")
     add(
         "--kd-weight", type=positive_float, default=2.0, metavar="N", help="weight of the distillation loss; default: 2"
     )
-    add("--lora-rank", type=_natural, default=16, metavar="N", help="0 trains all weights; default: 16")
+    add("--lora-rank", type=non_negative_int, default=16, metavar="N", help="0 trains all weights; default: 16")
     add("--steps", type=positive_int, default=300, metavar="N", help="optimizer steps; default: 300")
     add("--batch-size", type=positive_int, default=16, metavar="N", help="sequences in a step; default: 16")
     add(
@@ -94,10 +79,6 @@ def _finetune(arguments: dict) -> None:
     for name, value in results.items():
         print(f"{name.replace('_', ' '):>20}: {value:.4g}")
     print(f"Wrote {out}. Serve it: vllm serve {out}")
-
-
-def _natural(text: str) -> int:
-    return 0 if text == "0" else positive_int(text)
 
 
 if __name__ == "__main__":

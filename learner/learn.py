@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -81,20 +80,22 @@ def learn(
             require_matplotlib()
         model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
         if job.eval_data:
-            eval_ids = read_text(tokenizer, job.eval_data, job, accelerator)
+            eval_ids = read_text(tokenizer, job.eval_data, job, show_progress=accelerator.is_main_process)
             if len(eval_ids) < EVAL_BLOCK_SIZE:
                 raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
             results["dense_perplexity"] = perplexity(model, eval_ids)
         if method.reads_text:
-            ids = read_text(tokenizer, job.data, job, accelerator, job.settings.tokens)
+            consumed = job.settings.tokens
+            ids = read_text(tokenizer, job.data, job, consumed, show_progress=accelerator.is_main_process)
             blocks = BlockSampler(ids, job.settings.sequence_length, job.seed)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
-    with unfinished_run(
-        out, job, lambda kept: (kept / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
-    ) as kept:
+    kept = unfinished_run(
+        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
+    )
+    with kept as unfinished:
         with together(accelerator):
-            journal = Journal(kept, tensorboard, accelerator.is_main_process)
+            journal = Journal(unfinished, tensorboard, accelerator.is_main_process)
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
@@ -128,11 +129,7 @@ def learn(
 
 
 def read_text(
-    tokenizer: PreTrainedTokenizerBase,
-    sources: list[str],
-    job: Any,
-    processes: Accelerator | PartialState,
-    consumed: int = 0,
+    tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Any, consumed: int = 0, show_progress: bool = True
 ) -> torch.Tensor:
     """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it.
 
@@ -145,7 +142,7 @@ def read_text(
         column=job.text_column,
         split=job.split,
         seed=job.seed,
-        show_progress=processes.is_main_process,
+        show_progress=show_progress,
     )
 
 

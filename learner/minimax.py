@@ -72,6 +72,8 @@ class Minimax:
         held = [[parameters[kind] * (kind in budget) for kind in self.kinds] for budget in budgets]
         held = torch.tensor(held, dtype=torch.float64)
         self._costs = held / held.sum(1, keepdim=True)  # [budgets, kinds]
+        # Times the number of kinds, so that s rises as fast where several share a budget as where each has its own.
+        self._push = self._costs.T * held.count_nonzero(dim=1)
         self.s = torch.zeros_like(self._target)
         self.y = torch.full((1,), start, dtype=torch.float64)
         self.z = torch.full((len(held),), start, dtype=torch.float64)
@@ -102,7 +104,7 @@ class Minimax:
         """One step of s, then y, then z; `masks` [rows, units] by kind."""
         rate_s, rate_y, rate_z = self._rates
         pull = torch.stack([next_smallest_square(masks[kind], self.count(kind)).double().mean() for kind in self.kinds])
-        self.s -= rate_s * (self.y * pull.cpu() - self._costs.T @ self.z)
+        self.s -= rate_s * (self.y * pull.cpu() - self._push @ self.z)
         self.s.clamp_(min=torch.zeros_like(self.s), max=self._largest)
         beyond = (-self.excess()).clamp(min=0) / self._costs.square().sum(1)
         self.s.sub_(self._costs.T @ beyond).clamp_(min=0)

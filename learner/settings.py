@@ -78,12 +78,12 @@ class MaskPruneSettings(TrainingSettings):
     lora_targets: str = option(
         "all", "projections with an adapter: all of attention and dense MLPs, or q and v", choices=LORA_TARGETS
     )
-    layer_weight: float = option(1.0, "alpha, weight of the distance of the hidden states", zero=True)
+    layer_weight: float = option(0.1, "alpha, weight of the distance of the hidden states", zero=True)
     prox_interval: int = option(10, "steps between proximal steps of the channels at the start; falls to 1")
     decay: float = option(0.5, "eta1 of the proximal step, which divides masks by 1 + 2 eta1 y")
     s_rate: float = option(2.0, "eta2 of s, the share of each row to remove; over the whole run")
     y_rate: float = option(10.0, "eta3 of y, the multiplier of the masks; over the whole run")
-    z_rate: float = option(20.0, "eta4 of z, the multiplier of the parameters; over the whole run")
+    z_rate: float = option(8.0, "eta4 of z, the multiplier of the parameters; over the whole run")
     multiplier_start: float = option(0.1, "y and z at the start")
     resource: str = option(
         "kind", "what has a budget of parameters: each kind of unit, or the model", choices=RESOURCES

@@ -12,7 +12,7 @@ Notable facts:
 - In all genomes the number of units lost is exactly what was asked for, for each kind by itself.
 - Memory: the dense model, calibration text and its hidden states lie in CPU memory. The device holds one block, its
   matrices H, and in the search the hidden states of a stage. Candidates take disk: at 50 % about four times the
-  o_proj and down_proj of the model. They are kept until their iteration ends.
+  o_proj and down_proj of the model. They go when their iteration ends.
 - A run that is resumed gives the same masks and weights as one that was never interrupted: candidates that are on disk
   are not made again, and what is drawn by lot depends on seed, iteration and generation alone.
 - `--iterations 0` is the paper's baseline: all layers alike, pruned as here.
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -48,26 +49,29 @@ def learn(task: Task) -> Learned:
     settings, sublayers = task.settings, sublayers_of(task.units)
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.blocks.next_batch(min(settings.calibration_sequences, len(task.blocks.blocks)))
-    state = task.journal.restore() or {"iteration": 0, "generation": 0}
-    centre = tuple(state.get("centre", uniform(task, sublayers)))
+    accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
+    state = task.journal.restore() or _start(0, uniform(task, sublayers))
+    task.journal.save(state)  # candidates outlive an interruption only beside a state
     with ExitStack() as stack:
         directory = task.journal.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for iteration in range(state["iteration"], max(1, settings.iterations)):
-            if settings.iterations:
-                space = space_around(centre, sublayers, iteration)
-            else:
-                space = Space([it.kind for it in sublayers], [0 for _ in sublayers], [(count,) for count in centre])
+        for iteration in range(state["iteration"], iterations):
             candidates = directory / f"candidates-{iteration}"
+            for other in set(directory.glob("candidates-*")) - {candidates}:
+                shutil.rmtree(other)
+            centre, title = tuple(state["centre"]), f"tyr {iteration + 1}/{iterations}"
+            space = space_around(centre, sublayers, iteration, reach=REACH if settings.iterations else 0)
             supernet = Supernet(candidates, blockwise, sublayers, space.levels)
-            title = f"tyr {iteration + 1}/{max(1, settings.iterations)}"
-            supernet.build(tokens, settings.error_accumulation == "expectation", f"{title} candidates")
-            if settings.iterations:
-                state = state if state["iteration"] == iteration else {"iteration": iteration, "generation": 0}
-                centre = _search(task, tokens, supernet, space, centre, state, title)
-            if iteration + 1 < settings.iterations:
-                task.journal.save({"iteration": iteration + 1, "generation": 0, "centre": list(centre)})
-                shutil.rmtree(candidates)
-        return Learned(_install(task, supernet, centre), weights_changed=True)
+            supernet.build(tokens, accumulate, f"{title} candidates")
+            found = _search(task, tokens, supernet, space, state, title) if settings.iterations else centre
+            if iteration + 1 < iterations:
+                state = _start(iteration + 1, found)
+                task.journal.save(state)
+        return Learned(_install(task, supernet, found), weights_changed=True)
+
+
+def _start(iteration: int, centre: Genome) -> dict[str, Any]:
+    """State at the beginning of an iteration."""
+    return {"iteration": iteration, "generation": 0, "centre": list(centre), "parent": list(centre)}
 
 
 def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
@@ -81,10 +85,10 @@ def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
     return tuple(genome[index] for index in range(len(sublayers)))
 
 
-def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int) -> Space:
-    """The genomes of an iteration, counted from 0."""
+def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int, reach: int = REACH) -> Space:
+    """The genomes of an iteration, counted from 0, at most `reach` steps away from `centre` in each sublayer."""
     intervals = [max(1, round(it.num_units * FIRST_INTERVAL / 2**iteration)) for it in sublayers]
-    steps = range(-REACH, REACH + 1)
+    steps = range(-reach, reach + 1)
     levels = [
         tuple(count + step * interval for step in steps if 0 <= count + step * interval <= sublayer.num_units)
         for count, interval, sublayer in zip(centre, intervals, sublayers, strict=True)
@@ -93,11 +97,10 @@ def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int) 
 
 
 def _search(
-    task: Task, tokens: torch.Tensor, supernet: Supernet, space: Space, centre: Genome, state: dict, title: str
+    task: Task, tokens: torch.Tensor, supernet: Supernet, space: Space, state: dict[str, Any], title: str
 ) -> Genome:
-    """The best genome of an iteration, `state["generation"]` generations of which are over."""
-    settings, iteration = task.settings, state["iteration"]
-    parent = tuple(state.get("parent", centre))
+    """The best genome of an iteration, from `state` on."""
+    settings, parent, before = task.settings, tuple(state["parent"]), state["iteration"] * task.settings.generations
     progress = tqdm(
         range(state["generation"], settings.generations),
         desc=f"{title} search",
@@ -106,7 +109,7 @@ def _search(
         total=settings.generations,
     )
     for generation in progress:
-        random = Random(f"{task.seed} {iteration} {generation}")
+        random = Random(f"{task.seed} {state['iteration']} {generation}")
         offspring = space.offspring(parent, settings.offspring, random)
 
         def score(genomes: Sequence[Genome], number: int, random: Random = random) -> list[float]:
@@ -114,11 +117,9 @@ def _search(
 
         parent, divergence = next_parent(parent, offspring, settings.selection_tokens, score)
         progress.set_postfix(divergence=f"{divergence:.4f}")
-        task.journal.log(
-            iteration * settings.generations + generation + 1, {"iteration": iteration + 1, "divergence": divergence}
-        )
-        saved = {"generation": generation + 1, "centre": list(centre), "parent": list(parent)}
-        task.journal.save({"iteration": iteration, **saved})
+        figures = {"iteration": state["iteration"] + 1, "divergence": divergence}
+        task.journal.log(before + generation + 1, figures)
+        task.journal.save(state | {"generation": generation + 1, "parent": list(parent)})
     return parent
 
 

@@ -68,7 +68,7 @@ def unfinished_run(
         shutil.rmtree(directory)
 
 
-def _check_resumable(directory: Path, asked: dict[str, Any], resume: bool) -> None:
+def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
     if not resume:
         raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
     begun = read_json(directory / JOB_FILE)

@@ -138,7 +138,7 @@ def test_s_rises_to_the_budget_and_no_further():
 
 def test_one_budget_moves_units_from_where_they_are_needed():
     """Masks of channels are smaller than those of heads, so that more channels and fewer heads go."""
-    constraints = minimax(budgets=[["head", "channel"]])
+    constraints = minimax(budgets=[["head", "channel"]], rates=(0.1, 0.0, 2.0))
     masks = {"head": torch.ones(3, 4), "channel": torch.linspace(0, 1, 10).expand(3, 10)}
     for _ in range(200):
         constraints.update(masks)

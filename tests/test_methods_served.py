@@ -15,13 +15,24 @@ from converter.plan import make_plan
 from learner import cli
 
 TRAINING = ["--steps", 40, "--batch-size", 2, "--sequence-length", 32]
-CALIBRATION = ["--calibration-sequences", 8, "--sequence-length", 32]
-SEARCH = ["--iterations", 2, "--generations", 2, "--offspring", 4, "--selection-tokens", 256]
+SEARCH = [
+    "--calibration-sequences",
+    8,
+    "--sequence-length",
+    32,
+    "--iterations",
+    2,
+    "--generations",
+    2,
+    "--offspring",
+    4,
+    "--selection-tokens",
+    256,
+]
 METHODS = {
     "ddp": [*TRAINING, "--lambda2-learning-rate", 4],
     "maskprune": TRAINING,
-    "tyr": [*CALIBRATION, *SEARCH],
-    "wanda": CALIBRATION,
+    "tyr": SEARCH,
 }
 
 
