@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -201,13 +202,6 @@ def _check(job: FinetuneJob, source: Path) -> None:
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("finetune-pruned runs in one process; start it without accelerate launch or torchrun")
-    if job.lora_rank:
-        try:
-            import peft  # noqa: F401
-        except ImportError:
-            raise InputError(
-                "LoRA needs PEFT, which is not installed: pip install peft, or train all weights with --lora-rank 0"
-            ) from None
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
@@ -247,8 +241,6 @@ def _trainable(model: nn.Module, rank: int) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith(ROUTER))
         return model
-    from peft import LoraConfig, get_peft_model
-
     # Experts of one width are no modules in Transformers but two parameters.
     names = {name.rpartition("mlp.experts.")[2] for name, _ in model.named_parameters() if "mlp.experts." in name}
     fused = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if name in names]
