@@ -63,10 +63,7 @@ def learn(task: Task) -> Learned:
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
     widths = {kind: row_width(units, kind) for kind in masks}
-    removed = {kind: width - max(1, round(width * (1 - task.target_sparsity[kind]))) for kind, width in widths.items()}
-    budgets = [list(masks)] if settings.resource == "model" else [[kind] for kind in masks]
-    rates = tuple(rate / settings.steps for rate in (settings.s_rate, settings.y_rate, settings.z_rate))
-    minimax = Minimax(widths, parameters, removed, budgets, rates, settings.multiplier_start)
+    minimax = _minimax(task, parameters, widths)
     state = {"optimizer": optimizer, "schedule": schedule, "s": minimax.s, "y": minimax.y, "z": minimax.z}
     state |= {f"mask_{kind}": values for kind, values in masks.items()} | lora
     training = Training(task, [*masks.values(), *lora.values()], state)
@@ -89,10 +86,7 @@ def learn(task: Task) -> Learned:
                 values.copy_(shrink_smallest(values, minimax.count(kind), settings.decay * minimax.y.item()))
             values.clamp_(0, 1)
         minimax.update(rows())
-        shares = {f"{kind}_s": share for kind, share in zip(masks, minimax.s.tolist(), strict=True)}
-        counts = minimax.final_counts()
-        cuts = {f"{kind}_cut": cut_share(values, counts[kind]) for kind, values in rows().items()}
-        training.report(step, loss=loss, y=minimax.y.item(), z=minimax.z.max().item(), **shares, **cuts)
+        training.report(step, loss=loss, **_figures(minimax, rows()))
     counts = minimax.final_counts()
     final = {kind: cut(values, counts[kind]) for kind, values in rows().items()}
     if task.accelerator.is_main_process:
@@ -112,7 +106,7 @@ def prox_interval(step: int, settings: MaskPruneSettings) -> int:
 
 def row_width(units: Units, kind: str) -> int:
     """Units of a row: of a layer, or of one expert."""
-    return units.widths[kind] // (units.num_experts if kind == "expert" else 1)
+    return units.count(kind) // units.num_groups(kind, "expert")
 
 
 def kind_parameters(model: nn.Module, units: Units) -> dict[str, int]:
@@ -145,6 +139,30 @@ def cut(masks: torch.Tensor, count: int) -> torch.Tensor:
 def cut_share(masks: torch.Tensor, count: int) -> float:
     """What `cut` would take away, as a share of the sum of all masks [rows, units]."""
     return (masks.sort(dim=1).values[:, :count].sum() / masks.sum()).item()
+
+
+def _minimax(task: Task, parameters: Mapping[str, int], widths: Mapping[str, int]) -> Minimax:
+    settings, kinds = task.settings, list(widths)
+    kept = {kind: task.units.kept(kind, task.target_sparsity[kind], "expert") for kind in kinds}
+    return Minimax(
+        widths=widths,
+        parameters=parameters,
+        removed={kind: widths[kind] - kept[kind] for kind in kinds},
+        budgets=[kinds] if settings.resource == "model" else [[kind] for kind in kinds],
+        rates=tuple(rate / settings.steps for rate in (settings.s_rate, settings.y_rate, settings.z_rate)),
+        start=settings.multiplier_start,
+    )
+
+
+def _figures(minimax: Minimax, masks: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """What is logged of a step; `masks` [rows, units]."""
+    counts = minimax.final_counts()
+    return {
+        "y": minimax.y.item(),
+        "z": minimax.z.max().item(),
+        **{f"{kind}_s": share for kind, share in zip(minimax.kinds, minimax.s.tolist(), strict=True)},
+        **{f"{kind}_cut": cut_share(values, counts[kind]) for kind, values in masks.items()},
+    }
 
 
 def _warn_of_large_cuts(masks: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> None:
