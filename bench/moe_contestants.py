@@ -6,8 +6,8 @@
 "ragged" is what the served model runs. "dense" is the layer before pruning and "widest" the pruned one padded to its
 widest expert, both by vLLM's fused op: `cpu_fused_moe` on CPU, its Triton kernel `fused_experts` on CUDA. It has tuned
 tiles for some GPUs and widths, mostly those of dense models, and defaults elsewhere; vLLM may serve with other kernels.
-On CUDA "dense, same kernel" is the layer before pruning by the kernel of "ragged", so that tiles and tuning
-cancel out; without vLLM that kernel computes "widest", too, and there is no other "dense".
+"dense, same kernel" is the layer before pruning by the kernel of "ragged", so that tiles and tuning cancel out;
+without vLLM that kernel computes "widest", too, and there is no other "dense".
 """
 
 from collections.abc import Callable, Sequence
@@ -70,60 +70,56 @@ def contestants(experts: RandomExperts) -> list[Contestant]:
     """All that can run where the experts are; "ragged" comes first. Each has a copy of the weights."""
     layer = experts.layer
     full, padded = ((width,) * len(layer.widths) for width in (layer.full_width, layer.widest))
-    if experts.device == "cpu":
-        return [
-            Contestant("ragged", _ragged_cpu(experts), layer.widths, True),
-            Contestant("dense", _fused_cpu(*experts.stacked(layer.full_width, full)), full, False),
-            Contestant("widest", _fused_cpu(*experts.stacked(layer.widest, layer.widths)), padded, True),
-        ]
     found = [
-        Contestant("ragged", _triton(*experts.rows(layer.widths)), layer.widths, True),
-        Contestant("dense, same kernel", _triton(*experts.rows(full)), full, False),
+        Contestant("ragged", _ragged(*experts.rows(layer.widths)), layer.widths, True),
+        Contestant("dense, same kernel", _ragged(*experts.rows(full)), full, False),
     ]
     try:
-        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+        fused = _fused_cpu() if experts.device == "cpu" else _fused_cuda()
     except ImportError:
         weights = experts.stacked(layer.widest, layer.widths)
-        return [*found, Contestant("widest, same kernel", _padded_triton(*weights), padded, True)]
+        return [*found, Contestant("widest, same kernel", _padded_same_kernel(*weights), padded, True)]
     return [
         *found,
-        Contestant("dense", _fused_cuda(fused_experts, *experts.stacked(layer.full_width, full)), full, False),
-        Contestant("widest", _fused_cuda(fused_experts, *experts.stacked(layer.widest, layer.widths)), padded, True),
+        Contestant("dense", fused(*experts.stacked(layer.full_width, full)), full, False),
+        Contestant("widest", fused(*experts.stacked(layer.widest, layer.widths)), padded, True),
     ]
 
 
-def _ragged_cpu(experts: RandomExperts) -> Run:
-    from pruned_vllm.layers.ragged_moe_cpu import RaggedExpertsCPU
-
-    return RaggedExpertsCPU(*experts.rows(experts.layer.widths), experts.layer.top_k)
-
-
-def _fused_cpu(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
+def _fused_cpu() -> Callable[[torch.Tensor, torch.Tensor], Run]:
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    from pruned_vllm.layers.ragged_moe_cpu import _instruction_set
+    # As vLLM's own layer chooses them: the fastest instructions that this CPU has.
+    choices = (cpu_moe.X86CPUUnquantizedExperts, cpu_moe.ArmCPUUnquantizedExperts, cpu_moe.PowerCPUUnquantizedExperts)
+    supported = [experts.isa for experts in choices if experts._supports_current_device()]
+    isa = (supported or [cpu_moe.CPUUnquantizedExperts.isa])[0]
 
-    isa = _instruction_set(DTYPE)
-    packed = [cpu_prepack_moe_weight(weight, isa) for weight in (gate_up, down)]
+    def fused(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
+        packed = [cpu_prepack_moe_weight(weight, isa) for weight in (gate_up, down)]
 
-    def run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        cpu_fused_moe(out, x, *packed, None, None, topk_weights, topk_ids, "silu", isa)
-        return out
+        def run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+            out = torch.empty_like(x)
+            cpu_fused_moe(out, x, *packed, None, None, topk_weights, topk_ids, "silu", isa)
+            return out
 
-    return run
+        return run
+
+    return fused
 
 
-def _padded_triton(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
+def _padded_same_kernel(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
     """Experts as `RandomExperts.stacked` returns them: to the kernel they are all equally wide."""
     num_experts, _, width = down.shape
     rows = gate_up.unflatten(1, (2, width)).transpose(0, 1).flatten(1, 2).contiguous()
-    return _triton(rows, down.mT.flatten(0, 1).contiguous(), range(0, (num_experts + 1) * width, width))
+    return _ragged(rows, down.mT.flatten(0, 1).contiguous(), range(0, (num_experts + 1) * width, width))
 
 
-def _triton(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int]) -> Run:
-    from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
-
+def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int]) -> Run:
+    if down.is_cpu:
+        from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
+    else:
+        from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
     bounds = torch.tensor(offsets, dtype=torch.int32, device=down.device)
     max_width = max(end - start for start, end in pairwise(offsets))
 
@@ -133,8 +129,9 @@ def _triton(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int]) -
     return run
 
 
-def _fused_cuda(fused_experts: Callable, gate_up: torch.Tensor, down: torch.Tensor) -> Run:
-    def run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return fused_experts(x, gate_up, down, topk_weights, topk_ids)
+def _fused_cuda() -> Callable[[torch.Tensor, torch.Tensor], Run]:
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    return run
+    return lambda gate_up, down: (
+        lambda x, topk_weights, topk_ids: fused_experts(x, gate_up, down, topk_weights, topk_ids)
+    )

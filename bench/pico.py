@@ -27,7 +27,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import sysconfig
@@ -38,7 +37,7 @@ from pathlib import Path
 
 from pruned_vllm.command import atomic_directory, run_command
 from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
+from pruned_vllm.files import cache_directory, read_json, write_json
 
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 128  # tokens per training sequence
@@ -179,7 +178,7 @@ def pico_model(name: str) -> Path:
     """
     if name not in RECIPES:
         raise InputError(f"there is no pico model {name!r}; choose from {', '.join(RECIPES)}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pruned-vllm" / "pico"
+    cache = cache_directory() / "pico"
     libraries = [version(library) for library in ("torch", "transformers", "tokenizers")]
     recipe = [Path(__file__).read_text(), platform.python_version(), libraries]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]

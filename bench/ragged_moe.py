@@ -33,7 +33,7 @@ from pruned_vllm.command import positive_float, positive_int, run_command
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import write_json
 
-DEFAULT_TOKENS = {"cpu": (1, 8, 64, 512), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
+DEFAULT_TOKENS = {"cpu": (1, 8, 64, 512, 4096), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
 DEFAULT_SCALE = {"cpu": 0.5, "cuda": 1.0}
 
 
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--widths-from", type=Path, metavar="OUT_DIR", help="a converted model; replaces --shapes and --keep")
     add("--layers", nargs="+", type=int, metavar="INDEX", help="of --widths-from; default: all that have experts")
     add("--scale", type=positive_float, help="multiplies hidden size and widths; default: 1, on CPU 0.5")
-    add("--tokens", nargs="+", type=positive_int, help="default: 1 4 16 ... 4096, on CPU 1 8 64 512")
+    add("--tokens", nargs="+", type=positive_int, help="default: 1 4 16 ... 4096, on CPU 1 8 64 512 4096")
     add("--repeats", type=positive_int, default=15, help="routings per case, on CPU at least; default: 15")
     add("--threads", type=positive_int, default=1, help="OpenMP threads; default: 1")
     add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")

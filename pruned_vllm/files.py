@@ -1,6 +1,7 @@
 """Files of a model directory: JSON, read with clear errors, and what goes along with the weights. Pure Python."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,11 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+
+
+def cache_directory() -> Path:
+    """Where what can be made again is kept between runs; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pruned-vllm"
 
 
 def read_json(path: Path) -> dict[str, Any]:

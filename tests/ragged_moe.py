@@ -4,6 +4,7 @@ Imports Triton only inside of functions: a process that shall interpret kernels 
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,32 @@ class Case(NamedTuple):
     widths: tuple[int, ...]
     topk: int
     routing: str = "router"
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY = tuple(7 * i % 23 for i in range(32))  # 0 to 22, unordered
+CASES = (
+    Case(0, 16, (5, 3), 2),
+    Case(1, 16, (1,), 1),
+    Case(1, 40, (3, 0, 5, 17, 1, 0, 4, 9), 2),
+    Case(1, 40, (3, 0, 5, 17, 1, 0, 4, 9), 2, "any"),
+    Case(1, 72, MANY, 8),
+    Case(2, 40, MANY, 4, "any"),
+    Case(2, 16, (7, 0, 1), 1),
+    Case(2, 1100, (3, 5), 2),  # more hidden units than one program sums up
+    Case(7, 1, (3, 2), 2),
+    Case(7, 40, (33, 0, 5, 64), 2),
+    Case(7, 72, (0, 0, 200, 0), 4),
+    Case(7, 16, (4, 4), 2, "nowhere"),
+    Case(33, 16, (0, 0, 0), 2),
+    Case(33, 24, (70,), 1),
+    Case(33, 40, (3, 1, 31, 17, 0, 2), 4, "any"),
+    Case(17, 56, MANY, 8),
+    Case(70, 16, (5, 48, 0, 17), 8, "any"),  # more pairs than one step of the schedule takes in small batches
+    Case(70, 16, (1, 20, 3), 2, "one"),
+    Case(70, 40, (65, 130), 1),
+    Case(70, 72, (16, 32, 48, 64), 2),
+)
 
 
 class Inputs(NamedTuple):
@@ -105,15 +132,20 @@ def poisoned_memory():
         torch.use_deterministic_algorithms(before)
 
 
-def check(case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
-    """Calls the kernel on random inputs; "" or what is wrong with its output."""
-    from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
-
+def check(ragged_moe: Callable, case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
+    """Calls a kernel on random inputs; "" or what is wrong with its output."""
     inputs = random_inputs(case, dtype, seed, device)
     expected, allowed = reference(inputs)
     with poisoned_memory():
         actual = ragged_moe(*inputs)
     return compare(actual, expected, allowed, dtype)
+
+
+def check_triton(case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
+    """The same for the Triton kernel."""
+    from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
+
+    return check(ragged_moe, case, dtype, seed, device)
 
 
 def compare(actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, dtype: torch.dtype) -> str:

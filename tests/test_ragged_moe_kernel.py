@@ -12,35 +12,22 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ragged_moe import Case, check, compare, compile_config, random_inputs, reference, schedule
+from ragged_moe import (
+    CASES,
+    DTYPES,
+    MANY,
+    Case,
+    check_triton,
+    compare,
+    compile_config,
+    random_inputs,
+    reference,
+    schedule,
+)
 
 from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
 from pruned_vllm.kernels.ragged_moe_config import choose_config, configs
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MANY = tuple(7 * i % 23 for i in range(32))  # 0 to 22, unordered
-CASES = (
-    Case(0, 16, (5, 3), 2),
-    Case(1, 16, (1,), 1),
-    Case(1, 40, (3, 0, 5, 17, 1, 0, 4, 9), 2),
-    Case(1, 40, (3, 0, 5, 17, 1, 0, 4, 9), 2, "any"),
-    Case(1, 72, MANY, 8),
-    Case(2, 40, MANY, 4, "any"),
-    Case(2, 16, (7, 0, 1), 1),
-    Case(2, 1100, (3, 5), 2),  # more hidden units than one program sums up
-    Case(7, 1, (3, 2), 2),
-    Case(7, 40, (33, 0, 5, 64), 2),
-    Case(7, 72, (0, 0, 200, 0), 4),
-    Case(7, 16, (4, 4), 2, "nowhere"),
-    Case(33, 16, (0, 0, 0), 2),
-    Case(33, 24, (70,), 1),
-    Case(33, 40, (3, 1, 31, 17, 0, 2), 4, "any"),
-    Case(17, 56, MANY, 8),
-    Case(70, 16, (5, 48, 0, 17), 8, "any"),  # more pairs than one step of the schedule takes in small batches
-    Case(70, 16, (1, 20, 3), 2, "one"),
-    Case(70, 40, (65, 130), 1),
-    Case(70, 72, (16, 32, 48, 64), 2),
-)
 TABLE = [
     pytest.param(case, dtype, id=f"{index}-{str(dtype)[6:]}") for index, case in enumerate(CASES) for dtype in DTYPES
 ]
@@ -69,7 +56,11 @@ def test_the_table_is_large_and_reaches_every_configuration():
 @pytest.mark.parametrize("device", DEVICES)
 def test_against_float64(interpreter, device, case, dtype, odd):
     seed = random.SystemRandom().randrange(2**30) * 2 + odd
-    problem = interpreter(check, case, dtype, seed, "cpu") if device == "cpu" else check(case, dtype, seed, device)
+    problem = (
+        interpreter(check_triton, case, dtype, seed, "cpu")
+        if device == "cpu"
+        else check_triton(case, dtype, seed, device)
+    )
     assert not problem, f"{case} {dtype} seed {seed}: {problem}"
 
 
@@ -90,7 +81,7 @@ def test_compiled_for_hopper(config, tmp_path, monkeypatch):
 def test_sizes_of_a_real_model_on_a_gpu(tokens, dtype):
     seed = random.SystemRandom().randrange(2**31)
     widths = tuple(random.Random(seed).choices(range(769), k=128))
-    problem = check(Case(tokens, 2048, widths, 8), dtype, seed, "cuda")
+    problem = check_triton(Case(tokens, 2048, widths, 8), dtype, seed, "cuda")
     assert not problem, f"seed {seed}: {problem}"
 
 

@@ -55,7 +55,7 @@ class MoEBlock(nn.Module):
         else:
             self.router = create_fused_moe_router(top_k, experts.num_experts, renormalize)
             self.experts = RaggedExperts(
-                vllm_config, layer.expert_intermediate_sizes, hidden_size, top_k, prefix=f"{prefix}.experts"
+                vllm_config, layer.expert_intermediate_sizes, hidden_size, prefix=f"{prefix}.experts"
             )
         self.shared = None
         names = geometry.family.experts
@@ -98,40 +98,29 @@ class RaggedExperts(nn.Module):
 
     Args:
         widths: FFN channels of each expert on all ranks together; 0 is an expert that outputs zeros.
-        top_k: experts of a token.
         prefix: the module's name, by which the custom op finds it.
     """
 
-    def __init__(
-        self, vllm_config: VllmConfig, widths: tuple[int, ...], hidden_size: int, top_k: int, prefix: str
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, widths: tuple[int, ...], hidden_size: int, prefix: str) -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.tensor_parallel_size
         self.channels = shard_experts(widths, ranks)[get_tensor_model_parallel_rank() if ranks > 1 else 0]
         local_widths = [len(channels) for channels in self.channels]
         self.max_width = max(local_widths)
         self.starts = [0, *accumulate(local_widths)]
-        self.top_k, self.hidden_size = top_k, hidden_size
+        rows = self.starts[-1]
         # Without a channel there is nothing to load, and vLLM wants every parameter loaded.
-        make = partial(nn.Parameter, requires_grad=False) if self.max_width else lambda weight: None
-        self.gate_up, self.down = map(make, self._empty_weights())
+        make = partial(nn.Parameter, requires_grad=False) if rows else lambda weight: None
+        self.gate_up, self.down = make(torch.empty(2, rows, hidden_size)), make(torch.empty(rows, hidden_size))
         self.register_buffer("offsets", torch.tensor(self.starts, dtype=torch.int32), persistent=False)
         self.layer_name = prefix
-        self._packed = None  # what the CPU op computes with
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"{prefix}: a layer of this name exists already")
         context[prefix] = self
 
-    def _empty_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.starts[-1]
-        return torch.empty(2, rows, self.hidden_size), torch.empty(rows, self.hidden_size)
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         """Takes this rank's channels of "{expert}.w1.weight" (gate), "w3" (up) and "w2" (down)."""
-        if self._packed is not None:  # loaded again; NaN shows if not all experts come
-            dtype, self._packed = self._packed.dtype, None
-            self.gate_up.data, self.down.data = (w.to(dtype).fill_(torch.nan) for w in self._empty_weights())
         for name, tensor in weights:
             expert, projection, _ = name.split(".")
             channels = self.channels[int(expert)]
@@ -154,19 +143,10 @@ class RaggedExperts(nn.Module):
         if not self.max_width:
             return torch.zeros_like(x)
         if x.is_cpu:
-            if self._packed is None:
-                self._pack()
-            return self._packed(x, topk_weights, topk_ids)
-        from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
-
+            from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
+        else:
+            from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
         return ragged_moe(x, self.gate_up, self.down, self.offsets, topk_weights, topk_ids, self.max_width)
-
-    def _pack(self) -> None:
-        """Hands the weights over to the CPU's layout; what is packed need not stay."""
-        from pruned_vllm.layers.ragged_moe_cpu import RaggedExpertsCPU
-
-        self._packed = RaggedExpertsCPU(self.gate_up.data, self.down.data, self.offsets, self.top_k)
-        self.gate_up.data, self.down.data = self.gate_up.new_empty(0), self.down.new_empty(0)
 
 
 def _ragged_moe(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""Mixture-of-experts feed-forward on a CPU where every expert has its own width and nothing is padded to the widest.
+
+`ragged_moe` takes what the Triton kernel takes. The work is done by ragged_moe_cpu.cpp, which is compiled on first
+use, in a few seconds, for the instructions that PyTorch uses on this CPU, and kept in
+${XDG_CACHE_HOME:-~/.cache}/pruned-vllm. It needs a C++ compiler (c++, or what CXX names) with OpenMP, as torch.compile
+does on a CPU. Without one a warning says so, and each expert is three matrix products: exact, but slower than experts
+padded to the widest.
+
+Why not vLLM's own `cpu_fused_moe`: it wants all experts equally wide, so that one call is needed for every class of
+similar widths, and even without any padding it reads weights at two thirds of the speed that one core has.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+
+from pruned_vllm.files import cache_directory
+from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
+
+logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# By what torch.backends.cpu.get_cpu_capability() says; other CPUs get what the compiler takes for granted.
+INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
+FUNCTIONS = {
+    torch.float32: "ragged_moe_float32",
+    torch.bfloat16: "ragged_moe_bfloat16",
+    torch.float16: "ragged_moe_float16",
+}
+
+
+def ragged_moe(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    offsets: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    max_width: int,
+) -> torch.Tensor:
+    """Sums the chosen experts' outputs, each times its router weight; the same input gives the same bits.
+
+    Args and errors are those of `ragged_moe_triton.ragged_moe`; `max_width` is not needed here.
+
+    Raises:
+        MemoryError: three rows of float32 for each token, and one for each of its experts, did not fit.
+    """
+    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
+    num_experts = len(offsets) - 1
+    library = _library()
+    if library is None:
+        return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids)
+    x, offsets, topk_weights = x.contiguous(), offsets.to(torch.int32), topk_weights.to(torch.float32).contiguous()
+    if topk_ids.dtype != torch.int32:
+        topk_ids = topk_ids.clamp(-1, num_experts).to(torch.int32)  # so that a huge id does not turn into another one
+    topk_ids = topk_ids.contiguous()
+    out = torch.empty_like(x)
+    tensors = (x, gate_up, down, offsets, topk_weights, topk_ids, out)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    if getattr(library, FUNCTIONS[x.dtype])(*pointers, *x.shape, num_experts, topk_ids.shape[1]):
+        raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
+    return out
+
+
+def _matrix_products(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    offsets: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
+        tokens, choices = torch.where(topk_ids == expert)
+        if len(tokens) and start < end:
+            gate, up = (x[tokens] @ weights[start:end].T for weights in gate_up)
+            result = (F.silu(gate) * up) @ down[start:end]
+            out.index_add_(0, tokens, result.float() * topk_weights[tokens, choices, None].float())
+    return out.to(x.dtype)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled functions; None, with a warning, where they cannot be compiled."""
+    try:
+        library = ctypes.CDLL(str(_compile(cache_directory() / "kernels")))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning(
+            "Experts of different widths run slowly: %s could not be compiled. Install a C++ compiler with OpenMP "
+            "(for example Debian's g++), or name one in CXX.\n%s",
+            SOURCE.name,
+            reason.strip()[:2000],
+        )
+        return None
+    for name in FUNCTIONS.values():
+        getattr(library, name).argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 4
+    return library
+
+
+def _compile(directory: Path) -> Path:
+    """The library in `directory`, compiled now if it is not there yet; processes may do so at the same time.
+
+    Raises:
+        OSError: no compiler, or the directory cannot be written.
+        subprocess.CalledProcessError: what the compiler says is in its `stderr`.
+    """
+    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
+    digest = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()
+    library = directory / f"ragged_moe_cpu-{digest[:16]}.so"
+    if not library.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=directory) as temporary:
+            result = Path(temporary) / library.name
+            subprocess.run([*command, str(SOURCE), "-o", str(result)], check=True, capture_output=True, text=True)
+            result.replace(library)
+    return library
