@@ -135,5 +135,5 @@ def test_contestants_agree_and_are_timed(one_thread, monkeypatch, capsys):
 
 def test_contestants_that_disagree_are_refused(one_thread, monkeypatch):
     monkeypatch.setattr(moe_timing, "TOLERANCE", -1)
-    with pytest.raises(InputError, match="'ragged' and 'widest' differ"):
+    with pytest.raises(InputError, match="'dense, same kernel' and 'dense' differ"):
         list(measure([Layer("tiny", 64, 2, 96, (64, 7))], [1], repeats=1, device="cpu"))
