@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from learner.experts import expert_weights
 from learner.method import Learned, Task
 
 
@@ -33,9 +34,12 @@ def magnitude(task: Task) -> Learned:
         return scores("channel", mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
 
     def score_experts(layer: nn.Module) -> torch.Tensor:
-        experts = layer.mlp.experts  # gate_up_proj [experts, 2 * width, hidden_size], gate before up
-        gate, up = experts.gate_up_proj.chunk(2, dim=1)
-        return scores("expert", gate, up, experts.down_proj.transpose(1, 2))
+        return torch.cat(
+            [
+                sum(squares(weight, len(gate)) for weight in (gate, up, down.T))
+                for gate, up, down in expert_weights(layer.mlp.experts)
+            ]
+        )
 
     score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
     scores_by_kind = {

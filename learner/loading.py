@@ -9,7 +9,8 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from learner.settings import Job
+from learner.remote_code import load_with_its_code
+from learner.settings import METHODS, Job
 from learner.units import Units
 from pruned_vllm.errors import InputError
 from pruned_vllm.files import read_json
@@ -35,27 +36,29 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
 
     Raises:
         InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
-            does not allow.
+            does not allow or the method cannot prune.
     """
     directory = Path(job.model)
     try:
         config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        geometry = ModelGeometry.from_config(read_json(config / "config.json"))
-        if not hasattr(transformers, geometry.family.architecture) and not job.trust_remote_code:
-            raise InputError(
-                f"Transformers has no {geometry.family.architecture}; if the checkpoint brings code that you trust, "
-                "allow it with --trust-remote-code"
-            )
+        stored = read_json(config / "config.json")
+        geometry = ModelGeometry.from_config(stored)
+        brings_code = not hasattr(transformers, geometry.family.architecture)
+        if brings_code:
+            _check_code(job, geometry.family.architecture)
         units = Units.of(geometry, tied=job.query_heads == "tied")
         if job.head_sparsity == 0:
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
-        options = {"trust_remote_code": job.trust_remote_code}
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=job.dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(job.model, **options)
+        options = {"dtype": job.dtype, "use_safetensors": True}
+        if brings_code:
+            model, loading = load_with_its_code(job.model, stored, geometry, **options)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                job.model, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+            )
+        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise
@@ -67,3 +70,17 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
     if loading["missing_keys"]:  # Transformers would go on with random weights
         raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
     return model, tokenizer, units
+
+
+def _check_code(job: Job, architecture: str) -> None:
+    """Whether code that the checkpoint brings may be run, and is of use to the method."""
+    if not job.trust_remote_code:
+        raise InputError(
+            f"Transformers has no {architecture}; if the checkpoint brings code that you trust, "
+            "allow it with --trust-remote-code"
+        )
+    if not METHODS[job.method].takes_remote_code:
+        raise InputError(
+            f"{job.method} prunes layers as Transformers computes them, and Transformers has no {architecture}; "
+            "take --method ddp"
+        )

@@ -148,6 +148,7 @@ class Method:
         reads_text: whether it learns from --data.
         query_heads: which of QUERY_HEADS it supports; the first is its default.
         offloads: whether the model waits in CPU memory and the method brings to the device what it needs there.
+        takes_remote_code: whether it prunes models whose code comes with the checkpoint; see learner/remote_code.py.
     """
 
     module: str
@@ -156,6 +157,7 @@ class Method:
     reads_text: bool = True
     query_heads: tuple[str, ...] = QUERY_HEADS
     offloads: bool = False
+    takes_remote_code: bool = True
 
 
 METHODS = {
@@ -163,7 +165,9 @@ METHODS = {
     "maskprune": Method(
         "learner.maskprune", MaskPruneSettings, "MaskPrune, arXiv 2502.14008: uniform widths", query_heads=("tied",)
     ),
-    "tyr": Method("learner.tyr", TyrSettings, "Tyr-the-Pruner, arXiv 2503.09657", offloads=True),
+    "tyr": Method(
+        "learner.tyr", TyrSettings, "Tyr-the-Pruner, arXiv 2503.09657", offloads=True, takes_remote_code=False
+    ),
     "wanda": Method("learner.wanda", WandaSettings, "what large weights read from large activations stays"),
     "magnitude": Method("learner.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
     "random": Method("learner.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),

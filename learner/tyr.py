@@ -27,7 +27,6 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from learner.blockwise import Blockwise
@@ -47,12 +46,6 @@ def learn(task: Task) -> Learned:
         raise InputError(
             f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
         )
-    for layer in task.units.layers.get("expert", ()):
-        if isinstance(task.model.model.layers[layer].mlp.experts, nn.ModuleList):
-            raise InputError(
-                f"tyr prunes experts as Transformers holds them; {type(task.model).__name__} has code of its own: "
-                "take --method ddp"
-            )
     settings, sublayers = task.settings, sublayers_of(task.units)
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.blocks.next_batch(min(settings.calibration_sequences, len(task.blocks.blocks)))

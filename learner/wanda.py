@@ -9,14 +9,16 @@ each layer.
     learn-masks MODEL ckpt/ --method wanda --sparsity 0.5 --data text/*.txt
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from learner.baselines import keep_largest_in_each_layer
+from learner.experts import expert_weights, watch_products
 from learner.method import Learned, Task
 
 
@@ -49,7 +51,7 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
 def _column_sums(kind: str, layer: nn.Module) -> torch.Tensor:
     """Sums of |W| over the outputs: [inputs], for experts [experts, inputs]."""
     if kind == "expert":
-        return layer.mlp.experts.down_proj.float().abs().sum(1)  # [experts, hidden_size, width]
+        return torch.stack([down.float().abs().sum(0) for _, _, down in expert_weights(layer.mlp.experts)])
     return _reader(kind, layer).weight.float().abs().sum(0)
 
 
@@ -70,29 +72,15 @@ def _squared_norms(layers: nn.ModuleList, indices: dict[str, tuple[int, ...]]) -
     with ExitStack() as stack:
         for kind, of in squares.items():
             for index, total in of.items():
-                if kind == "expert":
-                    hooked, hook = layers[index].mlp.experts, _add_expert_squares(total)
-                else:
-                    hooked, hook = _reader(kind, layers[index]), _add_squares(total)
-                stack.callback(hooked.register_forward_pre_hook(hook).remove)
+                for handle in _add_squares(kind, layers[index], total):
+                    stack.callback(handle.remove)
         yield squares
 
 
-def _add_squares(total: torch.Tensor) -> Callable:
-    def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        total.add_(args[0].float().square().flatten(0, -2).sum(0))
+def _add_squares(kind: str, layer: nn.Module, total: torch.Tensor) -> list[RemovableHandle]:
+    def add(total: torch.Tensor, inputs: torch.Tensor) -> None:
+        total.add_(inputs.float().square().flatten(0, -2).sum(0))
 
-    return hook
-
-
-def _add_expert_squares(total: torch.Tensor) -> Callable:
-    """Transformers holds all experts of a layer in two tensors; what W_down reads between them is computed again."""
-
-    def hook(experts: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        hidden_states, chosen, _ = args  # [tokens, hidden_size], [tokens, experts that a token takes]
-        for expert in chosen.unique().tolist():
-            tokens = hidden_states[(chosen == expert).any(1)]
-            gate, up = (tokens @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
-            total[expert] += (experts.act_fn(gate) * up).float().square().sum(0)
-
-    return hook
+    if kind == "expert":
+        return watch_products(layer.mlp.experts, lambda expert, inputs: add(total[expert], inputs))
+    return [_reader(kind, layer).register_forward_pre_hook(lambda module, args: add(total, args[0]))]

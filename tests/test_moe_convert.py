@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+import deepseek
 import pytest
 import torch
-from deepseek import DeepseekForCausalLM
 from masked import convert_pruned, edit_json, edit_masks, edit_weights
 from safetensors.torch import load_file, save_file
 from tiny import HF_MOE, converted, expert_masks, prompts, soft_mask, tiny_model, write_masked
@@ -88,7 +88,7 @@ def test_deepseek_computes_what_the_masked_one_computes(tmp_path, name, site):
     masks = expert_masks(model, RAGGED, dense_widths)
     masks |= {HEAD_MASK.format(index): torch.tensor(mask, dtype=torch.float32) for index, mask in heads.items()}
     out = converted(tmp_path, model, masks, site)
-    pruned = DeepseekForCausalLM.from_pretrained(out)
+    pruned = deepseek.load(out)
     assert pruned.config.architectures == ["PrunedDeepseekForCausalLM"]
     logits = pruned(torch.tensor(prompts()[-1:])).logits
     torch.testing.assert_close(logits, expected_logits(model, masks, site), rtol=1e-4, atol=1e-4)
@@ -138,7 +138,7 @@ def test_alignment_pads_each_expert_that_is_left(tmp_path, capsys):
     masks = expert_masks(model, RAGGED, [21])
     write_masked(tmp_path / "ckpt", model, masks)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--align", 16) == 0
-    pruned = DeepseekForCausalLM.from_pretrained(tmp_path / "out")
+    pruned = deepseek.load(tmp_path / "out")
     geometry = ModelGeometry.from_config(pruned.config.to_dict())
     widths = [layer.expert_intermediate_sizes for layer in geometry.layers]
     assert widths == [(), (24, 0, 24, 16), (0, 0, 0, 0)] and geometry.layers[0].intermediate_size == 32

@@ -1,0 +1,42 @@
+"""The routed experts of a layer on a running model, in either of two layouts.
+
+Transformers holds all experts of a layer in two tensors, gate_up_proj [experts, 2 * width, hidden_size] (gate before
+up) and down_proj [experts, hidden_size, width]. Code that a checkpoint brings holds a list of MLPs.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def expert_weights(experts: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """W_gate and W_up [width, hidden_size] and W_down [hidden_size, width] of each expert."""
+    if isinstance(experts, nn.ModuleList):
+        for mlp in experts:
+            yield mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    else:
+        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+            yield *gate_up.chunk(2), down
+
+
+def watch_products(experts: nn.Module, see: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
+    """Lets `see(expert, inputs)` have what W_down reads in every forward pass, [tokens of that expert, width].
+
+    Experts that no token was sent to may be left out.
+    """
+    if isinstance(experts, nn.ModuleList):
+        return [
+            mlp.down_proj.register_forward_pre_hook(lambda module, args, expert=expert: see(expert, args[0]))
+            for expert, mlp in enumerate(experts)
+        ]
+
+    def recompute(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        hidden_states, chosen, _ = args  # [tokens, hidden_size], [tokens, experts that a token takes], their weights
+        for expert in chosen.unique().tolist():
+            tokens = hidden_states[(chosen == expert).any(1)]
+            gate, up = (tokens @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+            see(expert, module.act_fn(gate) * up)
+
+    return [experts.register_forward_pre_hook(recompute)]
