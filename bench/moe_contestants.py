@@ -8,8 +8,12 @@ widest expert, both by vLLM's fused op: `cpu_fused_moe` on CPU, its Triton kerne
 tiles for some GPUs and widths, mostly those of dense models, and defaults elsewhere; vLLM may serve with other kernels.
 "dense, same kernel" is the layer before pruning by the kernel of "ragged", so that tiles and tuning cancel out;
 without vLLM that kernel computes "widest", too, and there is no other "dense".
+
+With TRITON_INTERPRET=1 the kernel for GPUs runs in CPU memory, beside vLLM's op for CPUs: times mean nothing then, but
+outputs are compared.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -116,7 +120,7 @@ def _padded_same_kernel(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
 
 
 def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int]) -> Run:
-    if down.is_cpu:
+    if down.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
     else:
         from pruned_vllm.kernels.ragged_moe_triton import ragged_moe

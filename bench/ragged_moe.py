@@ -3,6 +3,7 @@
     python -m bench.ragged_moe                      # a GPU where there is one, else CPU at half the sizes
     python -m bench.ragged_moe --widths-from out/   # the widths that a converted model has
     python -m bench.ragged_moe --device cpu --shapes qwen3-30b-a3b --keep 0.5 --tokens 1 64    # quick
+    TRITON_INTERPRET=1 python -m bench.ragged_moe --device cpu --scale 0.04 --tokens 1 8 --repeats 1  # outputs only
 
 Prints a line for each layer and number of tokens and writes ragged_moe.json to --output-dir after each layer. What is
 compared is said in bench/moe_contestants.py, where drawn widths come from in bench/widths.py. Outputs are compared

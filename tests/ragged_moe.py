@@ -148,6 +148,17 @@ def check_triton(case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
     return check(ragged_moe, case, dtype, seed, device)
 
 
+def compare_contestants() -> list[str]:
+    """Runs bench.ragged_moe's contestants, which compares their outputs; returns their names."""
+    from bench import moe_timing
+    from bench.moe_layers import Layer
+    from bench.ragged_moe import measure
+
+    moe_timing.SHORT_CASE_SECONDS = 0
+    (record,) = measure([Layer("tiny", 64, 2, 96, (64, 7, 0, 33, 20, 1, 40, 30))], [1, 5], repeats=1, device="cpu")
+    return list(record["cases"][1]["contestants"])
+
+
 def compare(actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, dtype: torch.dtype) -> str:
     """ "" or a sentence with the largest error."""
     if actual.dtype != dtype or actual.shape != expected.shape:

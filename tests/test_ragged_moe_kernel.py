@@ -19,6 +19,7 @@ from ragged_moe import (
     Case,
     check_triton,
     compare,
+    compare_contestants,
     compile_config,
     random_inputs,
     reference,
@@ -62,6 +63,10 @@ def test_against_float64(interpreter, device, case, dtype, odd):
         else check_triton(case, dtype, seed, device)
     )
     assert not problem, f"{case} {dtype} seed {seed}: {problem}"
+
+
+def test_the_benchmark_compares_it_with_vllm(interpreter):
+    assert interpreter(compare_contestants) == ["ragged", "dense, same kernel", "dense", "widest"]
 
 
 @pytest.mark.parametrize("config", configs(torch.bfloat16), ids=lambda config: f"up-to-{config.up_to}")
