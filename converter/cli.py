@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         default="auto",
         metavar="N",
         help="pad FFN widths with zero channels to multiples of N: auto is 64 with a CUDA GPU here, for its tensor "
-        "cores, else 32; 1 pads nothing. On CPU it makes no difference in speed (default: %(default)s)",
+        "cores, else 32, but leaves experts of different widths as they are, which gain nothing; 1 pads nothing. "
+        "On CPU it makes no difference in speed (default: %(default)s)",
     )
     parser.add_argument(
         "--max-distinct-shapes",
@@ -103,7 +104,6 @@ def _convert(args: argparse.Namespace) -> None:
     from converter.convert import convert, is_converted
     from converter.plan import make_plan
     from converter.report import print_plan
-    from converter.shapes import auto_alignment
     from pruned_vllm.pattern import pattern_of_geometry, require_matplotlib, write_report
 
     if not args.dry_run:
@@ -114,7 +114,7 @@ def _convert(args: argparse.Namespace) -> None:
         args.checkpoint,
         args.base_model,
         gqa_layout=args.gqa_layout,
-        alignment=auto_alignment() if args.align == "auto" else args.align,
+        alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,
     )
     print_plan(plan)

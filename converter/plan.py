@@ -13,7 +13,7 @@ from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
-from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
+from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.errors import InputError
 from pruned_vllm.families import IGNORED_SUFFIXES
 from pruned_vllm.files import COMPANIONS
@@ -77,7 +77,7 @@ def make_plan(
     base_model: str | None = None,
     *,
     gqa_layout: Literal["compact", "padded"] = "compact",
-    alignment: int = 1,
+    alignment: int | Literal["auto"] = 1,
     max_distinct_shapes: int | None = None,
 ) -> Plan:
     """Reads the masked checkpoint in `directory` and checks all of it.
@@ -85,7 +85,8 @@ def make_plan(
     Args:
         base_model: directory or hub id of the dense model; takes the place of any other weights.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
-        alignment: pads FFN widths to multiples of this, at most to the dense width.
+        alignment: pads FFN widths to multiples of this, at most to the dense width. "auto" is what suits this machine,
+            and leaves experts of different widths as they are: their kernels take any number of rows.
         max_distinct_shapes: pads layers until there are at most so many different ones, at the least possible bytes.
 
     Raises:
@@ -124,8 +125,11 @@ def make_plan(
 
     exact = [kept_layer(layer, layer_masks) for layer, layer_masks in zip(dense.layers, masks, strict=True)]
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
+    multiple = auto_alignment() if alignment == "auto" else alignment
     layers = [
-        with_aligned_width(layer, alignment, before.intermediate_size or before.expert_width)
+        layer
+        if alignment == "auto" and layer.expert_intermediate_sizes and not layer.expert_width
+        else with_aligned_width(layer, multiple, before.intermediate_size or before.expert_width)
         for layer, before in zip(layers, dense.layers, strict=True)
     ]
     if max_distinct_shapes is not None:
@@ -148,7 +152,7 @@ def make_plan(
         dense=dense,
         exact=dense.with_layers(tuple(exact)),
         pruned=dense.with_layers(tuple(layers)),
-        alignment=alignment,
+        alignment=multiple,
         cuts=cuts,
         adapter=adapter,
     )

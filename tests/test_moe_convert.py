@@ -149,6 +149,18 @@ def test_alignment_pads_each_expert_that_is_left(tmp_path, capsys):
     assert "Experts: 8 with 192 channels before, 46 after (76.0% removed); 5 experts lost all." in printed
 
 
+def test_automatic_alignment_pads_mlps_and_equal_experts_only(tmp_path):
+    model = tiny_model("deepseek", 6, 3, 80)
+    write_masked(tmp_path / "ckpt", model, expert_masks(model, [[9, 23, 5, 0], [9, 9, 9, 9]], [21]))
+    assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--align", "auto") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    layers = ModelGeometry.from_config(config).layers
+    multiple = config["pruning"]["alignment"]
+    assert multiple in (32, 64) and layers[0].intermediate_size == multiple
+    # Equal experts are padded to their dense width, which is less than that multiple.
+    assert [layer.expert_intermediate_sizes for layer in layers[1:]] == [(9, 23, 5, 0), (24,) * 4]
+
+
 def test_folds_in_float32_and_casts_once(tmp_path):
     model = tiny_model("qwen3_moe", 6, 3, WIDTH).to(torch.bfloat16)
     mask = torch.linspace(0.1, 7.9, 4 * WIDTH).view(4, WIDTH)
