@@ -9,9 +9,11 @@ Equation numbers are those of arXiv 2603.08065. Each unit has one parameter z; m
 
 where phi(z; mu) = clamp(1.2 sigmoid(ln(11) (ReLU(z) - mu) / mu) - 0.1, 0, 1). The last two are the paper's ablation; it
 does not print how it parametrizes them. Here all three begin at z = 1, which is m = 1 without noise, and share learning
-rates. Deterministic masks are sharpened as DDP's scores are: with mu held at 0.5, most end between 0 and 1, count as
-parts of units and cannot be removed. So DDP differs from it in nothing but m. ReLU and clamp pass gradients straight
-through where nothing is drawn: at z = 1 = 2 mu the score is exactly saturated and would never move.
+rates. Deterministic masks are sharpened as DDP's scores are, so that DDP differs from them in nothing but m. With mu
+held at 0.5, most masks of a short run end between 0 and 1: they count as parts of units, but cannot be removed.
+
+ReLU and clamp pass gradients straight through where nothing is drawn: at z = 1 = 2 mu the score is exactly saturated
+and would never move.
 """
 
 import math
