@@ -7,7 +7,9 @@
 the papers' orderings hold: DDP's gates, distillation and budgets, Tyr's search and error accumulation.
 
 Every figure comes from one `learn-masks` command in a process of one thread, as many at a time as there are cores: a
-pico model gains nothing from a second thread. `learning.json` of each run is in the results.
+pico model gains nothing from a second thread. `learning.json` of each run is in the results. With `--only`, other runs
+that the directory holds stay in it if their options are those of today, and dense models and libraries the same;
+whether the learner is still the same is for you to know.
 """
 
 import argparse
@@ -51,17 +53,20 @@ METHODS = {
     "tyr": TYR,
     "ddp": DDP,
 }
+GATES = {
+    "hard-concrete": (*DDP, "--gate", "hard-concrete", "--kd-weight", "0"),
+    "deterministic hard-concrete": (*DDP, "--gate", "deterministic-hard-concrete", "--kd-weight", "0"),
+    "+ expanded masks": (*DDP, "--kd-weight", "0"),
+    "+ distillation (ddp)": DDP,
+}
 # question -> (model, sparsity, {answer: options}), answers from the one that should be worst to the best
 ABLATIONS = {
-    "gate and distillation": (
+    "gate and distillation": ("llama", 0.5, GATES),
+    # z travels as far as in the paper's 1000 steps, which bounded masks need more than others to become 0 or 1
+    "gate and distillation, learning rate 0.08": (
         "llama",
         0.5,
-        {
-            "hard-concrete": (*DDP, "--gate", "hard-concrete", "--kd-weight", "0"),
-            "deterministic hard-concrete": (*DDP, "--gate", "deterministic-hard-concrete", "--kd-weight", "0"),
-            "+ expanded masks": (*DDP, "--kd-weight", "0"),
-            "+ distillation (ddp)": DDP,
-        },
+        {answer: (*options, "--learning-rate", "0.08") for answer, options in GATES.items()},
     ),
     "budget": (
         "qwen3_moe",
@@ -105,13 +110,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, required=True, help="replaced if this command wrote it")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 42, or 42 43 44 for ablations")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time; default: all cores")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, or questions; default: all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="methods, or questions and answers; default: all")
     args = parser.parse_args(argv)
 
     def run() -> None:
+        before = read_json(args.output_dir / RESULTS_FILE) if args.only and _is_ours(args.output_dir) else None
         with atomic_directory(args.output_dir, overwrite=True, is_ours=_is_ours) as directory:
             seeds = args.seeds or ((42,) if args.what == "table" else (42, 43, 44))
             results = measure(_runs(args.what, seeds, args.only), args.jobs)
+            if before:
+                results = with_others(results, before, _runs(args.what, seeds))
             write_json(directory / RESULTS_FILE, results)
         show(results)
 
@@ -122,16 +130,16 @@ def _is_ours(directory: Path) -> bool:
     return (directory / RESULTS_FILE).is_file()
 
 
-def _runs(what: str, seeds: tuple[int, ...], only: list[str] | None) -> list[Run]:
-    names = METHODS if what == "table" else ABLATIONS
+def _runs(what: str, seeds: tuple[int, ...], only: list[str] | None = None) -> list[Run]:
+    names = METHODS if what == "table" else _questions_and_answers()
     if unknown := sorted(set(only or ()) - set(names)):
         raise InputError(f"{', '.join(unknown)}: there are {', '.join(names)}")
     if what == "ablations":
         return [
             Run(question, answer, model, sparsity, seed, options)
             for question, (model, sparsity, answers) in ABLATIONS.items()
-            if not only or question in only
             for answer, options in answers.items()
+            if not only or question in only or answer in only
             for seed in seeds
         ]
     return [
@@ -142,6 +150,10 @@ def _runs(what: str, seeds: tuple[int, ...], only: list[str] | None) -> list[Run
         if not only or name in only
         for seed in seeds
     ]
+
+
+def _questions_and_answers() -> list[str]:
+    return [name for question, (*_, answers) in ABLATIONS.items() for name in (question, *answers)]
 
 
 def measure(runs: list[Run], jobs: int) -> dict:
@@ -162,6 +174,30 @@ def measure(runs: list[Run], jobs: int) -> dict:
             **{library: version(library) for library in ("torch", "transformers")},
         },
     }
+
+
+def with_others(results: dict, before: dict, planned: list[Run]) -> dict:
+    """`results`, and those runs of `before` whose question or answer they lack, in the order of `planned`.
+
+    Runs that are planned with other options by now, or that read another dense model or used other libraries, go.
+    """
+    order = {(run.question, run.answer, run.model, run.sparsity, run.options): i for i, run in enumerate(planned)}
+    dense = {run["model"]: run["dense_perplexity"] for run in before["runs"] + results["runs"]}
+
+    def place(run: dict) -> int | None:
+        return order.get((run["question"], run["answer"], run["model"], run["sparsity"], tuple(run["options"])))
+
+    measured = {(run["question"], run["answer"]) for run in results["runs"]}
+    others = [
+        run
+        for run in before["runs"]
+        if (run["question"], run["answer"]) not in measured
+        and place(run) is not None
+        and before["versions"] == results["versions"]
+        and run["dense_perplexity"] == dense[run["model"]]
+    ]
+    models = {run["model"]: before["models"][run["model"]] for run in others} | results["models"]
+    return results | {"models": models, "runs": sorted(others + results["runs"], key=place)}
 
 
 def learn_one(model: Path, run: Run, checkpoint: Path) -> dict:

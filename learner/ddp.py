@@ -62,10 +62,13 @@ def learn(task: Task) -> Learned:
     state |= {f"lambda{i + 1}_{kind}": lambdas[i] for kind, lambdas in multipliers.items() for i in range(3)}
     training = Training(task, z.values(), state)
 
+    def deployed(mu: float) -> Values:
+        return {kind: gates.deployed(it.detach(), settings.gate, mu, groups[kind]) for kind, it in z.items()}
+
     for step in training.steps():
         mu = annealed_mu(step / settings.steps, settings)
         loss = training.backward(
-            lambda step=step: units.to_masks(_masks(z, task, step)),
+            lambda step=step, mu=mu: units.to_masks(_masks(z, mu, task, step)),
             partial(_task_loss, task),
             (lambda tokens: task.model(input_ids=tokens).logits) if settings.kd_weight else None,
         )
@@ -80,21 +83,25 @@ def learn(task: Task) -> Learned:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if settings.gate == "relu":
+        if settings.gate != "hard-concrete":
             with torch.no_grad():
                 for values in z.values():
                     values.clamp_(min=Z_MINIMUM)
-        shares = {f"{kind}_sparsity": sparsity(gates.masks(it.detach(), settings.gate)) for kind, it in z.items()}
+        shares = {f"{kind}_sparsity": sparsity(m) for kind, m in deployed(mu).items()}
         training.report(step, loss=loss, mu=mu, **shares)
 
-    final = {kind: gates.masks(values.detach(), settings.gate).float().cpu() for kind, values in z.items()}
     tell = task.accelerator.print
-    return Learned({kind: _harden(kind, m, kept[kind], groups[kind], tell) for kind, m in final.items()})
+    return Learned(
+        {
+            kind: _harden(kind, m.float().cpu(), z[kind].detach().cpu(), kept[kind], groups[kind], tell)
+            for kind, m in deployed(settings.mu_end).items()
+        }
+    )
 
 
-def _masks(z: dict[str, nn.Parameter], task: Task, step: int) -> Values:
+def _masks(z: dict[str, nn.Parameter], mu: float, task: Task, step: int) -> Values:
     noise = torch.Generator().manual_seed(task.seed * 1_000_003 + step)  # the same in every forward pass of a step
-    return {kind: gates.masks(values, task.settings.gate, noise) for kind, values in z.items()}
+    return {kind: gates.masks(values, task.settings.gate, mu, noise) for kind, values in z.items()}
 
 
 def _task_loss(task: Task, tokens: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
@@ -129,10 +136,15 @@ def _warmup_cosine(step: int, settings: DDPSettings) -> float:
 
 
 def _harden(
-    kind: str, masks: torch.Tensor, wanted: int, groups: int = 1, tell: Callable[[str], None] = print
+    kind: str,
+    masks: torch.Tensor,
+    z: torch.Tensor,
+    wanted: int,
+    groups: int = 1,
+    tell: Callable[[str], None] = print,
 ) -> torch.Tensor:
-    """Masks [layers, units]; where they leave more units of a group than `wanted` and the tolerance, only the largest
-    of the group stay. Without groups a layer may lose all of its units.
+    """Masks [layers, units]; where they leave more units of a group than `wanted` and the tolerance, only those with
+    the largest z of the group stay (many masks of a gate that saturates are 1). Without groups a layer may lose all.
     """
     m = masks.view(groups, -1)
     kept, size = (m > 0).sum(1), m.shape[1]
@@ -146,8 +158,7 @@ def _harden(
     too_many, too_few = kept > wanted + TOLERANCE * size, kept < wanted - TOLERANCE * size
     if too_many.any():
         tell(f"{message(too_many)}; the {int((kept - wanted)[too_many].sum())} smallest masks were set to 0.")
-        smallest_kept = m.topk(wanted, dim=1).values[:, -1:]
-        m = torch.where(too_many[:, None] & (m < smallest_kept), 0, m)
+        m = torch.where(too_many[:, None] & ~gates.largest(z.view_as(m), wanted), 0, m)
     if too_few.any():  # a removed unit contributes nothing, so bringing it back would not help
         tell(f"{message(too_few)}; train for more --steps or raise --lambda2-learning-rate.")
     return m.view_as(masks)

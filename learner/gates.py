@@ -3,14 +3,17 @@
 Equation numbers are those of arXiv 2603.08065. Each unit has one parameter z; m is its mask, s its retention score:
 
     relu                         m = ReLU(z), unbounded above (11), s = phi(z; mu), sharper as mu falls (12)
-    deterministic-hard-concrete  m = s = phi(z; 0.5)
+    deterministic-hard-concrete  m = s = phi(z; mu)
     hard-concrete                m = clamp(1.2 sigmoid(a + logit(u)) - 0.1, 0, 1), u drawn anew for every step (8),
                                  s = P(m > 0) = sigmoid(a + ln 11) (9),  with a = ln(11) (z - 0.5) / 0.5
 
 where phi(z; mu) = clamp(1.2 sigmoid(ln(11) (ReLU(z) - mu) / mu) - 0.1, 0, 1). The last two are the paper's ablation; it
 does not print how it parametrizes them. Here all three begin at z = 1, which is m = 1 without noise, and share learning
-rates. ReLU and clamp pass gradients straight through where nothing is drawn: at z = 1 = 2 mu the score is exactly
-saturated and would never move.
+rates. Deterministic masks are sharpened as DDP's scores are, so that DDP differs from them in nothing but m. With mu
+held at 0.5, most masks of a short run end between 0 and 1: they count as parts of units, but cannot be removed.
+
+ReLU and clamp pass gradients straight through where nothing is drawn: at z = 1 = 2 mu the score is exactly saturated
+and would never move.
 """
 
 import math
@@ -38,24 +41,35 @@ def retention(z: torch.Tensor, mu: float) -> torch.Tensor:
     return straight_through(stretched.clamp(0, 1), stretched)
 
 
-def masks(z: torch.Tensor, gate: str, generator: torch.Generator | None = None) -> torch.Tensor:
-    """What the units' outputs are multiplied by; the noise of "hard-concrete" needs a generator, which others ignore.
-
-    Without a generator its masks are those without noise, as they are deployed.
-    """
-    if gate == "relu":
-        return relu(z)
-    if gate == "deterministic-hard-concrete" or generator is None:
-        return retention(z, HARD_CONCRETE_MU)
+def masks(z: torch.Tensor, gate: str, mu: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """What the units' outputs are multiplied by while learning; "hard-concrete" needs a generator for its noise."""
+    if gate != "hard-concrete":
+        return relu(z) if gate == "relu" else retention(z, mu)
     u = torch.rand(z.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(z)
     return _stretched(_logit(z) + torch.logit(u)).clamp(0, 1)
 
 
 def scores(z: torch.Tensor, gate: str, mu: float) -> torch.Tensor:
     """Retention scores: what the budget counts."""
-    if gate == "hard-concrete":
-        return torch.sigmoid(_logit(z) + SLOPE)
-    return retention(z, mu if gate == "relu" else HARD_CONCRETE_MU)
+    return torch.sigmoid(_logit(z) + SLOPE) if gate == "hard-concrete" else retention(z, mu)
+
+
+def deployed(z: torch.Tensor, gate: str, mu: float, groups: int) -> torch.Tensor:
+    """Masks without noise, of z [layers, units] in groups that meet a budget each; pruned units have 0.
+
+    Those of "hard-concrete" are their means over the noise, sigmoid(0.8 a) within 0.01; all are above 0, so of each
+    group the largest stay, as many as (9) expects above 0. That is practice since CoFi (arXiv 2204.00408).
+    """
+    if gate != "hard-concrete":
+        return masks(z, gate, mu) * (z > 0)  # phi(0; mu) may be 1e-8 in float32
+    means = torch.sigmoid(0.8 * _logit(z)).view(groups, -1)
+    expected = scores(z, gate, mu).view(groups, -1).sum(1, keepdim=True).round()
+    return torch.where(largest(means, expected), means, 0).view_as(z)
+
+
+def largest(values: torch.Tensor, number: int | torch.Tensor) -> torch.Tensor:
+    """Which of values [groups, units] are the `number` (or a tensor [groups, 1] of it) largest of their group."""
+    return values.argsort(dim=1, descending=True).argsort(dim=1) < number
 
 
 def _logit(z: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ def test_one_group_moves_exactly_as_without_groups():
 
 def test_too_many_units_of_a_group_leave_its_largest(capsys):
     m = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 0, 0, 0], [1.0, 2.0, 4.0, 3.0], [1.0, 0, 2.0, 0]])
-    m = _harden("expert", m.view(2, 8), wanted=2, groups=4)
+    m = _harden("expert", m.view(2, 8), m.view(2, 8), wanted=2, groups=4)
     expected = torch.tensor([[0, 0, 0.3, 0.4], [1, 0, 0, 0], [0, 0, 4, 3], [1, 0, 2, 0]])
     assert torch.equal(m, expected.view(2, 8))
     printed = capsys.readouterr().out

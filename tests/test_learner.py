@@ -154,12 +154,12 @@ def test_ddp_prunes_experts_and_freezes_the_rest():
 
 def test_a_layer_may_lose_all_of_its_units():
     m = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
-    assert _harden("head", m, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
+    assert _harden("head", m, m, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
 
 
 def test_too_many_units_leave_the_largest(capsys):
     z = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
-    m = _harden("channel", z, wanted=3)
+    m = _harden("channel", z, z, wanted=3)
     assert m.tolist() == [[0, 0, 0, 0], [0, 2, 3, 4]]
     assert "8 of 8 channel units are left, 3 were asked for" in capsys.readouterr().out
 

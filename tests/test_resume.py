@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from test_learner import run, word_model  # noqa: F401
 
 from learner import training
+from learner.settings import GATES
 
 SMALL = ["--steps", 40, "--batch-size", 2, "--sequence-length", 32]
 
@@ -24,7 +25,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(training.Training, "backward", interrupted)
 
 
-@pytest.mark.parametrize("gate", ["relu", "hard-concrete"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("step", [3, 27])
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(word_model, monkeypatch, capsys, step, gate):  # noqa: F811
     arguments = ["--data", word_model / "text.txt", "--gate", gate, *SMALL]
