@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from learner.data import BlockSampler
+from learner.disk import writing
 from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
 from learner.learn import read_text
 from learner.loading import load_dense
@@ -136,7 +137,8 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             teacher=teacher,
             kd_weight=job.kd_weight,
         )
-        results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        with writing():  # its checkpoints
+            results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         log = [row for row in trainer.state.log_history if "loss" in row]
         results["loss"] = log[-1]["loss"]
 
@@ -144,7 +146,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         _cast(model.eval(), stored_dtype)
         if job.eval_data:
             results["perplexity_after"] = perplexity(model, eval_ids)
-        with atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
+        with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
             _write(model, source, written, job, results)
             write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from learner.data import BlockSampler, read_tokens
+from learner.disk import writing
 from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
 from learner.journal import LOG_FILE, STATE_FILE, Journal
 from learner.loading import load_dense, on_device
@@ -110,7 +111,7 @@ def learn(
                 results["masked_perplexity"] = perplexity(model, eval_ids)
         with together(accelerator):
             if accelerator.is_main_process:
-                with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if learned.weights_changed:
                         model.save_pretrained(directory)
