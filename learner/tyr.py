@@ -54,6 +54,8 @@ def learn(task: Task) -> Learned:
                 "take --method ddp"
             )
     settings, sublayers = task.settings, sublayers_of(task.units)
+    if settings.sequence_length < 2:
+        raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.blocks.next_batch(min(settings.calibration_sequences, len(task.blocks.blocks)))
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
