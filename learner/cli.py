@@ -18,6 +18,7 @@ from pruned_vllm.command import (
     positive_float,
     positive_int,
     run_command,
+    seed,
 )
 from pruned_vllm.errors import InputError
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
     add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
     add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
-    add("--seed", type=int, default=Job.seed, help="of initialization and data order; default: 42")
+    add("--seed", type=seed, default=Job.seed, help="of initialization and data order; default: 42")
     add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files; CKPT gets a CSV in any case")
     add(
         "--report",

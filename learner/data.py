@@ -10,8 +10,8 @@ A source is
 
 All but text is read with the `datasets` library as a stream, from the hub without downloading the rest, and shuffled.
 Reading stops at `limit` tokens. A run deals steps * batch size * length tokens at most, so with that limit memory holds
-8 bytes for each token that the run consumes, SHUFFLE_BUFFER documents of each source, and the text files, which are
-documents however large they are.
+8 bytes for each token that the run consumes, SHUFFLE_BUFFER documents of each source, and a text file, which is one
+document however large it is: its text, that is, and the tokens of LONGEST_PIECE characters at a time.
 """
 
 import glob
@@ -30,29 +30,13 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `da
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SHUFFLE_BUFFER = 10_000  # documents
 SHARDS_AT_ONCE = 10  # files of a data set that the buffer is filled from
-CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer
+CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer, and the document that goes beyond
+LONGEST_PIECE = 1 << 23  # characters; longer documents are tokenized in pieces: it takes many times their memory
 
 
 def tokenize_files(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> torch.Tensor:
-    """Token ids [N] of UTF-8 text files, one after the other, an end-of-text token between them.
-
-    Raises:
-        InputError: with every file that cannot be read.
-    """
-    texts, problems = [], []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{file}: {error}")
-    if problems:
-        raise InputError("These text files cannot be read:", problems)
-    ids: list[int] = []
-    for text in texts:
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids)
+    """Token ids [N] of files, all of them and in their order; see `read_tokens`."""
+    return read_tokens(tokenizer, files, seed=0, show_progress=False)
 
 
 def read_tokens(
@@ -83,21 +67,27 @@ def read_tokens(
     """
     documents = _in_turn(_open(sources, column, split, seed))
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces, count = [], 0
+    found, count, has_tokens = [], 0, False
     with tqdm(total=limit, desc="reading", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
-        for texts in _batches(documents):
-            tokenized = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            ids = list(chain.from_iterable(separator + document for document in tokenized))
-            if not pieces:
+        for pieces in _batches(chain.from_iterable(map(_pieces, documents))):
+            texts, begins_document = zip(*pieces, strict=True)
+            tokenized = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            has_tokens = has_tokens or any(tokenized)
+            parted = zip(tokenized, begins_document, strict=True)
+            ids = list(chain.from_iterable((separator if begins else []) + piece for piece, begins in parted))
+            if not found:
                 ids = ids[len(separator) :]
-            pieces.append(torch.tensor(ids[: None if limit is None else limit - count], dtype=torch.int64))
-            count += len(pieces[-1])
-            progress.update(len(pieces[-1]))
+            found.append(torch.tensor(ids[: None if limit is None else limit - count], dtype=torch.int64))
+            count += len(found[-1])
+            progress.update(len(found[-1]))
             if count == limit:
                 break
-    if not count:
-        raise InputError(f"there is no text in {', '.join(map(str, sources)) or 'an empty list of sources'}")
-    return torch.cat(pieces)
+    where = ", ".join(map(str, sources)) or "an empty list of sources"
+    if not found:
+        raise InputError(f"there is no text in {where}")
+    if not has_tokens:
+        raise InputError(f"the tokenizer finds no tokens in {where}; are its files in the model's directory?")
+    return torch.cat(found)
 
 
 def _open(sources: Sequence[str | Path], column: str, split: str, seed: int) -> list[Iterator[str]]:
@@ -194,11 +184,22 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
         streams = going_on
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def _pieces(document: str) -> Iterator[tuple[str, bool]]:
+    """A document in pieces of at most LONGEST_PIECE, cut behind line breaks if it has them; True for its first."""
+    start = 0
+    while start < len(document):
+        end = start + LONGEST_PIECE
+        if end < len(document):
+            end = document.rfind("\n", start, end) + 1 or end
+        yield document[start:end], start == 0
+        start = end
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[0])
         if characters >= CHARACTERS_AT_ONCE:
             yield batch
             batch, characters = [], 0

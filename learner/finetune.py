@@ -22,15 +22,13 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from learner.data import BlockSampler
+from learner.disk import writing
 from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
-from learner.learn import read_text
-from learner.loading import load_dense
-from learner.settings import Job
+from learner.finetune_model import cast, load, load_teacher, trainable
+from learner.text import evaluation_tokens, training_blocks
 from learner.training import cross_entropy, divergence
 from learner.unfinished import unfinished, unfinished_run
 from pruned_vllm.command import atomic_directory, check_output
@@ -42,7 +40,6 @@ from pruned_vllm.hf import load_pruned
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-ROUTER = "mlp.gate.weight"  # in all families, as Transformers names it
 
 
 @dataclass(frozen=True)
@@ -108,17 +105,15 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
-    model, tokenizer = _load(source)
+    model, tokenizer = load(source)
     stored_dtype, results = model.dtype, {}
     model.to(arguments.device)
     if job.eval_data:
-        eval_ids = read_text(tokenizer, job.eval_data, job)
-        if len(eval_ids) < EVAL_BLOCK_SIZE:
-            raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+        eval_ids = evaluation_tokens(model, tokenizer, job)
         results["perplexity_before"] = perplexity(model, eval_ids)
     consumed = job.steps * job.batch_size * job.sequence_length
-    blocks = BlockSampler(read_text(tokenizer, job.data, job, consumed), job.sequence_length, job.seed)
-    teacher = _load_teacher(job, model, arguments.device) if job.teacher else None
+    blocks = training_blocks(model, tokenizer, job, job.sequence_length, consumed)
+    teacher = load_teacher(job.teacher, model, arguments.device) if job.teacher else None
 
     with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:
         checkpoint = _last_checkpoint(directory)
@@ -127,24 +122,25 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             model = load_pruned(checkpoint)
         dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
         if dtype != "auto":
-            _cast(model, getattr(torch, dtype))
+            cast(model, getattr(torch, dtype))
         torch.manual_seed(job.seed)  # before LoRA is initialized
         trainer = _Distillation(
-            model=_trainable(model, job.lora_rank),
+            model=trainable(model, job.lora_rank),
             args=arguments,
             train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
             teacher=teacher,
             kd_weight=job.kd_weight,
         )
-        results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        with writing():  # its checkpoints
+            results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         log = [row for row in trainer.state.log_history if "loss" in row]
         results["loss"] = log[-1]["loss"]
 
         model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
-        _cast(model.eval(), stored_dtype)
+        cast(model.eval(), stored_dtype)
         if job.eval_data:
             results["perplexity_after"] = perplexity(model, eval_ids)
-        with atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
+        with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
             _write(model, source, written, job, results)
             write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results
@@ -233,56 +229,6 @@ def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would split batches over all GPUs with nn.DataParallel
     return arguments
-
-
-def _trainable(model: nn.Module, rank: int) -> nn.Module:
-    """`model` with LoRA of this rank, or with all weights but its routers to be trained."""
-    if not rank:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.endswith(ROUTER))
-        return model
-    # Experts of one width are no modules in Transformers but two parameters.
-    names = {name.rpartition("mlp.experts.")[2] for name, _ in model.named_parameters() if "mlp.experts." in name}
-    fused = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if name in names]
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",  # but lm_head
-        target_parameters=fused or None,
-    )
-    # For model types that have experts, PEFT takes "all-linear" for routers too and looks for fused experts only.
-    model.config.model_type = "llama"
-    try:
-        return get_peft_model(model, lora)
-    finally:
-        del model.config.model_type  # of the instance; the class has the real one
-
-
-def _load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The pruned model in the dtype that it is stored in, in evaluation mode, and its tokenizer."""
-    try:
-        return load_pruned(source, dtype="auto").eval(), AutoTokenizer.from_pretrained(source)
-    except InputError:
-        raise
-    except Exception as error:  # damaged models end in almost any exception
-        raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _load_teacher(job: FinetuneJob, model: nn.Module, device: torch.device) -> nn.Module:
-    teacher, _, _ = load_dense(Job(model=job.teacher, data=job.data), device)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"the teacher {job.teacher} has {teacher.config.vocab_size} tokens, {job.model} {model.config.vocab_size}; "
-            "it must be the model that was pruned, or one with the same tokenizer"
-        )
-    return teacher
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Not `model.to(dtype)`, which would round the frequencies of rotary embeddings too."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _card_section(job: FinetuneJob, results: dict[str, float]) -> str:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from learner.cli import add_text_arguments
-from pruned_vllm.command import non_negative_int, positive_float, positive_int, run_command
+from pruned_vllm.command import non_negative_int, positive_float, positive_int, run_command, seed
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         help="of the weights while training; auto (default): as stored for LoRA, float32 for all weights. They are "
         "saved as they were stored",
     )
-    add("--seed", type=int, default=42, help="of data order and LoRA's initialization; default: 42")
+    add("--seed", type=seed, default=42, help="of data order and LoRA's initialization; default: 42")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
     add(
         "--overwrite",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from learner.disk import writing
 from pruned_vllm.errors import InputError
 
 STATE_FILE = "state.pt"
@@ -74,7 +75,8 @@ class Journal:
             return
         path = self.directory / STATE_FILE
         temporary = path.with_suffix(".partial")
-        torch.save({"state": state, "log": self._rows}, temporary)
+        with writing():
+            torch.save({"state": state, "log": self._rows}, temporary)
         os.replace(temporary, path)
         self.write_log(self.directory / LOG_FILE)
 

@@ -4,20 +4,20 @@ import importlib
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
-from learner.data import BlockSampler, read_tokens
-from learner.evaluate import EVAL_BLOCK_SIZE, perplexity
+from learner.disk import writing
+from learner.evaluate import perplexity
 from learner.journal import LOG_FILE, STATE_FILE, Journal
 from learner.loading import load_dense, on_device
 from learner.masking import apply_masks
 from learner.method import Learned, Task
 from learner.processes import together
 from learner.settings import METHODS, Job
+from learner.text import evaluation_tokens, training_blocks
 from learner.unfinished import unfinished_run
 from learner.units import sparsity
 from pruned_vllm.command import atomic_directory, check_output
@@ -29,7 +29,6 @@ from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_repo
 
 RESULTS_FILE = "learning.json"
 ADAPTER_DIRECTORY = "adapter"
-MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
 
 
 def is_learned(directory: Path) -> bool:
@@ -75,19 +74,17 @@ def learn(
     accelerator = on_device(job.device)
     results, blocks = {}, None
     with together(accelerator):
+        _check_unsharded(accelerator)
         check_output(out, overwrite, is_learned)
         if report:
             require_matplotlib()
         model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
         if job.eval_data:
-            eval_ids = read_text(tokenizer, job.eval_data, job, show_progress=accelerator.is_main_process)
-            if len(eval_ids) < EVAL_BLOCK_SIZE:
-                raise InputError(f"--eval-data has {len(eval_ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+            eval_ids = evaluation_tokens(model, tokenizer, job, accelerator.is_main_process)
             results["dense_perplexity"] = perplexity(model, eval_ids)
         if method.reads_text:
-            consumed = job.settings.tokens
-            ids = read_text(tokenizer, job.data, job, consumed, show_progress=accelerator.is_main_process)
-            blocks = BlockSampler(ids, job.settings.sequence_length, job.seed)
+            length, consumed = job.settings.sequence_length, job.settings.tokens
+            blocks = training_blocks(model, tokenizer, job, length, consumed, accelerator.is_main_process)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     kept = unfinished_run(
@@ -110,7 +107,7 @@ def learn(
                 results["masked_perplexity"] = perplexity(model, eval_ids)
         with together(accelerator):
             if accelerator.is_main_process:
-                with atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if learned.weights_changed:
                         model.save_pretrained(directory)
@@ -128,22 +125,12 @@ def learn(
     return results
 
 
-def read_text(
-    tokenizer: PreTrainedTokenizerBase, sources: list[str], job: Any, consumed: int = 0, show_progress: bool = True
-) -> torch.Tensor:
-    """Token ids [N]: at least what the run consumes, where there is as much, so that blocks come from all over it.
-
-    `job` has text_column, split and seed.
-    """
-    return read_tokens(
-        tokenizer,
-        sources,
-        limit=max(consumed, MAX_TOKENS),
-        column=job.text_column,
-        split=job.split,
-        seed=job.seed,
-        show_progress=show_progress,
-    )
+def _check_unsharded(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which shards the weights over devices; "
+            "learn-masks needs all of them on each device: choose multi-GPU without it in `accelerate config`"
+        )
 
 
 def _function(name: str):

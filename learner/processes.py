@@ -3,6 +3,7 @@
     accelerate launch --num_processes 2 -m learner.cli MODEL ckpt/ ...                      # GPUs
     torchrun --nproc_per_node 2 -m learner.cli MODEL ckpt/ --device cpu ...
 
+Each process holds the whole model; configurations of accelerate that shard it (FSDP, DeepSpeed) are refused.
 `accelerate launch --cpu` starts one process, whatever --num_processes says. Processes that stop for bad input end with
 exit code 2; the launchers turn that into 1.
 """

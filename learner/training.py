@@ -24,6 +24,7 @@ from learner.processes import together
 from pruned_vllm.errors import InputError
 
 SAVE_EVERY = 50  # steps
+FLOAT16_TOKENS = 512  # in a batch of so many, float16 has room for the gradients of a mean over its tokens
 
 
 class Training:
@@ -95,7 +96,7 @@ class Training:
                 f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes"
             )
         own = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
-        total = torch.zeros((), device=accelerator.device)
+        total, scale = torch.zeros((), device=accelerator.device), self._gradient_scale(batch.numel())
         for micro_batch in own.split(settings.micro_batch_size):
             teacher = None
             if teacher_of is not None:
@@ -103,7 +104,7 @@ class Training:
                     teacher = teacher_of(micro_batch)
             with apply_masks(self.task.model, masks_of(), channel_mask_site):
                 loss = loss_of(micro_batch, teacher) * len(micro_batch) / len(batch)
-                loss.backward()
+                (loss * scale).backward()
             total += loss.detach()
         total = accelerator.reduce(total).item()
         if not math.isfinite(total):
@@ -111,10 +112,21 @@ class Training:
                 f"the loss is {total} at step {self._step + 1}; use --dtype bfloat16 or float32, "
                 "a lower --learning-rate, or a --sequence-length of at least 2"
             )
-        if accelerator.num_processes > 1:
-            for parameter in self._parameters:
+        for parameter in self._parameters:
+            if scale > 1:
+                parameter.grad /= scale
+            if accelerator.num_processes > 1:
                 parameter.grad = accelerator.reduce(parameter.grad)
         return total
+
+    def _gradient_scale(self, num_tokens: int) -> int:
+        """What to multiply a batch's loss by for the backward pass: a power of two, exact to undo.
+
+        The larger the batch, the smaller are gradients of its mean loss; float16 rounds those below 6e-8 to zero.
+        """
+        if self.task.model.dtype != torch.float16:
+            return 1
+        return 1 << (max(1, num_tokens // FLOAT16_TOKENS).bit_length() - 1)
 
     def report(self, step: int, **figures: float) -> None:
         """Shows figures of a step beside the progress and logs them."""

@@ -47,6 +47,8 @@ def learn(task: Task) -> Learned:
             f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
         )
     settings, sublayers = task.settings, sublayers_of(task.units)
+    if settings.sequence_length < 2:
+        raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.blocks.next_batch(min(settings.calibration_sequences, len(task.blocks.blocks)))
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from learner.blockwise import Blockwise
+from learner.disk import writing
 from learner.tyr_pruning import prune
 from learner.tyr_sublayers import Sublayer, collect_hessians
 from pruned_vllm.errors import InputError
@@ -141,7 +142,8 @@ class Supernet:
                 tensors[f"{sublayer.name}.{count}.kept"] = it.kept.cpu()
                 tensors[f"{sublayer.name}.{count}.weight"] = it.weight.to("cpu", weight.dtype).contiguous()
         partial = self._path(layer).with_suffix(".partial")
-        save_file(tensors, partial)
+        with writing():
+            save_file(tensors, partial)
         os.replace(partial, self._path(layer))
 
     def _path(self, layer: int) -> Path:

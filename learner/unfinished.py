@@ -71,7 +71,10 @@ def unfinished_run(
 def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
     if not resume:
         raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
-    begun = read_json(directory / JOB_FILE)
+    try:
+        begun = read_json(directory / JOB_FILE)
+    except InputError as error:  # it had ended while that was written
+        raise InputError(f"{error}, so the run in {directory} cannot be resumed; forget it with --overwrite") from None
     changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
     if changed:
         raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)

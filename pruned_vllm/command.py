@@ -57,6 +57,13 @@ def non_negative_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Type of a command line argument: what all generators of random numbers take."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """Type of a command line argument."""
     value = _float(text)

@@ -61,7 +61,32 @@ def test_text_files_come_whole_and_in_order(tokenizer, files):
     texts = [files / "b.txt", files / "a.txt"]
     ids = read_tokens(tokenizer, texts, seed=0)
     assert ids.tolist() == [4, 5, EOS, 1, 2, 3] and ids.dtype == torch.int64
-    assert torch.equal(ids, tokenize_files(tokenizer, texts))
+    assert tokenize_files(tokenizer, texts).tolist() == [4, 5, EOS, 1, 2, 3]
+
+
+def test_a_long_document_is_tokenized_in_pieces_and_no_further_than_needed(tokenizer, tmp_path, monkeypatch):
+    lines = [f"{number} {number}" for number in range(100, 200)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    (tmp_path / "line.txt").write_text(" ".join(lines))
+    texts = [tmp_path / "lines.txt", tmp_path / "line.txt"]
+    monkeypatch.setattr(data, "CHARACTERS_AT_ONCE", 20)
+    whole = read_tokens(tokenizer, texts, seed=0)
+    monkeypatch.setattr(data, "LONGEST_PIECE", 62)  # cut behind line breaks: 7 lines of 8 characters
+    pieces, _batches = [], data._batches
+
+    def watched(stream):
+        for batch in _batches(stream):
+            pieces.extend(text for text, _ in batch)
+            yield batch
+
+    monkeypatch.setattr(data, "_batches", watched)
+    assert torch.equal(read_tokens(tokenizer, texts[:1], seed=0), whole[:200])
+    assert max(map(len, pieces)) == 56 and "".join(pieces) == texts[0].read_text()
+    pieces.clear()
+    assert len(read_tokens(tokenizer, texts, seed=0)) == len(whole) + 6, "every other cut parts a number"
+    pieces.clear()
+    assert torch.equal(read_tokens(tokenizer, texts, limit=20, seed=0), whole[:20])
+    assert len(pieces) == 2, "the rest is not tokenized"
 
 
 def test_documents_are_parted_alike_in_small_and_large_batches(tokenizer, files, monkeypatch):

@@ -9,7 +9,7 @@ from learner import ddp
 from learner.settings import DDPSettings
 
 
-def first_gradients(model, monkeypatch, **settings) -> dict[str, torch.Tensor]:
+def first_gradients(model, monkeypatch, batch_size: int = 4, **settings) -> dict[str, torch.Tensor]:
     """Gradients of z in DDP's first step, all kinds in one row each."""
     found, make_optimizer = {}, ddp._optimizer
 
@@ -20,7 +20,7 @@ def first_gradients(model, monkeypatch, **settings) -> dict[str, torch.Tensor]:
 
     with monkeypatch.context() as patch:
         patch.setattr(ddp, "_optimizer", watched)
-        ddp.learn(task_of(model, DDPSettings(steps=1, batch_size=4, sequence_length=32, **settings)))
+        ddp.learn(task_of(model, DDPSettings(steps=1, batch_size=batch_size, sequence_length=32, **settings)))
     return found
 
 
@@ -60,3 +60,15 @@ def test_bfloat16_weights_give_nearly_the_same_masks():
         assert coarse[kind].dtype == torch.float32
         agreement = ((coarse[kind] > 0) == (expected > 0)).float().mean().item()
         assert agreement > 0.9, f"{kind}: {agreement} of the units are kept or removed by both"
+
+
+def test_float16_resolves_the_gradients_of_a_large_batch(monkeypatch):
+    """Of the mean over 32 * 1024 tokens, as in a batch of DDP's defaults."""
+    exact, coarse = (
+        first_gradients(tiny_model("llama", 6, 6, 40).to(dtype), monkeypatch, batch_size=1024, micro_batch_size=128)
+        for dtype in (torch.float32, torch.float16)
+    )
+    for kind, expected in exact.items():
+        similarity = torch.cosine_similarity(coarse[kind], expected, dim=0).item()
+        assert similarity > 0.9995, f"{kind}: {similarity}"
+        assert coarse[kind].norm().item() == pytest.approx(expected.norm().item(), rel=0.01)

@@ -50,6 +50,17 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(word_model, monkey
     assert json.loads((word_model / "ckpt" / "learning.json").read_text())["job"]["settings"]["gate"] == gate
 
 
+@pytest.mark.parametrize("content", [None, '{"model": '])
+def test_a_run_that_ended_before_it_wrote_its_job_can_only_be_forgotten(word_model, capsys, content):  # noqa: F811
+    arguments = [word_model / "model", word_model / "ckpt", "--data", word_model / "text.txt", *SMALL]
+    (word_model / "ckpt.unfinished").mkdir()
+    if content is not None:
+        (word_model / "ckpt.unfinished" / "job.json").write_text(content)
+    assert run(*arguments, "--resume") == 2
+    assert "cannot be resumed; forget it with --overwrite" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0 and not (word_model / "ckpt.unfinished").exists()
+
+
 def test_a_damaged_state_is_named(word_model, monkeypatch, capsys):  # noqa: F811
     arguments = [word_model / "model", word_model / "ckpt", "--data", word_model / "text.txt", *SMALL]
     with monkeypatch.context() as patch:
