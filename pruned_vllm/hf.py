@@ -42,9 +42,10 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
             do not fit it; every one is listed.
     """
     config = read_json(Path(directory) / "config.json")
-    if not any(str(name).startswith(PRUNED_PREFIX) for name in config.get("architectures") or ()):
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, **from_pretrained_kwargs)
-    model_class = _pruned_class(ModelGeometry.from_config(config).family)
+    if any(str(name).startswith(PRUNED_PREFIX) for name in config.get("architectures") or ()):
+        model_class = _pruned_class(ModelGeometry.from_config(config).family)
+    else:
+        model_class = transformers.AutoModelForCausalLM
     # Mismatches are "ignored" only to learn of all of them: otherwise the first stage that finds one raises.
     model, info = model_class.from_pretrained(
         directory, **from_pretrained_kwargs, output_loading_info=True, ignore_mismatched_sizes=True

@@ -254,6 +254,16 @@ def test_stock_results_load_as_stock_models(tmp_path):
         torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_stock_result_that_lacks_a_tensor_is_refused(tmp_path):
+    _, _, directory = Case(((0, 1, 2),) * NUM_LAYERS, (8,) * NUM_LAYERS).convert(tmp_path)
+    (path,) = directory.glob("*.safetensors")
+    tensors = load_file(path)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight: missing"):
+        load_pruned(directory)
+
+
 def test_loads_sharded_in_half_precision_without_a_dense_peak(tmp_path, monkeypatch):
     _, _, directory = CASES["llama"].convert(tmp_path)
     load_pruned(directory).save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
