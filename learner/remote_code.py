@@ -40,7 +40,7 @@ def load_with_its_code(
     """
     if not hasattr(import_utils, "is_torch_fx_available"):
         import_utils.is_torch_fx_available = lambda: True
-    if "AutoConfig" not in stored.get("auto_map", {}):
+    if "AutoConfig" not in (stored.get("auto_map") or {}):
         raise InputError(f"{name} brings no code: its config.json has no auto_map that names it")
     # Not with AutoConfig: there a class that was registered for serving goes first, and lacks what the code asks for.
     config = get_class_from_dynamic_module(stored["auto_map"]["AutoConfig"], name).from_pretrained(name)

@@ -11,9 +11,6 @@ from ragged_moe import CASES, DTYPES, Case, check, random_inputs
 from pruned_vllm.kernels import ragged_moe_cpu
 from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
-)
 # What passes over weights more than once, ends within a vector, or has rows that are no multiple of a cache line.
 MORE_CASES = (
     Case(9, 1056, (31, 0, 64, 33), 1, "one"),
@@ -30,6 +27,14 @@ TABLE = [
 
 
 @pytest.fixture
+def compiled():
+    """Sees to it that a test does not pass by what stands in for the kernel."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
+    assert ragged_moe_cpu._library() is not None, "there is a compiler, but the kernel could not be compiled"
+
+
+@pytest.fixture
 def without_a_compiler(monkeypatch):
     monkeypatch.setattr(ragged_moe_cpu, "_library", lambda: None)
 
@@ -41,11 +46,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("odd", (False, True), ids=("plain", "odd"))
 @pytest.mark.parametrize(("case", "dtype"), TABLE)
 def test_against_float64(case, dtype, odd):
-    assert ragged_moe_cpu._library() is not None, "there is a compiler, but the kernel could not be compiled"
     seed = random.SystemRandom().randrange(2**30) * 2 + odd
     problem = check(ragged_moe, case, dtype, seed, "cpu")
     assert not problem, f"{case} {dtype} seed {seed}: {problem}"
@@ -58,7 +62,7 @@ def test_matrix_products_against_float64(without_a_compiler, case, dtype):
     assert not problem, f"{case} {dtype} seed {seed}: {problem}"
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("instructions", ((), ("-march=x86-64-v3",)), ids=("fewest", "AVX2"))
 def test_instructions_of_other_processors(instructions, tmp_path, monkeypatch):
     """Vectors are of another length there."""
@@ -67,12 +71,13 @@ def test_instructions_of_other_processors(instructions, tmp_path, monkeypatch):
     monkeypatch.setattr(ragged_moe_cpu, "INSTRUCTIONS", dict.fromkeys(("AVX2", "AVX512"), instructions))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = ragged_moe_cpu._library.__wrapped__()
+    assert library is not None
     monkeypatch.setattr(ragged_moe_cpu, "_library", lambda: library)
     problems = [check(ragged_moe, *case.values, 3, "cpu") for case in TABLE]
     assert not any(problems), problems
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(threads, dtype):
     inputs = random_inputs(Case(21, 1100, (70, 3, 0, 130, 41), 2), dtype, 0, "cpu")
@@ -83,7 +88,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads, dtype):
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_that_are_not_finite(dtype):
     """What overflows or is no number comes out like that; other tokens do not notice."""
@@ -100,24 +105,55 @@ def test_numbers_that_are_not_finite(dtype):
     assert torch.equal(out[0, others], clean[0, others]) and torch.equal(out[3, others], clean[3, others])
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 def test_every_float16_is_read_and_written_as_it_is():
-    """Denormals, infinities and all: one channel copies its input, as silu(large) * up / large."""
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    """Denormals and infinities too: a weight of `down` comes out times silu(64) / 64, which is 1."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     values = values[~values.isnan()]
-    rows = values.numel()
-    x = torch.ones(1, 1, dtype=torch.float16)
-    gate_up = torch.stack([torch.full((rows, 1), 64.0, dtype=torch.float16), values[:, None] / 64])
-    exact = (values / 64).float() * 64  # silu(64) is 64 in float32
-    down = torch.ones(rows, 1, dtype=torch.float16)
-    ids = torch.arange(rows)[None].to(torch.int32)
-    out = torch.cat(
-        [
-            ragged_moe(x, gate_up, down, torch.arange(rows + 1), torch.ones(1, 1), ids[:, [row]], 1)
-            for row in range(0, rows, 97)
-        ]
+    count = len(values)
+    x = torch.ones(count, 1, dtype=torch.float16)
+    gate_up = torch.tensor([64, 1 / 64], dtype=torch.float16)[:, None, None].repeat(1, count, 1)
+    ids = torch.arange(count)[:, None]
+    out = ragged_moe(x, gate_up, values[:, None], torch.arange(count + 1), torch.ones(count, 1), ids, 1)
+    assert torch.equal(out[:, 0], values)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_rounds_as_torch_does(dtype):
+    """Ties, overflow and denormals: router weights are float32, and what they multiply here is 1."""
+    bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64)
+    ties = bits & ~0x1FFF | 0x1000 if dtype == torch.float16 else bits & ~0xFFFF | 0x8000
+    weights = torch.cat([bits, ties]).to(torch.int32).view(torch.float32)
+    weights = weights[((weights.abs() >= 2.0**-126) & (weights.abs() < 1e36)) | (weights == 0)]  # times 64 is finite
+    count = len(weights)
+    x = torch.ones(count, 1, dtype=dtype)
+    gate_up, down = torch.tensor([64, 1 / 64], dtype=dtype)[:, None, None], torch.ones(1, 1, dtype=dtype)
+    ids = torch.zeros(count, 1, dtype=torch.int32)
+    out = ragged_moe(x, gate_up, down, torch.tensor([0, 1]), weights[:, None], ids, 1)
+    assert torch.equal(out[:, 0], weights.to(dtype))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_gates_of_any_size():
+    gates = torch.tensor([-torch.inf, -3e38, -1e4, -100, -88.5, -87, -20, -1, -0.0, 0, 1, 20, 88, 100, 3e38, torch.inf])
+    gate_up = torch.stack([gates[:, None], torch.full((len(gates), 1), 2.0)])
+    ids = torch.arange(len(gates))[:, None]
+    inputs = (torch.ones(len(gates), 1), gate_up, torch.ones(len(gates), 1), torch.arange(len(gates) + 1))
+    out = ragged_moe(*inputs, torch.ones(len(gates), 1), ids, 1)
+    torch.testing.assert_close(out[:, 0], 2 * torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36, equal_nan=True)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_rows_that_no_expert_has_are_not_read():
+    inputs = random_inputs(Case(7, 40, (33, 0, 5, 64), 2), torch.float32, 0, "cpu")
+    longer = inputs._replace(
+        gate_up=torch.cat([inputs.gate_up, inputs.gate_up.new_full((2, 3, 40), torch.nan)], 1),
+        down=torch.cat([inputs.down, inputs.down.new_full((3, 40), torch.nan)]),
     )
-    assert torch.equal(out.flatten().float(), exact[::97].half().float())
+    assert torch.equal(ragged_moe(*longer), ragged_moe(*inputs))
+    with pytest.raises(ValueError, match="offsets end at 102, but there are 101 rows"):
+        ragged_moe(*inputs._replace(gate_up=inputs.gate_up[:, :-1].contiguous(), down=inputs.down[:-1]))
 
 
 def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog):
@@ -129,7 +165,7 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog):
     assert not list((tmp_path / "pruned-vllm" / "kernels").iterdir())
 
 
-@needs_compiler
+@pytest.mark.usefixtures("compiled")
 def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(ragged_moe_cpu, "FLAGS", ("-fno-such-flag",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

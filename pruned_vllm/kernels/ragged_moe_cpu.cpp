@@ -73,7 +73,8 @@ inline Pair load(const float* p) {
 inline Words load_words(const void* p) {
 #ifdef __AVX512F__
   const __m256i* halves = static_cast<const __m256i*>(p);
-  return Words(_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(halves)), _mm256_loadu_si256(halves + 1), 1));
+  const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(halves));
+  return Words(_mm512_inserti64x4(first, _mm256_loadu_si256(halves + 1), 1));
 #else
   return *static_cast<const WordsAt*>(p);
 #endif
@@ -111,11 +112,19 @@ inline void store(BFloat16* p, Pair values) {
   *reinterpret_cast<WordsAt*>(p) = to_bfloat16(values.first) >> 16 | (to_bfloat16(values.second) & 0xffff0000);
 }
 
+// The same to float16; the result is in the low halves. Denormals are rounded by a sum whose last place is theirs.
+inline Words to_float16(Floats values) {
+  const Words words = Words(values), sign = words >> 16 & 0x8000, magnitude = words & 0x7fffffff;
+  const Words nan = Words(values != values), small = Words(magnitude < 0x38800000);
+  const Words denormal = Words(Floats(magnitude) + 0.5f) - 0x3f000000;
+  const Words rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  const Words infinite = Words(rounded >= 0x47800000);
+  const Words normal = ((rounded - 0x38000000) >> 13 & ~infinite) | (infinite & 0x7c00);
+  return sign | (nan & 0x7e00) | (~nan & ((small & denormal) | (~small & normal)));
+}
+
 inline void store(Float16* p, Pair values) {
-  for (int i = 0; i < LANES; ++i) {
-    const _Float16 halves[2] = {_Float16(values.first[i]), _Float16(values.second[i])};
-    std::memcpy(p + 2 * i, halves, sizeof halves);
-  }
+  *reinterpret_cast<WordsAt*>(p) = to_float16(values.first) | to_float16(values.second) << 16;
 }
 
 // The last elements of a row, fewer than PAIR, and zeros.
@@ -135,7 +144,7 @@ inline float sum(Floats v) {
 // exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial, to 1e-7. Unlike std::exp, loops
 // of it become vector instructions.
 inline float exponential(float x) {
-  x = std::min(std::max(x, -87.0f), 88.0f);
+  x = std::min(std::max(-87.0f, x), 89.0f);  // exp(89) is inf; what is no number becomes one here
   const float n = std::nearbyint(x * 1.442695041f);
   const float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts: the first times n is exact
   float power = 1.0f / 5040;
@@ -239,9 +248,9 @@ struct Choice {
 template <typename T>
 class Layer {
  public:
-  Layer(const T* gate_up, const T* down, const int32_t* offsets, int64_t hidden_size, int64_t num_experts)
-      : gate_up_(gate_up), down_(down), offsets_(offsets), hidden_size_(hidden_size), num_experts_(num_experts),
-        row_size_((hidden_size + PAIR - 1) / PAIR * PAIR) {}
+  Layer(const T* gate_up, const T* down, int64_t rows, const int32_t* offsets, int64_t hidden_size, int64_t num_experts)
+      : gate_(gate_up), up_(gate_up + rows * hidden_size), down_(down), offsets_(offsets), hidden_size_(hidden_size),
+        num_experts_(num_experts), row_size_((hidden_size + PAIR - 1) / PAIR * PAIR) {}
 
   void run(const T* x, const float* topk_weights, const int32_t* topk_ids, int64_t num_tokens, int64_t top_k, T* out) {
     sort(topk_weights, topk_ids, num_tokens * top_k, top_k);
@@ -257,9 +266,9 @@ class Layer {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < int64_t(tasks_.size()); ++task) gate_and_up(tasks_[task]);
       // A thread has columns of its own, so that tokens need no locks.
-      const int64_t share = (row_size_ / PAIR + omp_get_num_threads() - 1) / omp_get_num_threads() * PAIR;
-      const int64_t start = omp_get_thread_num() * share;
-      for (int64_t e = 0; e < num_experts_; ++e) add_down(e, start, std::min(start + share, hidden_size_));
+      const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), units = row_size_ / PAIR;
+      const int64_t start = units * thread / threads * PAIR, end = units * (thread + 1) / threads * PAIR;
+      for (int64_t e = 0; e < num_experts_; ++e) add_down(e, start, std::min(end, hidden_size_));
 #pragma omp barrier
 #pragma omp for
       for (int64_t t = 0; t < num_tokens; ++t) narrow_row(outputs_.get() + t * row_size_, out + t * hidden_size_);
@@ -316,8 +325,8 @@ class Layer {
   }
 
   void gate_and_up(const Task& task) {
-    const T* gate = gate_up_ + (offsets_[task.expert] + task.start) * hidden_size_;
-    const T* up = gate + offsets_[num_experts_] * hidden_size_;
+    const T* gate = gate_ + (offsets_[task.expert] + task.start) * hidden_size_;
+    const T* up = up_ + (offsets_[task.expert] + task.start) * hidden_size_;
     const int64_t channels = task.end - task.start;
     for (int64_t i = starts_[task.expert]; i < starts_[task.expert + 1]; i += TOKENS) {
       const int64_t tokens = tokens_from(i, task.expert), columns = block(task.expert);
@@ -364,7 +373,7 @@ class Layer {
       }
   }
 
-  const T *gate_up_, *down_;
+  const T *gate_, *up_, *down_;
   const int32_t* offsets_;
   int64_t hidden_size_, num_experts_, row_size_;
   std::vector<Task> tasks_;
@@ -375,9 +384,9 @@ class Layer {
 
 template <typename T>
 int run(const void* x, const void* gate_up, const void* down, const int32_t* offsets, const float* topk_weights,
-        const int32_t* topk_ids, void* out, int64_t num_tokens, int64_t hidden_size, int64_t num_experts,
+        const int32_t* topk_ids, void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows, int64_t num_experts,
         int64_t top_k) try {
-  Layer<T>(static_cast<const T*>(gate_up), static_cast<const T*>(down), offsets, hidden_size, num_experts)
+  Layer<T>(static_cast<const T*>(gate_up), static_cast<const T*>(down), rows, offsets, hidden_size, num_experts)
       .run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k, static_cast<T*>(out));
   return 0;
 } catch (const std::bad_alloc&) {
@@ -387,13 +396,13 @@ int run(const void* x, const void* gate_up, const void* down, const int32_t* off
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
-// [num_tokens, top_k], offsets [num_experts + 1]. Returns 1 when memory ran out.
-#define RAGGED_MOE(name, type)                                                                                       \
-  extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,    \
+// [num_tokens, top_k], offsets [num_experts + 1], none above `rows`. Returns 1 when memory ran out.
+#define RAGGED_MOE(name, type)                                                                                        \
+  extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
                                    const float* topk_weights, const int32_t* topk_ids, void* out, int64_t num_tokens, \
-                                   int64_t hidden_size, int64_t num_experts, int64_t top_k) {                       \
-    return run<type>(x, gate_up, down, offsets, topk_weights, topk_ids, out, num_tokens, hidden_size, num_experts,  \
-                     top_k);                                                                                        \
+                                   int64_t hidden_size, int64_t rows, int64_t num_experts, int64_t top_k) {           \
+    return run<type>(x, gate_up, down, offsets, topk_weights, topk_ids, out, num_tokens, hidden_size, rows,           \
+                     num_experts, top_k);                                                                             \
   }
 RAGGED_MOE(float32, float)
 RAGGED_MOE(bfloat16, BFloat16)
