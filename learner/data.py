@@ -16,7 +16,7 @@ document however large it is: its text, that is, and the tokens of LONGEST_PIECE
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -230,3 +230,10 @@ class BlockSampler:
             self._order = torch.cat([self._order, torch.randperm(len(self.blocks), generator=self._generator)])
         batch, self._order = self._order[:batch_size], self._order[batch_size:]
         return self.blocks[batch]
+
+    def calibration(self, count: int, tell: Callable[[str], None]) -> torch.Tensor:
+        """Token ids [count, sequence_length] of different blocks; fewer, and a word to `tell`, if that is all."""
+        available, length = self.blocks.shape
+        if available < count:
+            tell(f"--data has {available} sequences of {length} tokens, fewer than --calibration-sequences {count}.")
+        return self.next_batch(min(count, available))

@@ -50,7 +50,7 @@ def learn(task: Task) -> Learned:
     if settings.sequence_length < 2:
         raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
-    tokens = task.blocks.next_batch(min(settings.calibration_sequences, len(task.blocks.blocks)))
+    tokens = task.blocks.calibration(settings.calibration_sequences, task.accelerator.print)
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
     state = task.journal.restore() or _start(0, uniform(task, sublayers))
     task.journal.save(state)  # candidates outlive an interruption only beside a state

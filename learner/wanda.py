@@ -34,7 +34,7 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
     Layers see the text as the dense model does: what is chosen in one layer does not change the next.
     """
     units, accelerator, layers = task.units, task.accelerator, task.model.model.layers
-    sequences = task.blocks.next_batch(min(task.settings.calibration_sequences, len(task.blocks.blocks)))
+    sequences = task.blocks.calibration(task.settings.calibration_sequences, accelerator.print)
     own = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     with _squared_norms(layers, units.layers) as squares:
         for sequence in tqdm(own, desc="wanda", unit="sequence", disable=not accelerator.is_main_process):

@@ -49,6 +49,15 @@ def test_blocks_are_dealt_once_before_any_comes_again():
         BlockSampler(torch.arange(105), sequence_length=200, seed=0)
 
 
+def test_calibration_takes_each_block_once_and_says_when_there_are_too_few():
+    said = []
+    blocks = BlockSampler(torch.arange(105), sequence_length=10, seed=0).calibration(12, said.append)
+    assert sorted(blocks[:, 0].tolist()) == list(range(0, 100, 10))
+    assert said == ["--data has 10 sequences of 10 tokens, fewer than --calibration-sequences 12."]
+    assert BlockSampler(torch.arange(105), sequence_length=10, seed=0).calibration(3, said.append).shape == (3, 10)
+    assert len(said) == 1
+
+
 def test_a_unit_is_a_query_head():
     units = Units.of(geometry_of(tiny_model("qwen3", 6, 3, 40)))
     assert units.widths == {"head": 6, "channel": 40}
