@@ -86,7 +86,8 @@ def test_too_little_disk_is_noticed_before_writing(ckpt, tmp_path, capsys, monke
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(ckpt, tmp_path, signum):
     slow = (
-        "import sys, time, converter.writer as w; add = w.ShardWriter.add\n"
+        "import signal, sys, time, converter.writer as w; add = w.ShardWriter.add\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what runs in the background
         "def slow(self, name, tensor): print('writing', flush=True); time.sleep(0.2); add(self, name, tensor)\n"
         "w.ShardWriter.add = slow\n"
         "from converter.cli import main; sys.exit(main(sys.argv[1:]))"
