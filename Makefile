@@ -20,6 +20,7 @@ setup: $(VENV)/.installed
 # The rest is a full pin without torchvision, torchaudio and torchcodec, which vLLM's text models do not need and whose
 # builds break a CPU torch: hence --no-deps.
 $(VENV)/.installed: requirements/cpu.txt requirements/vllm-name/pyproject.toml pyproject.toml
+	@command -v $${CXX:-g++} > /dev/null || echo "There is no C++ compiler, which vLLM's CPU build needs; install g++" >&2
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --no-deps -r requirements/cpu.txt

@@ -1,7 +1,6 @@
 """Settings that every test needs before vllm or torch is imported."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_MODULES_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "modules"))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-
-@pytest.fixture
-def compiler():
-    """For tests of what gets compiled: the others pass without a C++ compiler, too."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("needs a C++ compiler")
 
 
 @pytest.fixture

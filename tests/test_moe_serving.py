@@ -63,7 +63,7 @@ def test_masks_on_both_projections(tmp_path):
     assert_serves_the_masked_model(directory, model, masks, "gate_and_up")
 
 
-def test_compiled(compiler, tmp_path):
+def test_compiled(tmp_path):
     model, masks = model_and_masks("qwen2_moe", ONE_EMPTY, True)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)

@@ -22,7 +22,7 @@ def test_served_model_is_the_masked_model(tmp_path, geometry):
 
 
 @pytest.mark.parametrize("name", ["llama ragged", "qwen3 uneven groups", "llama biases survive the first layer"])
-def test_compiled(compiler, tmp_path, name):
+def test_compiled(tmp_path, name):
     model, masks = GEOMETRIES[name].model_and_masks()
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)
