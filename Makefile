@@ -48,7 +48,7 @@ lint: setup
 
 lm-eval: setup
 	$(PIP) install --quiet --no-deps -r requirements/lm-eval.txt
-	$(BIN)/python -m pytest -q tests/test_lm_eval.py
+	$(BIN)/python -m pytest -q tests/serving/test_lm_eval.py
 
 clean:
 	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache

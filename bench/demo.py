@@ -22,10 +22,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from learner.evaluate import EVAL_BLOCK_SIZE
-from pruned_vllm.command import check_output, fraction, positive_int, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
+from learner.model.perplexity import EVAL_BLOCK_SIZE
+from pruned_vllm.common.command import check_output, fraction, positive_int, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json, write_json
 
 MARKER = ".pruned-vllm-demo"  # a directory that has it may be replaced
 SERVED_NAME = "pico-llama-pruned"
@@ -172,7 +172,7 @@ def served_perplexity(client, tokenizer_directory: Path, text: Path, name: str =
     """Perplexity by the server's prompt log-probabilities, over the blocks that `learn-masks --eval-data` scores."""
     from transformers import AutoTokenizer
 
-    from learner.data import tokenize_files
+    from learner.data.reading import tokenize_files
 
     ids = tokenize_files(AutoTokenizer.from_pretrained(tokenizer_directory), [text]).tolist()
     blocks = [

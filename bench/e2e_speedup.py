@@ -5,8 +5,8 @@
 
 Both engines live at the same time, each in processes of its own, and take turns; the speedup is the median of the
 ratios of neighbouring runs, so a slow phase of the machine hits both sides. Prints a table and writes
-e2e_speedup.json and e2e_speedup.png to --output-dir. What the times hold is said in bench/engines.py, what the ideal
-counts in bench/ideal.py.
+e2e_speedup.json and e2e_speedup.png to --output-dir. What the times hold is said in bench/speed/engines.py,
+what the ideal counts in bench/speed/ideal.py.
 
 On CPU, vLLM gives the engine all cores but one, which its scheduler needs; VLLM_CPU_OMP_THREADS_BIND says otherwise.
 """
@@ -22,12 +22,12 @@ from pathlib import Path
 if not __package__:  # run as a script: search the repository root instead of bench/, as `python -m` does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.engines import engine_options, measure, running_engines, summarise
-from bench.ideal import Case, ideal_speedup
-from pruned_vllm.command import positive_int, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
-from pruned_vllm.geometry import ModelGeometry
+from bench.speed.engines import engine_options, measure, running_engines, summarise
+from bench.speed.ideal import Case, ideal_speedup
+from pruned_vllm.common.command import positive_int, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.geometry import ModelGeometry
 
 DEFAULT_CASES = ("decode:1:32:64", "decode:8:32:64", "prefill:1:512", "prefill:4:512")
 GIB = 2**30
@@ -212,7 +212,7 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bench.report import models_table, plot_speedups, results_table
+    from bench.speed.report import models_table, plot_speedups, results_table
 
     results = compare(
         args.dense,

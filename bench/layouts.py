@@ -23,12 +23,12 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from bench.e2e_speedup import describe_hardware, describe_versions
-from bench.engines import engine_options, measure, running_engines
-from bench.ideal import Case, decode_step_bytes
+from bench.speed.engines import engine_options, measure, running_engines
+from bench.speed.ideal import Case, decode_step_bytes
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
-from pruned_vllm.command import positive_int, run_command
-from pruned_vllm.files import write_json
-from pruned_vllm.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.common.command import positive_int, run_command
+from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
 
 # config.json of Qwen/Qwen2.5-0.5B, less what does not change a shape or a speed.
 CONFIG = {

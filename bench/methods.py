@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pruned_vllm.command import atomic_directory, positive_int, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
+from pruned_vllm.common.command import atomic_directory, positive_int, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json, write_json
 
 RESULTS_FILE = "methods.json"
 MODELS = ("llama", "qwen3", "qwen3_moe")

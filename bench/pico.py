@@ -17,8 +17,8 @@ Notable facts:
 - Beside the model lie train.txt and heldout.txt (no paragraph is in both) and pico.json (sizes, perplexities).
 - The same seed on the same machine with the same number of threads gives the same weights.
 - head_dim is 32, the smallest that vLLM's CPU attention serves.
-- Routers are trained to use all experts (bench/router.py); `router_load` in pico.json is the share of the held-out
-  text that each expert gets.
+- Routers are trained to use all experts (bench/experts/router.py); `router_load` in pico.json is the share of the
+  held-out text that each expert gets.
 """
 
 import argparse
@@ -35,9 +35,9 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from pruned_vllm.command import atomic_directory, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import cache_directory, read_json, write_json
+from pruned_vllm.common.command import atomic_directory, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import cache_directory, read_json, write_json
 
 VOCAB_SIZE = 2048
 BLOCK_SIZE = 128  # tokens per training sequence
@@ -164,7 +164,7 @@ def unigram_perplexity(train_ids, heldout_ids) -> float:
     """What token frequencies alone reach (add-one smoothing), on the tokens that `perplexity` scores."""
     import torch
 
-    from learner.evaluate import EVAL_BLOCK_SIZE
+    from learner.model.perplexity import EVAL_BLOCK_SIZE
 
     counts = torch.bincount(train_ids, minlength=VOCAB_SIZE).double() + 1
     scored = heldout_ids[: len(heldout_ids) // EVAL_BLOCK_SIZE * EVAL_BLOCK_SIZE].view(-1, EVAL_BLOCK_SIZE)[:, 1:]
@@ -198,9 +198,9 @@ def _train(name: str, directory: Path) -> None:
     import transformers
     from tqdm import trange
 
-    from bench.router import balancing_loss, expert_load
-    from learner.data import BlockSampler, tokenize_files
-    from learner.evaluate import perplexity
+    from bench.experts.router import balancing_loss, expert_load
+    from learner.data.reading import BlockSampler, tokenize_files
+    from learner.model.perplexity import perplexity
 
     config_class, model_class, differences = RECIPES[name]
     texts = dict(zip(("train", "heldout"), corpus(), strict=True))
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def show() -> None:
-        from bench.router import describe_load
+        from bench.experts.router import describe_load
 
         for name in args.names or RECIPES:
             directory = pico_model(name)

@@ -24,9 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pruned_vllm.command import atomic_directory, run_command
-from pruned_vllm.files import read_json, write_json
-from pruned_vllm.masked_checkpoint import EXPERT_MASK, MASKS_FILE
+from pruned_vllm.common.command import atomic_directory, run_command
+from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.masked import EXPERT_MASK, MASKS_FILE
 
 SPARSITIES = (0.2, 0.4, 0.6)
 BUDGETS = ("global", "expert")
@@ -93,8 +93,8 @@ def learn_one(model: Path, checkpoint: Path, sparsity: float, budget: str, seed:
     """One run of DDP, its masks written to `checkpoint`: settings, perplexity and what is left of each expert."""
     from safetensors.torch import load_file
 
+    from learner.job import DDPSettings, Job
     from learner.learn import learn
-    from learner.settings import DDPSettings, Job
 
     job = Job(
         model=str(model),
@@ -118,7 +118,7 @@ def learn_one(model: Path, checkpoint: Path, sparsity: float, budget: str, seed:
 
 
 def show(results: dict) -> None:
-    from bench.router import describe_load
+    from bench.experts.router import describe_load
 
     model, columns = (
         results["model"],

@@ -6,8 +6,8 @@
     TRITON_INTERPRET=1 python -m bench.ragged_moe --device cpu --scale 0.04 --tokens 1 8 --repeats 1  # outputs only
 
 Prints a line for each layer and number of tokens and writes ragged_moe.json to --output-dir after each layer. What is
-compared is said in bench/moe_contestants.py, where drawn widths come from in bench/widths.py. Outputs are compared
-before anything is timed.
+compared is said in bench/experts/contestants.py, where drawn widths come from in bench/speed/widths.py. Outputs are
+compared before anything is timed.
 
 Notable:
 - A repeat draws a routing, each token to different experts and each expert as likely as any other, and times every
@@ -29,10 +29,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.moe_layers import SHAPES, Layer, converted_layers, drawn_layers
-from pruned_vllm.command import positive_float, positive_int, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import write_json
+from bench.experts.layers import SHAPES, Layer, converted_layers, drawn_layers
+from pruned_vllm.common.command import positive_float, positive_int, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import write_json
 
 DEFAULT_TOKENS = {"cpu": (1, 8, 64, 512, 4096), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
 DEFAULT_SCALE = {"cpu": 0.5, "cuda": 1.0}
@@ -42,8 +42,8 @@ def measure(layers: Sequence[Layer], tokens: Sequence[int], repeats: int, device
     """The record of each layer; prints its cases as they come. Raises InputError."""
     import torch
 
-    from bench.moe_contestants import DTYPE, RandomExperts, contestants
-    from bench.moe_timing import time_case
+    from bench.experts.contestants import DTYPE, RandomExperts, contestants
+    from bench.experts.timing import time_case
 
     torch.manual_seed(0)
     for layer in layers:

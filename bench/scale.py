@@ -11,8 +11,8 @@ depth keeps, so a learned ragged pattern can be timed where weights, not overhea
 With experts, a layer's source is at the same relative depth among the layers that have experts, or have none, as it
 does. Its experts' shares are the quantiles of the source's, linear between them where the large layer has more
 experts: repeating widths would make classes of equal experts that no learned model has. Their order is drawn anew in
-each layer. `beta:KEEP` spreads the shares like the beta distribution of that mean (bench/widths.py), in every layer
-alike, and removes no heads. The defaults make about half a billion parameters with and without experts.
+each layer. `beta:KEEP` spreads the shares like the beta distribution of that mean (bench/speed/widths.py), in every
+layer alike, and removes no heads. The defaults make about half a billion parameters with and without experts.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.widths import beta_shares, quantiles, widths_of
-from pruned_vllm.command import positive_int, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
-from pruned_vllm.geometry import LayerGeometry, ModelGeometry
+from bench.speed.widths import beta_shares, quantiles, widths_of
+from pruned_vllm.common.command import positive_int, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
 
 # Keys of the small model that say nothing about the large one, or would contradict it.
 DROPPED_KEYS = (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -9,9 +9,9 @@ import argparse
 import re
 from pathlib import Path
 
-from pruned_vllm.command import check_output, positive_int, run_command
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json
+from pruned_vllm.common.command import check_output, positive_int, run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plot(directory: Path) -> None:
-    from pruned_vllm.geometry import ModelGeometry
+    from pruned_vllm.formats.geometry import ModelGeometry
     from pruned_vllm.pattern import pattern_of_geometry, write_report
 
     geometry = ModelGeometry.from_config(read_json(directory / "config.json"))
@@ -103,7 +103,7 @@ def _convert(args: argparse.Namespace) -> None:
     # Imported late: --help and wrong arguments should not wait for torch.
     from converter.convert import convert, is_converted
     from converter.plan import make_plan
-    from converter.report import print_plan
+    from converter.table import print_plan
     from pruned_vllm.pattern import pattern_of_geometry, require_matplotlib, write_report
 
     if not args.dry_run:

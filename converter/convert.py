@@ -6,11 +6,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from converter.plan import Plan
-from converter.report import model_card
+from converter.table import model_card
 from converter.writer import ShardWriter
-from pruned_vllm.command import atomic_directory
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.common.command import atomic_directory
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
 
 
 def is_converted(directory: Path) -> bool:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from converter.masks import LayerMasks
-from pruned_vllm.families import Family
-from pruned_vllm.geometry import LayerGeometry
-from pruned_vllm.tensors import PAD, head_rows, take_or_zero
+from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
+from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.geometry import LayerGeometry
 
 
 @dataclass(frozen=True)

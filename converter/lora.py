@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from converter.checkpoint import ELEMENT_BYTES, Checkpoint, open_shard
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json
-from pruned_vllm.geometry import ModelGeometry
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.geometry import ModelGeometry
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from converter.checkpoint import ELEMENT_BYTES, is_inside, open_shard
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json
-from pruned_vllm.geometry import ModelGeometry
-from pruned_vllm.masked_checkpoint import (
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.masked import (
     CHANNEL_MASK,
     CHANNEL_MASK_SITES,
     EXPERT_MASK,

@@ -14,11 +14,11 @@ from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
 from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
-from pruned_vllm.errors import InputError
-from pruned_vllm.families import IGNORED_SUFFIXES
-from pruned_vllm.files import COMPANIONS
-from pruned_vllm.geometry import LayerGeometry, ModelGeometry
-from pruned_vllm.masked_checkpoint import FORMAT_VERSION, PRUNING_FILE
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import COMPANIONS
+from pruned_vllm.formats.families import IGNORED_SUFFIXES
+from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE
 
 # How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
 FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.weight)?$")

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 
 from converter.cover import cheapest_cover
-from pruned_vllm.errors import InputError
-from pruned_vllm.geometry import LayerGeometry
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.geometry import LayerGeometry
 
 
 def auto_alignment() -> int:

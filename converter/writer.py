@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from converter.checkpoint import INDEX_FILE
-from pruned_vllm.files import write_json
+from pruned_vllm.common.files import write_json
 
 
 class ShardWriter:

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from learner.settings import METHODS, QUERY_HEADS, Job
-from pruned_vllm.command import (
+from learner.job import METHODS, QUERY_HEADS, Job
+from pruned_vllm.common.command import (
     fraction,
     non_negative_float,
     non_negative_int,
@@ -20,7 +20,7 @@ from pruned_vllm.command import (
     run_command,
     seed,
 )
-from pruned_vllm.errors import InputError
+from pruned_vllm.common.errors import InputError
 
 TYPES = {(int, False): positive_int, (int, True): non_negative_int}
 TYPES |= {(float, False): positive_float, (float, True): non_negative_float}
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = False) -> None:
-    """--data and what else says where text comes from; see learner/data.py."""
+    """--data and what else says where text comes from; see learner/data/reading.py."""
     parser.add_argument(
         "--data",
         nargs="+",

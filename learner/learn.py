@@ -9,22 +9,22 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
-from learner.disk import writing
-from learner.evaluate import perplexity
-from learner.journal import LOG_FILE, STATE_FILE, Journal
-from learner.loading import load_dense, on_device
-from learner.masking import apply_masks
-from learner.method import Learned, Task
-from learner.processes import together
-from learner.settings import METHODS, Job
-from learner.text import evaluation_tokens, training_blocks
-from learner.unfinished import unfinished_run
-from learner.units import sparsity
-from pruned_vllm.command import atomic_directory, check_output
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import read_json, write_json
-from pruned_vllm.geometry import ModelGeometry
-from pruned_vllm.masked_checkpoint import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from learner.data.text import evaluation_tokens, training_blocks
+from learner.job import METHODS, Job
+from learner.methods.method import Learned, Task
+from learner.model.dense import load_dense, on_device
+from learner.model.masking import apply_masks
+from learner.model.perplexity import perplexity
+from learner.model.units import sparsity
+from learner.run.disk import writing
+from learner.run.journal import LOG_FILE, STATE_FILE, Journal
+from learner.run.processes import together
+from learner.run.resume import unfinished_run
+from pruned_vllm.common.command import atomic_directory, check_output
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.masked import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
 RESULTS_FILE = "learning.json"

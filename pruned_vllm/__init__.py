@@ -12,12 +12,12 @@ def register() -> None:
     # Not `from vllm import ModelRegistry`: that lazy attribute fails in vLLM's model-inspection subprocess.
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from pruned_vllm import deepseek_config
-    from pruned_vllm.families import FAMILIES
-    from pruned_vllm.models.config import PrunedConfig
+    from pruned_vllm.formats.families import FAMILIES
+    from pruned_vllm.serving import deepseek_config
+    from pruned_vllm.serving.config import PrunedConfig
 
     deepseek_config.register()
     for family in FAMILIES.values():
         architecture = family.pruned_architecture
-        ModelRegistry.register_model(architecture, f"pruned_vllm.models.{family.model_type}:{architecture}")
+        ModelRegistry.register_model(architecture, f"pruned_vllm.serving.models:{architecture}")
         MODELS_CONFIG_MAP[architecture] = PrunedConfig

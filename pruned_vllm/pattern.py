@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pruned_vllm.command import atomic_directory
-from pruned_vllm.errors import InputError
-from pruned_vllm.files import write_json
-from pruned_vllm.geometry import LayerGeometry, ModelGeometry
-from pruned_vllm.masked_checkpoint import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
+from pruned_vllm.common.command import atomic_directory
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 
 REPORT_DIRECTORY = "report"  # in a checkpoint; vLLM and Transformers look for nothing there
 PATTERN_FILE = "pattern.json"

@@ -15,6 +15,21 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.fixture
 def ckpt(tmp_path):
-    from masked import ragged_checkpoint
+    from helpers.masked import ragged_checkpoint
 
     return ragged_checkpoint(tmp_path / "ckpt")
+
+
+@pytest.fixture
+def word_model(tmp_path):
+    """A saved tiny model with a tokenizer that knows digits."""
+    from helpers.tiny import tiny_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(256)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_model("qwen3", 6, 3, 40).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(str(i * i % 256) for i in range(3000)))
+    return tmp_path

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-from pruned_vllm.files import cache_directory
+from pruned_vllm.common.files import cache_directory
 from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
 
 logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration

@@ -1,0 +1,151 @@
+"""Two vLLM engines that live side by side and run the same cases in turns.
+
+Each engine is a `vllm.LLM` with its engine core in processes of its own, and only one of them works at a time. Times
+are taken by the engine core: RequestOutput.metrics carries its monotonic clock at the moment a batch was scheduled
+and at its first and last token. So a decode time holds decode steps and nothing else; subtracting a run of one token
+from a long run would add the noise of two prefills and of the processes between caller and engine.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from statistics import median, quantiles
+
+from tqdm import tqdm
+
+from bench.speed.ideal import Case
+from pruned_vllm.formats.geometry import ModelGeometry
+
+# A vLLM worker spins on its core for one second after its last message; the other engine must not be timed meanwhile.
+SETTLE_SECONDS = 1.2
+SHUTDOWN_SECONDS = 30  # an engine on CPU takes about six; after five vLLM kills it by default
+KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; smaller on GPUs
+
+
+@contextmanager
+def running_engines(
+    models: Sequence[str], engine_options: dict, start_seconds: list[float] | None = None
+) -> Iterator[list]:
+    """Starts one `vllm.LLM` per model directory and shuts all of them down at the end, also after Ctrl-C.
+
+    `start_seconds` gets how long each took to start.
+    """
+    # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit)
+    # vLLM warns with a traceback that there is no tokenizer; nothing here needs one.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM  # here, so that --help and bad input need not wait for it
+
+    with ExitStack() as stack:
+        engines = []
+        for model in tqdm(models, desc="starting engines", unit="engine"):
+            started = time.monotonic()
+            engine = LLM(model=model, **engine_options)
+            if start_seconds is not None:
+                start_seconds.append(time.monotonic() - started)
+            stack.callback(engine.llm_engine.engine_core.shutdown, timeout=SHUTDOWN_SECONDS)
+            engines.append(engine)
+        yield engines
+
+
+def _exit(signal_number: int, frame) -> None:
+    print("\nstopping the engines", file=sys.stderr)
+    sys.exit(128 + signal_number)
+
+
+def engine_options(
+    dense: ModelGeometry, cases: Sequence[Case], *, load_format: str, dtype: str, max_model_len: int, compile: bool
+) -> dict:
+    """Arguments of `vllm.LLM` for both engines: room for the largest case, a prefill of any case in one step."""
+    largest_batch = max(case.batch_size for case in cases)
+    # Whole blocks and a spare sequence; four bytes per element hold any dtype.
+    kv_cache_tokens = (largest_batch + 1) * (max_model_len + 2 * KV_BLOCK_TOKENS)
+    return {
+        "load_format": load_format,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "enforce_eager": not compile,
+        "max_num_seqs": largest_batch,
+        "max_num_batched_tokens": max(max_model_len, *(case.batch_size * case.input_len for case in cases)),
+        "kv_cache_memory_bytes": kv_cache_tokens * dense.kv_cache_bytes_per_token(4),
+        "gpu_memory_utilization": 0.45,  # two engines share the device; a CPU engine goes by the line above
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,  # without statistics RequestOutput.metrics is None
+        "seed": 0,
+    }
+
+
+def random_prompts(case: Case, vocab_size: int, seed: int = 0) -> list[dict]:
+    """Prompts of random token ids, the same for every engine and repeat."""
+    ids = random.Random(seed)
+    return [
+        {"prompt_token_ids": [ids.randrange(vocab_size) for _ in range(case.input_len)]} for _ in range(case.batch_size)
+    ]
+
+
+def time_case(engine, case: Case, prompts: list[dict]) -> float:
+    """Seconds of the timed part of one run of `case`."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=case.output_len, ignore_eos=True, detokenize=False)
+    time.sleep(SETTLE_SECONDS)
+    # Paused while the batch arrives: an engine that runs starts with the first sequence alone.
+    engine.sleep(level=0)
+    engine.enqueue(prompts, params, use_tqdm=False)
+    engine.wake_up(tags=["scheduling"])
+    metrics = [output.metrics for output in engine.wait_for_completion(use_tqdm=False)]
+    if case.kind == "prefill":
+        return max(m.first_token_ts for m in metrics) - min(m.scheduled_ts for m in metrics)
+    return max(m.last_token_ts for m in metrics) - min(m.first_token_ts for m in metrics)
+
+
+def measure(engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: int) -> dict[Case, list[list[float]]]:
+    """Seconds by case, engine and repeat. Repeats interleave the engines and turn their order round every time, so
+    that a drift of the machine falls on both."""
+    samples = {case: [[] for _ in engines] for case in cases}
+    prompts = {case: random_prompts(case, vocab_size) for case in cases}
+    with tqdm(total=len(cases) * len(engines) * (repeats + 1), unit="run") as progress:
+        for repeat in range(-1, repeats):  # -1 warms up
+            order = list(enumerate(engines))[:: -1 if repeat % 2 else 1]
+            for case in cases:
+                progress.set_description(f"{case.name} " + ("warm-up" if repeat < 0 else f"repeat {repeat + 1}"))
+                for index, engine in order:
+                    seconds = time_case(engine, case, prompts[case])
+                    if repeat >= 0:
+                        samples[case][index].append(seconds)
+                    progress.update()
+    return samples
+
+
+def summarise(case: Case, dense_seconds: list[float], pruned_seconds: list[float], ideal: float) -> dict:
+    """The record of one case for e2e_speedup.json. Speedups are taken pair by pair."""
+    ratios = [dense / pruned for dense, pruned in zip(dense_seconds, pruned_seconds, strict=True)]
+    q1, speedup, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+    def engine_record(seconds: list[float]) -> dict:
+        return {
+            "median_latency_s": median(seconds),
+            "throughput_tokens_per_s": case.num_timed_tokens / median(seconds),
+            "samples_s": seconds,
+        }
+
+    return {
+        "name": case.name,
+        "kind": case.kind,
+        "batch_size": case.batch_size,
+        "input_len": case.input_len,
+        "output_len": case.output_len,
+        "dense": engine_record(dense_seconds),
+        "pruned": engine_record(pruned_seconds),
+        "speedup": speedup,
+        "speedup_q1": q1,
+        "speedup_q3": q3,
+        "ideal_speedup": ideal,
+        "of_ideal": speedup / ideal,
+    }

@@ -1,0 +1,172 @@
+"""What people read of a conversion: the table on the terminal, and the model card."""
+
+from collections.abc import Callable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from converter.checkpoint import ELEMENT_BYTES
+from converter.plan import Plan
+from pruned_vllm.formats.geometry import LayerGeometry
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints the sizes of every layer and the totals."""
+    title = f"{plan.dense.family.architecture} pruned by {plan.info.method}"
+    # So plain that even a 70B model's numbers fit into 80 columns.
+    table = Table(
+        title=title,
+        caption="sizes: kept + padding" if _is_padded(plan) else None,
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    header, rows = _layer_table(plan)
+    for column in header:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print("\n".join(totals(plan)), highlight=False, soft_wrap=True)
+
+
+def _is_padded(plan: Plan) -> bool:
+    return plan.pruned.num_parameters != plan.exact.num_parameters
+
+
+def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of layers; what padding costs only where there is any."""
+    padded, experts = _is_padded(plan), plan.dense.experts
+    sizes: dict[str, Callable[[LayerGeometry], int]] = {
+        "query heads": lambda layer: layer.num_attention_heads,
+        "KV heads": lambda layer: layer.num_key_value_heads,
+        "FFN channels": lambda layer: layer.intermediate_size,
+        "experts": lambda layer: sum(layer.expert_intermediate_sizes),
+    }
+    dense = {name: max(map(size, plan.dense.layers)) for name, size in sizes.items()}
+    sizes = {name: size for name, size in sizes.items() if dense[name]}
+    header = ["layer", *(f"{name} of {dense[name]:,}" for name in sizes)]
+    header += [f"each of {experts.intermediate_size:,}", "from", "to"] if experts else []
+    header += ["MB exact", "MB padded", "lost"] if padded else ["MB", "of dense"]
+    rows = []
+    for index, (exact, layer) in enumerate(zip(plan.exact.layers, plan.pruned.layers, strict=True)):
+        row = [str(index)]
+        for size in sizes.values():
+            kept, written = size(exact), size(layer)
+            padding = f"+{written - kept:,}" if written > kept else ""
+            row.append(f"{kept:,}{padding}" if kept else "-")
+        if experts:
+            row += _spread(exact.expert_intermediate_sizes)
+        dense_bytes, exact_bytes, written_bytes = (
+            plan.checkpoint.bytes_of(geometry.layer_tensor_shapes(index))
+            for geometry in (plan.dense, plan.exact, plan.pruned)
+        )
+        row.append(_megabytes(exact_bytes))
+        if padded:
+            row += [_megabytes(written_bytes), _lost(exact_bytes, written_bytes)]
+        else:
+            row.append(f"{exact_bytes / dense_bytes:.1%}")
+        rows.append(row)
+    return header, rows
+
+
+def _spread(widths: Sequence[int]) -> list[str]:
+    """Mean, least and most of the widths of a layer's experts."""
+    return [f"{sum(widths) / len(widths):,.0f}", f"{min(widths):,}", f"{max(widths):,}"] if widths else ["-"] * 3
+
+
+def _megabytes(size: int) -> str:
+    """Three digits at least: layers of tiny models count too."""
+    return f"{size / 1e6:,.1f}" if size >= 1e7 else f"{size / 1e6:.3g}"
+
+
+def _lost(exact: int, padded: int) -> str:
+    """What padding adds. Nothing is never padded, so `exact` is not 0 where this is more than 0."""
+    return f"{padded / exact - 1:.1%}" if padded > exact else "-"
+
+
+def totals(plan: Plan) -> list[str]:
+    """Sentences with the sizes before and after."""
+    before, after = plan.dense, plan.pruned
+    layers_before, layers_after = before.num_layer_parameters, after.num_layer_parameters
+    kv_before, kv_after = before.num_key_value_heads, after.num_key_value_heads
+    config = plan.config()
+    lines = [
+        f"Parameters: {before.num_parameters:,} before, {after.num_parameters:,} after "
+        f"({1 - after.num_parameters / before.num_parameters:.1%} removed; "
+        f"{1 - layers_after / layers_before:.1%} of the layers, embeddings stay).",
+        f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
+        f"KV heads: {kv_before:,} before, {kv_after:,} after; "
+        f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
+        *_expert_totals(plan),
+        *_shape_totals(plan),
+        f"Architecture: {config['architectures'][0]}"
+        + (" (served by the pruned-vllm plugin)." if "per_layer_config" in config else " (stock; needs no plugin)."),
+    ]
+    if plan.adapter is not None:
+        ranks, count = plan.adapter.ranks, len(plan.adapter.pairs)
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        lines.append(f"LoRA adapter: {rank}, merged into {count:,} weights before the masks were folded in.")
+    return lines
+
+
+def _expert_totals(plan: Plan) -> list[str]:
+    """What the masks leave of the routed experts."""
+    if plan.dense.experts is None:
+        return []
+    widths = [width for layer in plan.exact.layers for width in layer.expert_intermediate_sizes]
+    channels = plan.dense.experts.intermediate_size * len(widths)
+    return [
+        f"Experts: {len(widths):,} with {channels:,} channels before, {sum(widths):,} after "
+        f"({1 - sum(widths) / channels:.1%} removed); {widths.count(0):,} experts lost all."
+    ]
+
+
+def _shape_totals(plan: Plan) -> list[str]:
+    """How many different layers there are, and what it cost to have no more."""
+    exact_shapes, shapes = len(set(plan.exact.layers)), len(set(plan.pruned.layers))
+    if not _is_padded(plan):
+        return [f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers."]
+    exact_bytes, written_bytes = plan.bytes_of(plan.exact), plan.bytes_of(plan.pruned)
+    element_bytes = ELEMENT_BYTES[plan.checkpoint.dtypes["model.layers.0.self_attn.k_proj.weight"]]
+    exact_cache, cache = (geometry.kv_cache_bytes_per_token(element_bytes) for geometry in (plan.exact, plan.pruned))
+    padding = f"Padding: {_megabytes(written_bytes - exact_bytes)} MB of zeros in the weights "
+    padding += f"({_lost(exact_bytes, written_bytes)} on top of {_megabytes(exact_bytes)} MB)"
+    if cache > exact_cache:
+        padding += f", {cache - exact_cache:,} bytes of KV cache per token on top of {exact_cache:,}"
+    return [
+        f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers ({exact_shapes} without padding).",
+        f"{padding}; the output is the same.",
+    ]
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of the converted checkpoint."""
+    config = plan.config()
+    header = ["---", "library_name: vllm", "tags:", "- pruned", f"- {plan.info.method}"]
+    if plan.source:
+        header.append(f"base_model: {plan.source}")
+    plugin = "" if "per_layer_config" not in config else "    pip install pruned-vllm\n"
+    columns, rows = _layer_table(plan)
+    return "\n".join(
+        [
+            *header,
+            "---",
+            "# Structurally pruned model",
+            "",
+            f"Masks learned by `{plan.info.method}` on `{plan.source or plan.dense.family.architecture}`, "
+            "folded into the weights by pruned-vllm.",
+            "",
+            *(f"- {line}" for line in totals(plan)),
+            "",
+            "Serve it:",
+            "",
+            f"{plugin}    vllm serve <this directory>",
+            "",
+            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+            "",
+            *(["Sizes are kept + padding; the padding is zeros.", ""] if _is_padded(plan) else []),
+        ]
+    )

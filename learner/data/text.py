@@ -1,0 +1,75 @@
+"""The text of a run as token ids, and whether the model can read it."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from learner.data.reading import BlockSampler, read_tokens
+from learner.model.perplexity import EVAL_BLOCK_SIZE
+from pruned_vllm.common.errors import InputError
+
+MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
+
+
+def training_blocks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Any,
+    sequence_length: int,
+    consumed: int,
+    show_progress: bool = True,
+) -> BlockSampler:
+    """What `job` learns from: blocks from all over its --data, where there is more of it than is consumed.
+
+    Args:
+        job: has model, data, text_column, split and seed.
+        consumed: tokens that the run takes.
+
+    Raises:
+        InputError: the text cannot be read or is too short, or the model cannot read it.
+    """
+    blocks = BlockSampler(_read(model, tokenizer, job.data, job, consumed, show_progress), sequence_length, job.seed)
+    positions = getattr(model.config, "max_position_embeddings", None) or sequence_length
+    if sequence_length > positions:  # most models would go on, with outputs that mean nothing
+        raise InputError(
+            f"--sequence-length {sequence_length} is more than the {positions} positions that {job.model} was made for "
+            f"(max_position_embeddings in its config.json); use --sequence-length {positions} or less"
+        )
+    return blocks
+
+
+def evaluation_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Any, show_progress: bool = True
+) -> torch.Tensor:
+    """Token ids [N] of the --eval-data of `job`, see `training_blocks`; InputError if nothing could be scored."""
+    ids = _read(model, tokenizer, job.eval_data, job, 0, show_progress)
+    if len(ids) < EVAL_BLOCK_SIZE:
+        raise InputError(f"--eval-data has {len(ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
+    return ids
+
+
+def _read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    job: Any,
+    consumed: int,
+    show_progress: bool,
+) -> torch.Tensor:
+    ids = read_tokens(
+        tokenizer,
+        sources,
+        limit=max(consumed, MAX_TOKENS),
+        column=job.text_column,
+        split=job.split,
+        seed=job.seed,
+        show_progress=show_progress,
+    )
+    largest, known = ids.max().item(), model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise InputError(
+            f"the tokenizer of {job.model} makes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) of the "
+            f"text, but the model has embeddings for 0 to {known - 1}; give it the tokenizer that it was trained with"
+        )
+    return ids

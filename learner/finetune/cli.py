@@ -1,0 +1,85 @@
+"""finetune-pruned: trains a converted model further, to win back what pruning lost.
+
+convert-pruned ckpt/ out/
+finetune-pruned out/ recovered/ --data text/*.txt --teacher meta-llama/Llama-2-7b-hf
+vllm serve recovered/
+"""
+
+import argparse
+from pathlib import Path
+
+from learner.cli import add_text_arguments
+from pruned_vllm.common.command import non_negative_int, positive_float, positive_int, run_command, seed
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="finetune-pruned",
+        description="Trains a converted model further on text, by LoRA (merged in the end) or all of its weights, and "
+        "writes a converted model with the same sizes. Routers of experts stay as they are.",
+        epilog="example: finetune-pruned out/ recovered/ --data text/*.txt --teacher meta-llama/Llama-2-7b-hf",
+    )
+    add = parser.add_argument
+    add("model", metavar="OUT", help="directory that convert-pruned wrote")
+    add("out", metavar="RECOVERED", type=Path, help="directory to write; must not exist (see --overwrite)")
+    add_text_arguments(parser, needs_data=True)
+    add("--teacher", metavar="MODEL", help="dense model to be distilled from, directory or Hugging Face id")
+    add(
+        "--kd-weight", type=positive_float, default=2.0, metavar="N", help="weight of the distillation loss; default: 2"
+    )
+    add("--lora-rank", type=non_negative_int, default=16, metavar="N", help="0 trains all weights; default: 16")
+    add("--steps", type=positive_int, default=300, metavar="N", help="optimizer steps; default: 300")
+    add("--batch-size", type=positive_int, default=16, metavar="N", help="sequences in a step; default: 16")
+    add(
+        "--micro-batch-size",
+        type=positive_int,
+        metavar="N",
+        help="sequences in one forward pass; lower it to save memory; default: as --batch-size",
+    )
+    add("--sequence-length", type=positive_int, default=2048, metavar="N", help="tokens in a sequence; default: 2048")
+    add(
+        "--learning-rate",
+        type=positive_float,
+        metavar="N",
+        help="at its peak; default: 2e-4 for LoRA, 2e-5 for all weights",
+    )
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add(
+        "--device",
+        choices=("auto", "cpu"),
+        default="auto",
+        help="auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, if there is one (default)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the weights while training; auto (default): as stored for LoRA, float32 for all weights. They are "
+        "saved as they were stored",
+    )
+    add("--seed", type=seed, default=42, help="of data order and LoRA's initialization; default: 42")
+    add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace RECOVERED if this command wrote it, forget an interrupted run",
+    )
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: _finetune(vars(args)))
+
+
+def _finetune(arguments: dict) -> None:
+    from learner.finetune.finetune import FinetuneJob, finetune  # late: --help should not wait for torch
+
+    out, overwrite, resume = (arguments.pop(name) for name in ("out", "overwrite", "resume"))
+    arguments["micro_batch_size"] = arguments["micro_batch_size"] or arguments["batch_size"]
+    results = finetune(FinetuneJob(**arguments), out, overwrite=overwrite, resume=resume)
+    for name, value in results.items():
+        print(f"{name.replace('_', ' '):>20}: {value:.4g}")
+    print(f"Wrote {out}. Serve it: vllm serve {out}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

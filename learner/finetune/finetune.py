@@ -1,0 +1,250 @@
+"""Trains a converted model further, to win back what pruning lost, and saves it as a converted model again.
+
+    finetune(FinetuneJob(model="out/", data=["text.txt"]), Path("recovered/"))
+
+Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA. Notable facts:
+
+- LoRA sits on every projection: attention, MLPs, experts. It is merged in the end, so `recovered/` has the same tensors
+  as `out/` and is served without knowing of it. Rank 0 trains all weights. Routers, on whose choices the experts that
+  are left depend, stay as they are either way.
+- All weights are trained in float32, unless told otherwise: steps of fine-tuning are smaller than bfloat16 resolves.
+  Saved is the dtype of `out/`.
+- config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
+- Until it is complete, the Trainer's checkpoints lie in `recovered.unfinished/`. A resumed run ends with the weights of
+  an uninterrupted one.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from learner.data.text import evaluation_tokens, training_blocks
+from learner.finetune.model import cast, load, load_teacher, trainable
+from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from learner.run.disk import writing
+from learner.run.resume import unfinished, unfinished_run
+from learner.run.training import cross_entropy, divergence
+from pruned_vllm.common.command import atomic_directory, check_output
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.hf.loading import load_pruned
+
+SAVE_EVERY = 50  # steps
+LOG_EVERY = 10  # steps
+TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What to train on what.
+
+    Attributes:
+        model: directory of the converted model.
+        data, eval_data: what to learn from, and what to measure perplexity on before and after; see
+            learner/data/reading.py.
+        text_column, split: where data sets have their text.
+        teacher: dense model (directory or hub id) to be distilled from; None learns from the text alone.
+        kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
+        steps: optimizer steps.
+        batch_size, micro_batch_size: sequences in a step and in a forward pass.
+        sequence_length: tokens in a sequence.
+        learning_rate: at its peak; None is 2e-4 for LoRA and 2e-5 for all weights.
+        lora_rank: 0 trains all weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+        device: "auto" is the first GPU if there is one, else "cpu".
+        dtype: of the weights while training; "auto" is as stored for LoRA, float32 for all weights.
+        seed: of data order and LoRA's initialization.
+    """
+
+    model: str
+    data: list[str]
+    eval_data: list[str] = field(default_factory=list)
+    text_column: str = "text"
+    split: str = "train"
+    teacher: str | None = None
+    kd_weight: float = 2.0
+    steps: int = 300
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    sequence_length: int = 2048
+    learning_rate: float | None = None
+    lora_rank: int = 16
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 42
+
+
+def is_finetuned(directory: Path) -> bool:
+    """Whether `directory` holds a model that `finetune` wrote."""
+    return (directory / FINETUNING_FILE).is_file() and (directory / "config.json").is_file()
+
+
+def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
+    """Writes the trained model to the directory `out`; returns the results.
+
+    Results: training_seconds (of this process), loss (mean of the last steps), and with eval_data perplexity_before and
+    perplexity_after, the latter of the weights that are saved.
+
+    Args:
+        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        resume: go on with the interrupted run of the same job, if there is one.
+
+    Raises:
+        InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
+            an interrupted run of another job does.
+    """
+    check_output(out, overwrite, is_finetuned)
+    source = Path(job.model)
+    _check(job, source)
+    arguments = _training_arguments(job, unfinished(out))
+    model, tokenizer = load(source)
+    stored_dtype, results = model.dtype, {}
+    model.to(arguments.device)
+    if job.eval_data:
+        eval_ids = evaluation_tokens(model, tokenizer, job)
+        results["perplexity_before"] = perplexity(model, eval_ids)
+    consumed = job.steps * job.batch_size * job.sequence_length
+    blocks = training_blocks(model, tokenizer, job, job.sequence_length, consumed)
+    teacher = load_teacher(job.teacher, model, arguments.device) if job.teacher else None
+
+    with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:
+        checkpoint = _last_checkpoint(directory)
+        if checkpoint is not None and not job.lora_rank:
+            # The Trainer takes names in files for those in memory; Transformers renames or fuses experts in between.
+            model = load_pruned(checkpoint)
+        dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
+        if dtype != "auto":
+            cast(model, getattr(torch, dtype))
+        torch.manual_seed(job.seed)  # before LoRA is initialized
+        trainer = _Distillation(
+            model=trainable(model, job.lora_rank),
+            args=arguments,
+            train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
+            teacher=teacher,
+            kd_weight=job.kd_weight,
+        )
+        with writing():  # its checkpoints
+            results["training_seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        results["loss"] = log[-1]["loss"]
+
+        model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
+        cast(model.eval(), stored_dtype)
+        if job.eval_data:
+            results["perplexity_after"] = perplexity(model, eval_ids)
+        with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
+            _write(model, source, written, job, results)
+            write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
+    return results
+
+
+def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, results: dict[str, float]) -> None:
+    """The weights of `model`, and the rest of the model directory `source`."""
+    model.save_pretrained(directory)
+    copy_companions(source, directory)
+    shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
+    if (source / "README.md").is_file():
+        card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+class _Distillation(Trainer):
+    """CE, and with a teacher CE + kd_weight * KL(teacher || model), of token ids "input_ids"."""
+
+    loss_is_scaled_for_ga = False  # the loss is the mean over a micro batch
+
+    def __init__(self, *, teacher: nn.Module | None, kd_weight: float, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self._teacher, self._kd_weight = teacher, kd_weight
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        tokens = inputs["input_ids"]
+        logits = model(input_ids=tokens).logits
+        loss = cross_entropy(logits, tokens)
+        if self._teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self._teacher(input_ids=tokens).logits
+            loss = loss + self._kd_weight * divergence(teacher_logits, logits)
+        if not loss.isfinite():
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning-rate, use --dtype "
+                "bfloat16 or float32, or a --sequence-length of at least 2"
+            )
+        return loss
+
+
+def _check(job: FinetuneJob, source: Path) -> None:
+    """Refuses what can be refused before anything is loaded."""
+    config = read_json(source / "config.json")
+    geometry = ModelGeometry.from_config(config)
+    if "pruning" not in config:
+        raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")
+    if not hasattr(transformers, geometry.family.architecture):
+        raise InputError(
+            f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run, so {source} "
+            "cannot be trained; vLLM serves it"
+        )
+    if job.batch_size % job.micro_batch_size:
+        raise InputError(
+            f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {job.micro_batch_size}; choose one"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("finetune-pruned runs in one process; start it without accelerate launch or torchrun")
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    complete = [path.parent for path in directory.glob(f"checkpoint-*/{TRAINER_STATE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=1,  # the data set is as long as the run
+        per_device_train_batch_size=job.micro_batch_size,
+        gradient_accumulation_steps=job.batch_size // job.micro_batch_size,
+        train_sampling_strategy="sequential",  # BlockSampler has mixed it
+        learning_rate=job.learning_rate or (2e-4 if job.lora_rank else 2e-5),
+        lr_scheduler_type="cosine",
+        warmup_steps=job.steps // 20,
+        gradient_checkpointing=job.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=min(LOG_EVERY, job.steps),
+        save_steps=SAVE_EVERY,
+        save_total_limit=1,
+        seed=job.seed,
+        use_cpu=job.device == "cpu",
+        label_names=["input_ids"],  # of language models that PEFT wraps it is not known
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer would split batches over all GPUs with nn.DataParallel
+    return arguments
+
+
+def _card_section(job: FinetuneJob, results: dict[str, float]) -> str:
+    """What the model card says of the training."""
+    trained = f"LoRA of rank {job.lora_rank}, merged" if job.lora_rank else "all weights but routers"
+    loss = f"distilled from a teacher (weight {job.kd_weight:g})" if job.teacher else "on text alone"
+    lines = [
+        "## Fine-tuned",
+        "",
+        f"Trained further by finetune-pruned, {loss}: {trained}; {job.steps} steps of {job.batch_size} sequences of "
+        f"{job.sequence_length} tokens.",
+    ]
+    if "perplexity_after" in results:
+        lines.append(
+            f"Perplexity in blocks of {EVAL_BLOCK_SIZE} tokens: {results['perplexity_before']:.4g} before, "
+            f"{results['perplexity_after']:.4g} after."
+        )
+    return "\n".join(["", *lines, ""])

@@ -1,0 +1,239 @@
+"""What a learning run can be told, and the table of methods; the command line is made from both. Pure Python.
+
+A method is one row of METHODS, one dataclass of settings here, and one module with a function `learn`, of which
+learner/methods/method.py says what it takes and returns. Options of the same name in two methods mean the same, but may
+have other defaults.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.masked import CHANNEL_MASK_SITES
+
+BUDGETS = ("global", "layer", "expert")
+GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
+QUERY_HEADS = ("independent", "tied")
+LORA_TARGETS = ("all", "query-value")
+RESOURCES = ("kind", "model")
+ERROR_ACCUMULATIONS = ("expectation", "none")
+
+
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] | None = None, shown: str | None = None, zero: bool = False
+) -> Any:
+    """A field that `learn-masks` offers: its help, the values it may have, and how the default is shown.
+
+    Numbers must be above 0, or, with `zero`, at least 0.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "shown": shown, "zero": zero})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Of methods that learn by gradients."""
+
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(16, "sequences in a step, on all devices together")
+    micro_batch_size: int = option(16, "sequences in one forward pass on one device; lower it to save memory")
+    sequence_length: int = option(2048, "tokens in a sequence")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+    @property
+    def tokens(self) -> int:
+        """That a run consumes."""
+        return self.steps * self.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class DDPSettings(TrainingSettings):
+    """Defaults of arXiv 2603.08065."""
+
+    learning_rate: float = option(2e-2, "of the masks (ddp: their parameters z)")
+    lambda_learning_rate: float = option(2e-2, "of the multipliers lambda1 and lambda3")
+    lambda2_learning_rate: float = option(0.8, "of lambda2; raise it when a short run misses its budget")
+    warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
+    mu_start: float = option(0.5, "mask value that counts half at the first step")
+    mu_end: float = option(0.05, "mask value that counts half at the last step")
+    kd_weight: float = option(2.0, "weight of the distillation loss, 0 learns without a teacher", zero=True)
+    kd_temperature: float = option(1.0, "temperature of the distillation loss")
+    budget: str = option(
+        "global", "what loses the share by itself: the whole model, each layer, or each expert", choices=BUDGETS
+    )
+    gate: str = option(
+        "relu", "how masks come from their parameters; the others are the paper's baselines", choices=GATES
+    )
+
+
+@dataclass(frozen=True)
+class MaskPruneSettings(TrainingSettings):
+    """Defaults of arXiv 2502.14008 where it has any; see learner/methods/maskprune/learn.py for the others."""
+
+    steps: int = option(8750, "optimizer steps")
+    sequence_length: int = option(512, "tokens in a sequence")
+    learning_rate: float = option(1e-2, "of the masks")
+    lora_learning_rate: float = option(1e-3, "of the adapter")
+    lora_rank: int = option(8, "of the adapter, 0 learns masks only", zero=True)
+    lora_alpha: float = option(8.0, "of the adapter, whose product is scaled by alpha / rank")
+    lora_targets: str = option(
+        "all", "projections with an adapter: all of attention and dense MLPs, or q and v", choices=LORA_TARGETS
+    )
+    layer_weight: float = option(0.1, "alpha, weight of the distance of the hidden states", zero=True)
+    prox_interval: int = option(10, "steps between proximal steps of the channels at the start; falls to 1")
+    decay: float = option(0.5, "eta1 of the proximal step, which divides masks by 1 + 2 eta1 y")
+    s_rate: float = option(2.0, "eta2 of s, the share of each row to remove; over the whole run")
+    y_rate: float = option(10.0, "eta3 of y, the multiplier of the masks; over the whole run")
+    z_rate: float = option(8.0, "eta4 of z, the multiplier of the parameters; over the whole run")
+    multiplier_start: float = option(0.1, "y and z at the start")
+    resource: str = option(
+        "kind", "what has a budget of parameters: each kind of unit, or the model", choices=RESOURCES
+    )
+    channel_mask_site: str = option("product", "what the masks of channels multiply", choices=CHANNEL_MASK_SITES)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Of methods that run text through the model, but learn nothing by gradients."""
+
+    calibration_sequences: int = option(128, "sequences that activations are measured on")
+    sequence_length: int = option(2048, "tokens in a sequence")
+
+    @property
+    def tokens(self) -> int:
+        """That a run consumes."""
+        return self.calibration_sequences * self.sequence_length
+
+
+@dataclass(frozen=True)
+class WandaSettings(CalibrationSettings):
+    """Sizes of the calibration text as in arXiv 2306.11695."""
+
+
+@dataclass(frozen=True)
+class TyrSettings(CalibrationSettings):
+    """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
+
+    calibration_sequences: int = option(1024, "sequences that activations are measured on")
+    sequence_length: int = option(4096, "tokens in a sequence")
+    iterations: int = option(
+        4,
+        "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
+        zero=True,
+    )
+    generations: int = option(50, "of a search")
+    offspring: int = option(128, "in a generation")
+    selection_tokens: int = option(
+        131072, "tokens that the last stage of selection reads; those before it read 1/64 and 1/8 of that"
+    )
+    error_accumulation: str = option(
+        "expectation",
+        "what later layers are pruned for: errors of all candidates on average, or none (dense inputs)",
+        choices=ERROR_ACCUMULATIONS,
+    )
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of methods that need none."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS.
+
+    Attributes:
+        module: has `learn(task: Task) -> Learned`, as "module" or "module:function".
+        settings: dataclass of its options.
+        summary: one line of help.
+        reads_text: whether it learns from --data.
+        query_heads: which of QUERY_HEADS it supports; the first is its default.
+        offloads: whether the model waits in CPU memory and the method brings to the device what it needs there.
+        takes_remote_code: whether it prunes models whose code comes with the checkpoint; see
+            learner/model/remote_code.py.
+    """
+
+    module: str
+    settings: type
+    summary: str
+    reads_text: bool = True
+    query_heads: tuple[str, ...] = QUERY_HEADS
+    offloads: bool = False
+    takes_remote_code: bool = True
+
+
+METHODS = {
+    "ddp": Method("learner.methods.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
+    "maskprune": Method(
+        "learner.methods.maskprune.learn",
+        MaskPruneSettings,
+        "MaskPrune, arXiv 2502.14008: uniform widths",
+        query_heads=("tied",),
+    ),
+    "tyr": Method(
+        "learner.methods.tyr.learn",
+        TyrSettings,
+        "Tyr-the-Pruner, arXiv 2503.09657",
+        offloads=True,
+        takes_remote_code=False,
+    ),
+    "wanda": Method("learner.methods.wanda", WandaSettings, "what large weights read from large activations stays"),
+    "magnitude": Method("learner.methods.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
+    "random": Method("learner.methods.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to learn on what.
+
+    Attributes:
+        model: directory or hub id of the dense model.
+        method: a name of METHODS.
+        settings: an instance of the method's settings; None takes its defaults.
+        sparsity: share of the query heads, of the FFN channels of dense MLPs, and of the channels of routed experts, to
+            remove.
+        head_sparsity: in place of `sparsity` for the heads; None is the same, 0 learns no masks of heads.
+        query_heads: "independent" or "tied": whether the query heads of a KV head go one by one, or all together with
+            their KV head; None is the method's default. The same in multi-head attention.
+        data, eval_data: what to learn from, and what to measure perplexity on; see learner/data/reading.py.
+        text_column, split: where data sets have their text.
+        device: torch device; "auto" is a GPU if there is one.
+        dtype: of the weights while learning ("auto": as stored); masks are float32.
+        trust_remote_code: run the model's own code, for architectures that Transformers lacks.
+        seed: of initialization and data order.
+    """
+
+    model: str
+    method: str = "ddp"
+    settings: Any = None
+    sparsity: float = 0.5
+    head_sparsity: float | None = None
+    query_heads: str | None = None
+    data: list[str] = field(default_factory=list)
+    eval_data: list[str] = field(default_factory=list)
+    text_column: str = "text"
+    split: str = "train"
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the method does not exist or is told what it cannot do."""
+        if self.method not in METHODS:
+            raise InputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        method = METHODS[self.method]
+        if self.settings is None:
+            object.__setattr__(self, "settings", method.settings())
+        elif type(self.settings) is not method.settings:
+            raise InputError(f"{self.method} takes {method.settings.__name__}, not {type(self.settings).__name__}")
+        if self.query_heads is None:
+            object.__setattr__(self, "query_heads", method.query_heads[0])
+        elif self.query_heads not in method.query_heads:
+            raise InputError(f"{self.method} cannot prune with --query-heads {self.query_heads}")
+        if method.reads_text and not self.data:
+            raise InputError(f"{self.method} learns from text; say from which with --data")
+
+    def sparsity_of(self, kind: str) -> float:
+        """Share of the units of this kind ("head", "channel" or "expert") to remove."""
+        return self.sparsity if kind != "head" or self.head_sparsity is None else self.head_sparsity

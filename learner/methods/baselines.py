@@ -1,0 +1,70 @@
+"""What a learned mask has to beat: the same budget in every layer, units chosen by weight norm or by chance."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from learner.methods.method import Learned, Task
+from learner.model.expert_weights import expert_weights
+
+
+def magnitude(task: Task) -> Learned:
+    """Keeps the units with the largest L2 norm over all weights that would go with them.
+
+    Query heads that are not tied share their KV head's weights, which so count for neither against the other.
+    """
+    units, layers = task.units, task.model.model.layers
+
+    def squares(weight: torch.Tensor, count: int) -> torch.Tensor:  # [count], `weight` [count * rows, columns]
+        return weight.detach().float().square().reshape(count, -1).sum(1)
+
+    def scores(kind: str, *projections: torch.Tensor) -> torch.Tensor:
+        return sum(squares(weight, units.widths[kind]) for weight in projections)
+
+    def score_heads(layer: nn.Module) -> torch.Tensor:
+        attention = layer.self_attn
+        query_heads = scores("head", attention.q_proj.weight, attention.o_proj.weight.T)
+        key_value_heads = attention.config.num_key_value_heads
+        shared = sum(squares(each.weight, key_value_heads) for each in (attention.k_proj, attention.v_proj))
+        return query_heads + shared.repeat_interleave(len(query_heads) // key_value_heads)
+
+    def score_channels(layer: nn.Module) -> torch.Tensor:
+        mlp = layer.mlp
+        return scores("channel", mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+
+    def score_experts(layer: nn.Module) -> torch.Tensor:
+        return torch.cat(
+            [
+                sum(squares(weight, len(gate)) for weight in (gate, up, down.T))
+                for gate, up, down in expert_weights(layer.mlp.experts)
+            ]
+        )
+
+    score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
+    scores_by_kind = {
+        kind: torch.stack([score[kind](layers[index]) for index in indices]).cpu()
+        for kind, indices in units.layers.items()
+    }
+    return Learned(keep_largest_in_each_layer(scores_by_kind, task.target_sparsity))
+
+
+def random(task: Task) -> Learned:
+    """Keeps units drawn by lot."""
+    generator = torch.Generator().manual_seed(task.seed)
+    scores = {kind: torch.rand(task.units.shape(kind), generator=generator) for kind in task.units.layers}
+    return Learned(keep_largest_in_each_layer(scores, task.target_sparsity))
+
+
+def keep_largest_in_each_layer(
+    scores: Mapping[str, torch.Tensor], target_sparsity: Mapping[str, float]
+) -> dict[str, torch.Tensor]:
+    """By kind, 1 for the units [layers, units] of the largest scores in their layer, and 0 for the others.
+
+    At least one stays.
+    """
+    values = {}
+    for kind, each in scores.items():
+        kept = max(1, round(each.shape[1] * (1 - target_sparsity[kind])))
+        values[kind] = torch.zeros_like(each).scatter(1, each.topk(kept, dim=1).indices, 1)
+    return values

@@ -1,0 +1,61 @@
+"""What a method of learning is given and what it gives back.
+
+A method is a function `learn(task: Task) -> Learned`. It finds the model loaded, text as blocks of tokens, the budget,
+and a journal; loading, evaluation and writing the masked checkpoint happen around it (learner/learn.py). Methods that
+descend gradients have their loop in learner/run/training.py.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from learner.data.reading import BlockSampler
+from learner.model.units import Units, Values
+from learner.run.journal import Journal
+
+
+@dataclass(frozen=True)
+class Task:
+    """One learning run, as a method sees it.
+
+    Attributes:
+        model: dense causal LM of Transformers, frozen, in evaluation mode, on `accelerator.device` (in CPU memory if
+            the method offloads).
+        units: what may be pruned.
+        target_sparsity: share of the units to remove, by kind.
+        settings: the method's own.
+        seed: of everything that is drawn by lot.
+        blocks: source of training batches; None for methods that read no text.
+        journal: saves the state of a run and finds it again when the run is resumed; takes the log.
+        accelerator: device and, where there are several, the other processes.
+    """
+
+    model: nn.Module
+    units: Units
+    target_sparsity: Mapping[str, float]
+    settings: Any
+    seed: int
+    blocks: BlockSampler | None
+    journal: Journal
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method has found.
+
+    Attributes:
+        values: by kind, float32 [layers, units] on the CPU: what each unit is multiplied by; 0 is pruned.
+        channel_mask_site: what the masks of channels multiply, see pruned_vllm/formats/masked.py.
+        weights_changed: `task.model` has other weights now, which the checkpoint must hold.
+        save_adapter: writes a PEFT adapter to the directory it is given; `task.model` computes with it.
+    """
+
+    values: Values
+    channel_mask_site: str = "product"
+    weights_changed: bool = False
+    save_adapter: Callable[[Path], None] | None = None

@@ -1,0 +1,135 @@
+"""Tyr-the-Pruner: a search over sparsities of all layers, pruned and solved anew at each, arXiv 2503.09657.
+
+    learn-masks MODEL ckpt/ --method tyr --sparsity 0.5 --data text/*.txt
+
+No gradients. Four iterations go from coarse to fine; each makes candidates of every sublayer from the dense weights
+(supernet.py, pruning.py), at up to nine sparsities around those that the iteration before has
+found, and searches for the best combination (search.py). Sparsities are 12.5 % of a sublayer's units apart
+in the first iteration, and half as far in each that follows, but never less than one unit. Masks are 0 or 1; o_proj
+and down_proj have other weights than the dense model.
+
+Notable facts:
+- In all genomes the number of units lost is exactly what was asked for, for each kind by itself.
+- Memory: the dense model, calibration text and its hidden states lie in CPU memory. The device holds one block, its
+  matrices H, and in the search the hidden states of a stage. Candidates take disk: at 50 % about four times the
+  o_proj and down_proj of the model. They go when their iteration ends.
+- A run that is resumed gives the same masks and weights as one that was never interrupted: candidates that are on disk
+  are not made again, and what is drawn by lot depends on seed, iteration and generation alone.
+- `--iterations 0` is the paper's baseline: all layers alike, pruned as here.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from learner.methods.method import Learned, Task
+from learner.methods.tyr.search import Space, divergences, draw, next_parent
+from learner.methods.tyr.sublayers import Sublayer, sublayers_of
+from learner.methods.tyr.supernet import Genome, Supernet
+from learner.model.blockwise import Blockwise
+from pruned_vllm.common.errors import InputError
+
+FIRST_INTERVAL = 0.125  # of a sublayer's units
+REACH = 4  # candidates on either side of the centre
+
+
+def learn(task: Task) -> Learned:
+    """Prunes `task.model` in place; see learner/methods/method.py."""
+    if task.accelerator.num_processes > 1:
+        raise InputError(
+            f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
+        )
+    settings, sublayers = task.settings, sublayers_of(task.units)
+    if settings.sequence_length < 2:
+        raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
+    blockwise = Blockwise(task.model, task.accelerator.device)
+    tokens = task.blocks.calibration(settings.calibration_sequences, task.accelerator.print)
+    accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
+    state = task.journal.restore() or _start(0, uniform(task, sublayers))
+    task.journal.save(state)  # candidates outlive an interruption only beside a state
+    with ExitStack() as stack:
+        directory = task.journal.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for iteration in range(state["iteration"], iterations):
+            candidates = directory / f"candidates-{iteration}"
+            for other in set(directory.glob("candidates-*")) - {candidates}:
+                shutil.rmtree(other)
+            centre, title = tuple(state["centre"]), f"tyr {iteration + 1}/{iterations}"
+            space = space_around(centre, sublayers, iteration, reach=REACH if settings.iterations else 0)
+            supernet = Supernet(candidates, blockwise, sublayers, space.levels)
+            supernet.build(tokens, accumulate, f"{title} candidates")
+            found = _search(task, tokens, supernet, space, state, title) if settings.iterations else centre
+            if iteration + 1 < iterations:
+                state = _start(iteration + 1, found)
+                task.journal.save(state)
+        return Learned(_install(task, supernet, found), weights_changed=True)
+
+
+def _start(iteration: int, centre: Genome) -> dict[str, Any]:
+    """State at the beginning of an iteration."""
+    return {"iteration": iteration, "generation": 0, "centre": list(centre), "parent": list(centre)}
+
+
+def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
+    """The same share of every sublayer; where that is no whole number, some lose one unit more."""
+    genome = {}
+    for kind in task.units.layers:
+        members = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
+        removed = task.units.count(kind) - task.units.kept(kind, task.target_sparsity[kind])
+        for place, index in enumerate(members):
+            genome[index] = (place + 1) * removed // len(members) - place * removed // len(members)
+    return tuple(genome[index] for index in range(len(sublayers)))
+
+
+def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int, reach: int = REACH) -> Space:
+    """The genomes of an iteration, counted from 0, at most `reach` steps away from `centre` in each sublayer."""
+    intervals = [max(1, round(it.num_units * FIRST_INTERVAL / 2**iteration)) for it in sublayers]
+    steps = range(-reach, reach + 1)
+    levels = [
+        tuple(count + step * interval for step in steps if 0 <= count + step * interval <= sublayer.num_units)
+        for count, interval, sublayer in zip(centre, intervals, sublayers, strict=True)
+    ]
+    return Space([it.kind for it in sublayers], intervals, levels)
+
+
+def _search(
+    task: Task, tokens: torch.Tensor, supernet: Supernet, space: Space, state: dict[str, Any], title: str
+) -> Genome:
+    """The best genome of an iteration, from `state` on."""
+    settings, parent, before = task.settings, tuple(state["parent"]), state["iteration"] * task.settings.generations
+    progress = tqdm(
+        range(state["generation"], settings.generations),
+        desc=f"{title} search",
+        unit="generation",
+        initial=state["generation"],
+        total=settings.generations,
+    )
+    for generation in progress:
+        random = Random(f"{task.seed} {state['iteration']} {generation}")
+        offspring = space.offspring(parent, settings.offspring, random)
+
+        def score(genomes: Sequence[Genome], number: int, random: Random = random) -> list[float]:
+            return divergences(supernet, genomes, draw(tokens, number, random))
+
+        parent, divergence = next_parent(parent, offspring, settings.selection_tokens, score)
+        progress.set_postfix(divergence=f"{divergence:.4f}")
+        figures = {"iteration": state["iteration"] + 1, "divergence": divergence}
+        task.journal.log(before + generation + 1, figures)
+        task.journal.save(state | {"generation": generation + 1, "parent": list(parent)})
+    return parent
+
+
+def _install(task: Task, supernet: Supernet, genome: Genome) -> dict[str, torch.Tensor]:
+    """Writes the weights of a genome into the model; returns the masks of all units."""
+    values = {kind: torch.ones(task.units.shape(kind)) for kind in task.units.layers}
+    for index, (sublayer, count) in enumerate(zip(supernet.sublayers, genome, strict=True)):
+        units = slice(sublayer.first_unit, sublayer.first_unit + sublayer.num_units)
+        values[sublayer.kind][sublayer.row, units] = supernet.kept(index, count).float()
+        sublayer.weight(task.model.model.layers[sublayer.layer]).copy_(supernet.weight(index, count))
+    return values

@@ -1,0 +1,98 @@
+"""Masks on a running Hugging Face model: what the learned numbers multiply.
+
+Transformers holds all experts of a layer in two tensors, whose products no hook can see. There a mask multiplies the
+weights instead, in the place where that is the same for every input: W_down's columns are what the product is
+multiplied by next, and the rows of W_gate and W_up are the projections before the activation.
+
+This is the definition that a converted model is held to: `with apply_masks(model, masks, site): model(...)` computes
+what the converted model must compute.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from pruned_vllm.formats.masked import CHANNEL_MASK, CHANNEL_MASK_SITES, EXPERT_MASK, HEAD_MASK
+
+
+@contextmanager
+def apply_masks(
+    model: nn.Module, masks: Mapping[str, torch.Tensor], channel_mask_site: str = "product"
+) -> Iterator[None]:
+    """Multiplies heads, FFN channels and channels of experts of `model` by `masks` while the block runs.
+
+    Backward passes that recompute activations must run inside of the block too.
+
+    Args:
+        model: a Llama-like ...ForCausalLM.
+        masks: tensors under the keys of pruning_masks.safetensors; a missing key multiplies nothing. Gradients flow
+            into them.
+        channel_mask_site: "product" multiplies act(gate) * up, "gate_and_up" both projections before the activation.
+    """
+    if channel_mask_site not in CHANNEL_MASK_SITES:
+        raise ValueError(f"channel_mask_site is {channel_mask_site!r}; it must be one of {CHANNEL_MASK_SITES}")
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.model.layers):
+            head_mask, channel_mask, expert_mask = (
+                masks.get(key.format(index)) for key in (HEAD_MASK, CHANNEL_MASK, EXPERT_MASK)
+            )
+            if head_mask is not None:
+                handle = layer.self_attn.o_proj.register_forward_pre_hook(_multiply_input(head_mask))
+                stack.callback(handle.remove)
+            if channel_mask is not None:
+                _mask_mlp(stack, layer.mlp, channel_mask, channel_mask_site)
+            if expert_mask is not None:
+                _mask_experts(stack, layer.mlp.experts, expert_mask, channel_mask_site)
+        yield
+
+
+def _mask_mlp(stack: ExitStack, mlp: nn.Module, mask: torch.Tensor, site: str) -> None:
+    """`mask` is [intermediate_size]."""
+    if site == "product":
+        handles = [mlp.down_proj.register_forward_pre_hook(_multiply_input(mask))]
+    else:
+        handles = [module.register_forward_hook(_multiply_output(mask)) for module in (mlp.gate_proj, mlp.up_proj)]
+    for handle in handles:
+        stack.callback(handle.remove)
+
+
+def _mask_experts(stack: ExitStack, experts: nn.Module, mask: torch.Tensor, site: str) -> None:
+    """`mask` is [num_experts, moe_intermediate_size]; `experts` a list of MLPs, or what Transformers makes of it."""
+    if isinstance(experts, nn.ModuleList):
+        for mlp, expert_mask in zip(experts, mask, strict=True):
+            _mask_mlp(stack, mlp, expert_mask, site)
+        return
+    if site == "product":  # down_proj [experts, hidden_size, width]
+        name, factors = "down_proj", mask[:, None, :]
+    else:  # gate_up_proj [experts, 2 * width, hidden_size]: gate before up
+        name, factors = "gate_up_proj", torch.cat((mask, mask), dim=1)[:, :, None]
+    parametrize.register_parametrization(experts, name, _Multiplied(factors))
+    stack.callback(parametrize.remove_parametrizations, experts, name, leave_parametrized=False)
+
+
+class _Multiplied(nn.Module):
+    """A weight times factors, through which gradients flow."""
+
+    def __init__(self, factors: torch.Tensor) -> None:
+        super().__init__()
+        self._factors = (factors,)  # not as a parameter of the model, even if the mask is one
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self._factors[0].to(weight.dtype)
+
+
+def _multiply_input(mask: torch.Tensor):
+    """Multiplies an input [..., units * size] by one factor a unit; size is head_dim for heads and 1 for channels."""
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor]):
+        x = args[0]
+        return ((x.unflatten(-1, (len(mask), -1)) * mask.to(x.dtype)[:, None]).flatten(-2),)
+
+    return hook
+
+
+def _multiply_output(mask: torch.Tensor):
+    return lambda module, args, output: output * mask.to(output.dtype)

@@ -1,0 +1,39 @@
+"""Several processes on one run: what fails in one fails in all.
+
+    accelerate launch --num_processes 2 -m learner.cli MODEL ckpt/ ...                      # GPUs
+    torchrun --nproc_per_node 2 -m learner.cli MODEL ckpt/ --device cpu ...
+
+Each process holds the whole model; configurations of accelerate that shard it (FSDP, DeepSpeed) are refused.
+`accelerate launch --cpu` starts one process, whatever --num_processes says. Processes that stop for bad input end with
+exit code 2; the launchers turn that into 1.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+
+from pruned_vllm.common.errors import InputError
+
+
+@contextmanager
+def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
+    """Every process runs the block, which must not wait for others, and goes on when all have come to its end.
+
+    Without this the others would wait for the one that failed in their next exchange, with NCCL until they are killed.
+
+    Raises:
+        InputError: the block raised one, or an OSError, in another process.
+    """
+    own = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        own = error
+    problems = gather_object([own and str(own)]) if accelerator.num_processes > 1 else []
+    if own is not None:
+        raise own
+    for index, problem in enumerate(problems):
+        if problem is not None:
+            raise InputError(f"process {index}: {problem}")

@@ -1,0 +1,89 @@
+"""Mixture-of-experts layers: how a family stores and configures them, and their sizes before pruning. Pure Python."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pruned_vllm.formats.config_values import natural, naturals, positive
+
+
+@dataclass(frozen=True)
+class ExpertsFormat:
+    """How a family of models names its experts on disk and in config.json.
+
+    Attributes:
+        count_keys: config keys for the number of routed experts; the first one that is there counts, since
+            Transformers renamed some.
+        width_key: config key of a routed expert's FFN channels.
+        module: module of the experts and of their router (`gate`) in a decoder layer.
+        projections: an expert's projections: gate, up, down.
+        layers: which layers have experts: "all"; "sparse_step": `decoder_sparse_step` and `mlp_only_layers` say so;
+            "first_dense": `first_k_dense_replace` and `moe_layer_freq` do.
+        shared_module: module of the MLP that every token passes besides the routed experts; None if there is none.
+        shared_width_key: config key of that MLP's channels.
+        shared_count_key: config key of what multiplies `width_key` to get them, in place of `shared_width_key`.
+        shared_gate: module of the linear layer that weighs that MLP's output, if there is one.
+    """
+
+    count_keys: tuple[str, ...]
+    width_key: str = "moe_intermediate_size"
+    module: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    layers: Literal["all", "sparse_step", "first_dense"] = "all"
+    shared_module: str | None = None
+    shared_width_key: str | None = None
+    shared_count_key: str | None = None
+    shared_gate: str | None = None
+
+    @property
+    def router(self) -> str:
+        """The router's module in a decoder layer; its weight is [experts, hidden_size]."""
+        return f"{self.module}.gate"
+
+    def modules_of(self, expert: int) -> tuple[str, str, str]:
+        """The gate, up and down projection of a routed expert, as modules in a decoder layer."""
+        gate, up, down = (f"{self.module}.experts.{expert}.{projection}" for projection in self.projections)
+        return gate, up, down
+
+    def are_in_layer(self, index: int, config: Mapping[str, Any]) -> bool:
+        """Whether a layer has experts in place of one dense MLP. Raises ValueError."""
+        if self.layers == "sparse_step":
+            step = positive({"decoder_sparse_step": 1, **config}, "decoder_sparse_step")
+            return index not in naturals(config, "mlp_only_layers") and (index + 1) % step == 0
+        if self.layers == "first_dense":
+            every = positive({"moe_layer_freq": 1, **config}, "moe_layer_freq")
+            return index >= natural(config, "first_k_dense_replace", 0) and index % every == 0
+        return True
+
+
+@dataclass(frozen=True)
+class DenseExperts:
+    """The experts of a model before pruning, the same in every layer that has any.
+
+    Attributes:
+        num_experts: routed experts.
+        num_experts_per_tok: experts that the router chooses for each token.
+        intermediate_size: FFN channels of a routed expert.
+        shared_intermediate_size: FFN channels of the MLP that every token passes besides; 0 if there is none. It is
+            never pruned.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    shared_intermediate_size: int
+
+    @classmethod
+    def from_config(cls, experts: ExpertsFormat, config: Mapping[str, Any]) -> "DenseExperts":
+        """Reads the top level of config.json. Raises ValueError with the first key that is wrong."""
+        present = [key for key in experts.count_keys if config.get(key) is not None]
+        count = positive(config, (present or experts.count_keys)[0])
+        chosen = positive(config, "num_experts_per_tok")
+        if chosen > count:
+            raise ValueError(f"num_experts_per_tok is {chosen}, but there are {count} experts")
+        width, shared = positive(config, experts.width_key), 0
+        if experts.shared_width_key is not None:
+            shared = natural(config, experts.shared_width_key, 0)
+        elif experts.shared_count_key is not None and config.get(experts.shared_count_key) is not None:
+            shared = width * natural(config, experts.shared_count_key, 0)
+        return cls(count, chosen, width, shared)

@@ -1,0 +1,66 @@
+"""Which pruned shapes a stock architecture can say, and the config.json that says it. Pure Python."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pruned_vllm.formats.families import FAMILIES
+
+if TYPE_CHECKING:
+    from pruned_vllm.formats.geometry import ModelGeometry
+
+
+def stock_config(geometry: "ModelGeometry", config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`config` (a dense config.json) with this geometry under a stock architecture, which needs no plugin.
+
+    None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
+    """
+    layer = geometry.layers[0]
+    if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
+        return None
+    widths = _uniform_widths(geometry)
+    if widths is None or any(layer.skip for layer in geometry.layers):
+        return None
+    if geometry.family.model_type != "llama" and geometry.o_bias:  # only vLLM's Llama has such a bias
+        return None
+    heads, family, extra = layer.num_attention_heads, geometry.family, {}
+    if family.stock_heads == "fills_hidden" and heads * geometry.head_dim != geometry.hidden_size:
+        return None
+    if family.stock_heads == "divides_hidden" and geometry.hidden_size % heads:
+        if geometry.qkv_bias or geometry.o_bias or geometry.mlp_bias:
+            return None
+        # Mistral computes what Llama computes, and its config accepts any number of heads.
+        family = FAMILIES["mistral"]
+        extra = {
+            "model_type": "mistral",
+            "sliding_window": None,  # MistralConfig's default is a window
+            "max_position_embeddings": config.get("max_position_embeddings", 2048),  # LlamaConfig's default
+        }
+    stock = {
+        **config,
+        **extra,
+        "architectures": [family.architecture],
+        "head_dim": geometry.head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        **widths,
+    }
+    for key in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+        stock.pop(key, None)
+    return stock
+
+
+def _uniform_widths(geometry: "ModelGeometry") -> dict[str, int] | None:
+    """The top-level keys for FFN widths that are the same in all layers of a kind; None where some differ."""
+    with_experts = [layer for layer in geometry.layers if layer.expert_intermediate_sizes]
+    dense = {layer.intermediate_size for layer in geometry.layers if not layer.expert_intermediate_sizes}
+    if len(dense) > 1:
+        return None
+    widths = dict(zip(["intermediate_size"], dense, strict=False))  # no key where all layers have experts
+    if with_experts:
+        names, width = geometry.family.experts, with_experts[0].expert_width
+        if not width or {layer.expert_width for layer in with_experts} != {width}:
+            return None
+        if names.shared_count_key is not None and width != geometry.experts.intermediate_size:
+            return None  # the width of the shared MLP, which stays, is a multiple of this key
+        widths[names.width_key] = width
+    return widths

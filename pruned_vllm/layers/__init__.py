@@ -1,1 +1,0 @@
-"""Layers that vLLM has no word for: each computes with weights at their real size."""

@@ -1,0 +1,117 @@
+"""What all pruned models share on vLLM: layers at their real size, and a loader that refuses wrong shapes.
+
+Everything around the decoder layers is vLLM's Llama: embedding, final norm, lm_head and logits are the same in all
+supported families. No layer is built at the dense size first.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.padding import take_or_zero
+from pruned_vllm.formats.families import IGNORED_SUFFIXES
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.serving.attention import AttentionBuilder
+from pruned_vllm.serving.layer import PrunedDecoderLayer
+from pruned_vllm.serving.layout_changes import layout_changes, module_names
+
+# The name puts the records under vLLM's own logging configuration.
+logger = init_logger("vllm.pruned_vllm")
+
+TESTED_VLLM = "0.32."
+
+
+class PrunedForCausalLM(LlamaForCausalLM):
+    """Base of the served classes; each family says how its attention is built."""
+
+    build_attention: AttentionBuilder
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        _check_version()
+        config = vllm_config.model_config.hf_config
+        geometry = ModelGeometry.from_config(config.to_dict())
+        layer_type = partial(PrunedDecoderLayer, geometry=geometry, build_attention=self.build_attention)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        self._geometry = geometry
+        self._layout_changes = layout_changes(geometry, vllm_config.parallel_config.tensor_parallel_size)
+        # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
+        # after dummy loading the first call is a weight update, which may bring any subset.
+        quantized = getattr(config, "quantization_config", None) is not None
+        self._module_names = module_names(geometry)
+        self._quantized = quantized
+        self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
+        logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Loads a stream of (name, tensor).
+
+        Stock loaders `narrow()` a tensor that is too large and leave the rest of a fused parameter uninitialised
+        when one is missing, without a word. Here every tensor is compared with the geometry before it is loaded.
+
+        Raises:
+            InputError: after the whole stream was seen, with every wrong shape, missing and unknown tensor.
+        """
+        loaded = super().load_weights(self._laid_out(self._checked(weights)))
+        self._all_tensors_expected = False  # later calls (weight updates) may bring any subset
+        return loaded
+
+    def _laid_out(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Brings heads and channels into the order of the tensor-parallel ranks, with zeros for padding, and experts
+        to the names of their modules."""
+        for name, tensor in weights:
+            if name in self._layout_changes:
+                tensor = take_or_zero(tensor, *self._layout_changes[name])
+            yield self._module_names.get(name, name), tensor
+
+    def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        missing = self._geometry.tensor_shapes()
+        optional = {}
+        if self._geometry.tie_word_embeddings:  # vLLM skips it then
+            optional["lm_head.weight"] = missing["model.embed_tokens.weight"]
+        layers = enumerate(self._geometry.layers)
+        uneven = tuple(f"model.layers.{index}.self_attn." for index, layer in layers if not layer.has_even_groups)
+        problems = []
+        for name, tensor in weights:
+            if name.endswith(IGNORED_SUFFIXES):
+                continue
+            expected = missing.pop(name, None) or optional.get(name)
+            if expected is None and self._all_tensors_expected:
+                problems.append(f"{name} {list(tensor.shape)}: not a tensor of this model, or given twice")
+            elif name.startswith(uneven) and name.endswith((".k_scale", ".v_scale")):  # vLLM would drop them silently
+                problems.append(f"{name}: KV-cache scales need even query groups; convert with --gqa-layout padded")
+            elif expected not in (None, tuple(tensor.shape)) and (tensor.is_floating_point() or not self._quantized):
+                problems.append(f"{name}: the file has {list(tensor.shape)}, config.json says {list(expected)}")
+            else:
+                yield name, tensor
+        if self._all_tensors_expected:
+            problems += [f"{name} {list(shape)}: missing" for name, shape in missing.items()]
+        if problems:
+            raise InputError(
+                f"The checkpoint does not fit its config.json in {len(problems)} tensors; nothing is served. "
+                "Convert it again with convert-pruned, or restore the config.json that belongs to it:",
+                problems,
+            )
+
+
+def _check_version() -> None:
+    if not vllm.__version__.startswith(TESTED_VLLM):
+        logger.warning_once(
+            f"pruned-vllm was tested with vLLM {TESTED_VLLM}x, this is {vllm.__version__}; compare its output with the "
+            "masked model's before you rely on it"
+        )
+
+
+def _summary(geometry: ModelGeometry, element_bytes: int) -> str:
+    dense = geometry.with_layers(geometry.dense_layers)
+    saved = 1 - geometry.num_parameters / dense.num_parameters
+    return (
+        f"{geometry.family.pruned_architecture}: {geometry.num_parameters / 1e6:,.1f}M parameters, {saved:.1%} fewer "
+        f"than the dense model; KV cache {geometry.kv_cache_bytes_per_token(element_bytes):,} bytes per token, dense "
+        f"{dense.kv_cache_bytes_per_token(element_bytes):,}; {len(set(geometry.layers))} distinct layer shapes"
+    )

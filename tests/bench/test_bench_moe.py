@@ -1,0 +1,139 @@
+"""The benchmarks of models with experts: shapes that bench.scale writes, and one small run of bench.ragged_moe."""
+
+import json
+
+import pytest
+import torch
+
+from bench.experts import timing as moe_timing
+from bench.experts.layers import Layer, converted_layers, drawn_layers
+from bench.ragged_moe import measure
+from bench.scale import read_pattern, scale_model
+from bench.speed.widths import beta_shares, quantiles, widths_of
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.geometry import ModelGeometry
+
+SMALL = {
+    "hidden_size": 64,
+    "vocab_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 100,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 50,
+    "shared_expert_intermediate_size": 100,
+}
+LARGE = {
+    "hidden_size": 512,
+    "vocab_size": 1000,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 1000,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 200,
+}
+EXPERTS = [[50, 0, 25, 5], [50, 50, 40, 50]]
+
+
+def small_config(model_type: str, architecture: str, per_layer: dict, **more) -> dict:
+    return SMALL | {"model_type": model_type, "architectures": [architecture], "per_layer_config": per_layer} | more
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("model_type, name", [("qwen3_moe", "Qwen3Moe"), ("qwen2_moe", "Qwen2Moe")])
+def test_experts_keep_the_shares_of_a_small_model(model_type, name):
+    per_layer = {str(index): {"expert_intermediate_sizes": widths} for index, widths in enumerate(EXPERTS)}
+    per_layer["0"] |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = small_config(model_type, f"Pruned{name}ForCausalLM", per_layer)
+    dense, pruned = map(ModelGeometry.from_config, scale_model(config, LARGE))
+    assert dense.is_dense and dense.experts.num_experts == 8 and dense.experts.num_experts_per_tok == 3
+    assert dense.experts.shared_intermediate_size == (400 if model_type == "qwen2_moe" else 0)
+    assert [layer.num_attention_heads for layer in pruned.layers] == [4, 4, 8, 8]
+    # A large layer has two experts for one of the small one: a quarter and three quarters of the way to the next.
+    first, _, _, last = [sorted(layer.expert_intermediate_sizes) for layer in pruned.layers]
+    assert first == [0, 5, 15, 40, 80, 125, 175, 200]
+    assert last == [160, 170, 190, 200, 200, 200, 200, 200]
+    assert pruned.layers[0] != pruned.layers[1], "the order of widths is drawn for each layer"
+
+
+def test_layers_take_after_layers_of_their_kind():
+    config = small_config(
+        "deepseek",
+        "PrunedDeepseekForCausalLM",
+        {"0": {"intermediate_size": 30}, "1": {"moe_intermediate_size": 10}},
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+    )
+    dense, pruned = map(ModelGeometry.from_config, scale_model(config, LARGE, align=16))
+    assert dense.experts.shared_intermediate_size == 400
+    assert [layer.intermediate_size for layer in pruned.layers] == [304, 0, 0, 0]
+    assert [layer.expert_width for layer in pruned.layers] == [0, 32, 32, 32]
+
+
+def test_a_layer_without_counterpart_is_refused():
+    config = small_config(
+        "qwen3_moe", "PrunedQwen3MoeForCausalLM", {"0": {"moe_intermediate_size": 9}}, mlp_only_layers=[3]
+    )
+    with pytest.raises(InputError, match="layer 3 of the large model has a dense MLP"):
+        scale_model(config, LARGE)
+
+
+def test_a_pattern_without_a_model(tmp_path):
+    dense_config, config = scale_model(read_pattern("beta:0.5"), LARGE | {"moe_intermediate_size": 512}, align=32)
+    geometry = ModelGeometry.from_config(config)
+    assert dense_config["architectures"] == ["Qwen3MoeForCausalLM"]
+    assert config["architectures"] == ["PrunedQwen3MoeForCausalLM"]
+    for layer in geometry.layers:
+        assert sum(layer.expert_intermediate_sizes) == pytest.approx(8 * 256, rel=0.05)
+        assert max(layer.expert_intermediate_sizes) > 400 and layer.num_attention_heads == 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layers = list(converted_layers(tmp_path, scale=1))
+    assert [layer.widths for layer in layers] == [layer.expert_intermediate_sizes for layer in geometry.layers]
+    assert {(layer.hidden_size, layer.top_k, layer.full_width) for layer in layers} == {(512, 3, 512)}
+    for wrong in ("beta:", "beta:x", "beta:0", "beta:1", "beta:nan"):
+        with pytest.raises(InputError, match="mean share"):
+            read_pattern(wrong)
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.6, 0.5, 0.4])
+def test_drawn_widths_keep_the_wanted_share(keep):
+    for layer in drawn_layers(["qwen3-30b-a3b", "deepseek-moe-16b"], [keep], scale=1):
+        assert layer.kept == pytest.approx(keep, rel=0.01)
+        assert max(layer.widths) > 0.85 * layer.full_width and min(layer.widths) < 0.4 * layer.full_width
+    assert quantiles(beta_shares(keep, 16), 16) == beta_shares(keep, 16)
+    assert sum(beta_shares(keep, 1000)) / 1000 == pytest.approx(keep, rel=1e-3)
+    assert sorted(widths_of([0, 0.01, 0.5, 1], 100, align=32)) == [0, 32, 64, 96]
+
+
+def test_contestants_agree_and_are_timed(one_thread, monkeypatch, capsys):
+    monkeypatch.setattr(moe_timing, "SHORT_CASE_SECONDS", 0)
+    widths = (64, 7, 0, 33, 20, 1, 40, 30)
+    (record,) = measure([Layer("tiny", 64, 2, 96, widths)], [1, 20], repeats=2, device="cpu")
+    assert [case["tokens"] for case in record["cases"]] == [1, 20]
+    contestants = record["cases"][1]["contestants"]
+    assert list(contestants) == ["ragged", "dense, same kernel", "dense", "widest"]
+    assert all(len(its["samples_s"]) == 2 and its["median_s"] > 0 for its in contestants.values())
+    assert contestants["dense"]["ideal_speedup"] == 8 * 96 / sum(widths)
+    assert contestants["widest"]["ideal_speedup"] == 8 * 64 / sum(widths)
+    assert "20 tokens | ragged" in capsys.readouterr().out
+
+
+def test_contestants_that_disagree_are_refused(one_thread, monkeypatch):
+    monkeypatch.setattr(moe_timing, "TOLERANCE", -1)
+    with pytest.raises(InputError, match="'dense, same kernel' and 'dense' differ"):
+        list(measure([Layer("tiny", 64, 2, 96, (64, 7))], [1], repeats=1, device="cpu"))

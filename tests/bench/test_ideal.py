@@ -1,0 +1,92 @@
+"""Ideal speedups, against counts written out by hand."""
+
+import pytest
+
+from bench.speed.ideal import Case, decode_step_bytes, ideal_speedup, prefill_flops
+from pruned_vllm.formats.geometry import ModelGeometry
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "vocab_size": 1000,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 100,
+}
+DENSE = ModelGeometry.from_config(CONFIG)
+PRUNED = ModelGeometry.from_config(
+    CONFIG | {"per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 10}}}
+)
+
+MOE_CONFIG = CONFIG | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 30,
+    "mlp_only_layers": [0],
+}
+MOE = ModelGeometry.from_config(MOE_CONFIG)
+RAGGED = ModelGeometry.from_config(
+    MOE_CONFIG | {"per_layer_config": {"1": {"expert_intermediate_sizes": [40, 0, 15, 25]}}}
+)
+# Two layers of attention, one with a dense MLP, one with a router, a shared expert of 30 channels and its gate; biases
+# of q, k and v and the norms are vectors.
+MOE_UNROUTED = 2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 100 + 4 * 64 + 3 * 64 * 30 + 64
+MOE_VECTORS = 2 * (64 + 2 * 32 + 2 * 64)
+
+
+def test_decode_counts_bytes_of_weights_and_cache():
+    case = Case.parse("decode:8:32:64")
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100 + 2 * 64
+    cache = 8 * (32 + 32) * 2 * 2 * 2 * 16 * 2
+    assert decode_step_bytes(DENSE, case, 2) == (2 * layer + 64 + 64000 + 8 * 64) * 2 + cache
+
+
+def test_prefill_counts_multiplications():
+    case = Case.parse("prefill:3:10")
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100)
+    attention = 4 * 2 * 4 * 16 * 55  # 55 pairs of a query and a key that it sees
+    assert prefill_flops(DENSE, case) == 3 * (2 * weights * 10 + attention + 2 * 64000)
+
+
+@pytest.mark.parametrize(("geometry", "channels"), [(MOE, 160), (RAGGED, 80)])
+@pytest.mark.parametrize(("batch_size", "read"), [(1, 1 / 4), (2, 7 / 16), (3, 37 / 64)])
+def test_decode_reads_the_experts_that_tokens_are_sent_to(geometry, channels, batch_size, read):
+    case = Case.parse(f"decode:{batch_size}:32:64")
+    cache = batch_size * (32 + 32) * 2 * 2 * 2 * 16 * 2
+    weights = MOE_UNROUTED + MOE_VECTORS + read * 3 * 64 * channels + 64 + 64000 + batch_size * 64
+    assert decode_step_bytes(geometry, case, 2) == weights * 2 + cache
+
+
+@pytest.mark.parametrize(("geometry", "channels"), [(MOE, 160), (RAGGED, 80)])
+def test_prefill_passes_the_chosen_experts(geometry, channels):
+    weights = MOE_UNROUTED + 3 * 64 * channels // 4
+    attention = 4 * 2 * 4 * 16 * 55
+    assert prefill_flops(geometry, Case.parse("prefill:3:10")) == 3 * (2 * weights * 10 + attention + 2 * 64000)
+
+
+def test_large_batches_read_all_experts():
+    case = Case.parse("decode:1000:32:64")
+    everything = MOE.num_layer_parameters + 64 + 64000 + 1000 * 64
+    assert decode_step_bytes(MOE, case, 2) == pytest.approx(everything * 2 + 1000 * 64 * 2 * 2 * 2 * 16 * 2)
+
+
+@pytest.mark.parametrize(("dense", "pruned"), [(DENSE, PRUNED), (MOE, RAGGED)])
+@pytest.mark.parametrize("text", ["decode:1:32:64", "prefill:4:512"])
+def test_a_model_is_as_fast_as_itself_and_slower_than_a_smaller_one(text, dense, pruned):
+    case = Case.parse(text)
+    assert case.name == text
+    assert ideal_speedup(dense, dense, case, 2) == 1
+    assert 1 < ideal_speedup(dense, pruned, case, 2) < 2
+
+
+@pytest.mark.parametrize(
+    "text", ["decode:1:32", "prefill:1:32:64", "train:1:2", "decode:0:1:2", "decode:1:1:1", "decode:x:1:2"]
+)
+def test_bad_cases_are_refused(text):
+    with pytest.raises(ValueError, match=text):
+        Case.parse(text)

@@ -1,0 +1,105 @@
+"""convert-pruned: its output appears whole or not at all, and replaces nothing but its own."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.masked import CHANNELS0, convert_pruned, edit_json, edit_masks, keep, overflow
+
+from pruned_vllm.common.command import atomic_directory
+from pruned_vllm.common.errors import InputError
+
+
+def test_existing_output_is_kept(ckpt, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert convert_pruned(ckpt, out) == 2
+    assert "exists; choose another directory, or replace it with --overwrite" in capsys.readouterr().err
+    assert convert_pruned(ckpt, out, "--overwrite") == 2  # no model that this command wrote
+    assert "was not written by this command" in capsys.readouterr().err
+    (out / "config.json").write_text('{"model_type": "llama"}')  # a model, but not one of ours
+    assert convert_pruned(ckpt, out, "--overwrite") == 2
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "precious.txt"]
+
+
+def test_output_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="exists"), atomic_directory(out, overwrite=False, is_ours=Path.exists):
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_whole_and_only_after_success(ckpt, tmp_path):
+    out = tmp_path / "out"
+    assert convert_pruned(ckpt, out) == 0
+    (out / "old.txt").write_text("from the first run")
+    overflow(ckpt)
+    assert convert_pruned(ckpt, out, "--overwrite") == 2
+    assert (out / "old.txt").exists()
+    edit_masks(ckpt, **{CHANNELS0: keep(40, 1, 2, 3)})
+    assert convert_pruned(ckpt, out, "--overwrite") == 0
+    assert not (out / "old.txt").exists()
+    assert json.loads((out / "config.json").read_text())["per_layer_config"]["0"]["intermediate_size"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "out"]
+
+
+def test_the_weights_are_never_overwritten(ckpt, capsys):
+    assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    edit_json(ckpt / "config.json", pruning={})  # as a fine-tuned model has it
+    assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    (ckpt / "README.md").write_text("")  # looks like a converted model
+    assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
+    assert "which is to be converted" in capsys.readouterr().err
+    assert (ckpt / "model.safetensors").exists()
+
+
+def test_full_disk_leaves_nothing(ckpt, tmp_path, capsys, monkeypatch):
+    from safetensors import SafetensorError
+
+    import converter.writer
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(converter.writer, "save_file", full)
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_too_little_disk_is_noticed_before_writing(ckpt, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
+    assert "bytes, but its disk has 100 left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(ckpt, tmp_path, signum):
+    slow = (
+        "import signal, sys, time, converter.writer as w; add = w.ShardWriter.add\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what runs in the background
+        "def slow(self, name, tensor): print('writing', flush=True); time.sleep(0.2); add(self, name, tensor)\n"
+        "w.ShardWriter.add = slow\n"
+        "from converter.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, ckpt, tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while "writing" not in process.stdout.readline():
+        assert process.poll() is None, "the conversion ended before it could be interrupted"
+    process.send_signal(signum)
+    assert process.wait(timeout=30) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]

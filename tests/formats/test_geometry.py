@@ -1,0 +1,287 @@
+"""Geometry: config.json in both directions, sizes against real Hugging Face models."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers.tiny import HF_MOE, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 96,
+    "vocab_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "intermediate_size": 100,
+}
+
+
+def geometry(**changes) -> ModelGeometry:
+    return ModelGeometry.from_config(LLAMA | changes)
+
+
+DENSE_FAMILIES = [name for name, family in FAMILIES.items() if family.experts is None]
+MOE = {
+    "hidden_size": 96,
+    "vocab_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 100,
+    "num_experts_per_tok": 2,
+}
+MOE_KEYS = {
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    "deepseek": {"n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2, "first_k_dense_replace": 1},
+}
+
+
+def moe_config(model_type: str, **changes) -> dict:
+    names = {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture]}
+    return {**MOE, **names, **MOE_KEYS[model_type], **changes}
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", DENSE_FAMILIES)
+def test_tensors_and_parameters_are_those_of_hugging_face(model_type, tied, biases):
+    config = {"attention_bias": True, "mlp_bias": True} if biases else {}
+    model = tiny_model(model_type, 6, 3, 100, tie_word_embeddings=tied, **config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if tied:
+        del shapes["lm_head.weight"]
+    ours = ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    assert ours.tensor_shapes() == shapes
+    assert ours.num_parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("model_type", HF_MOE)
+def test_tensors_of_experts_are_those_that_hugging_face_saves(tmp_path, model_type, mixed):
+    config = {"attention_bias": True, "mlp_only_layers": [0], "decoder_sparse_step": 2} if mixed else {}
+    model = tiny_model(model_type, 6, 3, 100, **config)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    ours = ModelGeometry.from_config(json.loads((tmp_path / "config.json").read_text()))
+    assert ours.tensor_shapes() == shapes
+    assert ours.num_parameters == model.num_parameters()
+    with_experts = [bool(layer.expert_intermediate_sizes) for layer in ours.layers]
+    assert with_experts == [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert any(with_experts) and ours.experts.num_experts_per_tok == model.config.num_experts_per_tok
+
+
+def test_deepseek_layers():
+    """The sizes of deepseek-ai/deepseek-moe-16b-base, which has 16.38B parameters."""
+    sizes = {
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": None,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "moe_layer_freq": 1,
+    }
+    ours = ModelGeometry.from_config(moe_config("deepseek", **sizes))
+    assert ours.num_parameters == 16_375_728_128
+    assert [len(layer.expert_intermediate_sizes) for layer in ours.layers] == [0] + [64] * 27
+    assert ours.tensor_shapes()["model.layers.1.mlp.shared_experts.up_proj.weight"] == (2816, 2048)
+    assert ours.tensor_shapes()["model.layers.0.mlp.up_proj.weight"] == (10944, 2048)
+    other = ModelGeometry.from_config(moe_config("deepseek", moe_layer_freq=2, num_hidden_layers=5))
+    assert [bool(layer.expert_intermediate_sizes) for layer in other.layers] == [False, False, True, False, True]
+
+
+def test_sizes():
+    ours = geometry(
+        per_layer_config={"1": {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 7}}
+    )
+    assert [layer.num_attention_heads for layer in ours.layers] == [6, 2, 6]
+    assert [layer.intermediate_size for layer in ours.layers] == [100, 7, 100]
+    assert ours.layer_parameters(1) == 4 * 96 * 2 * 16 + 3 * 96 * 7 + 2 * 96
+    assert ours.kv_cache_bytes_per_token(2) == 2 * (6 + 2 + 6) * 16 * 2
+    assert ours.num_parameters == sum(map(ours.layer_parameters, range(3))) + 96 + 2 * 256 * 96
+
+
+groups = st.lists(st.integers(1, 5), min_size=0, max_size=6).map(tuple)
+layers = st.builds(LayerGeometry, groups, st.integers(0, 300))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(layers, min_size=1, max_size=6), st.sampled_from(DENSE_FAMILIES))
+def test_config_round_trip(its_layers, model_type):
+    config = LLAMA | {
+        "model_type": model_type,
+        "architectures": [FAMILIES[model_type].architecture],
+        "num_hidden_layers": len(its_layers),
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    }
+    before = ModelGeometry.from_config(config).with_layers(tuple(its_layers))
+    written = before.to_config(config)
+    after = ModelGeometry.from_config(written)
+    assert after.layers == before.layers
+    assert after.tensor_shapes() == before.tensor_shapes()
+    if "per_layer_config" in written:  # dense sizes stay at the top level
+        assert after == before
+        hugging_face = AutoConfig.for_model(**written)
+        assert ModelGeometry.from_config(hugging_face.to_dict()) == before
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(sorted(MOE_KEYS)))
+def test_config_round_trip_of_experts(data, model_type):
+    config = moe_config(model_type)
+    dense = ModelGeometry.from_config(config)
+    widths = st.one_of(
+        st.lists(st.integers(0, 3) | st.just(24), min_size=4, max_size=4).map(tuple),
+        st.integers(0, 100).map(lambda width: (width,) * 4),
+    )
+    its_layers = tuple(
+        LayerGeometry(data.draw(groups), 0, data.draw(widths)) if layer.expert_intermediate_sizes else data.draw(layers)
+        for layer in dense.dense_layers
+    )
+    before = dense.with_layers(its_layers)
+    written = before.to_config(config)
+    after = ModelGeometry.from_config(written)
+    assert after.layers == before.layers
+    assert after.tensor_shapes() == before.tensor_shapes()
+    if "per_layer_config" in written:
+        assert after == before
+        hugging_face = AutoConfig.for_model(**written)
+        assert ModelGeometry.from_config(hugging_face.to_dict()) == before
+
+
+def test_experts_without_channels_have_no_tensors():
+    config = moe_config("qwen2_moe", per_layer_config={"1": {"expert_intermediate_sizes": [0, 7, 0, 24]}})
+    ours = ModelGeometry.from_config(config)
+    assert ours.layers[1] == LayerGeometry((3,) * 4, 0, (0, 7, 0, 24)) and ours.layers[1].skip == []
+    shapes = ours.layer_tensor_shapes(1)
+    assert shapes["model.layers.1.mlp.gate.weight"] == (4, 96), "the router still sees every expert"
+    assert shapes["model.layers.1.mlp.experts.1.down_proj.weight"] == (96, 7)
+    assert not [name for name in shapes if ".experts.0." in name or ".experts.2." in name]
+
+
+def test_experts_of_one_width_use_the_key_of_hugging_face():
+    dense = ModelGeometry.from_config(moe_config("qwen3_moe"))
+    attention = dense.layers[0].query_heads_per_kv_head
+    layers = [LayerGeometry(attention, 0, (5,) * 4), dense.layers[1], LayerGeometry(attention, 0, (0,) * 4)]
+    written = dense.with_layers(layers).to_config(moe_config("qwen3_moe"))
+    assert written["expert_intermediate_sizes"] is None
+    assert written["per_layer_config"] == {
+        "0": {"moe_intermediate_size": 5},
+        "2": {"expert_intermediate_sizes": [0, 0, 0, 0]},
+    }
+
+
+@pytest.mark.parametrize("model_type", MOE_KEYS)
+def test_uniform_experts_get_the_stock_architecture(model_type):
+    dense = ModelGeometry.from_config(moe_config(model_type, head_dim=8))
+    pruned = dense.with_layers(
+        replace(layer, expert_intermediate_sizes=(5,) * 4)
+        if layer.expert_intermediate_sizes
+        else replace(layer, intermediate_size=30)
+        for layer in dense.layers
+    )
+    written = pruned.to_config(moe_config(model_type, head_dim=8))
+    # deepseek's shared experts are a multiple of the experts' width, which would shrink with it.
+    assert ("per_layer_config" in written) == (model_type == "deepseek")
+    assert ModelGeometry.from_config(written).layers == pruned.layers
+    assert ModelGeometry.from_config(written).tensor_shapes() == pruned.tensor_shapes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": None}, "num_local_experts is None; it must be a whole number"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but there are 4 experts"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers is 3; it must be a list"),
+        (
+            {"per_layer_config": {"0": {"expert_intermediate_sizes": [1, 2]}}},
+            "expert_intermediate_sizes has 2 numbers for 4 experts",
+        ),
+        ({"per_layer_config": {"0": {"expert_intermediate_sizes": [1, 2, 3, -4]}}}, "whole numbers of at least 0"),
+        ({"per_layer_config": {"0": {"intermediate_size": 5}}}, r"unknown keys \['intermediate_size'\]"),
+        ({"per_layer_config": {"1": {"moe_intermediate_size": 5}}}, r"unknown keys \['moe_intermediate_size'\]"),
+        ({"per_layer_config": {"0": {"skip": ["mlp"]}}}, "a layer with experts may name 'attention'"),
+    ],
+)
+def test_bad_configs_of_experts_are_refused(changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        ModelGeometry.from_config(moe_config("qwen3_moe", **changes))
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "heads", "architecture"),
+    [
+        ("llama", 6, "LlamaForCausalLM"),
+        ("llama", 4, "LlamaForCausalLM"),
+        ("llama", 5, "MistralForCausalLM"),  # 96 % 5 != 0, which LlamaConfig refuses
+        ("mistral", 5, "MistralForCausalLM"),
+        ("qwen2", 6, "Qwen2ForCausalLM"),
+        ("qwen2", 4, "PrunedQwen2ForCausalLM"),  # vLLM's Qwen2 would take 96 / 4 for head_dim
+        ("qwen3", 5, "Qwen3ForCausalLM"),
+    ],
+)
+def test_uniform_layers_get_the_stock_architecture(model_type, heads, architecture):
+    config = LLAMA | {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture], "head_dim": 16}
+    dense = ModelGeometry.from_config(config)
+    pruned = dense.with_layers((LayerGeometry((1,) * heads, 50),) * 3)
+    written = pruned.to_config(config)
+    assert written["architectures"] == [architecture]
+    assert ("per_layer_config" in written) == architecture.startswith("Pruned")
+    assert ModelGeometry.from_config(written).layers == pruned.layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_size": None}, "hidden_size is None; it must be a whole number"),
+        ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
+        ({"per_layer_config": {"3": {}}}, r"per_layer_config\['3'\]: not a layer index; the model has layers 0 to 2"),
+        ({"per_layer_config": {"0": {"sliding_window": 5}}}, r"\['0'\]: unknown keys \['sliding_window'\]"),
+        ({"per_layer_config": {"0": {"skip": ["norm"]}}}, r"skip is \['norm'\]"),
+        ({"per_layer_config": {"0": {"intermediate_size": -3}}}, r"\['0'\]: intermediate_size is -3"),
+        (
+            {"per_layer_config": {"0": {"query_heads_per_kv_head": [3, 4], "num_key_value_heads": 2}}},
+            r"query_heads_per_kv_head \[3, 4\] must be 2 positive numbers .* add up to 6",
+        ),
+        (
+            {"per_layer_config": {"0": {"query_heads_per_kv_head": [2.5, 3.5], "num_key_value_heads": 2}}},
+            r"query_heads_per_kv_head \[2.5, 3.5\] must be 2 positive numbers",
+        ),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        geometry(**changes)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(InputError) as error:
+        geometry(hidden_size=0, vocab_size="x", per_layer_config={"9": {}, "0": {"intermediate_size": 0}})
+    assert len(error.value.problems) == 4

@@ -1,0 +1,43 @@
+"""Learning runs on tiny models, in this process."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from learner import cli
+from learner.data.reading import BlockSampler
+from learner.methods.method import Task
+from learner.model.units import Units
+from learner.run.journal import Journal
+from pruned_vllm.formats.geometry import ModelGeometry
+
+
+def geometry_of(model) -> ModelGeometry:
+    return ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+
+
+def task_of(
+    model,
+    settings: Any = None,
+    sparsity: float | Mapping[str, float] = 0.5,
+    *,
+    tied: bool = False,
+    seed: int = 0,
+    tokens: torch.Tensor | None = None,
+    journal: Journal | None = None,
+) -> Task:
+    """What a method is given for `model`, with blocks of 32 random tokens unless `tokens` [N] say otherwise."""
+    units = Units.of(geometry_of(model), tied)
+    if tokens is None:
+        tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
+    target = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(units.layers, sparsity)
+    model.requires_grad_(False)
+    blocks = BlockSampler(tokens, 32, seed)
+    return Task(model, units, target, settings, seed, blocks, journal or Journal(), Accelerator(cpu=True))
+
+
+def run(*args) -> int:
+    """The exit code of learn-masks with these arguments."""
+    return cli.main([str(arg) for arg in args])

@@ -1,0 +1,220 @@
+"""Ragged mixture-of-experts: a reference in float64, the most that rounding may cost, and checked calls.
+
+Imports Triton only inside of functions: a process that shall interpret kernels must set TRITON_INTERPRET before.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pruned_vllm.kernels.ragged_moe_config import Config
+
+
+class Case(NamedTuple):
+    """Sizes and kind of routing: "router" (distinct experts for a token), "any" (also twice the same expert, -1, and
+    ids beyond the last), "one" (all pairs to expert 1), "nowhere"."""
+
+    tokens: int
+    hidden: int
+    widths: tuple[int, ...]
+    topk: int
+    routing: str = "router"
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY = tuple(7 * i % 23 for i in range(32))  # 0 to 22, unordered
+CASES = (
+    Case(0, 16, (5, 3), 2),
+    Case(1, 16, (1,), 1),
+    Case(1, 40, (3, 0, 5, 17, 1, 0, 4, 9), 2),
+    Case(1, 40, (3, 0, 5, 17, 1, 0, 4, 9), 2, "any"),
+    Case(1, 72, MANY, 8),
+    Case(2, 40, MANY, 4, "any"),
+    Case(2, 16, (7, 0, 1), 1),
+    Case(2, 1100, (3, 5), 2),  # more hidden units than one program sums up
+    Case(7, 1, (3, 2), 2),
+    Case(7, 40, (33, 0, 5, 64), 2),
+    Case(7, 72, (0, 0, 200, 0), 4),
+    Case(7, 16, (4, 4), 2, "nowhere"),
+    Case(33, 16, (0, 0, 0), 2),
+    Case(33, 24, (70,), 1),
+    Case(33, 40, (3, 1, 31, 17, 0, 2), 4, "any"),
+    Case(17, 56, MANY, 8),
+    Case(70, 16, (5, 48, 0, 17), 8, "any"),  # more pairs than one step of the schedule takes in small batches
+    Case(70, 16, (1, 20, 3), 2, "one"),
+    Case(70, 40, (65, 130), 1),
+    Case(70, 72, (16, 32, 48, 64), 2),
+)
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    offsets: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    max_width: int
+
+
+def random_inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> Inputs:
+    """Fresh inputs, each with NaN or, around the offsets, absurd numbers next to it in memory: a read outside shows."""
+    torch.manual_seed(seed)
+    rows, num_experts = sum(case.widths), len(case.widths)
+    odd = seed % 2  # what half of the runs have: x not contiguous, 64-bit integers, a wider max_width than needed
+    x = _guarded(torch.randn(case.tokens, case.hidden + 3 * odd).to(device, dtype))
+    x[:, case.hidden :] = torch.nan
+    integers = torch.int64 if odd else torch.int32
+    return Inputs(
+        x=x[:, : case.hidden],
+        gate_up=_guarded((torch.randn(2, rows, case.hidden) / case.hidden**0.5).to(device, dtype)),
+        down=_guarded(torch.randn(rows, case.hidden).to(device, dtype)),
+        offsets=_guarded(torch.tensor([0, *case.widths]).cumsum(0).to(device, integers)),
+        topk_weights=_guarded(torch.rand(case.tokens, case.topk).to(device)),
+        topk_ids=_route(case, num_experts).to(device, integers),
+        max_width=max(case.widths) + 5 * odd,
+    )
+
+
+def _guarded(tensor: torch.Tensor) -> torch.Tensor:
+    around = torch.nan if tensor.is_floating_point() else 2**30
+    memory = torch.full((tensor.numel() + 4096,), around, dtype=tensor.dtype, device=tensor.device)
+    inside = memory[2048 : 2048 + tensor.numel()].view(tensor.shape)
+    return inside.copy_(tensor)
+
+
+def _route(case: Case, num_experts: int) -> torch.Tensor:
+    shape = (case.tokens, case.topk)
+    if case.routing == "router":
+        return torch.rand(case.tokens, num_experts).topk(case.topk).indices
+    if case.routing == "any":
+        ids = torch.randint(-2, num_experts + 2, shape)
+        return torch.where(ids > num_experts, 1000, ids)
+    return torch.full(shape, 1 if case.routing == "one" else -1)
+
+
+def reference(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact result and the error that rounding may cause, both float64 [tokens, hidden].
+
+    Rounded to the dtype are what enters the down projection, what leaves it, and the sum: three times at most `eps` of
+    the sum of absolute terms (hardware rounds to nearest, which is half of it; the interpreter truncates bfloat16). The
+    rest is float32 arithmetic on sums of absolute terms: a small multiple of its eps, far below the worst case.
+    """
+    x, gate_up, down, offsets, topk_weights, topk_ids, _ = inputs
+    x64, gate64, up64, down64 = x.double(), gate_up[0].double(), gate_up[1].double(), down.double()
+    result, rounded, computed = (torch.zeros_like(x64) for _ in range(3))
+    bounds = offsets.tolist()
+    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        weight = (topk_weights.double() * (topk_ids == expert)).sum(1, keepdim=True)
+        gate, up = gate64[begin:end], up64[begin:end]
+        product = F.silu(x64 @ gate.T) * (x64 @ up.T)
+        absolute = (x64.abs() @ gate.abs().T) * (x64.abs() @ up.abs().T)
+        result += weight * (product @ down64[begin:end])
+        rounded += weight * (product.abs() @ down64[begin:end].abs())
+        computed += weight * (absolute @ down64[begin:end].abs())
+    smallest = torch.finfo(x.dtype).smallest_normal
+    return result, 3 * torch.finfo(x.dtype).eps * (rounded + smallest) + 16 * torch.finfo(torch.float32).eps * computed
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """torch.empty returns NaN and the largest integers, so that whatever is read but never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        if not torch.empty(1).isnan():
+            raise RuntimeError("torch.utils.deterministic.fill_uninitialized_memory is off")
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check(ragged_moe: Callable, case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
+    """Calls a kernel on random inputs; "" or what is wrong with its output."""
+    inputs = random_inputs(case, dtype, seed, device)
+    expected, allowed = reference(inputs)
+    with poisoned_memory():
+        actual = ragged_moe(*inputs)
+    return compare(actual, expected, allowed, dtype)
+
+
+def check_triton(case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
+    """The same for the Triton kernel."""
+    from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
+
+    return check(ragged_moe, case, dtype, seed, device)
+
+
+def compare_contestants() -> list[str]:
+    """Runs bench.ragged_moe's contestants, which compares their outputs; returns their names."""
+    from bench.experts import timing as moe_timing
+    from bench.experts.layers import Layer
+    from bench.ragged_moe import measure
+
+    moe_timing.SHORT_CASE_SECONDS = 0
+    (record,) = measure([Layer("tiny", 64, 2, 96, (64, 7, 0, 33, 20, 1, 40, 30))], [1, 5], repeats=1, device="cpu")
+    return list(record["cases"][1]["contestants"])
+
+
+def compare(actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, dtype: torch.dtype) -> str:
+    """ "" or a sentence with the largest error."""
+    if actual.dtype != dtype or actual.shape != expected.shape:
+        return f"output is {actual.dtype} {list(actual.shape)}"
+    excess = (actual.double() - expected).abs() - allowed
+    wrong = ~(excess <= 0)  # NaN is wrong
+    if not wrong.any():
+        return ""
+    first = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} numbers are wrong, the first at {first}: "
+        f"{actual[first].item()}, not {expected[first].item()} within {allowed[first].item()}"
+    )
+
+
+def schedule(topk_ids: list[list[int]], offsets: list[int], block_m: int) -> tuple[list[list[int]], list[int]]:
+    """The list of tiles and the sorted pairs that the kernel makes."""
+    from pruned_vllm.kernels.ragged_moe_triton import _schedule
+
+    with poisoned_memory():
+        _, tiles, sorted_pairs = _schedule(torch.tensor(topk_ids), torch.tensor(offsets), block_m)
+    return tiles.tolist(), sorted_pairs.tolist()
+
+
+def compile_config(config: Config, dtype: str, compute_capability: int) -> list:
+    """The gate-and-up and the down kernel compiled for a GPU that need not be there. Sizes are multiples of 16.
+
+    Args:
+        dtype: of the weights, as Triton calls it: "bf16", "fp16" or "fp32".
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pruned_vllm.kernels import ragged_moe_triton as kernels
+
+    numbers = dict.fromkeys(("x", "gate_up", "down", "intermediate", "partial"), f"*{dtype}")
+    integers = dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "*i32")
+    multiples = ("hidden", "up_offset", "intermediate_stride")
+    compiled = []
+    for kernel, tile in ((kernels._gate_up_kernel, config.gate_up), (kernels._down_kernel, config.down)):
+        constants = {
+            "SORTED": config.is_sorted,
+            "GROUP": config.group,
+            "BLOCK_M": config.block_m,
+        } | tile.launch_options()
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        constants["VECTOR"] = kernels.VECTOR
+        types = numbers | integers | {"topk_weights": "*fp32"} | dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in multiples]
+        source = ASTSource(
+            kernel,
+            signature,
+            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        compiled.append(triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options))
+    return compiled

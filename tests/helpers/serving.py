@@ -1,0 +1,184 @@
+"""Pruned models served by vLLM in this process, held to the oracle; and the table of what the masks may leave."""
+
+import contextlib
+import gc
+from dataclasses import dataclass, field
+
+import torch
+from helpers.tiny import masks_for, oracle, prompts, tiny_model
+from safetensors.torch import load_file, save_file
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+NUM_TOKENS = 12
+WIDTH = 100  # FFN channels of the dense models
+
+
+@contextlib.contextmanager
+def engine(directory, **options):
+    """An in-process vLLM engine."""
+    llm = LLM(
+        str(directory),
+        **{
+            "dtype": "float32",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_model_len": 128,
+            "max_num_seqs": 8,
+        }
+        | options,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: LLM, **options) -> list:
+    """The outputs of `prompts()`, greedy, with log-probabilities."""
+    defaults = {"temperature": 0, "max_tokens": NUM_TOKENS, "logprobs": 5, "prompt_logprobs": 1}
+    params = SamplingParams(**defaults | options, detokenize=False, ignore_eos=True)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], params, use_tqdm=False)
+
+
+def assert_is_the_masked_model(outputs, model, masks, site="product") -> None:
+    """Tokens equal, log-probabilities of prompt and output tokens within 1e-4."""
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        served_tokens = list(output.outputs[0].token_ids)
+        tokens, expected = oracle(model, masks, site, prompt, served_tokens)
+        assert served_tokens == tokens and len(tokens) == NUM_TOKENS
+        served = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        assert len(served) == len(expected) == len(prompt) + NUM_TOKENS - 1
+        differences = [
+            abs(logprob.logprob - expected[position, token].item())
+            for position, logprobs in enumerate(served)
+            for token, logprob in logprobs.items()
+        ]
+        assert all(difference < 1e-4 for difference in differences), f"up to {max(differences):.2e}"  # NaN fails too
+
+
+def assert_serves_the_masked_model(directory, model, masks, site="product", **options) -> None:
+    with engine(directory, **options) as llm:
+        outputs = generate(llm)
+    assert_is_the_masked_model(outputs, model, masks, site)
+
+
+def soft(generator: torch.Generator, count: int) -> torch.Tensor:
+    """Mask values in (0, 8), as DDP learns them."""
+    return 0.2 + 7.8 * torch.rand(count, generator=generator) ** 3
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the masks leave of a model: for each layer the query heads that each KV head keeps, and the FFN width."""
+
+    groups: tuple[tuple[int, ...], ...]
+    widths: tuple[int, ...]
+    model_type: str = "llama"
+    group: int = 1  # query heads of each KV head in the dense model
+    site: str = "product"
+    negative: bool = False
+    stock: bool = False  # expected: a stock architecture can say it
+    config: dict = field(default_factory=dict)
+
+    def model_and_masks(self):
+        kv_heads = len(self.groups[0])
+        config = {"num_hidden_layers": len(self.groups)} | self.config
+        model = tiny_model(self.model_type, kv_heads * self.group, kv_heads, WIDTH, **config)
+        generator = torch.Generator().manual_seed(7)
+        heads, channels = [], []
+        for kept, width in zip(self.groups, self.widths, strict=True):
+            head_mask = torch.zeros(kv_heads, self.group)
+            for kv_head, count in enumerate(kept):
+                chosen = torch.randperm(self.group, generator=generator)[:count]
+                head_mask[kv_head, chosen] = soft(generator, count)
+            channel_mask = torch.zeros(WIDTH)
+            channel_mask[torch.randperm(WIDTH, generator=generator)[:width]] = soft(generator, width)
+            heads.append(head_mask.flatten().tolist())
+            channels.append(channel_mask)
+        masks = masks_for(heads, channels)
+        if self.negative:
+            masks = {name: mask * torch.tensor([1.0, -1.0]).repeat(len(mask) // 2) for name, mask in masks.items()}
+        return model, masks
+
+
+ALL = (1, 1, 1, 1, 1, 1)
+MHA = ((1, 1, 1, 0, 0, 1), (0, 0, 0, 1, 0, 0), ALL)
+GQA = ((2, 0, 2), (0, 2, 0), (2, 2, 2))
+UNEVEN = ((3, 1, 0, 4), (1, 0, 0, 2), (4, 3, 2, 1))  # groups of 4
+NONE = (0, 0, 0, 0, 0, 0)
+ODD = (51, 1, 99)
+BIASES = {"attention_bias": True, "mlp_bias": True}
+LAYER_TYPES = {
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "use_sliding_window": True,
+}
+QWEN3_BIAS = {"attention_bias": True}
+
+GEOMETRIES = {
+    "llama ragged": Geometry(MHA, ODD),
+    "llama gate and up": Geometry(MHA, ODD, site="gate_and_up"),
+    "llama negative masks": Geometry(MHA, ODD, negative=True),
+    "llama negative gate and up": Geometry(MHA, ODD, site="gate_and_up", negative=True),
+    "llama biases": Geometry(MHA, ODD, config=BIASES),
+    "llama biases gate and up": Geometry(MHA, ODD, config=BIASES, site="gate_and_up"),
+    "llama gqa": Geometry(GQA, ODD, group=2),
+    "llama gqa, one query head of each group": Geometry(((1, 0, 1), (0, 1, 0), (1, 1, 1)), ODD, group=4),
+    "llama mqa": Geometry(((4,), (1,), (3,)), ODD, group=6),
+    "llama one head left everywhere": Geometry(
+        ((0, 0, 0, 0, 0, 1), (1, 0, 0, 0, 0, 0), (0, 0, 1, 0, 0, 0)), (1, 1, 1), stock=True
+    ),
+    "llama tied embeddings": Geometry(MHA, ODD, config={"tie_word_embeddings": True}),
+    "llama only soft": Geometry((ALL,) * 3, (100,) * 3, stock=True),
+    "llama uniform": Geometry(((1, 1, 0, 0, 1, 0), (0, 1, 1, 1, 0, 0), (0, 0, 0, 1, 1, 1)), (40,) * 3, stock=True),
+    "llama uniform with heads that llama refuses": Geometry(((1, 1, 1, 1, 1, 0),) * 3, (40,) * 3, stock=True),
+    "llama uneven groups": Geometry(UNEVEN, ODD, group=4),
+    "llama uneven groups, biases": Geometry(UNEVEN, ODD, group=4, config=BIASES, site="gate_and_up"),
+    "llama uneven groups, negative masks": Geometry(UNEVEN, ODD, group=4, negative=True),
+    "llama very uneven groups": Geometry(((8, 1), (1, 8), (0, 5)), ODD, group=8),
+    "llama the same uneven groups everywhere": Geometry(((3, 1, 2),) * 3, (40,) * 3, group=4),
+    "llama no attention in the first layer": Geometry((NONE, *MHA[1:]), ODD),
+    "llama no mlp in the first layer": Geometry(MHA, (0, 51, 99)),
+    "llama nothing in the first layer": Geometry((NONE, *MHA[1:]), (0, 51, 99)),
+    "llama nothing in the last layer": Geometry((*MHA[:2], NONE), (51, 1, 0)),
+    "llama no attention at all": Geometry((NONE,) * 3, ODD),
+    "llama no mlp at all": Geometry(MHA, (0, 0, 0)),
+    "llama nothing at all": Geometry((NONE,) * 3, (0, 0, 0)),
+    "llama biases survive the first layer": Geometry((NONE, *MHA[1:]), (0, 51, 99), config=BIASES),
+    "llama biases survive everywhere": Geometry((MHA[0], NONE, NONE), (0, 51, 0), config=BIASES),
+    "mistral ragged": Geometry(MHA, ODD, "mistral", config={"sliding_window": None}),
+    "mistral gqa, sliding window": Geometry(GQA, ODD, "mistral", 2, config={"sliding_window": 8}),
+    "mistral uneven groups, sliding window": Geometry(UNEVEN, ODD, "mistral", 4, config={"sliding_window": 8}),
+    "mistral skips": Geometry((NONE, MHA[0], MHA[1]), (51, 0, 99), "mistral", config={"sliding_window": None}),
+    "qwen2 biases": Geometry(MHA, ODD, "qwen2"),
+    "qwen2 gqa": Geometry(GQA, ODD, "qwen2", 2, site="gate_and_up"),
+    "qwen2 uneven groups": Geometry(UNEVEN, ODD, "qwen2", 4),
+    "qwen2 skips": Geometry((NONE, MHA[0], MHA[1]), (0, 51, 99), "qwen2"),
+    "qwen2 uniform heads": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (40,) * 3, "qwen2", 2),
+    "qwen2 nothing pruned": Geometry(((2, 2, 2),) * 3, (100,) * 3, "qwen2", 2),
+    "qwen2 uniform widths, heads wider than hidden": Geometry(((2, 2, 2),) * 3, (40,) * 3, "qwen2", 2),
+    "qwen2 uniform widths": Geometry(((2, 2, 2),) * 3, (40,) * 3, "qwen2", 2, config={"hidden_size": 192}, stock=True),
+    "qwen3 gqa": Geometry(GQA, ODD, "qwen3", 2),
+    "qwen3 mha": Geometry(MHA, ODD, "qwen3", negative=True),
+    "qwen3 gqa, 2 of 4 query heads": Geometry(((2, 0, 2), (0, 2, 0), (2, 2, 2)), ODD, "qwen3", 4),
+    "qwen3 uniform": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "qwen3", 2, stock=True),
+    "qwen3 uneven groups": Geometry(UNEVEN, ODD, "qwen3", 4),
+    "qwen3 very uneven groups": Geometry(((8, 1), (1, 8), (0, 5)), ODD, "qwen3", 8, site="gate_and_up"),
+    "qwen3 skips": Geometry(((0, 0, 0, 0), UNEVEN[0], UNEVEN[1]), (0, 51, 0), "qwen3", 4),
+    "qwen3 biases, uneven groups": Geometry(UNEVEN, ODD, "qwen3", 4, config=QWEN3_BIAS),
+    "qwen2 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen2", 4, config=LAYER_TYPES),
+    "qwen3 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen3", 4, config=LAYER_TYPES),
+    "qwen3 biases, skips": Geometry((NONE, *MHA[1:]), ODD, "qwen3", config=QWEN3_BIAS),
+}
+
+
+def rewrite(directory, change) -> None:
+    """Lets `change` edit the tensors of a model that is one file."""
+    (path,) = directory.glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

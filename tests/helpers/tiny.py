@@ -1,0 +1,166 @@
+"""Tiny random models of the real Hugging Face classes, masked checkpoints of them, and the oracle.
+
+The oracle is the masked dense model in Hugging Face, float32: what a converted model must compute.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from helpers.deepseek import DeepseekForCausalLM
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from converter.convert import convert
+from converter.plan import make_plan
+from learner.model.masking import apply_masks
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
+from pruned_vllm.serving import deepseek_config
+
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention serves
+NUM_LAYERS = 3
+VOCAB_SIZE = 256
+NUM_EXPERTS = 4
+_EXPERTS = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+MOE_CONFIGS = {
+    "mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
+    "olmoe": _EXPERTS,
+    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "deepseek": {
+        "n_routed_experts": NUM_EXPERTS,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+}
+HF_MOE = [name for name in MOE_CONFIGS if name != "deepseek"]  # what Transformers has
+
+
+def tiny_model(
+    model_type: str, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int, seed: int = 0, **config
+) -> PreTrainedModel:
+    """A model with weights large enough that its predictions differ clearly from token to token.
+
+    `intermediate_size` is the width of the experts in a family whose config.json calls it so (Mixtral, OLMoE).
+    """
+    torch.manual_seed(seed)
+    deepseek_config.register()
+    if model_type == "olmoe":  # its norm of q is as wide as the hidden states
+        config.setdefault("hidden_size", num_attention_heads * HEAD_DIM)
+    config = MOE_CONFIGS.get(model_type, {}) | config
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=config.pop("hidden_size", 96),
+        num_hidden_layers=config.pop("num_hidden_layers", NUM_LAYERS),
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=HEAD_DIM,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **config,
+    )
+    if model_type == "deepseek":  # Transformers has no such model
+        config.architectures = ["DeepseekForCausalLM"]
+        model = DeepseekForCausalLM(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    return model.eval().requires_grad_(False)
+
+
+def write_masked(
+    directory: Path,
+    model: PreTrainedModel,
+    masks: dict[str, torch.Tensor],
+    channel_mask_site: str = "product",
+    **pruning,
+) -> Path:
+    """Saves a masked checkpoint; `pruning` replaces keys of pruning.json."""
+    model.save_pretrained(directory)
+    save_file({name: mask.clone() for name, mask in masks.items()}, directory / "pruning_masks.safetensors")
+    content = {
+        "format_version": 1,
+        "method": "test",
+        "channel_mask_site": channel_mask_site,
+        "base_model": None,
+        "lora_adapter": None,
+    }
+    (directory / "pruning.json").write_text(json.dumps(content | pruning))
+    return directory
+
+
+def masks_for(heads: list[list[float]], channels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mask tensors under their keys from values by layer."""
+    masks = {HEAD_MASK.format(i): torch.tensor(values, dtype=torch.float32) for i, values in enumerate(heads)}
+    return masks | {CHANNEL_MASK.format(i): values.float() for i, values in enumerate(channels)}
+
+
+def soft_mask(units: int, kept: int, generator: torch.Generator) -> torch.Tensor:
+    """A mask that keeps `kept` units, chosen by chance, with values in (0, 8), as DDP learns them."""
+    mask = torch.zeros(units)
+    mask[torch.randperm(units, generator=generator)[:kept]] = 0.2 + 7.8 * torch.rand(kept, generator=generator) ** 3
+    return mask
+
+
+def expert_masks(
+    model: PreTrainedModel, widths: list[list[int]], dense_widths: list[int] = (), seed: int = 7
+) -> dict[str, torch.Tensor]:
+    """Masks that leave these widths of the experts of each layer that has any, and of each dense MLP, in turn."""
+    generator, masks = torch.Generator().manual_seed(seed), {}
+    widths, dense_widths = iter(widths), iter(dense_widths)
+    geometry = ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    for index, layer in enumerate(geometry.layers):
+        if layer.expert_intermediate_sizes:
+            rows = [soft_mask(layer.expert_width, kept, generator) for kept in next(widths)]
+            masks[EXPERT_MASK.format(index)] = torch.stack(rows)
+        elif (kept := next(dense_widths, None)) is not None:
+            masks[CHANNEL_MASK.format(index)] = soft_mask(layer.intermediate_size, kept, generator)
+    return masks
+
+
+def converted(directory: Path, model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str = "product") -> Path:
+    """Masked checkpoint -> converted model through the real pipeline; returns the converted directory."""
+    write_masked(directory / "ckpt", model, masks, site)
+    convert(make_plan(directory / "ckpt"), directory / "out")
+    return directory / "out"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte: VOCAB_SIZE of them."""
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~")
+
+
+def prompts() -> list[list[int]]:
+    """Prompts of different lengths, so that a batch has ragged rows."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (1, 5, 17, 40)]
+
+
+@torch.no_grad()
+def oracle(
+    model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str, prompt: list[int], continuation: list[int]
+) -> tuple[list[int], torch.Tensor]:
+    """What the masked dense model says of a greedy `continuation` of `prompt`.
+
+    Returns the tokens that it prefers in place of each token of `continuation` (the same, if it would have generated
+    that), and the log-probabilities [len(prompt) + len(continuation) - 1, vocab] of every position.
+    """
+    tokens = torch.tensor([[*prompt, *continuation]])
+    with apply_masks(model, masks, site):
+        log_probabilities = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+    return log_probabilities[len(prompt) - 1 :].argmax(-1).tolist(), log_probabilities

@@ -1,0 +1,172 @@
+"""The kernel for experts of different widths on CPU, and what stands in for it without a compiler, against float64."""
+
+import logging
+import random
+
+import pytest
+import torch
+from helpers.ragged_moe import CASES, DTYPES, Case, check, random_inputs
+
+from pruned_vllm.kernels import ragged_moe_cpu
+from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
+
+# What passes over weights more than once, ends within a vector, or has rows that are no multiple of a cache line.
+MORE_CASES = (
+    Case(9, 1056, (31, 0, 64, 33), 1, "one"),
+    Case(40, 2048, (70, 5), 2),
+    Case(3, 33, (1, 2, 3, 4, 5, 6, 7, 8), 8),
+    Case(64, 96, (100,), 1),
+    Case(5, 1, (1, 1), 1, "any"),
+)
+TABLE = [
+    pytest.param(case, dtype, id=f"{index}-{str(dtype)[6:]}")
+    for index, case in enumerate(CASES + MORE_CASES)
+    for dtype in DTYPES
+]
+
+
+@pytest.fixture
+def compiled():
+    """Sees to it that a test does not pass by what stands in for the kernel."""
+    assert ragged_moe_cpu._library() is not None, "the kernel could not be compiled; see the warning"
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch):
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda: None)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("odd", (False, True), ids=("plain", "odd"))
+@pytest.mark.parametrize(("case", "dtype"), TABLE)
+def test_against_float64(case, dtype, odd):
+    seed = random.SystemRandom().randrange(2**30) * 2 + odd
+    problem = check(ragged_moe, case, dtype, seed, "cpu")
+    assert not problem, f"{case} {dtype} seed {seed}: {problem}"
+
+
+@pytest.mark.parametrize(("case", "dtype"), TABLE)
+def test_matrix_products_against_float64(without_a_compiler, case, dtype):
+    seed = random.SystemRandom().randrange(2**31)
+    problem = check(ragged_moe, case, dtype, seed, "cpu")
+    assert not problem, f"{case} {dtype} seed {seed}: {problem}"
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("instructions", ((), ("-march=x86-64-v3",)), ids=("fewest", "AVX2"))
+def test_instructions_of_other_processors(instructions, tmp_path, monkeypatch):
+    """Vectors are of another length there."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs an x86-64 CPU with AVX2")
+    monkeypatch.setattr(ragged_moe_cpu, "INSTRUCTIONS", dict.fromkeys(("AVX2", "AVX512"), instructions))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = ragged_moe_cpu._library.__wrapped__()
+    assert library is not None
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda: library)
+    problems = [check(ragged_moe, *case.values, 3, "cpu") for case in TABLE]
+    assert not any(problems), problems
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(threads, dtype):
+    inputs = random_inputs(Case(21, 1100, (70, 3, 0, 130, 41), 2), dtype, 0, "cpu")
+    outputs = []
+    for number in (1, 2, 3, 7):
+        threads(number)
+        outputs.append(ragged_moe(*inputs))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_are_not_finite(dtype):
+    """What overflows or is no number comes out like that; other tokens do not notice."""
+    inputs = random_inputs(Case(4, 40, (9, 33), 2), dtype, 0, "cpu")
+    clean = ragged_moe(*inputs)
+    inputs.x[1, 3] = torch.nan
+    inputs.x[2, 39] = torch.inf
+    inputs.down[2, 7] = torch.inf
+    out = ragged_moe(*inputs)
+    assert out[1].isnan().all()
+    assert not out[2].isfinite().all()
+    assert not out[[0, 3], 7].isfinite().any()
+    others = [column for column in range(40) if column != 7]
+    assert torch.equal(out[0, others], clean[0, others]) and torch.equal(out[3, others], clean[3, others])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_every_float16_is_read_and_written_as_it_is():
+    """Denormals and infinities too: a weight of `down` comes out times silu(64) / 64, which is 1."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    values = values[~values.isnan()]
+    count = len(values)
+    x = torch.ones(count, 1, dtype=torch.float16)
+    gate_up = torch.tensor([64, 1 / 64], dtype=torch.float16)[:, None, None].repeat(1, count, 1)
+    ids = torch.arange(count)[:, None]
+    out = ragged_moe(x, gate_up, values[:, None], torch.arange(count + 1), torch.ones(count, 1), ids, 1)
+    assert torch.equal(out[:, 0], values)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_rounds_as_torch_does(dtype):
+    """Ties, overflow and denormals: router weights are float32, and what they multiply here is 1."""
+    bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64)
+    ties = bits & ~0x1FFF | 0x1000 if dtype == torch.float16 else bits & ~0xFFFF | 0x8000
+    weights = torch.cat([bits, ties]).to(torch.int32).view(torch.float32)
+    weights = weights[((weights.abs() >= 2.0**-126) & (weights.abs() < 1e36)) | (weights == 0)]  # times 64 is finite
+    count = len(weights)
+    x = torch.ones(count, 1, dtype=dtype)
+    gate_up, down = torch.tensor([64, 1 / 64], dtype=dtype)[:, None, None], torch.ones(1, 1, dtype=dtype)
+    ids = torch.zeros(count, 1, dtype=torch.int32)
+    out = ragged_moe(x, gate_up, down, torch.tensor([0, 1]), weights[:, None], ids, 1)
+    assert torch.equal(out[:, 0], weights.to(dtype))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_gates_of_any_size():
+    gates = torch.tensor([-torch.inf, -3e38, -1e4, -100, -88.5, -87, -20, -1, -0.0, 0, 1, 20, 88, 100, 3e38, torch.inf])
+    gate_up = torch.stack([gates[:, None], torch.full((len(gates), 1), 2.0)])
+    ids = torch.arange(len(gates))[:, None]
+    inputs = (torch.ones(len(gates), 1), gate_up, torch.ones(len(gates), 1), torch.arange(len(gates) + 1))
+    out = ragged_moe(*inputs, torch.ones(len(gates), 1), ids, 1)
+    torch.testing.assert_close(out[:, 0], 2 * torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36, equal_nan=True)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_rows_that_no_expert_has_are_not_read():
+    inputs = random_inputs(Case(7, 40, (33, 0, 5, 64), 2), torch.float32, 0, "cpu")
+    longer = inputs._replace(
+        gate_up=torch.cat([inputs.gate_up, inputs.gate_up.new_full((2, 3, 40), torch.nan)], 1),
+        down=torch.cat([inputs.down, inputs.down.new_full((3, 40), torch.nan)]),
+    )
+    assert torch.equal(ragged_moe(*longer), ragged_moe(*inputs))
+    with pytest.raises(ValueError, match="offsets end at 102, but there are 101 rows"):
+        ragged_moe(*inputs._replace(gate_up=inputs.gate_up[:, :-1].contiguous(), down=inputs.down[:-1]))
+
+
+def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert ragged_moe_cpu._library.__wrapped__() is None
+    assert "Install a C++ compiler with OpenMP" in caplog.text and "no-such-compiler" in caplog.text
+    assert not list((tmp_path / "pruned-vllm" / "kernels").iterdir())
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(ragged_moe_cpu, "FLAGS", ("-fno-such-flag",))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert ragged_moe_cpu._library.__wrapped__() is None
+    assert "-fno-such-flag" in caplog.text
+    assert not list((tmp_path / "pruned-vllm" / "kernels").iterdir())

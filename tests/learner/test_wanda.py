@@ -1,0 +1,100 @@
+"""Wanda's scores of heads, channels and experts' channels, against sums written out in float64."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.tiny import HEAD_DIM, HF_MOE, NUM_EXPERTS, tiny_model
+
+from learner.data.reading import BlockSampler
+from learner.job import WandaSettings
+from learner.methods import baselines, wanda
+from learner.methods.method import Task
+from learner.model.units import Units
+from learner.run.journal import Journal
+from pruned_vllm.formats.geometry import ModelGeometry
+
+
+def task_on(model, tied: bool = False, sequences: int = 6, **target) -> Task:
+    tokens = torch.randint(256, (10 * 32,), generator=torch.Generator().manual_seed(5))
+    return Task(
+        model=model,
+        units=Units.of(
+            ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]}), tied=tied
+        ),
+        target_sparsity=target,
+        settings=WandaSettings(calibration_sequences=sequences, sequence_length=32),
+        seed=0,
+        blocks=BlockSampler(tokens, 32, seed=0),
+        journal=Journal(),
+        accelerator=Accelerator(cpu=True),
+    )
+
+
+def inputs_of(model, modules: dict) -> dict[str, torch.Tensor]:
+    """What modules read in a float64 pass over the sequences that `task_on` deals: [tokens, features] by name."""
+    seen = {}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0].flatten(0, -2)}))
+    model(task_on(model).blocks.next_batch(6))
+    return seen
+
+
+def scores_of_columns(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """sum_i |W_ij| ||X_j||, with one product for each weight."""
+    return (weight.abs() * features.norm(dim=0)).sum(0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_and_channels(tied):
+    model = tiny_model("qwen3", 6, 3, 40)
+    found = wanda.scores(task_on(model, tied))
+    exact = tiny_model("qwen3", 6, 3, 40).double()
+    for index, layer in enumerate(exact.model.layers):
+        seen = inputs_of(exact, {"o": layer.self_attn.o_proj, "down": layer.mlp.down_proj})
+        heads = scores_of_columns(layer.self_attn.o_proj.weight, seen["o"])
+        heads = heads.view(-1, HEAD_DIM * (2 if tied else 1)).sum(1)
+        channels = scores_of_columns(layer.mlp.down_proj.weight, seen["down"])
+        torch.testing.assert_close(found["head"][index].double(), heads, rtol=1e-4, atol=0)
+        torch.testing.assert_close(found["channel"][index].double(), channels, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("model_type", HF_MOE)
+def test_channels_of_experts_over_the_tokens_they_get(model_type):
+    model = tiny_model(model_type, 6, 6, 24)
+    found = wanda.scores(task_on(model))["expert"]
+    exact = tiny_model(model_type, 6, 6, 24).double()
+    exact.set_experts_implementation("eager")  # the default has no float64
+    for index, layer in enumerate(exact.model.layers):
+        tokens = inputs_of(exact, {"mlp": layer.mlp})["mlp"]
+        chosen = (tokens @ layer.mlp.gate.weight.T).topk(2).indices
+        for expert in range(NUM_EXPERTS):
+            gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
+            own = torch.stack([token for token, of in zip(tokens, chosen, strict=True) if expert in of])
+            features = torch.nn.functional.silu(own @ gate.T) * (own @ up.T)
+            assert 0 < len(own) < len(tokens)
+            expected = scores_of_columns(layer.mlp.experts.down_proj[expert], features)
+            torch.testing.assert_close(found[index].view(NUM_EXPERTS, -1)[expert].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_channel_of_small_weights_that_is_much_used_survives():
+    """It reads a feature that is always large; its weights alone, which magnitude sees, are the smallest."""
+    model = tiny_model("llama", 6, 6, 40)
+    layer = model.model.layers[1]
+    layer.post_attention_layernorm.weight[0] = 1000
+    model.model.embed_tokens.weight[:, 0] = 1
+    for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        projection.weight[:, 0] = 0
+        projection.weight[7] = torch.eye(96)[0] * 0.1
+    layer.mlp.down_proj.weight[:, 7] *= 0.5
+    task = task_on(model, head=0.5, channel=0.8)
+    kept, by_magnitude = wanda.learn(task).values, baselines.magnitude(task).values
+    assert kept["channel"][1, 7] == 1 and by_magnitude["channel"][1, 7] == 0
+    assert kept["head"].sum(1).tolist() == [3, 3, 3] and kept["channel"].sum(1).tolist() == [8, 8, 8]
+    assert not torch.equal(kept["channel"][0], by_magnitude["channel"][0])
+
+
+def test_short_texts_are_seen_once():
+    model = tiny_model("llama", 6, 6, 40, num_hidden_layers=1)
+    all_blocks, more = wanda.scores(task_on(model, sequences=10)), wanda.scores(task_on(model, sequences=128))
+    for kind, expected in all_blocks.items():
+        assert torch.equal(more[kind], expected)

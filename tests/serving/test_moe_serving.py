@@ -1,0 +1,125 @@
+"""Experts of different widths on vLLM: the served model is the masked one, in all five families."""
+
+import json
+
+import pytest
+import torch
+from helpers.serving import assert_serves_the_masked_model, engine, rewrite
+from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, tiny_model
+
+WIDTH = 24  # channels of each of the 4 experts in the dense models
+RAGGED = [[17, 9, 24, 5], [1, 2, 3, 4], [24, 23, 1, 12]]
+ONE_EMPTY = [[17, 0, 24, 5], [0, 2, 3, 4], [24, 23, 1, 0]]
+LAYER_EMPTY = [[17, 9, 24, 5], [0, 0, 0, 0], [24, 23, 1, 12]]
+UNIFORM = [[11] * 4] * 3
+HALF_UNIFORM = [[16] * 4, [1, 2, 3, 4], [8] * 4]  # vLLM's own fused experts beside ragged ones
+HEADS = [[0, 0, 0.5, 2, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 2, 3, 1, 1]]  # whole groups, no attention, an uneven group
+FIRST_DENSE = {"deepseek"}  # their first layer has an MLP in place of experts
+
+
+def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = False, **config):
+    model = tiny_model(model_type, 6, 6 if model_type == "deepseek" else 3, WIDTH, **config)
+    masks = expert_masks(model, widths[1:] if model_type in FIRST_DENSE else widths)
+    return model, masks | (masks_for(HEADS, []) if heads and model_type != "olmoe" else {})
+
+
+PATTERNS = {
+    "ragged": (RAGGED, False),
+    "an empty expert everywhere, heads": (ONE_EMPTY, True),
+    "an empty layer": (LAYER_EMPTY, False),
+    "uniform": (UNIFORM, False),
+    "uniform layers beside a ragged one, heads": (HALF_UNIFORM, True),
+}
+CASES = {
+    f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
+} | {
+    "qwen3_moe, a dense layer": ("qwen3_moe", RAGGED, True, {"mlp_only_layers": [1], "norm_topk_prob": False}),
+    "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8}),
+}
+
+
+def is_slow(model_type: str, name: str) -> bool:
+    """What one family shows for all."""
+    return model_type != "qwen3_moe" and name in ("ragged", "uniform layers beside a ragged one, heads")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "widths", "heads", "config"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * is_slow(*name.split(", ", 1)))
+        for name, case in CASES.items()
+    ],
+)
+def test_served_model_is_the_masked_model(tmp_path, model_type, widths, heads, config):
+    model, masks = model_and_masks(model_type, widths, heads, **config)
+    directory = converted(tmp_path, model, masks)
+    assert_serves_the_masked_model(directory, model, masks)
+
+
+def test_masks_on_both_projections(tmp_path):
+    model, masks = model_and_masks("qwen3_moe", ONE_EMPTY, True)
+    directory = converted(tmp_path, model, masks, "gate_and_up")
+    assert_serves_the_masked_model(directory, model, masks, "gate_and_up")
+
+
+def test_compiled(tmp_path):
+    model, masks = model_and_masks("qwen2_moe", ONE_EMPTY, True)
+    directory = converted(tmp_path, model, masks)
+    assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "widths", "config"),
+    [
+        ("qwen3_moe", ONE_EMPTY, {}),
+        pytest.param("qwen2_moe", HALF_UNIFORM, {"shared_expert_intermediate_size": 21}, marks=pytest.mark.slow),
+        pytest.param("mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
+        ("deepseek", RAGGED, {}),
+    ],
+)
+def test_two_ranks(tmp_path, monkeypatch, model_type, widths, config):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model, masks = model_and_masks(model_type, widths, True, **config)
+    directory = converted(tmp_path, model, masks)
+    assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=2)
+
+
+def test_expert_parallelism_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model, masks = model_and_masks("qwen3_moe", RAGGED)
+    directory = converted(tmp_path, model, masks)
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    with pytest.raises(ValueError, match="need experts of one size"), engine(directory, **options):
+        pass
+
+
+def test_missing_and_wrong_expert_tensors_are_named(tmp_path):
+
+    model, masks = model_and_masks("mixtral", RAGGED)
+    directory = converted(tmp_path, model, masks)
+
+    def change(tensors):
+        del tensors["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
+        tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"] = torch.ones(96, 4)
+
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match="does not fit its config.json in 2 tensors") as error, engine(directory):
+        pass
+    assert "model.layers.0.block_sparse_moe.experts.1.w3.weight [9, 96]: missing" in str(error.value)
+    assert "experts.2.w2.weight: the file has [96, 4], config.json says [96, 3]" in str(error.value)
+
+
+def test_weights_are_stored_without_padding(tmp_path):
+    """What a rank allocates for ragged experts is what the file holds, to the row."""
+    model, masks = model_and_masks("qwen3_moe", ONE_EMPTY)
+    directory = converted(tmp_path, model, masks)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["per_layer_config"]["0"]["expert_intermediate_sizes"] == [17, 0, 24, 5]
+    with engine(directory, load_format="dummy") as llm:
+
+        def rows(worker):
+            layers = worker.get_model().model.layers
+            return [len(layer.mlp.experts.offsets) and int(layer.mlp.experts.offsets[-1]) for layer in layers]
+
+        assert llm.collective_rpc(rows)[0] == [46, 9, 48]
