@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from learner.model.perplexity import EVAL_BLOCK_SIZE
-from pruned_vllm.common.command import check_output, fraction, positive_int, run_command
+from pruned_vllm.common.arguments import fraction, positive_int
+from pruned_vllm.common.command import run_command
+from pruned_vllm.common.directories import check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 

@@ -24,7 +24,8 @@ if not __package__:  # run as a script: search the repository root instead of be
 
 from bench.speed.engines import engine_options, measure, running_engines, summarise
 from bench.speed.ideal import Case, ideal_speedup
-from pruned_vllm.common.command import positive_int, run_command
+from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry

@@ -26,9 +26,12 @@ from bench.e2e_speedup import describe_hardware, describe_versions
 from bench.speed.engines import engine_options, measure, running_engines
 from bench.speed.ideal import Case, decode_step_bytes
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
-from pruned_vllm.common.command import positive_int, run_command
+from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.command import run_command
 from pruned_vllm.common.files import write_json
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.config import converted_config
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 # config.json of Qwen/Qwen2.5-0.5B, less what does not change a shape or a speed.
 CONFIG = {
@@ -127,7 +130,7 @@ def _measure_round(geometries: dict[str, ModelGeometry], options: dict, repeats:
             model = Path(directory, name)
             model.mkdir()
             # Never the stock class, which a single shape may get: what is compared is shapes, not classes.
-            config = geometry.to_config(CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
+            config = converted_config(geometry, CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
             write_json(model / "config.json", config)
         models = [str(Path(directory, name)) for name in geometries]
         with running_engines(models, options, started) as engines:

@@ -29,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pruned_vllm.common.command import atomic_directory, positive_int, run_command
+from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.command import run_command
+from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 

@@ -35,7 +35,8 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from pruned_vllm.common.command import atomic_directory, run_command
+from pruned_vllm.common.command import run_command
+from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import cache_directory, read_json, write_json
 

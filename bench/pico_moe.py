@@ -24,7 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pruned_vllm.common.command import atomic_directory, run_command
+from pruned_vllm.common.command import run_command
+from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.masked import EXPERT_MASK, MASKS_FILE
 

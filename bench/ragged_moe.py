@@ -30,7 +30,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.experts.layers import SHAPES, Layer, converted_layers, drawn_layers
-from pruned_vllm.common.command import positive_float, positive_int, run_command
+from pruned_vllm.common.arguments import positive_float, positive_int
+from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 

@@ -22,10 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.speed.widths import beta_shares, quantiles, widths_of
-from pruned_vllm.common.command import positive_int, run_command
+from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.config import converted_config
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 # Keys of the small model that say nothing about the large one, or would contradict it.
 DROPPED_KEYS = (
@@ -97,7 +100,7 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
     for index, layer in enumerate(dense.dense_layers):
         source = _counterpart(index, dense.dense_layers, small.dense_layers)
         layers.append(_scale_layer(small.layers[source], small.dense_layers[source], layer, align, seed=index))
-    return dense_config, dense.with_layers(tuple(layers)).to_config(dense_config)
+    return dense_config, converted_config(dense.with_layers(tuple(layers)), dense_config)
 
 
 def _family_keys(small: ModelGeometry, config: Mapping, sizes: Mapping) -> dict:

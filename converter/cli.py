@@ -9,7 +9,9 @@ import argparse
 import re
 from pathlib import Path
 
-from pruned_vllm.common.command import check_output, positive_int, run_command
+from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.command import run_command
+from pruned_vllm.common.directories import check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from converter.plan import Plan
 from converter.table import model_card
 from converter.writer import ShardWriter
-from pruned_vllm.common.command import atomic_directory
+from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
 

@@ -19,7 +19,7 @@ import torch
 from converter.masks import LayerMasks
 from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.families import Family
-from pruned_vllm.formats.geometry import LayerGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 
 @dataclass(frozen=True)

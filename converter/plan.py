@@ -16,8 +16,10 @@ from converter.masks import PruningInfo, read_masks
 from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import COMPANIONS
+from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE
 
 # How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
@@ -58,7 +60,7 @@ class Plan:
         """The converted config.json."""
         config = dict(self.checkpoint.config)
         config.pop("auto_map", None)  # code shipped with the dense model does not know the new shapes
-        return self.pruned.to_config(config) | {
+        return converted_config(self.pruned, config) | {
             "pruning": {
                 "format_version": FORMAT_VERSION,
                 "method": self.info.method,

@@ -11,7 +11,7 @@ import torch
 
 from converter.cover import cheapest_cover
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.geometry import LayerGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 
 def auto_alignment() -> int:

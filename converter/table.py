@@ -8,7 +8,7 @@ from rich.table import Table
 
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
-from pruned_vllm.formats.geometry import LayerGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 
 def print_plan(plan: Plan) -> None:

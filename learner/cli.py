@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from learner.job import METHODS, QUERY_HEADS, Job
-from pruned_vllm.common.command import (
+from pruned_vllm.common.arguments import (
     fraction,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
-    run_command,
     seed,
 )
+from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 
 TYPES = {(int, False): positive_int, (int, True): non_negative_int}

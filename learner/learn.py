@@ -20,7 +20,7 @@ from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
 from learner.run.processes import together
 from learner.run.resume import unfinished_run
-from pruned_vllm.common.command import atomic_directory, check_output
+from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry

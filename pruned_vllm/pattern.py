@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pruned_vllm.common.command import atomic_directory
+from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 
 REPORT_DIRECTORY = "report"  # in a checkpoint; vLLM and Transformers look for nothing there

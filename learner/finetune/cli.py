@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from learner.cli import add_text_arguments
-from pruned_vllm.common.command import non_negative_int, positive_float, positive_int, run_command, seed
+from pruned_vllm.common.arguments import non_negative_int, positive_float, positive_int, seed
+from pruned_vllm.common.command import run_command
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -31,7 +31,7 @@ from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from learner.run.disk import writing
 from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
-from pruned_vllm.common.command import atomic_directory, check_output
+from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry

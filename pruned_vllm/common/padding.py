@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pruned_vllm.formats.geometry import PAD
+PAD = -1  # in an index of heads or channels: a unit that does not exist, made of zeros
 
 
 def take_or_zero(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:

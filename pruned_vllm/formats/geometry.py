@@ -20,142 +20,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.config_values import flag, naturals, positive
+from pruned_vllm.formats.config_values import flag, positive
 from pruned_vllm.formats.experts import DenseExperts
 from pruned_vllm.formats.families import FAMILIES, Family, find_family
-from pruned_vllm.formats.stock import stock_config
-from pruned_vllm.formats.tensors import layer_tensor_shapes, tensor_shapes
-
-PAD = -1  # in an index of heads or channels: a unit that does not exist, made of zeros
-
-ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
+from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
+from pruned_vllm.formats.sizes import ModelSizes
+from pruned_vllm.formats.tensors import Shapes, layer_tensor_shapes
 
 
 @dataclass(frozen=True)
-class LayerGeometry:
-    """One decoder layer.
-
-    Attributes:
-        query_heads_per_kv_head: for each KV head, how many query heads read it; () when attention is skipped.
-        intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
-        expert_intermediate_sizes: FFN channels of each routed expert; () for a layer with a dense MLP or none. 0 is an
-            expert that outputs zeros; the router still sees it. A layer whose experts are all 0 skips nothing.
-    """
-
-    query_heads_per_kv_head: tuple[int, ...]
-    intermediate_size: int
-    expert_intermediate_sizes: tuple[int, ...] = ()
-
-    @property
-    def num_attention_heads(self) -> int:
-        return sum(self.query_heads_per_kv_head)
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return len(self.query_heads_per_kv_head)
-
-    @property
-    def widest_group(self) -> int:
-        """Query heads of the KV head that has most; 0 when attention is skipped."""
-        return max(self.query_heads_per_kv_head, default=0)
-
-    @property
-    def has_even_groups(self) -> bool:
-        return len(set(self.query_heads_per_kv_head)) <= 1
-
-    @property
-    def expert_width(self) -> int:
-        """The width that all experts have in common; 0 where they differ, have no channels or do not exist."""
-        widths = set(self.expert_intermediate_sizes)
-        return widths.pop() if len(widths) == 1 else 0
-
-    @property
-    def skip(self) -> list[str]:
-        """The sublayers that are gone, in the words of `per_layer_config`."""
-        has_mlp = self.intermediate_size or self.expert_intermediate_sizes
-        return ["attention"] * (not self.query_heads_per_kv_head) + ["mlp"] * (not has_mlp)
-
-    @classmethod
-    def from_sizes(cls, sizes: Mapping[str, Any], num_experts: int = 0, width_key: str = "") -> "LayerGeometry":
-        """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
-
-        Args:
-            num_experts: 0 for a layer with a dense MLP.
-            width_key: the family's key for the width of all experts.
-        """
-        skip = sizes.get("skip", [])
-        known = ("attention",) if num_experts else ("attention", "mlp")
-        if not set(skip) <= set(known):
-            kind = "a layer with experts" if num_experts else "it"
-            raise ValueError(f"skip is {skip}; {kind} may name {' and '.join(map(repr, known))}")
-        heads, kv_heads = (positive(sizes, key) for key in ("num_attention_heads", "num_key_value_heads"))
-        groups = sizes.get("query_heads_per_kv_head")
-        if "attention" in skip:
-            groups = ()
-        elif groups is None:
-            if heads % kv_heads:
-                raise ValueError(
-                    f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
-                    "uneven groups need query_heads_per_kv_head"
-                )
-            groups = (heads // kv_heads,) * kv_heads
-        elif (
-            not all(type(group) is int and group > 0 for group in groups)
-            or len(groups) != kv_heads
-            or sum(groups) != heads
-        ):
-            raise ValueError(
-                f"query_heads_per_kv_head {list(groups)} must be {kv_heads} positive numbers "
-                f"(num_key_value_heads) that add up to {heads} (num_attention_heads)"
-            )
-        if num_experts:
-            widths = naturals(sizes, "expert_intermediate_sizes") or (positive(sizes, width_key),) * num_experts
-            if len(widths) != num_experts:
-                raise ValueError(f"expert_intermediate_sizes has {len(widths)} numbers for {num_experts} experts")
-            return cls(tuple(groups), 0, widths)
-        width = positive(sizes, "intermediate_size")
-        return cls(tuple(groups), 0 if "mlp" in skip else width)
-
-    def to_overrides(self, dense: "LayerGeometry", width_key: str = "") -> dict[str, Any]:
-        """The flat keys in which this layer differs from the dense one; empty when it does not."""
-        overrides: dict[str, Any] = {}
-        if self.skip:
-            overrides["skip"] = self.skip
-        if self.query_heads_per_kv_head:
-            for key in ("num_attention_heads", "num_key_value_heads"):
-                if getattr(self, key) != getattr(dense, key):
-                    overrides[key] = getattr(self, key)
-            if not self.has_even_groups:
-                overrides["query_heads_per_kv_head"] = list(self.query_heads_per_kv_head)
-        if self.intermediate_size not in (0, dense.intermediate_size):
-            overrides["intermediate_size"] = self.intermediate_size
-        if self.expert_intermediate_sizes != dense.expert_intermediate_sizes:
-            if self.expert_width:
-                overrides[width_key] = self.expert_width
-            else:
-                overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
-        return overrides
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
+class ModelGeometry(ModelSizes):
     """All sizes of a model.
 
     Attributes:
-        experts: what the layers with experts have in common before pruning; None in a model without such layers.
         dense_layers: the layers before pruning, which the top level of config.json describes.
         layers: the layers as they are.
     """
 
-    family: Family
-    hidden_size: int
-    head_dim: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    experts: DenseExperts | None
     dense_layers: tuple[LayerGeometry, ...]
     layers: tuple[LayerGeometry, ...]
 
@@ -210,44 +91,19 @@ class ModelGeometry:
         """The same model with other layers, e.g. the pruned ones; `dense_layers` stay."""
         return replace(self, layers=tuple(layers))
 
-    def to_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """`config` (this family's dense config.json) with this geometry written into it.
-
-        Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
-        needed; else under the `Pruned` architecture with `per_layer_config`.
-        """
-        stock = stock_config(self, config)
-        if stock is not None:
-            return stock
-        width_key = self.family.experts.width_key if self.family.experts else ""
-        overrides = {
-            str(index): layer.to_overrides(dense, width_key)
-            for index, (layer, dense) in enumerate(zip(self.layers, self.dense_layers, strict=True))
-        }
-        # Hugging Face wants every per-layer key at the top level too.
-        ours = [
-            key
-            for key in ("query_heads_per_kv_head", "expert_intermediate_sizes")
-            if any(key in keys for keys in overrides.values())
-        ]
-        return {
-            **config,
-            **dict.fromkeys(ours),
-            "architectures": [self.family.pruned_architecture],
-            "head_dim": self.head_dim,
-            "num_key_value_heads": self.dense_layers[0].num_key_value_heads,
-            # Without it LlamaConfig raises AmbiguousGlobalPerLayerAttributeError while it validates itself.
-            "allow_global_per_layer_attribute_access": True,
-            "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
-        }
-
-    def layer_tensor_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+    def layer_tensor_shapes(self, index: int) -> Shapes:
         """Shapes of one layer's tensors by full name; see `pruned_vllm.formats.tensors`."""
-        return layer_tensor_shapes(self, index)
+        return layer_tensor_shapes(self, self.layers[index], index)
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self) -> Shapes:
         """Shapes of all tensors of the checkpoint, by name, in the order of the forward pass."""
-        return tensor_shapes(self)
+        shapes: Shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for index in range(len(self.layers)):
+            shapes |= self.layer_tensor_shapes(index)
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
 
     def layer_parameters(self, index: int) -> int:
         """Number of parameters of one layer."""

@@ -1,59 +1,46 @@
-"""The tensors of a checkpoint: their names and shapes for a geometry. Pure Python."""
+"""The tensors of a layer in a checkpoint: their names and shapes. Pure Python."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.sizes import ModelSizes
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def tensor_shapes(geometry: "ModelGeometry") -> Shapes:
-    """Shapes of all tensors of the checkpoint, by name, in the order of the forward pass."""
-    shapes: Shapes = {"model.embed_tokens.weight": (geometry.vocab_size, geometry.hidden_size)}
-    for index in range(len(geometry.layers)):
-        shapes |= layer_tensor_shapes(geometry, index)
-    shapes["model.norm.weight"] = (geometry.hidden_size,)
-    if not geometry.tie_word_embeddings:
-        shapes["lm_head.weight"] = (geometry.vocab_size, geometry.hidden_size)
-    return shapes
-
-
-def layer_tensor_shapes(geometry: "ModelGeometry", index: int) -> Shapes:
+def layer_tensor_shapes(model: ModelSizes, layer: LayerGeometry, index: int) -> Shapes:
     """Shapes of one layer's tensors by full name.
 
     A skipped sublayer has no norm and no weights. Where it ends in a bias (`o_proj`, `down_proj`), that stays:
     it was added to the hidden states whatever the masks removed. An expert without channels has no tensors, but its
     row in the router stays: a token that is sent there gets zeros from it, and its share from its other experts.
     """
-    shapes = _attention_shapes(geometry, index)
-    if geometry.layers[index].expert_intermediate_sizes:
-        shapes |= _experts_shapes(geometry, index)
+    shapes = _attention_shapes(model, layer)
+    if layer.expert_intermediate_sizes:
+        shapes |= _experts_shapes(model, layer)
     else:
-        shapes |= _mlp_shapes(geometry, index)
+        shapes |= _mlp_shapes(model, layer)
     return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
 
-def _attention_shapes(geometry: "ModelGeometry", index: int) -> Shapes:
-    layer, hidden = geometry.layers[index], geometry.hidden_size
+def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
+    hidden = model.hidden_size
     if not layer.query_heads_per_kv_head:
-        return {"self_attn.o_proj.bias": (hidden,)} if geometry.o_bias else {}
-    q = layer.num_attention_heads * geometry.head_dim
-    kv = layer.num_key_value_heads * geometry.head_dim
+        return {"self_attn.o_proj.bias": (hidden,)} if model.o_bias else {}
+    q = layer.num_attention_heads * model.head_dim
+    kv = layer.num_key_value_heads * model.head_dim
     shapes: Shapes = {"input_layernorm.weight": (hidden,)}
-    shapes |= _linear("self_attn.q_proj", q, hidden, geometry.qkv_bias)
-    shapes |= _linear("self_attn.k_proj", kv, hidden, geometry.qkv_bias)
-    shapes |= _linear("self_attn.v_proj", kv, hidden, geometry.qkv_bias)
-    shapes |= _linear("self_attn.o_proj", hidden, q, geometry.o_bias)
-    if geometry.family.qk_norm is not None:
-        whole = geometry.family.qk_norm == "all_heads"
-        shapes["self_attn.q_norm.weight"] = (q if whole else geometry.head_dim,)
-        shapes["self_attn.k_norm.weight"] = (kv if whole else geometry.head_dim,)
+    shapes |= _linear("self_attn.q_proj", q, hidden, model.qkv_bias)
+    shapes |= _linear("self_attn.k_proj", kv, hidden, model.qkv_bias)
+    shapes |= _linear("self_attn.v_proj", kv, hidden, model.qkv_bias)
+    shapes |= _linear("self_attn.o_proj", hidden, q, model.o_bias)
+    if model.family.qk_norm is not None:
+        whole = model.family.qk_norm == "all_heads"
+        shapes["self_attn.q_norm.weight"] = (q if whole else model.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (kv if whole else model.head_dim,)
     return shapes
 
 
-def _mlp_shapes(geometry: "ModelGeometry", index: int) -> Shapes:
-    width, hidden, bias = geometry.layers[index].intermediate_size, geometry.hidden_size, geometry.mlp_bias
+def _mlp_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
+    width, hidden, bias = layer.intermediate_size, model.hidden_size, model.mlp_bias
     if not width:
         return {"mlp.down_proj.bias": (hidden,)} if bias else {}
     shapes: Shapes = {"post_attention_layernorm.weight": (hidden,)}
@@ -62,16 +49,16 @@ def _mlp_shapes(geometry: "ModelGeometry", index: int) -> Shapes:
     return shapes | _linear("mlp.down_proj", hidden, width, bias)
 
 
-def _experts_shapes(geometry: "ModelGeometry", index: int) -> Shapes:
-    names, hidden = geometry.family.experts, geometry.hidden_size
-    widths = geometry.layers[index].expert_intermediate_sizes
+def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
+    names, hidden = model.family.experts, model.hidden_size
+    widths = layer.expert_intermediate_sizes
     shapes: Shapes = {"post_attention_layernorm.weight": (hidden,)}
     shapes |= _linear(names.router, len(widths), hidden)
     for expert, width in enumerate(widths):
         if width:
             gate, up, down = names.modules_of(expert)
             shapes |= _linear(gate, width, hidden) | _linear(up, width, hidden) | _linear(down, hidden, width)
-    if shared := geometry.experts.shared_intermediate_size:
+    if shared := model.experts.shared_intermediate_size:
         shapes |= _linear(f"{names.shared_module}.gate_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.up_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.down_proj", hidden, shared)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from pruned_vllm.common.padding import head_rows
-from pruned_vllm.formats.geometry import PAD, LayerGeometry, ModelGeometry
+from pruned_vllm.common.padding import PAD, head_rows
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.sharding import LayerLayout, shard_layer
 
 # The dimension, and the index of what it holds afterwards (PAD: zeros). On the CPU, where files are read, whatever

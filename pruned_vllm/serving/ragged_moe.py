@@ -22,7 +22,8 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import DOWN, GATE, UP
 from pruned_vllm.serving.sharding import shard_experts
 

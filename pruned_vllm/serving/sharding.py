@@ -12,7 +12,8 @@ zeros made while the weights are loaded. Each rank holds at most one KV head and
 
 from dataclasses import dataclass
 
-from pruned_vllm.formats.geometry import PAD, LayerGeometry
+from pruned_vllm.common.padding import PAD
+from pruned_vllm.formats.layer import LayerGeometry
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.masked import CHANNELS0, convert_pruned, edit_json, edit_masks, keep, overflow
 
-from pruned_vllm.common.command import atomic_directory
+from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 
 

@@ -18,7 +18,7 @@ from converter.plan import Plan, make_plan
 from converter.shapes import fits, with_aligned_width, with_even_groups, with_few_shapes
 from converter.table import totals
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.geometry import LayerGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 # --- few distinct shapes
 

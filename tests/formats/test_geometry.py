@@ -11,8 +11,10 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import FAMILIES
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -136,7 +138,7 @@ def test_config_round_trip(its_layers, model_type):
         "head_dim": 16,
     }
     before = ModelGeometry.from_config(config).with_layers(tuple(its_layers))
-    written = before.to_config(config)
+    written = converted_config(before, config)
     after = ModelGeometry.from_config(written)
     assert after.layers == before.layers
     assert after.tensor_shapes() == before.tensor_shapes()
@@ -160,7 +162,7 @@ def test_config_round_trip_of_experts(data, model_type):
         for layer in dense.dense_layers
     )
     before = dense.with_layers(its_layers)
-    written = before.to_config(config)
+    written = converted_config(before, config)
     after = ModelGeometry.from_config(written)
     assert after.layers == before.layers
     assert after.tensor_shapes() == before.tensor_shapes()
@@ -184,7 +186,7 @@ def test_experts_of_one_width_use_the_key_of_hugging_face():
     dense = ModelGeometry.from_config(moe_config("qwen3_moe"))
     attention = dense.layers[0].query_heads_per_kv_head
     layers = [LayerGeometry(attention, 0, (5,) * 4), dense.layers[1], LayerGeometry(attention, 0, (0,) * 4)]
-    written = dense.with_layers(layers).to_config(moe_config("qwen3_moe"))
+    written = converted_config(dense.with_layers(layers), moe_config("qwen3_moe"))
     assert written["expert_intermediate_sizes"] is None
     assert written["per_layer_config"] == {
         "0": {"moe_intermediate_size": 5},
@@ -201,7 +203,7 @@ def test_uniform_experts_get_the_stock_architecture(model_type):
         else replace(layer, intermediate_size=30)
         for layer in dense.layers
     )
-    written = pruned.to_config(moe_config(model_type, head_dim=8))
+    written = converted_config(pruned, moe_config(model_type, head_dim=8))
     # deepseek's shared experts are a multiple of the experts' width, which would shrink with it.
     assert ("per_layer_config" in written) == (model_type == "deepseek")
     assert ModelGeometry.from_config(written).layers == pruned.layers
@@ -248,7 +250,7 @@ def test_uniform_layers_get_the_stock_architecture(model_type, heads, architectu
     config = LLAMA | {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture], "head_dim": 16}
     dense = ModelGeometry.from_config(config)
     pruned = dense.with_layers((LayerGeometry((1,) * heads, 50),) * 3)
-    written = pruned.to_config(config)
+    written = converted_config(pruned, config)
     assert written["architectures"] == [architecture]
     assert ("per_layer_config" in written) == architecture.startswith("Pruned")
     assert ModelGeometry.from_config(written).layers == pruned.layers

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.deepseek_config import DeepseekConfig
 
 

@@ -49,11 +49,11 @@ def test_a_resumed_run_logs_each_step_once(tmp_path):
 
 def test_tensorboard_shows_each_step_once(tmp_path):
     """Each in a process of its own that ends without a word; what it logged up to the last save is on disk."""
-    first = "from tests.test_journal import *; run(Path(sys.argv[1]), 0, stop=7, save_at=4)"
+    first = "from tests.learner.test_journal import *; run(Path(sys.argv[1]), 0, stop=7, save_at=4)"
     environment = {"PYTHONPATH": ".:tests"}
     subprocess.run([sys.executable, "-c", first, tmp_path], check=True, env=environment)
     assert [step for step, _ in points(tmp_path / "board", "loss")][:4] == [1, 2, 3, 4]
-    second = "from tests.test_journal import *; run(Path(sys.argv[1]), 4, stop=9, save_at=9, slope=0.5)"
+    second = "from tests.learner.test_journal import *; run(Path(sys.argv[1]), 4, stop=9, save_at=9, slope=0.5)"
     subprocess.run([sys.executable, "-c", second, tmp_path], check=True, env=environment)
     expected = [1, 2, 3, 4, 2.5, 3, 3.5, 4, 4.5]
     assert points(tmp_path / "board", "loss") == list(enumerate(expected, start=1))

@@ -20,7 +20,8 @@ from learner.methods.method import Learned, Task
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.run.journal import Journal
-from pruned_vllm.formats.geometry import LayerGeometry, ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 MODELS = {
     "llama": ("llama", 4, 4, 40),

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruned_vllm.common.padding import head_rows, take_or_zero
-from pruned_vllm.formats.geometry import PAD, LayerGeometry, ModelGeometry
+from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import layout_changes
 from pruned_vllm.serving.sharding import shard_layer
 

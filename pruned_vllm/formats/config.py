@@ -1,15 +1,45 @@
-"""Which pruned shapes a stock architecture can say, and the config.json that says it. Pure Python."""
+"""Writes the config.json of a converted model, under the stock architecture where that can say it. Pure Python."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pruned_vllm.formats.families import FAMILIES
-
-if TYPE_CHECKING:
-    from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry
 
 
-def stock_config(geometry: "ModelGeometry", config: Mapping[str, Any]) -> dict[str, Any] | None:
+def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` (this family's dense config.json) with this geometry written into it.
+
+    Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
+    needed; else under the `Pruned` architecture with `per_layer_config`.
+    """
+    stock = _stock_config(geometry, config)
+    if stock is not None:
+        return stock
+    width_key = geometry.family.experts.width_key if geometry.family.experts else ""
+    overrides = {
+        str(index): layer.to_overrides(dense, width_key)
+        for index, (layer, dense) in enumerate(zip(geometry.layers, geometry.dense_layers, strict=True))
+    }
+    # Hugging Face wants every per-layer key at the top level too.
+    ours = [
+        key
+        for key in ("query_heads_per_kv_head", "expert_intermediate_sizes")
+        if any(key in keys for keys in overrides.values())
+    ]
+    return {
+        **config,
+        **dict.fromkeys(ours),
+        "architectures": [geometry.family.pruned_architecture],
+        "head_dim": geometry.head_dim,
+        "num_key_value_heads": geometry.dense_layers[0].num_key_value_heads,
+        # Without it LlamaConfig raises AmbiguousGlobalPerLayerAttributeError while it validates itself.
+        "allow_global_per_layer_attribute_access": True,
+        "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
+    }
+
+
+def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """`config` (a dense config.json) with this geometry under a stock architecture, which needs no plugin.
 
     None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
@@ -49,7 +79,7 @@ def stock_config(geometry: "ModelGeometry", config: Mapping[str, Any]) -> dict[s
     return stock
 
 
-def _uniform_widths(geometry: "ModelGeometry") -> dict[str, int] | None:
+def _uniform_widths(geometry: ModelGeometry) -> dict[str, int] | None:
     """The top-level keys for FFN widths that are the same in all layers of a kind; None where some differ."""
     with_experts = [layer for layer in geometry.layers if layer.expert_intermediate_sizes]
     dense = {layer.intermediate_size for layer in geometry.layers if not layer.expert_intermediate_sizes}

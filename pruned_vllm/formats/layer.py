@@ -1,0 +1,115 @@
+"""The sizes of one decoder layer, and the keys of `per_layer_config` that say them. Pure Python."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pruned_vllm.formats.config_values import naturals, positive
+
+ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One decoder layer.
+
+    Attributes:
+        query_heads_per_kv_head: for each KV head, how many query heads read it; () when attention is skipped.
+        intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
+        expert_intermediate_sizes: FFN channels of each routed expert; () for a layer with a dense MLP or none. 0 is an
+            expert that outputs zeros; the router still sees it. A layer whose experts are all 0 skips nothing.
+    """
+
+    query_heads_per_kv_head: tuple[int, ...]
+    intermediate_size: int
+    expert_intermediate_sizes: tuple[int, ...] = ()
+
+    @property
+    def num_attention_heads(self) -> int:
+        return sum(self.query_heads_per_kv_head)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return len(self.query_heads_per_kv_head)
+
+    @property
+    def widest_group(self) -> int:
+        """Query heads of the KV head that has most; 0 when attention is skipped."""
+        return max(self.query_heads_per_kv_head, default=0)
+
+    @property
+    def has_even_groups(self) -> bool:
+        return len(set(self.query_heads_per_kv_head)) <= 1
+
+    @property
+    def expert_width(self) -> int:
+        """The width that all experts have in common; 0 where they differ, have no channels or do not exist."""
+        widths = set(self.expert_intermediate_sizes)
+        return widths.pop() if len(widths) == 1 else 0
+
+    @property
+    def skip(self) -> list[str]:
+        """The sublayers that are gone, in the words of `per_layer_config`."""
+        has_mlp = self.intermediate_size or self.expert_intermediate_sizes
+        return ["attention"] * (not self.query_heads_per_kv_head) + ["mlp"] * (not has_mlp)
+
+    @classmethod
+    def from_sizes(cls, sizes: Mapping[str, Any], num_experts: int = 0, width_key: str = "") -> "LayerGeometry":
+        """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
+
+        Args:
+            num_experts: 0 for a layer with a dense MLP.
+            width_key: the family's key for the width of all experts.
+        """
+        skip = sizes.get("skip", [])
+        known = ("attention",) if num_experts else ("attention", "mlp")
+        if not set(skip) <= set(known):
+            kind = "a layer with experts" if num_experts else "it"
+            raise ValueError(f"skip is {skip}; {kind} may name {' and '.join(map(repr, known))}")
+        heads, kv_heads = (positive(sizes, key) for key in ("num_attention_heads", "num_key_value_heads"))
+        groups = sizes.get("query_heads_per_kv_head")
+        if "attention" in skip:
+            groups = ()
+        elif groups is None:
+            if heads % kv_heads:
+                raise ValueError(
+                    f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
+                    "uneven groups need query_heads_per_kv_head"
+                )
+            groups = (heads // kv_heads,) * kv_heads
+        elif (
+            not all(type(group) is int and group > 0 for group in groups)
+            or len(groups) != kv_heads
+            or sum(groups) != heads
+        ):
+            raise ValueError(
+                f"query_heads_per_kv_head {list(groups)} must be {kv_heads} positive numbers "
+                f"(num_key_value_heads) that add up to {heads} (num_attention_heads)"
+            )
+        if num_experts:
+            widths = naturals(sizes, "expert_intermediate_sizes") or (positive(sizes, width_key),) * num_experts
+            if len(widths) != num_experts:
+                raise ValueError(f"expert_intermediate_sizes has {len(widths)} numbers for {num_experts} experts")
+            return cls(tuple(groups), 0, widths)
+        width = positive(sizes, "intermediate_size")
+        return cls(tuple(groups), 0 if "mlp" in skip else width)
+
+    def to_overrides(self, dense: "LayerGeometry", width_key: str = "") -> dict[str, Any]:
+        """The flat keys in which this layer differs from the dense one; empty when it does not."""
+        overrides: dict[str, Any] = {}
+        if self.skip:
+            overrides["skip"] = self.skip
+        if self.query_heads_per_kv_head:
+            for key in ("num_attention_heads", "num_key_value_heads"):
+                if getattr(self, key) != getattr(dense, key):
+                    overrides[key] = getattr(self, key)
+            if not self.has_even_groups:
+                overrides["query_heads_per_kv_head"] = list(self.query_heads_per_kv_head)
+        if self.intermediate_size not in (0, dense.intermediate_size):
+            overrides["intermediate_size"] = self.intermediate_size
+        if self.expert_intermediate_sizes != dense.expert_intermediate_sizes:
+            if self.expert_width:
+                overrides[width_key] = self.expert_width
+            else:
+                overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
+        return overrides

@@ -1,0 +1,26 @@
+"""The sizes of a model that all its layers share and pruning leaves alone. Pure Python."""
+
+from dataclasses import dataclass
+
+from pruned_vllm.formats.experts import DenseExperts
+from pruned_vllm.formats.families import Family
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What every layer of a model has in common.
+
+    Attributes:
+        qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        experts: what the layers with experts have in common before pruning; None in a model without such layers.
+    """
+
+    family: Family
+    hidden_size: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    experts: DenseExperts | None
