@@ -54,9 +54,10 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
                 raise AssertionError(f"{name}: cut to {list(tensor.shape)}, the geometry says {list(shape)}")
             if bad := int((~tensor.isfinite()).sum()):
                 after = f" after {' and '.join(done)}" if done else ""
+                stored = plan.checkpoint.tensors[name].dtype
                 raise InputError(
-                    f"{name}: {bad} values are NaN or infinite in {plan.checkpoint.dtypes[name]}{after}; check the "
-                    "weights, or store them in a dtype with a larger range"
+                    f"{name}: {bad} values are NaN or infinite in {stored}{after}; check the weights, "
+                    "or store them in a dtype with a larger range"
                 )
             writer.add(name, tensor)
         writer.finish()

@@ -24,7 +24,7 @@ from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
 RESULTS_FILE = "learning.json"
@@ -114,7 +114,7 @@ def learn(
                         tokenizer.save_pretrained(directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                    write_json(directory / PRUNING_FILE, _pruning(job, learned))
+                    _pruning(job, learned).write(directory)
                     journal.write_log(directory / LOG_FILE)
                     if report:
                         geometry = ModelGeometry.from_config(model.config.to_dict())
@@ -138,12 +138,11 @@ def _function(name: str):
     return getattr(importlib.import_module(module), function or "learn")
 
 
-def _pruning(job: Job, learned: Learned) -> dict:
+def _pruning(job: Job, learned: Learned) -> PruningInfo:
     base_model = str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model
-    return {
-        "format_version": FORMAT_VERSION,
-        "method": job.method,
-        "channel_mask_site": learned.channel_mask_site,
-        "base_model": None if learned.weights_changed else base_model,
-        "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
-    }
+    return PruningInfo(
+        method=job.method,
+        channel_mask_site=learned.channel_mask_site,
+        base_model=None if learned.weights_changed else base_model,
+        lora_adapter=ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
+    )

@@ -1,20 +1,18 @@
 """The dense model that masks are learned on, and the device it is on."""
 
-from pathlib import Path
-
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.headers import dense_problems, read_headers
+from pruned_vllm.formats.hub import model_directory
 
 
 def on_device(device: str) -> Accelerator:
@@ -38,11 +36,12 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
         InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
             does not allow or the method cannot prune.
     """
-    directory = Path(job.model)
     try:
-        config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        stored = read_json(config / "config.json")
-        geometry = ModelGeometry.from_config(stored)
+        directory = model_directory(job.model, with_code=job.trust_remote_code)
+        stored = read_config(directory)
+        geometry = dense_geometry(directory, stored)
+        if problems := dense_problems(read_headers(directory), geometry):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -53,12 +52,19 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
-            model, loading = load_with_its_code(job.model, stored, geometry, **options)
+            model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
+            config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                job.model, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+                directory,
+                config=config,
+                output_loading_info=True,
+                trust_remote_code=job.trust_remote_code,
+                **options,
             )
-        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=model.config, trust_remote_code=job.trust_remote_code
+        )
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise
