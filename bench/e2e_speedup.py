@@ -48,7 +48,7 @@ def read_models(
         try:
             config = read_json(directory / "config.json")
             geometries.append(ModelGeometry.from_config(config))
-            longest = config.get("max_position_embeddings", max_model_len)
+            longest = config.get("max_position_embeddings") or max_model_len
             if longest < max_model_len:
                 problems.append(
                     f"{option} {directory}: max_position_embeddings is {longest} but {max_model_len} tokens of context "

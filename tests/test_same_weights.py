@@ -179,7 +179,7 @@ ACCEPTED = {
     ),
     "not quantized": (configured(quantization_config=None), 1),
     "nulls": (
-        configured(auto_map=None, attention_bias=None, tie_word_embeddings=None, per_layer_config=None, head_dim=None),
+        configured(auto_map=None, attention_bias=None, tie_word_embeddings=None, per_layer_config=None, mlp_bias=None),
         1,
     ),
     "other spelling": (configured(architectures=["LLaMAForCausalLM"]), 1),
