@@ -13,7 +13,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import converted_config, dense_geometry
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems
-from pruned_vllm.formats.hub import download
+from pruned_vllm.formats.hub import MODEL_FILES, download
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE, PruningInfo
 from pruned_vllm.formats.weights import has_weight_files, unread_weights
@@ -179,6 +179,6 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
     if candidate.is_dir():
         return candidate, None
     try:
-        return download(base_model), base_model
+        return download(base_model, MODEL_FILES), base_model
     except InputError as error:
         raise InputError(f"base_model {error}; give the dense model with --base-model") from None

@@ -88,7 +88,7 @@ def learn(
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     kept = unfinished_run(
-        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
+        out, job, lambda path: (path / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
     )
     with kept as unfinished:
         with together(accelerator):

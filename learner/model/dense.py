@@ -12,7 +12,7 @@ from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.headers import dense_problems, read_headers
-from pruned_vllm.formats.hub import model_directory
+from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 
 
 def on_device(device: str) -> Accelerator:
@@ -37,11 +37,9 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             does not allow or the method cannot prune.
     """
     try:
-        directory = model_directory(job.model, with_code=job.trust_remote_code)
+        directory = model_directory(job.model, ["config.json"])
         stored = read_config(directory)
         geometry = dense_geometry(directory, stored)
-        if problems := dense_problems(read_headers(directory), geometry):
-            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -50,6 +48,9 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
+        directory = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code)
+        if problems := dense_problems(read_headers(directory), geometry):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
             model, loading = load_with_its_code(str(directory), stored, geometry, **options)

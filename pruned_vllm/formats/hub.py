@@ -6,25 +6,26 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import COMPANIONS
 from pruned_vllm.formats.weights import WEIGHT_PATTERNS
 
+MODEL_FILES = ["config.json", *WEIGHT_PATTERNS, *COMPANIONS]
 
-def model_directory(name: str, *, with_code: bool = False) -> Path:
-    """The directory `name`, or a snapshot of the hub's model of that name, downloaded where it is not in the cache.
+
+def model_directory(name: str, patterns: list[str]) -> Path:
+    """The directory `name`, or a snapshot of the hub's model of that name.
 
     Args:
-        with_code: whether to download Python files too.
+        patterns: what of the snapshot is needed; it is downloaded where it is not in the cache.
 
     Raises:
         InputError: there is neither.
     """
-    return Path(name) if Path(name).is_dir() else download(name, with_code=with_code)
+    return Path(name) if Path(name).is_dir() else download(name, patterns)
 
 
-def download(name: str, *, with_code: bool = False) -> Path:
+def download(name: str, patterns: list[str]) -> Path:
     """As `model_directory`, for the id of a model on the hub. Raises InputError."""
     from huggingface_hub import snapshot_download  # late: directories do not need it
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["config.json", *WEIGHT_PATTERNS, *COMPANIONS, *(["*.py"] if with_code else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
