@@ -1,1 +1,1 @@
-"""What every part uses: errors, commands, argument types, output directories, JSON. Imports nothing of the other parts."""
+"""What every part uses: errors, commands, argument types, output directories, JSON. Imports no other part."""
