@@ -11,6 +11,7 @@ import torch
 from converter.checkpoint import ELEMENT_BYTES, is_inside, open_shard
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import (
     CHANNEL_MASK,
@@ -33,12 +34,16 @@ class PruningInfo:
         channel_mask_site: what the channel mask multiplied: "product" act(gate)*up, "gate_and_up" both projections.
         base_model: directory or hub id of the weights, where the checkpoint holds masks only.
         lora_adapter: directory of a PEFT adapter below the checkpoint, or None.
+        base_revision: commit of `base_model` on the hub; None if it is not known.
+        base_fingerprint: of the weights that the masks belong to; None if it is not known.
     """
 
     method: str
     channel_mask_site: str
     base_model: str | None
     lora_adapter: str | None
+    base_revision: str | None = None
+    base_fingerprint: Fingerprint | None = None
 
     @classmethod
     def read(cls, directory: Path) -> "PruningInfo":
@@ -53,6 +58,12 @@ class PruningInfo:
             if not good:
                 problems.append(f"{key} is {content.get(key)!r}; it must be {wanted}")
             return content.get(key)
+
+        def fingerprint() -> Fingerprint | None:
+            try:
+                return None if (text := content.get("base_fingerprint")) is None else Fingerprint.parse(text)
+            except (TypeError, ValueError):
+                return expect("base_fingerprint", False, "null or what learn-masks wrote")
 
         expect("format_version", content.get("format_version") == FORMAT_VERSION, f"{FORMAT_VERSION}")
         info = cls(
@@ -69,6 +80,10 @@ class PruningInfo:
                 content.get("lora_adapter") is None or is_inside(content["lora_adapter"]),
                 "null or a directory inside of the checkpoint, relative to it and without '..'",
             ),
+            base_revision=expect(
+                "base_revision", isinstance(content.get("base_revision"), str | None), "a string or null"
+            ),
+            base_fingerprint=fingerprint(),
         )
         if problems:
             raise InputError(f"{path}:", problems)

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
 from converter.fold import Cut, cut_layer, kept_layer
@@ -15,9 +13,10 @@ from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
 from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import COMPANIONS
+from pruned_vllm.common.hub import locate_model
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
+from pruned_vllm.formats.fingerprint import Fingerprint, weight_files
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE
@@ -78,6 +77,7 @@ def make_plan(
     directory: Path,
     base_model: str | None = None,
     *,
+    revision: str | None = None,
     gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int | Literal["auto"] = 1,
     max_distinct_shapes: int | None = None,
@@ -86,6 +86,8 @@ def make_plan(
 
     Args:
         base_model: directory or hub id of the dense model; takes the place of any other weights.
+        revision: commit, branch or tag of a hub id; None is the one that the masks were learned on, if pruning.json
+            says which, else the main branch.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
         alignment: pads FFN widths to multiples of this, at most to the dense width. "auto" is what suits this machine,
             and leaves experts of different widths as they are: their kernels take any number of rows.
@@ -97,8 +99,9 @@ def make_plan(
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give the masked checkpoint that learn-masks wrote")
     info = PruningInfo.read(directory)
-    weights, source = _find_weights(directory, info, base_model)
+    weights, source = _find_weights(directory, info, base_model, revision)
     checkpoint = Checkpoint(weights)
+    _check_fingerprint(directory, info, weights)
     if "quantization_config" in checkpoint.config:
         raise InputError(f"{weights} is quantized; masks fold into float weights only: quantize afterwards")
     dense = ModelGeometry.from_config(checkpoint.config)
@@ -160,33 +163,48 @@ def make_plan(
     )
 
 
-def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) -> tuple[Path, str | None]:
+def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> None:
+    """Refuses weights that the masks were not learned on."""
+    if info.base_fingerprint is None:
+        return
+    differences = info.base_fingerprint.differences(Fingerprint.of(weights, weight_files(weights)))
+    if differences:
+        name = info.base_model or "the weights that were beside them"
+        commit = f" at revision {info.base_revision}" if info.base_revision else ""
+        raise InputError(
+            f"The masks in {directory} were learned on other weights ({name}{commit}) than those in {weights}. Give "
+            "the model that they were learned on with --base-model, or learn masks for this one. If it is the right "
+            f"one nevertheless, remove base_fingerprint from {directory / PRUNING_FILE}. What differs:",
+            differences,
+        )
+
+
+def _find_weights(
+    directory: Path, info: PruningInfo, base_model: str | None, revision: str | None
+) -> tuple[Path, str | None]:
     """The directory of the dense weights, and their hub id if they come from the hub.
 
     A base model given by the user counts first, then weights beside the masks, then the one in pruning.json (relative
     to the masked checkpoint).
     """
     if base_model is not None:
-        candidate = Path(base_model)
+        name = base_model
     elif has_weights(directory):
-        return directory, None
-    elif info.base_model is not None:
-        base_model, candidate = info.base_model, directory / info.base_model
-    else:
+        name = str(directory)
+    elif info.base_model is None:
         raise InputError(
             f"{directory} holds no safetensors weights and {PRUNING_FILE} names no base_model; "
             "give the dense model with --base-model"
         )
-    if candidate.is_dir():
-        return candidate, None
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    elif (directory / info.base_model).is_dir():
+        name = str(directory / info.base_model)
+    else:
+        name, revision = info.base_model, revision or info.base_revision
     try:
-        return Path(snapshot_download(base_model, allow_patterns=patterns)), base_model
-    except (OSError, HFValidationError) as error:
-        raise InputError(
-            f"base_model {base_model!r} is neither a directory nor a model that can be downloaded ({error}); "
-            "give the dense model with --base-model"
-        ) from None
+        weights, commit = locate_model(name, revision)
+    except InputError as error:
+        raise error if base_model else InputError(f"{error}; give the dense model with --base-model") from None
+    return weights, name if commit else None
 
 
 def _tensor_problems(checkpoint: Checkpoint, dense: ModelGeometry) -> list[str]:

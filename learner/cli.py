@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
+    add("--revision", metavar="NAME", help="commit, branch or tag of a hub id; default: the main branch")
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     add("--method", choices=tuple(METHODS), default=Job.method, help=f"{summaries}; default: {Job.method}")
     add(

@@ -5,8 +5,8 @@ learner/methods/method.py says what it takes and returns. Options of the same na
 have other defaults.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.masked import CHANNEL_MASK_SITES
@@ -17,6 +17,7 @@ QUERY_HEADS = ("independent", "tied")
 LORA_TARGETS = ("all", "query-value")
 RESOURCES = ("kind", "model")
 ERROR_ACCUMULATIONS = ("expectation", "none")
+SEQUENCE_LENGTH_HELP = "tokens in a sequence; the default is less for models with fewer positions"
 
 
 def option(
@@ -29,6 +30,19 @@ def option(
     return field(default=default, metadata={"help": text, "choices": choices, "shown": shown, "zero": zero})
 
 
+def with_sequence_length(settings: Any, positions: int | None) -> Any:
+    """`settings` with a sequence length: if none was asked for, the default, but not more than the model's positions.
+
+    Args:
+        settings: a dataclass; one without `sequence_length` is returned as it is.
+        positions: that the model was made for; None if its config does not say.
+    """
+    if getattr(settings, "sequence_length", 0) is not None:
+        return settings
+    length = settings.default_sequence_length
+    return replace(settings, sequence_length=min(length, positions or length))
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """Of methods that learn by gradients."""
@@ -36,13 +50,14 @@ class TrainingSettings:
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "sequences in a step, on all devices together")
     micro_batch_size: int = option(16, "sequences in one forward pass on one device; lower it to save memory")
-    sequence_length: int = option(2048, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
+    default_sequence_length: ClassVar[int] = 2048
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
     @property
-    def tokens(self) -> int:
-        """That a run consumes."""
-        return self.steps * self.batch_size * self.sequence_length
+    def sequences(self) -> int:
+        """How many sequences a run reads."""
+        return self.steps * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ class MaskPruneSettings(TrainingSettings):
     """Defaults of arXiv 2502.14008 where it has any; see learner/methods/maskprune/learn.py for the others."""
 
     steps: int = option(8750, "optimizer steps")
-    sequence_length: int = option(512, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="512")
+    default_sequence_length: ClassVar[int] = 512
     learning_rate: float = option(1e-2, "of the masks")
     lora_learning_rate: float = option(1e-3, "of the adapter")
     lora_rank: int = option(8, "of the adapter, 0 learns masks only", zero=True)
@@ -96,12 +112,13 @@ class CalibrationSettings:
     """Of methods that run text through the model, but learn nothing by gradients."""
 
     calibration_sequences: int = option(128, "sequences that activations are measured on")
-    sequence_length: int = option(2048, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
+    default_sequence_length: ClassVar[int] = 2048
 
     @property
-    def tokens(self) -> int:
-        """That a run consumes."""
-        return self.calibration_sequences * self.sequence_length
+    def sequences(self) -> int:
+        """How many sequences a run reads."""
+        return self.calibration_sequences
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,8 @@ class TyrSettings(CalibrationSettings):
     """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
 
     calibration_sequences: int = option(1024, "sequences that activations are measured on")
-    sequence_length: int = option(4096, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="4096")
+    default_sequence_length: ClassVar[int] = 4096
     iterations: int = option(
         4,
         "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
@@ -148,6 +166,7 @@ class Method:
         reads_text: whether it learns from --data.
         query_heads: which of QUERY_HEADS it supports; the first is its default.
         offloads: whether the model waits in CPU memory and the method brings to the device what it needs there.
+        changes_weights: whether the model has other weights in the end, which the checkpoint must hold.
         takes_remote_code: whether it prunes models whose code comes with the checkpoint; see
             learner/model/remote_code.py.
     """
@@ -158,6 +177,7 @@ class Method:
     reads_text: bool = True
     query_heads: tuple[str, ...] = QUERY_HEADS
     offloads: bool = False
+    changes_weights: bool = False
     takes_remote_code: bool = True
 
 
@@ -174,6 +194,7 @@ METHODS = {
         TyrSettings,
         "Tyr-the-Pruner, arXiv 2503.09657",
         offloads=True,
+        changes_weights=True,
         takes_remote_code=False,
     ),
     "wanda": Method("learner.methods.wanda", WandaSettings, "what large weights read from large activations stays"),
@@ -201,6 +222,7 @@ class Job:
         dtype: of the weights while learning ("auto": as stored); masks are float32.
         trust_remote_code: run the model's own code, for architectures that Transformers lacks.
         seed: of initialization and data order.
+        revision: commit, branch or tag of a model of the hub; None is its main branch.
     """
 
     model: str
@@ -217,6 +239,7 @@ class Job:
     dtype: str = "auto"
     trust_remote_code: bool = False
     seed: int = 42
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError where the method does not exist or is told what it cannot do."""

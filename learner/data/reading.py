@@ -15,16 +15,17 @@ document however large it is: its text, that is, and the tokens of LONGEST_PIECE
 """
 
 import glob
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -68,7 +69,8 @@ def read_tokens(
     documents = _in_turn(_open(sources, column, split, seed))
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found, count, has_tokens = [], 0, False
-    with tqdm(total=limit, desc="reading", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
+    # Without a total: nobody knows how many tokens the text has before it ends.
+    with progress_bar(desc="reading text", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
         for pieces in _batches(chain.from_iterable(map(_pieces, documents))):
             texts, begins_document = zip(*pieces, strict=True)
             tokenized = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -220,6 +222,7 @@ class BlockSampler:
                 f"The text has {len(token_ids)} tokens, fewer than one block of {sequence_length}; "
                 "give more text (--data) or shorter blocks (--sequence-length)"
             )
+        self.sequence_length = sequence_length
         self.blocks = token_ids[: count * sequence_length].view(count, sequence_length)
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long)
@@ -230,6 +233,10 @@ class BlockSampler:
             self._order = torch.cat([self._order, torch.randperm(len(self.blocks), generator=self._generator)])
         batch, self._order = self._order[:batch_size], self._order[batch_size:]
         return self.blocks[batch]
+
+    def digest(self) -> str:
+        """Of all blocks: the same for the same text, tokenizer, order and sequence length."""
+        return hashlib.sha256(self.blocks.numpy()).hexdigest()
 
     def calibration(self, count: int, tell: Callable[[str], None]) -> torch.Tensor:
         """Token ids [count, sequence_length] of different blocks; fewer, and a word to `tell`, if that is all."""

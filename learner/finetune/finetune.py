@@ -15,9 +15,10 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
 """
 
 import os
-import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import transformers
@@ -25,15 +26,19 @@ from accelerate import PartialState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from learner.data.text import evaluation_tokens, training_blocks
+from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.model import cast, load, load_teacher, trainable
+from learner.job import with_sequence_length
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
+from pruned_vllm.common.hub import locate_model
+from pruned_vllm.formats.fingerprint import Fingerprint, weight_files
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
@@ -55,7 +60,7 @@ class FinetuneJob:
         kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
         steps: optimizer steps.
         batch_size, micro_batch_size: sequences in a step and in a forward pass.
-        sequence_length: tokens in a sequence.
+        sequence_length: tokens in a sequence; None is 2048, or the model's positions if they are fewer.
         learning_rate: at its peak; None is 2e-4 for LoRA and 2e-5 for all weights.
         lora_rank: 0 trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -74,7 +79,8 @@ class FinetuneJob:
     steps: int = 300
     batch_size: int = 16
     micro_batch_size: int = 16
-    sequence_length: int = 2048
+    sequence_length: int | None = None
+    default_sequence_length: ClassVar[int] = 2048
     learning_rate: float | None = None
     lora_rank: int = 16
     gradient_checkpointing: bool = False
@@ -106,21 +112,31 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
+    inputs, results = {"model": _fingerprint(source)}, {}
     model, tokenizer = load(source)
-    stored_dtype, results = model.dtype, {}
+    check_can_be_saved(model, job.model)
+    stored_dtype = model.dtype
     model.to(arguments.device)
+    job = with_sequence_length(job, num_positions(model))
+    blocks = training_blocks(model, tokenizer, job, job.sequence_length, job.steps * job.batch_size)
+    inputs["text of --data, or the tokenizer"] = blocks.digest()
     if job.eval_data:
         eval_ids = evaluation_tokens(model, tokenizer, job)
-        results["perplexity_before"] = perplexity(model, eval_ids)
-    consumed = job.steps * job.batch_size * job.sequence_length
-    blocks = training_blocks(model, tokenizer, job, job.sequence_length, consumed)
-    teacher = load_teacher(job.teacher, model, arguments.device) if job.teacher else None
+    teacher = None
+    if job.teacher:
+        teacher_source, _ = locate_model(job.teacher)
+        inputs["teacher"] = _fingerprint(teacher_source)
+        teacher = load_teacher(job.teacher, teacher_source, model, arguments.device)
 
-    with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:
+    run = unfinished_run(out, job, inputs, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite)
+    with run as directory:
+        if job.eval_data:
+            results["perplexity_before"] = perplexity(model, eval_ids, title="perplexity before", show_progress=True)
         checkpoint = _last_checkpoint(directory)
         if checkpoint is not None and not job.lora_rank:
             # The Trainer takes names in files for those in memory; Transformers renames or fuses experts in between.
             model = load_pruned(checkpoint)
+            check_can_be_saved(model, job.model)
         dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
         if dtype != "auto":
             cast(model, getattr(torch, dtype))
@@ -137,21 +153,23 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         log = [row for row in trainer.state.log_history if "loss" in row]
         results["loss"] = log[-1]["loss"]
 
-        model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
+        model = trainer.model.merge_and_unload(progressbar=True) if job.lora_rank else trainer.model
         cast(model.eval(), stored_dtype)
         if job.eval_data:
-            results["perplexity_after"] = perplexity(model, eval_ids)
+            results["perplexity_after"] = perplexity(model, eval_ids, title="perplexity after", show_progress=True)
         with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
             _write(model, source, written, job, results)
             write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results
 
 
+def _fingerprint(directory: Path) -> str:
+    return str(Fingerprint.of(directory, weight_files(directory)))
+
+
 def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, results: dict[str, float]) -> None:
     """The weights of `model`, and the rest of the model directory `source`."""
-    model.save_pretrained(directory)
-    copy_companions(source, directory)
-    shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
+    save_model(model, source, directory)
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
         (directory / "README.md").write_text(card, encoding="utf-8")
@@ -226,6 +244,7 @@ def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
         label_names=["input_ids"],  # of language models that PEFT wraps it is not known
         remove_unused_columns=False,
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),  # into a file go the figures of every LOG_EVERY steps instead
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would split batches over all GPUs with nn.DataParallel

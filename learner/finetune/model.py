@@ -49,9 +49,9 @@ def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(name: str, pupil: nn.Module, device: torch.device) -> nn.Module:
-    """The frozen dense model `name` (directory or hub id) on `device`."""
-    teacher, _, _ = load_dense(Job(model=name, method="magnitude"), device)  # the method is not used
+def load_teacher(name: str, source: Path, pupil: nn.Module, device: torch.device) -> nn.Module:
+    """The frozen dense model `name` (directory or hub id), which lies in `source`, on `device`."""
+    teacher, _, _ = load_dense(Job(model=name, method="magnitude"), source, device)  # the method is not used
     if teacher.config.vocab_size != pupil.config.vocab_size:
         raise InputError(
             f"the teacher {name} has {teacher.config.vocab_size} tokens, the pruned model {pupil.config.vocab_size}; "

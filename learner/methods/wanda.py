@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from learner.methods.baselines import keep_largest_in_each_layer
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import expert_weights, watch_products
+from pruned_vllm.common.progress import progress_bar
 
 
 def learn(task: Task) -> Learned:
@@ -37,7 +37,7 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
     sequences = task.blocks.calibration(task.settings.calibration_sequences, accelerator.print)
     own = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     with _squared_norms(layers, units.layers) as squares:
-        for sequence in tqdm(own, desc="wanda", unit="sequence", disable=not accelerator.is_main_process):
+        for sequence in progress_bar(own, desc="wanda", unit="sequence", disable=not accelerator.is_main_process):
             task.model.model(input_ids=sequence[None].to(accelerator.device), use_cache=False)
     found = {}
     for kind, indices in units.layers.items():

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -14,6 +13,7 @@ from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.common.hub import locate_model
 from pruned_vllm.formats.geometry import ModelGeometry
 
 
@@ -31,17 +31,23 @@ def on_device(device: str) -> Accelerator:
     return accelerator
 
 
-def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
+def locate_dense(job: Job) -> tuple[Path, str | None]:
+    """The directory of the job's model, and its commit if it comes from the hub; see `locate_model`."""
+    return locate_model(job.model, job.revision, extra=["*.py"] if job.trust_remote_code else [])
+
+
+def load_dense(job: Job, source: Path, device: torch.device | str) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
     """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
+
+    Args:
+        source: directory of the model, from `locate_dense`. Config, weights and tokenizer are all read from it.
 
     Raises:
         InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
             does not allow or the method cannot prune.
     """
-    directory = Path(job.model)
     try:
-        config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        stored = read_json(config / "config.json")
+        stored = read_json(source / "config.json")
         geometry = ModelGeometry.from_config(stored)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
@@ -53,12 +59,12 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
-            model, loading = load_with_its_code(job.model, stored, geometry, **options)
+            model, loading = load_with_its_code(str(source), stored, geometry, **options)
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                job.model, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+                source, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
             )
-        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=job.trust_remote_code)
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise

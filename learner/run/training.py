@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from learner.methods.method import Task
 from learner.model.masking import apply_masks
 from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 SAVE_EVERY = 50  # steps
 FLOAT16_TOKENS = 512  # in a batch of so many, float16 has room for the gradients of a mean over its tokens
@@ -54,7 +54,7 @@ class Training:
         task, start = self.task, self._restore()
         for _ in range(start):
             task.blocks.next_batch(self.settings.batch_size)
-        with tqdm(
+        with progress_bar(
             total=self.settings.steps,
             initial=start,
             desc=type(self.settings).__name__.removesuffix("Settings").lower(),

@@ -6,6 +6,14 @@ CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"  # [intermediate_size]; only l
 EXPERT_MASK = "model.layers.{}.mlp.experts.channel_mask"  # [num_experts, moe_intermediate_size], whatever the family
 
 PRUNING_FILE = "pruning.json"
-PRUNING_KEYS = ("format_version", "method", "channel_mask_site", "base_model", "lora_adapter")
+PRUNING_KEYS = (
+    "format_version",
+    "method",
+    "channel_mask_site",
+    "base_model",
+    "lora_adapter",
+    "base_revision",  # optional: commit of a base_model of the hub
+    "base_fingerprint",  # optional: of the weights that the masks belong to, see fingerprint.py
+)
 FORMAT_VERSION = 1
 CHANNEL_MASK_SITES = ("product", "gate_and_up")  # the mask multiplied act(gate) * up, or both projections before act

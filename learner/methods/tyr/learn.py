@@ -27,7 +27,6 @@ from random import Random
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from learner.methods.method import Learned, Task
 from learner.methods.tyr.search import Space, divergences, draw, next_parent
@@ -35,6 +34,7 @@ from learner.methods.tyr.sublayers import Sublayer, sublayers_of
 from learner.methods.tyr.supernet import Genome, Supernet
 from learner.model.blockwise import Blockwise
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 FIRST_INTERVAL = 0.125  # of a sublayer's units
 REACH = 4  # candidates on either side of the centre
@@ -47,7 +47,7 @@ def learn(task: Task) -> Learned:
             f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
         )
     settings, sublayers = task.settings, sublayers_of(task.units)
-    if settings.sequence_length < 2:
+    if task.blocks.sequence_length < 2:
         raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.blocks.calibration(settings.calibration_sequences, task.accelerator.print)
@@ -68,7 +68,7 @@ def learn(task: Task) -> Learned:
             if iteration + 1 < iterations:
                 state = _start(iteration + 1, found)
                 task.journal.save(state)
-        return Learned(_install(task, supernet, found), weights_changed=True)
+        return Learned(_install(task, supernet, found))
 
 
 def _start(iteration: int, centre: Genome) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _search(
 ) -> Genome:
     """The best genome of an iteration, from `state` on."""
     settings, parent, before = task.settings, tuple(state["parent"]), state["iteration"] * task.settings.generations
-    progress = tqdm(
+    progress = progress_bar(
         range(state["generation"], settings.generations),
         desc=f"{title} search",
         unit="generation",

@@ -22,13 +22,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from learner.methods.tyr.pruning import prune
 from learner.methods.tyr.sublayers import Sublayer, collect_hessians
 from learner.model.blockwise import Blockwise
 from learner.run.disk import writing
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 Genome = tuple[int, ...]  # units that each sublayer has lost
 UNITS_PER_ROUND = {"head": 1, "channel": 16, "expert": 16}
@@ -73,7 +73,7 @@ class Supernet:
         if all(self._path(layer).exists() for layer in range(len(self.blockwise))):
             return
         hidden_states = self.blockwise.embed(tokens)
-        for layer in tqdm(range(len(self.blockwise)), desc=title, unit="layer"):
+        for layer in progress_bar(range(len(self.blockwise)), desc=title, unit="layer"):
             block = self.blockwise.block(layer)
             dense_output = None if accumulate else hidden_states
             if self._path(layer).exists():
