@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
-from learner.model.dense import load_dense, locate_dense, on_device
+from learner.model.dense import load_dense, on_device
 from learner.model.masking import apply_masks
 from learner.model.perplexity import perplexity
 from learner.model.saving import check_can_be_saved, save_model
@@ -24,9 +24,10 @@ from learner.run.resume import unfinished_run
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.fingerprint import Fingerprint, weight_files
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from pruned_vllm.formats.hub import model_directory
+from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
 RESULTS_FILE = "learning.json"
@@ -80,10 +81,9 @@ def learn(
         check_output(out, overwrite, is_learned)
         if report:
             require_matplotlib()
-        source, commit = locate_dense(job)
-        base = Fingerprint.of(source, weight_files(source))
+        source, commit = model_directory(job.model, job.revision, with_code=job.trust_remote_code)
+        inputs["model"] = str(Fingerprint.of(source))
         model, tokenizer, units = load_dense(job, source, "cpu" if method.offloads else accelerator.device)
-        inputs["model"] = str(base)
         settings = with_sequence_length(job.settings, num_positions(model))
         job = replace(job, revision=commit, settings=settings)
         if method.changes_weights:
@@ -125,10 +125,10 @@ def learn(
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if method.changes_weights:
                         save_model(model, source, directory)
-                        base = Fingerprint.of(directory, weight_files(directory))
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                    write_json(directory / PRUNING_FILE, _pruning(job, learned, base))
+                    base = str(Fingerprint.of(directory)) if method.changes_weights else inputs["model"]
+                    _pruning(job, learned, base).write(directory)
                     journal.write_log(directory / LOG_FILE)
                     if report:
                         geometry = ModelGeometry.from_config(model.config.to_dict())
@@ -152,18 +152,15 @@ def _function(name: str):
     return getattr(importlib.import_module(module), function or "learn")
 
 
-def _pruning(job: Job, learned: Learned, base: Fingerprint) -> dict:
-    """pruning.json; `base` is the fingerprint of the weights that the masks belong to."""
-    content = {
-        "format_version": FORMAT_VERSION,
-        "method": job.method,
-        "channel_mask_site": learned.channel_mask_site,
-        "base_model": None,
-        "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
-        "base_fingerprint": str(base),
-    }
-    if METHODS[job.method].changes_weights:  # they are beside the masks
-        return content
-    if job.revision is None:
-        return content | {"base_model": str(Path(job.model).resolve())}
-    return content | {"base_model": job.model, "base_revision": job.revision}
+def _pruning(job: Job, learned: Learned, fingerprint: str) -> PruningInfo:
+    """pruning.json; `fingerprint` is of the model that the masks belong to, beside them or elsewhere."""
+    is_elsewhere, is_directory = not METHODS[job.method].changes_weights, Path(job.model).is_dir()
+    base_model = str(Path(job.model).resolve()) if is_directory else job.model
+    return PruningInfo(
+        method=job.method,
+        channel_mask_site=learned.channel_mask_site,
+        base_model=base_model if is_elsewhere else None,
+        lora_adapter=ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
+        base_revision=job.revision if is_elsewhere else None,
+        base_fingerprint=fingerprint,
+    )

@@ -36,10 +36,11 @@ from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
-from pruned_vllm.common.hub import locate_model
-from pruned_vllm.formats.fingerprint import Fingerprint, weight_files
+from pruned_vllm.common.files import FINETUNING_FILE, write_json
+from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.hub import model_directory
 from pruned_vllm.hf.loading import load_pruned
 
 SAVE_EVERY = 50  # steps
@@ -112,7 +113,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
-    inputs, results = {"model": _fingerprint(source)}, {}
+    inputs, results = {"model": str(Fingerprint.of(source))}, {}
     model, tokenizer = load(source)
     check_can_be_saved(model, job.model)
     stored_dtype = model.dtype
@@ -124,8 +125,8 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         eval_ids = evaluation_tokens(model, tokenizer, job)
     teacher = None
     if job.teacher:
-        teacher_source, _ = locate_model(job.teacher)
-        inputs["teacher"] = _fingerprint(teacher_source)
+        teacher_source, _ = model_directory(job.teacher)
+        inputs["teacher"] = str(Fingerprint.of(teacher_source))
         teacher = load_teacher(job.teacher, teacher_source, model, arguments.device)
 
     run = unfinished_run(out, job, inputs, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite)
@@ -163,10 +164,6 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     return results
 
 
-def _fingerprint(directory: Path) -> str:
-    return str(Fingerprint.of(directory, weight_files(directory)))
-
-
 def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, results: dict[str, float]) -> None:
     """The weights of `model`, and the rest of the model directory `source`."""
     save_model(model, source, directory)
@@ -202,7 +199,7 @@ class _Distillation(Trainer):
 
 def _check(job: FinetuneJob, source: Path) -> None:
     """Refuses what can be refused before anything is loaded."""
-    config = read_json(source / "config.json")
+    config = read_config(source)
     geometry = ModelGeometry.from_config(config)
     if "pruning" not in config:
         raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")

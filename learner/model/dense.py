@@ -6,15 +6,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
-from pruned_vllm.common.hub import locate_model
-from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.headers import dense_problems, read_headers
 
 
 def on_device(device: str) -> Accelerator:
@@ -31,24 +30,23 @@ def on_device(device: str) -> Accelerator:
     return accelerator
 
 
-def locate_dense(job: Job) -> tuple[Path, str | None]:
-    """The directory of the job's model, and its commit if it comes from the hub; see `locate_model`."""
-    return locate_model(job.model, job.revision, extra=["*.py"] if job.trust_remote_code else [])
-
-
-def load_dense(job: Job, source: Path, device: torch.device | str) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
+def load_dense(
+    job: Job, directory: Path, device: torch.device | str
+) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
     """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
 
     Args:
-        source: directory of the model, from `locate_dense`. Config, weights and tokenizer are all read from it.
+        directory: where the model lies; config, weights and tokenizer are all read from it.
 
     Raises:
         InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
             does not allow or the method cannot prune.
     """
     try:
-        stored = read_json(source / "config.json")
-        geometry = ModelGeometry.from_config(stored)
+        stored = read_config(directory)
+        geometry = dense_geometry(directory, stored)
+        if problems := dense_problems(read_headers(directory), geometry):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -59,12 +57,19 @@ def load_dense(job: Job, source: Path, device: torch.device | str) -> tuple[nn.M
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
-            model, loading = load_with_its_code(str(source), stored, geometry, **options)
+            model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
+            config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                source, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+                directory,
+                config=config,
+                output_loading_info=True,
+                trust_remote_code=job.trust_remote_code,
+                **options,
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=job.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=model.config, trust_remote_code=job.trust_remote_code
+        )
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise

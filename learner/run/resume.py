@@ -97,7 +97,6 @@ def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
 
 
 def _difference(before: str | None, now: str) -> str:
-    try:
+    if Fingerprint.is_one(before) and Fingerprint.is_one(now):
         return ", and ".join(Fingerprint.parse(before).differences(Fingerprint.parse(now)))
-    except (TypeError, ValueError):  # no fingerprint of a model
-        return "changed"
+    return "changed"

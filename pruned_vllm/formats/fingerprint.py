@@ -1,6 +1,6 @@
 """Fingerprint of a model's weights: whether two directories hold the same model, told without reading all of it.
 
-    fingerprint = Fingerprint.of(directory, weight_files)
+    fingerprint = Fingerprint.of(directory)
     str(fingerprint)                          # "config:5d0a… tensors:91c2… samples:07be…", as pruning.json keeps it
     Fingerprint.parse(text).differences(fingerprint)     # [] or what differs
 
@@ -19,13 +19,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.tensors import canonical_name
+from pruned_vllm.formats.weights import find_weight_files
 
 UNRELATED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")  # of config.json: who wrote it
 LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
@@ -42,22 +43,22 @@ class Fingerprint:
     samples: str
 
     @classmethod
-    def of(cls, directory: Path, files: Iterable[Path]) -> "Fingerprint":
-        """The fingerprint of config.json in `directory` and of the tensors in `files`, which are safetensors files.
+    def of(cls, directory: Path) -> "Fingerprint":
+        """The fingerprint of a model directory.
 
         Raises:
-            InputError: config.json or a file cannot be read.
+            InputError: config.json or the weights cannot be read.
         """
         config = read_json(directory / "config.json")
         related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
         found = {}
-        for path in sorted(files):
+        for path in find_weight_files(directory):
             header = _header(path)
             with path.open("rb", buffering=0) as file:
                 for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # as they lie on the disk
                     entry = header[name]
                     sample = _sample(file.fileno(), *entry["data_offsets"])
-                    found[name] = [name, entry["dtype"], entry["shape"]], sample
+                    found[canonical_name(name)] = [canonical_name(name), entry["dtype"], entry["shape"]], sample
         described, sampled = zip(*(found[name] for name in sorted(found)), strict=True) if found else ((), ())
         return cls(
             config=_digest(json.dumps(related, sort_keys=True).encode()),
@@ -74,6 +75,14 @@ class Fingerprint:
             raise ValueError(f"{text!r} is no fingerprint; one looks like {form!r}")
         return cls(*match.groups())
 
+    @classmethod
+    def is_one(cls, text: Any) -> bool:
+        """Whether `text` is what `str` wrote."""
+        try:
+            return bool(cls.parse(text))
+        except (TypeError, ValueError):
+            return False
+
     def __str__(self) -> str:
         return " ".join(f"{field.name}:{getattr(self, field.name)}" for field in fields(self))
 
@@ -87,16 +96,6 @@ class Fingerprint:
         elif self.samples != other.samples:
             found.append("the tensors hold other values, though their names, shapes and dtypes are the same")
         return found
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold the weights of a model directory. Raises InputError if there are none."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        if not (directory / "model.safetensors").exists():
-            raise InputError(f"{directory} has neither model.safetensors nor {index.name}")
-        return [directory / "model.safetensors"]
-    return sorted({directory / file for file in read_json(index)["weight_map"].values()})
 
 
 def _header(path: Path) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ that are spawned find the class by its name.
 """
 
 from functools import cache
+from pathlib import Path
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,6 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import FAMILIES, PRUNED_PREFIX, Family
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.weights import replacing_weights
 from pruned_vllm.hf.layers import build_layer
 
 
@@ -69,3 +71,8 @@ class PrunedForCausalLM:
         for index in range(len(layers)):
             layers[index] = build_layer(type(layers[index]), config, geometry, index)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in Transformers, but of an earlier save into the same directory no weights are left."""
+        with replacing_weights(Path(save_directory)):
+            super().save_pretrained(save_directory, *args, **kwargs)
