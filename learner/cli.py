@@ -52,11 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         default=Job.head_sparsity,
         help="share of heads to remove, 0 leaves them as they are; default: as --sparsity",
     )
-    default_heads = ", ".join(
-        f"{default} ({', '.join(name for name, its in METHODS.items() if its.query_heads[0] == default)})"
-        for default in QUERY_HEADS
-        if any(its.query_heads[0] == default for its in METHODS.values())
-    )
+    by_default = {default: [] for default in QUERY_HEADS}
+    for name, method in METHODS.items():
+        by_default[method.query_heads[0]].append(name)
+    default_heads = ", ".join(f"{default} ({', '.join(names)})" for default, names in by_default.items() if names)
     add(
         "--query-heads",
         choices=QUERY_HEADS,
@@ -67,7 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
     add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
     add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
-    add("--seed", type=seed, default=Job.seed, help="of initialization and data order; default: 42")
+    add(
+        "--seed",
+        type=seed,
+        default=Job.seed,
+        help="for what is drawn at random, and the order of the data; default: 42",
+    )
     add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files; CKPT gets a CSV in any case")
     add(
         "--report",
@@ -120,8 +124,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         flag = f"--{option.replace('_', '-')}"
         hint = get_type_hints(METHODS[next(iter(by_method))].settings)[option]
         if isinstance(hint, types.UnionType):  # int | None
-            hint = next(each for each in get_args(hint) if each is not types.NoneType)
-        shown = {name: its.metadata["shown"] or its.default for name, its in by_method.items()}
+            hint = next(part for part in get_args(hint) if part is not types.NoneType)
+        shown = {name: row.metadata["shown"] or row.default for name, row in by_method.items()}
         if len(set(shown.values())) == 1:
             default = str(next(iter(shown.values())))
         else:
@@ -152,7 +156,9 @@ def _learn(arguments: dict) -> None:
     )
     job = {field.name: arguments.pop(field.name) for field in fields(Job) if field.name in arguments}
     settings = METHODS[job["method"]].settings
-    unknown = [f"--{name.replace('_', '-')}" for name in arguments if name not in {it.name for it in fields(settings)}]
+    unknown = [
+        f"--{name.replace('_', '-')}" for name in arguments if name not in {field.name for field in fields(settings)}
+    ]
     if unknown:
         raise InputError(f"{job['method']} has no {', '.join(unknown)}; see learn-masks --help for whose they are")
     results = learn(Job(**job, settings=settings(**arguments)), out, **run)

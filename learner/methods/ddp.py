@@ -63,7 +63,7 @@ def learn(task: Task) -> Learned:
     training = Training(task, z.values(), state)
 
     def deployed(mu: float) -> Values:
-        return {kind: gates.deployed(it.detach(), settings.gate, mu, groups[kind]) for kind, it in z.items()}
+        return {kind: gates.deployed(values.detach(), settings.gate, mu, groups[kind]) for kind, values in z.items()}
 
     for step in training.steps():
         mu = annealed_mu(step / settings.steps, settings)

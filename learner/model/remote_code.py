@@ -66,4 +66,4 @@ def _detach_losses(router: nn.Module, args: tuple, output: Any) -> Any:
     """Of the chosen experts, their weights and a loss that a router returns, the loss is what has no dimensions."""
     if not isinstance(output, tuple):
         return output
-    return tuple(it.detach() if isinstance(it, torch.Tensor) and it.ndim == 0 else it for it in output)
+    return tuple(part.detach() if isinstance(part, torch.Tensor) and part.ndim == 0 else part for part in output)

@@ -67,7 +67,7 @@ class Training:
                 self._progress.update()
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.settings.steps:
                     with together(task.accelerator):
-                        state = {name: _state_of(it) for name, it in self._state.items()}
+                        state = {name: _state_of(value) for name, value in self._state.items()}
                         task.journal.save({"step": step + 1, **state})
 
     def backward(
@@ -95,9 +95,9 @@ class Training:
             raise InputError(
                 f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes"
             )
-        own = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+        share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
         total, scale = torch.zeros((), device=accelerator.device), self._gradient_scale(batch.numel())
-        for micro_batch in own.split(settings.micro_batch_size):
+        for micro_batch in share.split(settings.micro_batch_size):
             teacher = None
             if teacher_of is not None:
                 with torch.no_grad():
@@ -137,17 +137,17 @@ class Training:
         saved = self.task.journal.restore()
         if saved is None:
             return 0
-        for name, it in self._state.items():
-            if isinstance(it, torch.Tensor):
+        for name, kept in self._state.items():
+            if isinstance(kept, torch.Tensor):
                 with torch.no_grad():
-                    it.copy_(saved[name])
+                    kept.copy_(saved[name])
             else:
-                it.load_state_dict(saved[name])
+                kept.load_state_dict(saved[name])
         return saved["step"]
 
 
-def _state_of(it: Any) -> Any:
-    return it.detach() if isinstance(it, torch.Tensor) else it.state_dict()
+def _state_of(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value.state_dict()
 
 
 def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -157,5 +157,7 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """KL(teacher || student) of logits [batch, length, vocabulary], mean over tokens, times temperature squared."""
-    teacher, student = (F.log_softmax(it.flatten(0, 1).float() / temperature, dim=-1) for it in (teacher, student))
+    teacher, student = (
+        F.log_softmax(logits.flatten(0, 1).float() / temperature, dim=-1) for logits in (teacher, student)
+    )
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

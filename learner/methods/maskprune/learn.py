@@ -54,7 +54,7 @@ def learn(task: Task) -> Learned:
     settings, units = task.settings, task.units
     parameters = kind_parameters(task.model, units)  # before the adapter is there
     adapter = _add_adapter(task)
-    lora = {name: it for name, it in task.model.named_parameters() if it.requires_grad}
+    lora = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     masks = {kind: nn.Parameter(torch.ones(units.shape(kind), device=task.accelerator.device)) for kind in units.layers}
     optimizer = torch.optim.AdamW(
         [
@@ -126,7 +126,7 @@ def kind_parameters(model: nn.Module, units: Units) -> dict[str, int]:
             return linear(attention.q_proj, attention.k_proj, attention.v_proj) + attention.o_proj.weight.numel()
         if kind == "channel":
             return linear(mlp.gate_proj, mlp.up_proj) + mlp.down_proj.weight.numel()
-        return sum(it.numel() for it in mlp.experts.parameters())
+        return sum(parameter.numel() for parameter in mlp.experts.parameters())
 
     layers = model.model.layers
     return {kind: sum(count(kind, layers[index]) for index in indices) for kind, indices in units.layers.items()}
@@ -208,7 +208,7 @@ def _loss(model: nn.Module, settings: MaskPruneSettings, tokens: torch.Tensor, t
     """L_KL + alpha L_layer, KL(student || teacher) as printed; means over tokens [batch, length]."""
     (logits, states), (teacher_logits, teacher_states) = _outputs(model, tokens), teacher
     loss = divergence(logits, teacher_logits)  # of the first argument from the second
-    for own, wanted in zip(states, teacher_states, strict=True):
-        distance = F.mse_loss(own.float(), wanted.float()) / wanted.float().square().mean()
+    for student, wanted in zip(states, teacher_states, strict=True):
+        distance = F.mse_loss(student.float(), wanted.float()) / wanted.float().square().mean()
         loss = loss + settings.layer_weight * distance
     return loss

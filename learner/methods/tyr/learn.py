@@ -89,13 +89,13 @@ def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
 
 def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int, reach: int = REACH) -> Space:
     """The genomes of an iteration, counted from 0, at most `reach` steps away from `centre` in each sublayer."""
-    intervals = [max(1, round(it.num_units * FIRST_INTERVAL / 2**iteration)) for it in sublayers]
+    intervals = [max(1, round(sublayer.num_units * FIRST_INTERVAL / 2**iteration)) for sublayer in sublayers]
     steps = range(-reach, reach + 1)
     levels = [
         tuple(count + step * interval for step in steps if 0 <= count + step * interval <= sublayer.num_units)
         for count, interval, sublayer in zip(centre, intervals, sublayers, strict=True)
     ]
-    return Space([it.kind for it in sublayers], intervals, levels)
+    return Space([sublayer.kind for sublayer in sublayers], intervals, levels)
 
 
 def _search(

@@ -84,7 +84,7 @@ def next_parent(
             survivors.append(parent)
         elif len(survivors) <= number:
             continue
-        scores = [math.inf if math.isnan(it) else it for it in score(survivors, selection_tokens // divisor)]
+        scores = [math.inf if math.isnan(value) else value for value in score(survivors, selection_tokens // divisor)]
         best = sorted(range(len(survivors)), key=scores.__getitem__)[:number]
         survivors, scores = [survivors[i] for i in best], [scores[i] for i in best]
     return survivors[0], scores[0]

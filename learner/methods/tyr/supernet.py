@@ -138,9 +138,9 @@ class Supernet:
             counts = [count for count in self.levels[index] if count]
             per_round = UNITS_PER_ROUND[sublayer.kind]
             weight = sublayer.weight(block)
-            for count, it in prune(weight, hessian, sublayer.num_units, counts, per_round).items():
-                tensors[f"{sublayer.name}.{count}.kept"] = it.kept.cpu()
-                tensors[f"{sublayer.name}.{count}.weight"] = it.weight.to("cpu", weight.dtype).contiguous()
+            for count, candidate in prune(weight, hessian, sublayer.num_units, counts, per_round).items():
+                tensors[f"{sublayer.name}.{count}.kept"] = candidate.kept.cpu()
+                tensors[f"{sublayer.name}.{count}.weight"] = candidate.weight.to("cpu", weight.dtype).contiguous()
         partial = self._path(layer).with_suffix(".partial")
         with writing():
             save_file(tensors, partial)
