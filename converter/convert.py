@@ -3,14 +3,13 @@
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from converter.plan import Plan
 from converter.table import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, write_json
+from pruned_vllm.common.progress import progress_bar
 from pruned_vllm.formats.config import read_config
 
 
@@ -41,7 +40,7 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
     with atomic_directory(out, overwrite=overwrite, is_ours=is_converted) as directory:
         shapes = plan.pruned.tensor_shapes()
         writer = ShardWriter(directory, max_shard_bytes)
-        for name, shape in tqdm(shapes.items(), desc="converting", unit=" tensors"):
+        for name, shape in progress_bar(shapes.items(), desc="converting", unit=" tensors"):
             tensor, done = plan.checkpoint.read(name), []
             dtype = tensor.dtype
             if plan.adapter is not None and name in plan.adapter.pairs:

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         default=Job.seed,
         help="for what is drawn at random, and the order of the data; default: 42",
     )
-    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files; CKPT gets a CSV in any case")
+    add("--tensorboard", type=Path, metavar="DIR", help="write event files for TensorBoard; a CSV is always in CKPT")
     add(
         "--report",
         action="store_true",
@@ -104,13 +104,13 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
         help="text to measure the perplexity on, before and after, in blocks of 128 tokens",
     )
     parser.add_argument(
-        "--text-column", default="text", metavar="NAME", help="where rows have their text; default: text"
+        "--text-column", default="text", metavar="NAME", help="column of rows that holds the text; default: text"
     )
-    parser.add_argument("--split", default="train", metavar="NAME", help="of data sets; default: train")
+    parser.add_argument("--split", default="train", metavar="NAME", help="split of data sets; default: train")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One option for each name among the settings of all methods; those of several methods in a group of their own."""
+    """Adds one option for each name among the settings of all methods, in groups by the methods that have it."""
     owners: dict[str, dict] = {}
     for name, method in METHODS.items():
         for field in fields(method.settings):

@@ -1,8 +1,8 @@
-"""What a learning run can be told, and the table of methods; the command line is made from both. Pure Python.
+"""The options of a learning run, and the table of methods. The command line is made from both. Pure Python.
 
-A method is one row of METHODS, one dataclass of settings here, and one module with a function `learn`, of which
-learner/methods/method.py says what it takes and returns. Options of the same name in two methods mean the same, but may
-have other defaults.
+To add a method, write one row of METHODS, one dataclass of settings, and one module with a function `learn`;
+learner/methods/method.py says what the function takes and returns. An option that several methods have means the same
+in all of them, but may have other defaults.
 """
 
 from dataclasses import dataclass, field, replace
@@ -64,19 +64,19 @@ class TrainingSettings:
 class DDPSettings(TrainingSettings):
     """Defaults of arXiv 2603.08065."""
 
-    learning_rate: float = option(2e-2, "of the masks (ddp: their parameters z)")
-    lambda_learning_rate: float = option(2e-2, "of the multipliers lambda1 and lambda3")
-    lambda2_learning_rate: float = option(0.8, "of lambda2; raise it when a short run misses its budget")
+    learning_rate: float = option(2e-2, "learning rate of the masks (ddp: of their parameters z)")
+    lambda_learning_rate: float = option(2e-2, "learning rate of the multipliers lambda1 and lambda3")
+    lambda2_learning_rate: float = option(0.8, "learning rate of lambda2; raise it when a short run misses its budget")
     warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
     mu_start: float = option(0.5, "mask value that counts half at the first step")
     mu_end: float = option(0.05, "mask value that counts half at the last step")
-    kd_weight: float = option(2.0, "weight of the distillation loss, 0 learns without a teacher", zero=True)
+    kd_weight: float = option(2.0, "weight of the distillation loss; 0 learns without a teacher", zero=True)
     kd_temperature: float = option(1.0, "temperature of the distillation loss")
     budget: str = option(
-        "global", "what loses the share by itself: the whole model, each layer, or each expert", choices=BUDGETS
+        "global", "where the share is removed: in the whole model, in every layer, or in every expert", choices=BUDGETS
     )
     gate: str = option(
-        "relu", "how masks come from their parameters; the others are the paper's baselines", choices=GATES
+        "relu", "how masks are computed from their parameters; all but relu are the paper's baselines", choices=GATES
     )
 
 
@@ -87,10 +87,10 @@ class MaskPruneSettings(TrainingSettings):
     steps: int = option(8750, "optimizer steps")
     sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="512")
     default_sequence_length: ClassVar[int] = 512
-    learning_rate: float = option(1e-2, "of the masks")
-    lora_learning_rate: float = option(1e-3, "of the adapter")
-    lora_rank: int = option(8, "of the adapter, 0 learns masks only", zero=True)
-    lora_alpha: float = option(8.0, "of the adapter, whose product is scaled by alpha / rank")
+    learning_rate: float = option(1e-2, "learning rate of the masks")
+    lora_learning_rate: float = option(1e-3, "learning rate of the adapter")
+    lora_rank: int = option(8, "rank of the adapter; 0 learns masks only", zero=True)
+    lora_alpha: float = option(8.0, "alpha of the adapter, whose product is scaled by alpha / rank")
     lora_targets: str = option(
         "all", "projections with an adapter: all of attention and dense MLPs, or q and v", choices=LORA_TARGETS
     )
@@ -138,14 +138,14 @@ class TyrSettings(CalibrationSettings):
         "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
         zero=True,
     )
-    generations: int = option(50, "of a search")
-    offspring: int = option(128, "in a generation")
+    generations: int = option(50, "generations of a search")
+    offspring: int = option(128, "children in a generation")
     selection_tokens: int = option(
-        131072, "tokens that the last stage of selection reads; those before it read 1/64 and 1/8 of that"
+        131072, "tokens that the last stage of selection reads; the stages before it read 1/64 and 1/8 of that"
     )
     error_accumulation: str = option(
         "expectation",
-        "what later layers are pruned for: errors of all candidates on average, or none (dense inputs)",
+        "which inputs later layers are pruned for: with the mean error of all candidates, or without (dense inputs)",
         choices=ERROR_ACCUMULATIONS,
     )
 
@@ -197,9 +197,11 @@ METHODS = {
         changes_weights=True,
         takes_remote_code=False,
     ),
-    "wanda": Method("learner.methods.wanda", WandaSettings, "what large weights read from large activations stays"),
-    "magnitude": Method("learner.methods.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
-    "random": Method("learner.methods.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
+    "wanda": Method("learner.methods.wanda", WandaSettings, "keeps units whose weights and activations are large"),
+    "magnitude": Method(
+        "learner.methods.baselines:magnitude", NoSettings, "keeps the units with the largest weights", reads_text=False
+    ),
+    "random": Method("learner.methods.baselines:random", NoSettings, "keeps units at random", reads_text=False),
 }
 
 

@@ -8,10 +8,11 @@ A source is
 - any other file: UTF-8 text, one document
 - "owner/name" or "owner/name:configuration" of a data set on the hub, or a directory in the hub's layout
 
-All but text is read with the `datasets` library as a stream, from the hub without downloading the rest, and shuffled.
-Reading stops at `limit` tokens. A run deals steps * batch size * length tokens at most, so with that limit memory holds
-8 bytes for each token that the run consumes, SHUFFLE_BUFFER documents of each source, and a text file, which is one
-document however large it is: its text, that is, and the tokens of LONGEST_PIECE characters at a time.
+Rows and data sets are read as a stream with the `datasets` library and shuffled; of the hub's data sets only what is
+read is downloaded. Reading stops at `limit` tokens.
+
+Memory: 8 bytes for each token, SHUFFLE_BUFFER documents of each source, and the text of one text file. A text file is
+one document however large it is; it is tokenized in pieces of LONGEST_PIECE characters.
 """
 
 import glob
@@ -31,8 +32,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `da
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SHUFFLE_BUFFER = 10_000  # documents
 SHARDS_AT_ONCE = 10  # files of a data set that the buffer is filled from
-CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer, and the document that goes beyond
-LONGEST_PIECE = 1 << 23  # characters; longer documents are tokenized in pieces: it takes many times their memory
+CHARACTERS_AT_ONCE = 1 << 20  # a call of the tokenizer gets documents until they have so many
+LONGEST_PIECE = 1 << 23  # characters of a document that are tokenized at once: that takes many times their memory
 
 
 def tokenize_files(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> torch.Tensor:
@@ -101,7 +102,7 @@ def _open(sources: Sequence[str | Path], column: str, split: str, seed: int) -> 
             if path.is_file() and path.suffix in FORMATS:
                 files.append(_rows(source, column, "train", seed))
             elif path.is_file():
-                _read_text(path)  # again when its turn comes: not all at once in memory
+                _read_text(path)  # only to check it; it is read again when its turn comes
                 texts.append(path)
             elif path.is_dir() or (HUB_ID.fullmatch(source) and path.suffix not in {".txt", *FORMATS}):
                 data_sets.append(_rows(source, column, split, seed))
@@ -128,7 +129,7 @@ def _read_text(path: Path) -> str:
 def _rows(source: str, column: str, split: str, seed: int) -> Iterator[str]:
     """The texts of a file or data set, shuffled; InputError if the first row has none."""
     try:
-        from datasets import load_dataset  # late: text files do without
+        from datasets import load_dataset  # late: text files do not need it
     except ImportError as error:
         raise InputError(
             f"{source}: this needs the `datasets` library: pip install 'pruned-vllm[data]', or give text files"
@@ -144,7 +145,7 @@ def _rows(source: str, column: str, split: str, seed: int) -> Iterator[str]:
         else:
             rows = load_dataset(name, configuration or None, split=split, streaming=True)
         first = next(iter(rows), None)
-    except Exception as error:  # damaged files, unknown names and networks end in almost any exception
+    except Exception as error:  # damaged files, unknown names and networks raise many kinds
         raise InputError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
     if path.is_dir() and rows.info.builder_name == "text":
         raise InputError(f"{source}: a directory of text files would be read line by line; name its files instead")

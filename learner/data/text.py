@@ -9,7 +9,7 @@ from learner.data.reading import BlockSampler, read_tokens
 from learner.model.perplexity import EVAL_BLOCK_SIZE
 from pruned_vllm.common.errors import InputError
 
-MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
+MAX_TOKENS = 2**25  # that are read, unless the run needs more
 
 
 def training_blocks(
@@ -30,7 +30,7 @@ def training_blocks(
         InputError: the text cannot be read or is too short, or the model cannot read it.
     """
     positions = num_positions(model)
-    if positions and sequence_length > positions:  # most models would go on, with outputs that mean nothing
+    if positions and sequence_length > positions:  # most models would go on, but their outputs would mean nothing
         raise InputError(
             f"--sequence-length {sequence_length} is more than the {positions} positions that {job.model} was made for "
             f"(max_position_embeddings in its config.json); use --sequence-length {positions} or less"

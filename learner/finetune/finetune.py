@@ -5,10 +5,10 @@
 Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA. Notable facts:
 
 - LoRA sits on every projection: attention, MLPs, experts. It is merged in the end, so `recovered/` has the same tensors
-  as `out/` and is served without knowing of it. Rank 0 trains all weights. Routers, on whose choices the experts that
-  are left depend, stay as they are either way.
-- All weights are trained in float32, unless told otherwise: steps of fine-tuning are smaller than bfloat16 resolves.
-  Saved is the dtype of `out/`.
+  as `out/` and is served in the same way. Rank 0 trains all weights. Routers are never trained, because the experts
+  that are left depend on their choices.
+- All weights are trained in float32, unless told otherwise: steps of fine-tuning are too small for bfloat16. They are
+  saved in the dtype of `out/`.
 - config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
 - Until it is complete, the Trainer's checkpoints lie in `recovered.unfinished/`. A resumed run ends with the weights of
   an uninterrupted one.
@@ -135,7 +135,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             results["perplexity_before"] = perplexity(model, eval_ids, title="perplexity before", show_progress=True)
         checkpoint = _last_checkpoint(directory)
         if checkpoint is not None and not job.lora_rank:
-            # The Trainer takes names in files for those in memory; Transformers renames or fuses experts in between.
+            # The Trainer itself cannot load it: names of experts in files differ from those in memory.
             model = load_pruned(checkpoint)
             check_can_be_saved(model, job.model)
         dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
@@ -227,7 +227,7 @@ def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
         num_train_epochs=1,  # the data set is as long as the run
         per_device_train_batch_size=job.micro_batch_size,
         gradient_accumulation_steps=job.batch_size // job.micro_batch_size,
-        train_sampling_strategy="sequential",  # BlockSampler has mixed it
+        train_sampling_strategy="sequential",  # BlockSampler has shuffled the blocks
         learning_rate=job.learning_rate or (2e-4 if job.lora_rank else 2e-5),
         lr_scheduler_type="cosine",
         warmup_steps=job.steps // 20,
@@ -238,10 +238,10 @@ def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
         save_total_limit=1,
         seed=job.seed,
         use_cpu=job.device == "cpu",
-        label_names=["input_ids"],  # of language models that PEFT wraps it is not known
+        label_names=["input_ids"],  # the Trainer does not find it by itself in a model that PEFT wraps
         remove_unused_columns=False,
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),  # into a file go the figures of every LOG_EVERY steps instead
+        disable_tqdm=not sys.stderr.isatty(),  # then it prints figures every LOG_EVERY steps instead
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would split batches over all GPUs with nn.DataParallel

@@ -1,4 +1,4 @@
-"""What a learned mask has to beat: the same budget in every layer, units chosen by weight norm or by chance."""
+"""Baselines that learn nothing: the same share of every layer goes, by the norm of the weights or at random."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from pruned_vllm.common.progress import progress_bar
 def magnitude(task: Task) -> Learned:
     """Keeps the units with the largest L2 norm over all weights that would go with them.
 
-    Query heads that are not tied share their KV head's weights, which so count for neither against the other.
+    Query heads of a KV head that are not tied share its weights, so these favour none of them.
     """
     units, layers = task.units, task.model.model.layers
 
@@ -53,7 +53,7 @@ def magnitude(task: Task) -> Learned:
 
 
 def random(task: Task) -> Learned:
-    """Keeps units drawn by lot."""
+    """Keeps units at random."""
     generator = torch.Generator().manual_seed(task.seed)
     scores = {kind: torch.rand(task.units.shape(kind), generator=generator) for kind in task.units.layers}
     return Learned(keep_largest_in_each_layer(scores, task.target_sparsity))

@@ -23,7 +23,7 @@ def on_device(device: str) -> Accelerator:
         if kind == "cuda":
             torch.cuda.set_device(torch.device(device).index or 0)
         accelerator = Accelerator(cpu=kind == "cpu")
-    except Exception as error:  # PyTorch raises almost anything here
+    except Exception as error:  # PyTorch raises many kinds
         raise InputError(f"device {device} cannot be used: {error}") from error
     if kind not in ("auto", accelerator.device.type):
         raise InputError(f"device {device} cannot be used; there is {accelerator.device}")
@@ -73,7 +73,7 @@ def load_dense(
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise
-    except Exception as error:  # damaged models end in almost any exception
+    except Exception as error:  # damaged models raise many kinds
         raise InputError(
             f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
             f"{type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ from torch import nn
 from pruned_vllm.common.progress import progress_bar
 
 BATCH_SIZE = 16  # blocks
-EVAL_BLOCK_SIZE = 128  # tokens; DDP's tables use it, most other papers 2048: figures of the two cannot be compared
+EVAL_BLOCK_SIZE = 128  # tokens, as in DDP's tables; figures with other sizes (most papers: 2048) cannot be compared
 
 
 @torch.no_grad()
@@ -33,4 +33,4 @@ def perplexity(
         logits = model(input_ids=batch).logits.float()
         total += F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     mean = torch.tensor(total / (len(blocks) * (block_size - 1)), dtype=torch.float64)
-    return mean.exp().item()  # infinite where math.exp raises
+    return mean.exp().item()  # math.exp would raise where this is infinite

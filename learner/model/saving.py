@@ -25,7 +25,7 @@ def check_can_be_saved(model: PreTrainedModel, name: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         try:
             model.save_pretrained(directory, state_dict={})
-        except Exception as error:  # whatever it dislikes
+        except Exception as error:  # it raises many kinds
             raise InputError(
                 f"Transformers could not save {name} when it is done: {type(error).__name__}: {error}"
             ) from error

@@ -79,7 +79,7 @@ def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
         raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
     try:
         begun = read_json(directory / JOB_FILE)
-    except InputError as error:  # it had ended while that was written
+    except InputError as error:  # the process ended while it wrote the file
         raise InputError(f"{error}, so the run in {directory} cannot be resumed; forget it with --overwrite") from None
     before, now = begun.pop(INPUTS, {}), asked[INPUTS]
     changed = [

@@ -24,7 +24,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
 SAVE_EVERY = 50  # steps
-FLOAT16_TOKENS = 512  # in a batch of so many, float16 has room for the gradients of a mean over its tokens
+FLOAT16_TOKENS = 512  # of the mean loss over so many tokens, gradients still fit float16
 
 
 class Training:
@@ -33,8 +33,8 @@ class Training:
     Args:
         task: with settings that are TrainingSettings.
         parameters: what `backward` makes gradients of.
-        state: by name, all that changes from step to step: tensors, and what has state_dict and load_state_dict. Draw
-            random numbers from the seed and the step, not from a generator that lives longer.
+        state: by name, all that changes from step to step: tensors, and what has state_dict and load_state_dict. A
+            generator of random numbers is not saved, so make one in every step, from the seed and the step.
     """
 
     def __init__(self, task: Task, parameters: Iterable[nn.Parameter], state: dict[str, Any]) -> None:
@@ -43,8 +43,8 @@ class Training:
         self._state = state
         if self.settings.gradient_checkpointing:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Transformers recomputes activations in training mode only, and code that a checkpoint brings may compute
-        # gradients only there (DeepSeekMoE's experts). Elsewhere dropout and router noise would be in the way.
+        # Transformers recomputes activations in training mode only. Code that a checkpoint brings may compute gradients
+        # in training mode only (DeepSeekMoE's experts). Other models stay in evaluation mode: no dropout, no noise.
         if self.settings.gradient_checkpointing or not type(task.model).__module__.startswith("transformers."):
             task.model.train()
         self._progress, self._step = None, 0

@@ -30,8 +30,8 @@ def pruned_class(family: Family) -> type[PreTrainedModel]:
     if stock_class is None:
         raise InputError(f"Transformers has no {family.architecture}, so its pruned models can only be served by vLLM")
     if family.experts is not None:
-        # Transformers fuses the experts of stock models while it loads them, into one tensor, so of one width; models
-        # of other modules than its own take part in that only by what is registered here.
+        # Transformers fuses the experts of its own model classes into one tensor while it loads them, which needs
+        # experts of one width. Our classes are under another name, for which only this renaming is registered.
         renamings = []
         if family.experts.module != "mlp":
             renamings.append(WeightRenaming(f".{family.experts.module}.", ".mlp."))

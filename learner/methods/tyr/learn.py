@@ -53,7 +53,7 @@ def learn(task: Task) -> Learned:
     tokens = task.blocks.calibration(settings.calibration_sequences, task.accelerator.print)
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
     state = task.journal.restore() or _start(0, uniform(task, sublayers))
-    task.journal.save(state)  # candidates outlive an interruption only beside a state
+    task.journal.save(state)  # an interrupted run keeps its directory, and so the candidates, only if it has a state
     with ExitStack() as stack:
         directory = task.journal.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for iteration in range(state["iteration"], iterations):

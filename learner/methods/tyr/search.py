@@ -17,8 +17,8 @@ import torch
 from learner.methods.tyr.supernet import Genome, Supernet
 
 MOST_SHIFTS = 4
-STAGES = ((64, 16), (8, 4), (1, 1))  # reads the text of the last stage divided by this; so many survive
-TOP_LOGITS = 8192  # of the dense model, the others are left out
+STAGES = ((64, 16), (8, 4), (1, 1))  # divisor of the text that is read, and how many genomes survive
+TOP_LOGITS = 8192  # largest logits of the dense model that are compared
 
 
 @dataclass(frozen=True)
