@@ -14,7 +14,7 @@ from pruned_vllm.formats.config import converted_config, dense_geometry
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems
-from pruned_vllm.formats.hub import model_directory
+from pruned_vllm.formats.hub import MODEL_FILES, download, model_directory
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE, PruningInfo
 from pruned_vllm.formats.weights import has_weight_files, unread_weights
@@ -181,13 +181,13 @@ def _find_weights(
         InputError: there are none, or they are elsewhere, but beside the masks is something that may have been meant.
     """
     if base_model is not None:
-        name = base_model
+        name, find = base_model, model_directory
     elif has_weight_files(directory):
-        return model_directory(str(directory), revision)
+        return model_directory(str(directory), MODEL_FILES, revision)
     elif info.base_model is not None:
-        beside = directory / info.base_model
-        name = str(beside) if beside.is_dir() else info.base_model
-        revision = revision or (None if beside.is_dir() else info.base_revision)
+        name, find = str(directory / info.base_model), model_directory
+        if not Path(name).is_dir():
+            name, find, revision = info.base_model, download, revision or info.base_revision
     else:
         unread = ", ".join(unread_weights(directory))
         raise InputError(
@@ -202,7 +202,7 @@ def _find_weights(
             "them away"
         )
     try:
-        weights, commit = model_directory(name, revision)
+        weights, commit = find(name, MODEL_FILES, revision)
         return weights, name if commit else None
     except InputError as error:
         raise InputError(f"base_model {error}; give the dense model with --base-model") from None

@@ -26,7 +26,6 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.hub import model_directory
 from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
@@ -81,11 +80,11 @@ def learn(
         check_output(out, overwrite, is_learned)
         if report:
             require_matplotlib()
-        source, commit = model_directory(job.model, job.revision, with_code=job.trust_remote_code)
-        inputs["model"] = str(Fingerprint.of(source))
-        model, tokenizer, units = load_dense(job, source, "cpu" if method.offloads else accelerator.device)
+        dense = load_dense(job, "cpu" if method.offloads else accelerator.device)
+        model, tokenizer, units = dense.model, dense.tokenizer, dense.units
+        inputs["model"] = str(dense.fingerprint)
         settings = with_sequence_length(job.settings, num_positions(model))
-        job = replace(job, revision=commit, settings=settings)
+        job = replace(job, revision=dense.commit, settings=settings)
         if method.changes_weights:
             check_can_be_saved(model, job.model)
         if method.reads_text:
@@ -124,7 +123,7 @@ def learn(
                 with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if method.changes_weights:
-                        save_model(model, source, directory)
+                        save_model(model, dense.directory, directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
                     base = str(Fingerprint.of(directory)) if method.changes_weights else inputs["model"]

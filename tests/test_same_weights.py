@@ -1,34 +1,30 @@
 """One directory means one model: learn-masks, convert-pruned and load_pruned read the same weights, or none.
 
-Every case makes an ugly directory of the same Llama in two versions, whose final norm is all 1 or all 2. All commands
-must read the same version, and vLLM the same files, or all must refuse with a message that names the same file.
+Of each ugly directory all commands must read the same version of the model, and vLLM the same files, or all must refuse
+with a message that names the same file.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.learning import run
-from helpers.masked import convert_pruned, edit_json
-from helpers.tiny import byte_tokenizer, tiny_model
+from helpers.masked import RAGGED, convert_pruned
+from helpers.tiny import byte_tokenizer, tiny_model, write_masked
+from helpers.ugly import ACCEPTED, NORM, REFUSED, SINGLE, Ugly, adapter, saved_in_one_file_after_shards, without_prefix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from learner.finetune.cli import main as finetune_pruned
 from learner.job import Job
 from learner.model.dense import load_dense
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
+from pruned_vllm.formats.masked import HEAD_MASK, MASKS_FILE, PruningInfo
 from pruned_vllm.formats.weights import find_weight_files
 from pruned_vllm.hf.loading import load_pruned
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NORM, SHARD_SIZE = "model.norm.weight", "100KB"
 
 
 @pytest.fixture(scope="session")
@@ -38,220 +34,10 @@ def versions(tmp_path_factory) -> dict[str, Path]:
     for version in (1, 2):
         model.model.norm.weight.fill_(version)
         model.save_pretrained(root / f"single{version}")
-        model.save_pretrained(root / f"sharded{version}", max_shard_size=SHARD_SIZE)
+        model.save_pretrained(root / f"sharded{version}", max_shard_size="100KB")
     for directory in root.iterdir():
         byte_tokenizer().save_pretrained(directory)
     return {directory.name: directory for directory in root.iterdir()}
-
-
-class Ugly:
-    """The directory that a case spoils, and what it may put there."""
-
-    def __init__(self, directory: Path, versions: dict[str, Path]):
-        self.directory, self.versions = directory, versions
-
-    def put(self, version: str, *patterns: str) -> None:
-        """Copies files of a version, all of them unless patterns are given."""
-        for pattern in patterns or ("*",):
-            for file in self.versions[version].glob(pattern):
-                shutil.copyfile(file, self.directory / file.name)
-
-    def path(self, name: str) -> Path:
-        return self.directory / name
-
-    def move(self, name: str, new_name: str) -> None:
-        self.path(name).rename(self.path(new_name))
-
-    def config(self, **changes) -> None:
-        edit_json(self.path("config.json"), **changes)
-
-    def rename(self, rename: Callable[[str], str]) -> None:
-        """Other tensor names in the single file."""
-        tensors = {rename(name): tensor for name, tensor in load_file(self.path(SINGLE)).items()}
-        save_file(tensors, self.path(SINGLE), metadata={"format": "pt"})
-
-    def weight_map(self, change: Callable[[dict], object]) -> None:
-        content = json.loads(self.path(INDEX).read_text())
-        change(content["weight_map"])
-        self.path(INDEX).write_text(json.dumps(content))
-
-    def shards(self) -> list[str]:
-        return sorted(path.name for path in self.directory.glob("model-*.safetensors"))
-
-
-def sharded_twice(d: Ugly) -> None:
-    d.put("sharded1")
-    for shard in d.shards():
-        d.move(shard, shard.replace("of-", "of-1"))
-    d.put("sharded2")
-
-
-def saved_in_one_file_after_shards(d: Ugly) -> None:
-    """What save_pretrained leaves: it removes the shards, not their index."""
-    d.put("sharded1", INDEX)
-    d.put("single2")
-
-
-def linked_as_in_the_hub_cache(d: Ugly) -> None:
-    blobs = d.directory.parent / "blobs"
-    blobs.mkdir()
-    d.put("sharded1")
-    for file in list(d.directory.iterdir()):
-        file.rename(blobs / file.name)
-        file.symlink_to(Path("../blobs") / file.name)
-
-
-def without_prefix(name: str) -> str:
-    return name.removeprefix("model.")
-
-
-def one_tensor_twice(d: Ugly) -> None:
-    d.put("sharded1")
-    first, last = d.shards()[0], d.shards()[-1]
-    save_file(load_file(d.path(last)) | load_file(d.path(first)), d.path(last), metadata={"format": "pt"})
-
-
-def index_swaps_shards(d: Ugly) -> None:
-    d.put("sharded1")
-    d.weight_map(lambda names: names.update({NORM: d.shards()[0]}))
-
-
-def tensor_without_entry(d: Ugly) -> None:
-    d.put("sharded1")
-    d.weight_map(lambda names: names.pop("model.layers.0.mlp.up_proj.weight"))
-
-
-def adapter(d: Ugly) -> None:
-    d.path("adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x", "r": 1}')
-    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(1, 96)}, d.path("adapter_model.safetensors"))
-
-
-def also(name: str, content: bytes = b"x") -> Callable[[Ugly], None]:
-    """A complete model in one file, and another file."""
-    return lambda d: (d.put("single1"), d.path(name).write_bytes(content))
-
-
-def only(name: str) -> Callable[[Ugly], None]:
-    """No weights but a file in another format."""
-    return lambda d: (d.put("single1", "[!m]*"), d.path(name).write_bytes(b"x"))
-
-
-def spoilt(spoil: Callable[[Path], object]) -> Callable[[Ugly], None]:
-    """Shards, one of which is spoilt."""
-    return lambda d: (d.put("sharded1"), spoil(d.path(d.shards()[1])))
-
-
-def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    return lambda path: (path.unlink(), make(path))
-
-
-def configured(**changes) -> Callable[[Ugly], None]:
-    return lambda d: (d.put("single1"), d.config(**changes))
-
-
-ACCEPTED = {
-    "one file": (lambda d: d.put("single1"), 1),
-    "shards": (lambda d: d.put("sharded1"), 1),
-    "shards of an older save, not in the index": (sharded_twice, 2),
-    "one file, saved over shards": (saved_in_one_file_after_shards, 2),
-    "one file and its index": (
-        lambda d: (
-            d.put("sharded1", INDEX),
-            d.put("single1"),
-            d.weight_map(lambda names: names.update(dict.fromkeys(names, SINGLE))),
-        ),
-        1,
-    ),
-    "links into the hub's cache": (linked_as_in_the_hub_cache, 1),
-    "no prefix": (lambda d: (d.put("single1"), d.rename(without_prefix)), 1),
-    "prefix twice": (lambda d: (d.put("single1"), d.rename(lambda name: f"model.{name}")), 1),
-    "tensor that the index does not name": (tensor_without_entry, 1),
-    "pickle beside": (also("pytorch_model.bin"), 1),
-    "GGUF beside": (also("model.gguf"), 1),
-    "state of a training beside": (also("training_args.bin"), 1),
-    "Mistral's own file beside": (
-        lambda d: (d.put("sharded1"), d.put("single2", SINGLE), d.move(SINGLE, "consolidated.safetensors")),
-        1,
-    ),
-    "adapter's weights beside shards": (
-        lambda d: (d.put("sharded1"), adapter(d), d.path("adapter_config.json").unlink()),
-        1,
-    ),
-    "not quantized": (configured(quantization_config=None), 1),
-    "nulls": (
-        configured(auto_map=None, attention_bias=None, tie_word_embeddings=None, per_layer_config=None, mlp_bias=None),
-        1,
-    ),
-    "other spelling": (configured(architectures=["LLaMAForCausalLM"]), 1),
-    "no architectures": (configured(architectures=None), 1),
-}
-
-OTHER_FORMATS = (
-    *("pytorch_model.bin", "model.pt", "consolidated.00.pth", "pytorch_model.ckpt"),
-    *("tf_model.h5", "flax_model.msgpack", "model-q4.gguf"),
-)
-REFUSED = {
-    "one file beside shards": (lambda d: (d.put("sharded1"), d.put("single2")), INDEX),
-    "one file beside a part of the shards": (
-        lambda d: (d.put("sharded1"), d.put("single2"), d.path(d.shards()[0]).unlink()),
-        INDEX,
-    ),
-    "shards beside one file, without index": (
-        lambda d: (d.put("sharded1", "model-*"), d.put("single2")),
-        "model-00001-of-",
-    ),
-    "another file beside": (also("model.fp16.safetensors"), "model.fp16.safetensors"),
-    "adapter": (lambda d: (d.put("single1"), adapter(d)), "adapter_config.json"),
-    "adapter beside shards": (lambda d: (d.put("sharded1"), adapter(d)), "adapter_config.json"),
-    "adapter's weights": (
-        lambda d: (d.put("single1"), adapter(d), d.path("adapter_config.json").unlink()),
-        "adapter_model.safetensors",
-    ),
-    "adapter alone": (lambda d: (d.put("single1", "[!m]*"), adapter(d)), "adapter_config.json"),
-    "weights under another name": (configured(transformers_weights="other.safetensors"), "transformers_weights"),
-    "shards without index": (lambda d: (d.put("sharded1"), d.path(INDEX).unlink()), "model-00001-of-"),
-    "nothing": (lambda d: d.put("single1", "[!m]*"), SINGLE),
-    **{f"only {name}": (only(name), name) for name in OTHER_FORMATS},
-    "a shard is missing": (spoilt(Path.unlink), "model-00002-of-"),
-    "a shard is empty": (spoilt(lambda path: path.write_bytes(b"")), "model-00002-of-"),
-    "a shard is cut": (spoilt(lambda path: path.write_bytes(path.read_bytes()[:-1])), "model-00002-of-"),
-    "a shard is too long": (spoilt(lambda path: path.write_bytes(path.read_bytes() + b"x")), "model-00002-of-"),
-    "a shard is a pointer of Git LFS": (
-        spoilt(lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")),
-        "git lfs pull",
-    ),
-    "a shard is a broken link": (
-        spoilt(replaced(lambda path: path.symlink_to("../blobs/gone"))),
-        "is a link to ../blobs/gone",
-    ),
-    "a shard is a pipe": (spoilt(replaced(os.mkfifo)), "model-00002-of-"),
-    "a shard is a directory": (spoilt(replaced(Path.mkdir)), "model-00002-of-"),
-    "the file is a broken link": (
-        lambda d: (d.put("single1", "[!m]*"), d.path(SINGLE).symlink_to("gone")),
-        SINGLE,
-    ),
-    "the index is a pipe": (lambda d: (d.put("sharded1"), replaced(os.mkfifo)(d.path(INDEX))), INDEX),
-    "the index is no JSON": (lambda d: (d.put("sharded1"), d.path(INDEX).write_text("{")), INDEX),
-    "the index is empty": (lambda d: (d.put("sharded1"), d.path(INDEX).write_text("{}")), INDEX),
-    "the index leaves the directory": (
-        lambda d: (d.put("sharded1"), d.weight_map(lambda names: names.update({NORM: "../x.safetensors"}))),
-        "../x.safetensors",
-    ),
-    "the index is wrong": (index_swaps_shards, "the index says it is in model-00001-of-"),
-    "a tensor twice": (one_tensor_twice, "keep one"),
-    "a tensor under two names": (
-        lambda d: (d.put("sharded1"), save_file({"norm.weight": torch.ones(96)}, d.path(d.shards()[0]))),
-        NORM,
-    ),
-    "another kind of model": (
-        configured(architectures=["LlamaForSequenceClassification"]),
-        "LlamaForSequenceClassification",
-    ),
-    "more layers than there are": (configured(num_hidden_layers=9999), "9,999 layers, the files have 3"),
-    "fewer layers than there are": (configured(num_hidden_layers=2), "2 layers, the files have 3"),
-    "a million layers": (configured(num_hidden_layers=10**6), "num_hidden_layers"),
-    "a trillion heads": (configured(num_attention_heads=10**12, num_key_value_heads=10**12), "num_attention_heads"),
-}
 
 
 def ugly(tmp_path: Path, versions, spoil: Callable[[Ugly], object]) -> Path:
@@ -331,3 +117,30 @@ def test_masks_alone_do_not_stand_for_weights(tmp_path, capsys):
     (ckpt / "pytorch_model.bin").write_bytes(b"x")
     assert convert_pruned(ckpt, tmp_path / "out") == 2
     assert "pytorch_model.bin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mixtral", "qwen2_moe"])
+def test_names_without_prefix_give_the_same_model(tmp_path, model_type):
+    """As published embedding models have them: tied, so without an lm_head."""
+    model = tiny_model(model_type, 6, 3, 40, tie_word_embeddings=True)
+    named = Ugly(tmp_path / "model", {})
+    model.save_pretrained(named.directory)
+    byte_tokenizer().save_pretrained(named.directory)
+    ckpt = masks_that_remove_nothing(tmp_path)
+    head = torch.tensor([1.0, 0, 0, 1, 1, 1])
+    save_file({HEAD_MASK.format(1): head}, ckpt / MASKS_FILE)
+    assert convert_pruned(ckpt, tmp_path / "expected") == 0
+    named.rename(without_prefix)
+    assert not any(name.startswith("model.") for name in load_file(named.path(SINGLE)))
+    learned, _, _ = load_dense(Job(str(named.directory), "random"), "cpu")
+    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in learned.named_parameters())
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "expected" / SINGLE).read_bytes()
+
+
+def test_finetune_pruned_refuses_too(tmp_path, capsys):
+    write_masked(tmp_path / "ckpt", tiny_model("llama", 6, 6, 40), RAGGED)
+    assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 0
+    adapter(Ugly(tmp_path / "out", {}))
+    assert finetune_pruned([str(tmp_path / "out"), str(tmp_path / "tuned"), "--data", "text.txt"]) == 2
+    assert "adapter_config.json: Transformers would add" in capsys.readouterr().err

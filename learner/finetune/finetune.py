@@ -40,7 +40,6 @@ from pruned_vllm.common.files import FINETUNING_FILE, write_json
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.hub import model_directory
 from pruned_vllm.hf.loading import load_pruned
 
 SAVE_EVERY = 50  # steps
@@ -125,9 +124,8 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         eval_ids = evaluation_tokens(model, tokenizer, job)
     teacher = None
     if job.teacher:
-        teacher_source, _ = model_directory(job.teacher)
-        inputs["teacher"] = str(Fingerprint.of(teacher_source))
-        teacher = load_teacher(job.teacher, teacher_source, model, arguments.device)
+        teacher = load_teacher(job.teacher, model, arguments.device)
+        inputs["teacher"] = str(teacher.fingerprint)
 
     run = unfinished_run(out, job, inputs, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite)
     with run as directory:
@@ -146,7 +144,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             model=trainable(model, job.lora_rank),
             args=arguments,
             train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
-            teacher=teacher,
+            teacher=teacher and teacher.model,
             kd_weight=job.kd_weight,
         )
         with writing():  # its checkpoints

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import Job
-from learner.model.dense import load_dense
+from learner.model.dense import DenseModel, load_dense
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf.loading import load_pruned
 
@@ -49,13 +49,13 @@ def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(name: str, source: Path, pupil: nn.Module, device: torch.device) -> nn.Module:
-    """The frozen dense model `name` (directory or hub id), which lies in `source`, on `device`."""
-    teacher, _, _ = load_dense(Job(model=name, method="magnitude"), source, device)  # the method is not used
-    if teacher.config.vocab_size != pupil.config.vocab_size:
+def load_teacher(name: str, pupil: nn.Module, device: torch.device) -> DenseModel:
+    """The dense model `name` (directory or hub id) on `device`."""
+    teacher = load_dense(Job(model=name, method="magnitude"), device)  # the method is not used
+    if teacher.model.config.vocab_size != pupil.config.vocab_size:
         raise InputError(
-            f"the teacher {name} has {teacher.config.vocab_size} tokens, the pruned model {pupil.config.vocab_size}; "
-            "it must be the model that was pruned, or one with the same tokenizer"
+            f"the teacher {name} has {teacher.model.config.vocab_size} tokens, the pruned model "
+            f"{pupil.config.vocab_size}; it must be the model that was pruned, or one with the same tokenizer"
         )
     return teacher
 

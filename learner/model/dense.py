@@ -1,5 +1,6 @@
 """The dense model that masks are learned on, and the device it is on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.headers import dense_problems, read_headers
+from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 
 
 def on_device(device: str) -> Accelerator:
@@ -30,23 +33,37 @@ def on_device(device: str) -> Accelerator:
     return accelerator
 
 
-def load_dense(
-    job: Job, directory: Path, device: torch.device | str
-) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
-    """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model of a job.
 
-    Args:
-        directory: where the model lies; config, weights and tokenizer are all read from it.
+    Attributes:
+        model: frozen, in evaluation mode.
+        units: what of it may be pruned.
+        directory: where it lies. Config, weights and tokenizer were all read from it.
+        commit: of the snapshot that the directory holds; None if the model is not from the hub.
+        fingerprint: of the directory.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    units: Units
+    directory: Path
+    commit: str | None
+    fingerprint: Fingerprint
+
+
+def load_dense(job: Job, device: torch.device | str) -> DenseModel:
+    """Loads the dense model of a job.
 
     Raises:
         InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
             does not allow or the method cannot prune.
     """
     try:
+        directory, commit = model_directory(job.model, ["config.json"], job.revision)
         stored = read_config(directory)
         geometry = dense_geometry(directory, stored)
-        if problems := dense_problems(read_headers(directory), geometry):
-            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -55,6 +72,10 @@ def load_dense(
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
+        directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
+        if problems := dense_problems(read_headers(directory), geometry):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
+        fingerprint = Fingerprint.of(directory)  # before they are loaded: what changes later is noticed
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
             model, loading = load_with_its_code(str(directory), stored, geometry, **options)
@@ -80,7 +101,7 @@ def load_dense(
         ) from error
     if loading["missing_keys"]:  # Transformers would go on with random weights
         raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
-    return model, tokenizer, units
+    return DenseModel(model, tokenizer, units, directory, commit, fingerprint)
 
 
 def _check_code(job: Job, architecture: str) -> None:

@@ -181,6 +181,9 @@ class _Layers:
         if not isinstance(per_layer, Mapping):
             self._problems.add(f"per_layer_config is a {type(per_layer).__name__}; it maps layer indices to sizes")
             return {}
+        if len(per_layer) > self._num_layers:
+            self._problems.add(f"per_layer_config has {len(per_layer):,} layers, the model {self._num_layers:,}")
+            return {}
         known = {str(index): index for index in range(self._num_layers)}
         for key, sizes in per_layer.items():
             where = f"per_layer_config[{shown(key)}]"

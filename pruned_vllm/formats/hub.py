@@ -10,27 +10,31 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import COMPANIONS
 from pruned_vllm.formats.weights import WEIGHT_PATTERNS
 
+MODEL_FILES = ["config.json", *WEIGHT_PATTERNS, *COMPANIONS]
 
-def model_directory(name: str, revision: str | None = None, *, with_code: bool = False) -> tuple[Path, str | None]:
-    """The directory `name`, or a snapshot of the hub's model of that name, downloaded where it is not in the cache.
 
-    Returns the directory, and the commit of a snapshot; None for what is no model of the hub.
+def model_directory(name: str, patterns: list[str], revision: str | None = None) -> tuple[Path, str | None]:
+    """The directory `name` and None, or a snapshot of the hub's model of that name and its commit.
 
     Args:
+        patterns: what of the snapshot is needed; it is downloaded where it is not in the cache.
         revision: commit, branch or tag of a model of the hub; None is its main branch.
-        with_code: whether to download Python files too.
 
     Raises:
-        InputError: there is neither, or a directory and a revision.
+        InputError: there is neither, or there is a directory, but a revision too.
     """
     if Path(name).is_dir():
         if revision is not None:
             raise InputError(f"{name} is a directory; --revision {revision} is for models of the hub")
         return Path(name), None
+    return download(name, patterns, revision)
+
+
+def download(name: str, patterns: list[str], revision: str | None = None) -> tuple[Path, str]:
+    """As `model_directory`, for the id of a model on the hub. Raises InputError."""
     from huggingface_hub import snapshot_download  # late: directories do not need it
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["config.json", *WEIGHT_PATTERNS, *COMPANIONS, *(["*.py"] if with_code else [])]
     try:
         snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:

@@ -108,6 +108,11 @@ HUGE = {
     "hidden size": ("llama", {"hidden_size": 10**5000}, "hidden_size is a number of more than 30 digits"),
     "negative": ("llama", {"vocab_size": -(10**5000)}, "vocab_size is a number of more than 30 digits"),
     "index": ("llama", {"per_layer_config": {"1" * 5000: {}}}, "not a layer index"),
+    "too many": (
+        "llama",
+        {"per_layer_config": {str(i): None for i in range(10**5)}},
+        "has 100,000 layers, the model 3",
+    ),
     "index twice": ("llama", {"per_layer_config": {"00": {}}}, "not a layer index"),
     "a long list": (MOE, {"mlp_only_layers": ["x" * 10**6]}, r"mlp_only_layers is \['x+ \.\.\.; it must be a list"),
 }

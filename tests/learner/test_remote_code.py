@@ -108,7 +108,7 @@ def test_served_model_is_the_learned_model(dense, tmp_path):
 
 def test_code_of_the_checkpoint_computes_what_it_should(dense):
     """Rotary frequencies, which are in no file, and masks' gradients, without those of the balancing loss."""
-    model, _, _ = load_dense(Job(str(dense), "magnitude", trust_remote_code=True), dense, "cpu")
+    model = load_dense(Job(str(dense), "magnitude", trust_remote_code=True), "cpu").model
     assert all(type(part).__module__.startswith("transformers_modules.") for part in (model, model.config))
     reference = deepseek.load(dense)
     with torch.no_grad():
