@@ -85,6 +85,8 @@ def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
     changed = [
         f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if key != INPUTS and begun.get(key) != asked[key]
     ]
+    if begun.get("revision") is not None and begun["revision"] != asked.get("revision"):
+        changed.append(f"the model may have changed on the hub; the run goes on with --revision {begun['revision']}")
     if changed:
         raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
     changed = [f"{name}: {_difference(before.get(name), now[name])}" for name in now if before.get(name) != now[name]]
@@ -97,6 +99,9 @@ def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
 
 
 def _difference(before: str | None, now: str) -> str:
+    """In words, what differs between two of the inputs of `unfinished_run`."""
+    if before is None:
+        return "the run does not say what it was"
     if Fingerprint.is_one(before) and Fingerprint.is_one(now):
         return ", and ".join(Fingerprint.parse(before).differences(Fingerprint.parse(now)))
     return "changed"

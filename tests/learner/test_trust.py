@@ -183,7 +183,8 @@ def test_a_run_on_a_moved_branch_says_which_commit_it_began_with(word_model, hub
     interrupted()
     hub.write_text(NEW)
     assert run(*arguments, "--resume") == 2
-    assert f"revision: {OLD}, now {NEW}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"revision: {OLD}, now {NEW}" in error and f"goes on with --revision {OLD}" in error
     assert run(*arguments, "--resume", "--revision", OLD) == 0
 
 
