@@ -92,8 +92,8 @@ def time_case(contestants: Sequence[Contestant], x: torch.Tensor, layer: Layer, 
         taken = {index: timers[index](weights, ids) for index in order}
         if repeat >= 0:
             chosen.append(ids.flatten().tolist())
-            for index, its in taken.items():
-                seconds[index].append(its)
+            for index, duration in taken.items():
+                seconds[index].append(duration)
     return summarise(contestants, seconds, chosen, layer.hidden_size)
 
 
@@ -102,17 +102,17 @@ def summarise(
 ) -> dict:
     ragged, *others = contestants
     records = {}
-    for contestant, its in zip(contestants, seconds, strict=True):
+    for contestant, durations in zip(contestants, seconds, strict=True):
         weight_bytes = [3 * hidden_size * ELEMENT_BYTES * _channels(contestant, set(ids)) for ids in chosen]
         flops = [2 * 3 * hidden_size * _channels(contestant, ids) for ids in chosen]
         records[contestant.name] = {
-            "median_s": median(its),
-            "gb_per_s": median(read / second for read, second in zip(weight_bytes, its, strict=True)) / 1e9,
-            "tflop_per_s": median(done / second for done, second in zip(flops, its, strict=True)) / 1e12,
-            "samples_s": its,
+            "median_s": median(durations),
+            "gb_per_s": median(read / second for read, second in zip(weight_bytes, durations, strict=True)) / 1e9,
+            "tflop_per_s": median(done / second for done, second in zip(flops, durations, strict=True)) / 1e12,
+            "samples_s": durations,
         }
-    for contestant, its in zip(others, seconds[1:], strict=True):
-        ratios = [other / own for other, own in zip(its, seconds[0], strict=True)]
+    for contestant, durations in zip(others, seconds[1:], strict=True):
+        ratios = [other_s / ragged_s for other_s, ragged_s in zip(durations, seconds[0], strict=True)]
         # Where all chosen experts are empty nothing is to be read; a channel stands for that.
         ideals = [_channels(contestant, set(ids)) / max(1, _channels(ragged, set(ids))) for ids in chosen]
         q1, speedup, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3

@@ -18,6 +18,7 @@ from statistics import median, quantiles
 from tqdm import tqdm
 
 from bench.speed.ideal import Case
+from pruned_vllm.common.signals import handled
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # A vLLM worker spins on its core for one second after its last message; the other engine must not be timed meanwhile.
@@ -34,14 +35,13 @@ def running_engines(
 
     `start_seconds` gets how long each took to start.
     """
-    # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit)
     # vLLM warns with a traceback that there is no tokenizer; nothing here needs one.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM  # here, so that --help and bad input need not wait for it
 
     with ExitStack() as stack:
+        # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
+        stack.enter_context(handled((signal.SIGINT, signal.SIGTERM), _exit))
         engines = []
         for model in tqdm(models, desc="starting engines", unit="engine"):
             started = time.monotonic()
