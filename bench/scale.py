@@ -30,7 +30,7 @@ from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
-# Keys of the small model that say nothing about the large one, or would contradict it.
+# Keys of the small model that do not hold for the large one.
 DROPPED_KEYS = (
     "per_layer_config",
     "pruning",
@@ -41,7 +41,7 @@ DROPPED_KEYS = (
 )
 MOE_OPTIONS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
-# config.json of Qwen/Qwen3-30B-A3B, less what does not change a shape or a speed; its sizes get replaced.
+# config.json of Qwen/Qwen3-30B-A3B without keys that change neither shapes nor speed. Its sizes get replaced.
 QWEN3_MOE = {
     "architectures": ["PrunedQwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -52,7 +52,7 @@ QWEN3_MOE = {
     "head_dim": 128,
     "num_hidden_layers": 1,
     "vocab_size": 151936,
-    "moe_intermediate_size": 1_000_000,  # so that widths are shares in millionths
+    "moe_intermediate_size": 1_000_000,  # a width of this model is then a share in millionths
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
