@@ -228,11 +228,12 @@ def test_killed_at_any_line(out, way, overwrite, step, capfd, monkeypatch):
         write(out, "newer")
         assert content_of(out) == "newer" and names(out.parent) == [out.name], f"killed at line {line}"
         assert not overwrite or (out / "notes.txt").read_text() == "mine", f"killed at line {line}"
-    assert kills > 100 // step and f".{out.name}.X.partial" in seen
-    assert (f".{out.name}.X.replaced" in seen) == (way == "two renames" and overwrite)
+    assert kills > 10 and f".{out.name}.X.partial" in seen
     said = capfd.readouterr().out
     assert f"Removed {out.parent}/.{out.name}." in said
-    assert (f"Put back {out}" in said) == (way == "two renames" and overwrite)
+    if step == 1:
+        was_moved = way == "two renames" and overwrite
+        assert (f".{out.name}.X.replaced" in seen) == (f"Put back {out}" in said) == was_moved
 
 
 def test_a_run_that_is_alive_is_left_alone(out, capsys):
