@@ -21,28 +21,17 @@ from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
 from learner.run.processes import together
 from learner.run.resume import unfinished_run
-from pruned_vllm.common.directories import atomic_directory, check_output
+from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.common.files import write_json
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
+WRITER = "learn-masks"  # whose output only this command replaces
 RESULTS_FILE = "learning.json"
 ADAPTER_DIRECTORY = "adapter"
-
-
-def is_learned(directory: Path) -> bool:
-    """Whether `learn` wrote `directory`, and every file in it."""
-    if not (directory / RESULTS_FILE).is_file():
-        return False
-    written = read_json(directory / RESULTS_FILE).get("files", [])
-    return _files(directory) <= {RESULTS_FILE, *written}
-
-
-def _files(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
 
 
 def learn(
@@ -64,7 +53,7 @@ def learn(
     the first writes.
 
     Args:
-        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        overwrite: replace what this function wrote in `out`, and forget an interrupted run.
         resume: go on with the interrupted run of the same job, if there is one.
         tensorboard: directory for event files.
         report: draw what the masks leave, see pruned_vllm/pattern.py.
@@ -77,7 +66,8 @@ def learn(
     results, blocks, inputs, show = {}, None, {}, accelerator.is_main_process
     with together(accelerator):
         _check_unsharded(accelerator)
-        check_output(out, overwrite, is_learned)
+        if accelerator.is_main_process:
+            prepare_output(out, writer=WRITER, overwrite=overwrite)
         if report:
             require_matplotlib()
         dense = load_dense(job, "cpu" if method.offloads else accelerator.device)
@@ -94,11 +84,7 @@ def learn(
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
-
-    def can_resume(directory: Path) -> bool:
-        return (directory / STATE_FILE).exists()
-
-    run = unfinished_run(out, job, inputs, can_resume, accelerator, resume=resume, overwrite=overwrite)
+    run = unfinished_run(out, job, inputs, _has_state, accelerator, resume=resume, overwrite=overwrite)
     with run as unfinished:
         with together(accelerator):
             journal = Journal(unfinished, tensorboard, show)
@@ -120,7 +106,7 @@ def learn(
                 )
         with together(accelerator):
             if accelerator.is_main_process:
-                with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if method.changes_weights:
                         save_model(model, dense.directory, directory)
@@ -133,9 +119,12 @@ def learn(
                         geometry = ModelGeometry.from_config(model.config.to_dict())
                         arrays = {name: mask.numpy() for name, mask in masks.items()}
                         write_report(pattern_of_masks(geometry, arrays), directory)
-                    written = sorted(_files(directory))
-                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
+                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results})
     return results
+
+
+def _has_state(unfinished: Path) -> bool:
+    return (unfinished / STATE_FILE).exists()
 
 
 def _check_unsharded(accelerator: Accelerator) -> None:

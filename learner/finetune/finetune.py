@@ -34,7 +34,7 @@ from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
-from pruned_vllm.common.directories import atomic_directory, check_output
+from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, write_json
 from pruned_vllm.formats.config import read_config
@@ -42,6 +42,7 @@ from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
+WRITER = "finetune-pruned"  # whose output only this command replaces
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
@@ -89,11 +90,6 @@ class FinetuneJob:
     seed: int = 42
 
 
-def is_finetuned(directory: Path) -> bool:
-    """Whether `directory` holds a model that `finetune` wrote."""
-    return (directory / FINETUNING_FILE).is_file() and (directory / "config.json").is_file()
-
-
 def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
     """Writes the trained model to the directory `out`; returns the results.
 
@@ -101,14 +97,14 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     perplexity_after, the latter of the weights that are saved.
 
     Args:
-        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        overwrite: replace what this function wrote in `out`, and forget an interrupted run.
         resume: go on with the interrupted run of the same job, if there is one.
 
     Raises:
         InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
             an interrupted run of another job does.
     """
-    check_output(out, overwrite, is_finetuned)
+    prepare_output(out, writer=WRITER, overwrite=overwrite)
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
@@ -156,7 +152,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         cast(model.eval(), stored_dtype)
         if job.eval_data:
             results["perplexity_after"] = perplexity(model, eval_ids, title="perplexity after", show_progress=True)
-        with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
+        with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:
             _write(model, source, written, job, results)
             write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results

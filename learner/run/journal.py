@@ -19,6 +19,7 @@ import torch
 
 from learner.run.disk import writing
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.filesystem import sync
 
 STATE_FILE = "state.pt"
 LOG_FILE = "learning.csv"
@@ -77,6 +78,7 @@ class Journal:
         temporary = path.with_suffix(".partial")
         with writing():
             torch.save({"state": state, "log": self._rows}, temporary)
+            sync(temporary)
         os.replace(temporary, path)
         self.write_log(self.directory / LOG_FILE)
 

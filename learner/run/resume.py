@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.common.signals import uninterrupted
 from pruned_vllm.formats.fingerprint import Fingerprint
 
 JOB_FILE = "job.json"
@@ -66,7 +67,8 @@ def unfinished_run(
         yield directory
     except BaseException:
         if is_writer and not can_resume(directory):
-            shutil.rmtree(directory, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(directory, ignore_errors=True)
         elif is_writer:
             print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
         raise

@@ -157,7 +157,11 @@ def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
     assert results["masked_perplexity"] != results["dense_perplexity"]
     assert run(*arguments) == 2
     assert "exists" in capsys.readouterr().err
-    assert run(*arguments, "--overwrite") == 0
+    (ckpt / "notes.txt").write_text("mine")
+    assert run(*arguments, "--overwrite") == 0 and (ckpt / "notes.txt").read_text() == "mine"
+    (ckpt / "pruning.json").write_text("{}")
+    assert run(*arguments, "--overwrite") == 2 and "  - pruning.json" in capsys.readouterr().err
+    assert (ckpt / "pruning.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
