@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import disagreements
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving.sharding import shard_layer
 
@@ -23,9 +24,13 @@ class PrunedConfig(VerifyAndUpdateConfig):
         buffers by it; what runs is the padded layout.
 
         Raises:
-            InputError: tensor parallelism that this model or this configuration cannot have.
+            InputError: config.json, with what --hf-overrides changed, has keys that mean something else to vLLM than to
+                Hugging Face's model; or tensor parallelism that this model or this configuration cannot have.
         """
-        geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
+        config = vllm_config.model_config.hf_config.to_dict()
+        geometry = ModelGeometry.from_config(config)
+        if problems := disagreements(geometry.family, config, written=True):
+            raise InputError("vLLM would not compute what Hugging Face's model computes; nothing is served:", problems)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         _check_tensor_parallelism(vllm_config, geometry, ranks)
         if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
