@@ -16,7 +16,7 @@ from converter.masks import PruningInfo, read_masks
 from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import COMPANIONS
-from pruned_vllm.formats.agreement import disagreements
+from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -112,7 +112,7 @@ def make_plan(
             "--align makes the shapes of experts fewer"
         )
 
-    problems = [f"config.json: {problem}" for problem in disagreements(dense.family, checkpoint.config)]
+    problems = [f"config.json: {problem}" for problem in refusals(dense.family, checkpoint.config)]
     problems += _tensor_problems(checkpoint, dense)
     masks, adapter = [], None
     try:

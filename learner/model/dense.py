@@ -14,6 +14,7 @@ from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.agreement import check_agreement
 from pruned_vllm.formats.geometry import ModelGeometry
 
 
@@ -35,14 +36,15 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
     """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
 
     Raises:
-        InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
-            does not allow or the method cannot prune.
+        InputError: the model cannot be loaded, could not be served, lacks tensors, is pruned already, or needs code of
+            its own that the job does not allow or the method cannot prune.
     """
     directory = Path(job.model)
     try:
         config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
         stored = read_json(config / "config.json")
         geometry = ModelGeometry.from_config(stored)
+        check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)

@@ -4,7 +4,7 @@ What the Hugging Face model computes is right. Where vLLM would compute somethin
 must not get that config.json: a key that Hugging Face's model ignores is left out of what the converter writes, and a
 value that vLLM cannot honour is refused, when converting and when serving.
 
-`tests/formats/test_agreement.py` reads both sources and fails for a key that only one of them reads and that has no
+`tests/formats/test_config_reads.py` reads both sources and fails for a key that only one of them reads and that has no
 row here. Then a row is missing: find out what the key does on either side, and choose.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import FAMILIES, Family
 
 ROPE = "rope_parameters."  # prefix of the keys inside of `rope_parameters`, or `rope_scaling` as it was called
@@ -32,7 +33,7 @@ class Row:
                 is written for the plugin.
         why: what would happen; ends a sentence that begins with the key and its value where it can be refused.
         families: model types; all if empty.
-        allowed: values that mean the same on both sides. So does a key that is absent or null.
+        allowed: values that mean the same on both sides. So does a key that is absent or null, or false where dropped.
     """
 
     keys: str
@@ -81,7 +82,7 @@ ROWS = (
     Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
     Row("attention_chunk_size rswa_window target_layer_count", "dropped", _VLLM_ONLY),
     Row("alibi attn_config position_encoding_type", "dropped", _VLLM_ONLY),
-    Row("num_kv_shared_layers", "dropped", "only Hugging Face's KV cache acts on it, not its models"),
+    Row("num_kv_shared_layers", "idle", "only Hugging Face's KV cache reads it, vLLM never"),
     # Experts.
     Row("num_experts num_local_experts n_routed_experts num_experts_per_tok moe_intermediate_size", "handled",
         "ModelGeometry", tuple(set(FAMILIES) - set(_DENSE))),
@@ -146,19 +147,20 @@ def rows_of(family: Family) -> dict[str, Row]:
     return {key: row for row in ROWS if row.holds_for(family) for key in row.keys.split()}
 
 
-def disagreements(family: Family, config: Mapping[str, Any], *, written: bool = False) -> list[str]:
-    """What vLLM would compute otherwise than Hugging Face's model: a sentence for each key.
+def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> None:
+    """Raises InputError, which begins with `what`, where `refusals` has anything to say of a config.json."""
+    if problems := refusals(family, config):
+        raise InputError(f"{what}: vLLM would not compute what Hugging Face's model computes:", problems)
 
-    Args:
-        config: config.json, dense or converted.
-        written: whether vLLM gets `config` as it is; else `agreed_config` will be applied to it.
-    """
-    rows, actions = rows_of(family), ("refused", "dropped") if written else ("refused",)
-    return [
-        f"{key} is {value!r}: {rows[key].why}" + ("; remove the key" if rows[key].action == "dropped" else "")
-        for key, value in _flat(config)
-        if key in rows and rows[key].action in actions and not _agrees(rows[key], value)
-    ]
+
+def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value that is refused."""
+    return [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
+
+
+def left_out(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """The keys that `agreed_config` leaves out although they say something."""
+    return [key for key, _, _ in _disagreeing(family, config, "dropped")]
 
 
 def agreed_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,28 +169,33 @@ def agreed_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     agreed = {key: value for key, value in config.items() if key not in dropped}
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(rope := agreed.get(name), Mapping):  # vLLM fails for a null that Hugging Face takes for absent
-            agreed[name] = {k: v for k, v in rope.items() if v is not None and ROPE + k not in dropped}
+            agreed[name] = {
+                key: value for key, value in rope.items() if value is not None and ROPE + key not in dropped
+            }
     if agreed.get("hidden_act") == "swish":  # the same function, but vLLM does not know the name
         agreed["hidden_act"] = "silu"
     return agreed
 
 
 def stock_agrees(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether vLLM's own class computes from `config` what Hugging Face's does."""
+    """Whether vLLM's own class computes what Hugging Face's does from a config that agrees."""
+    return not list(_disagreeing(family, config, "not stock"))
+
+
+def _disagreeing(family: Family, config: Mapping[str, Any], action: str) -> Iterator[tuple[str, Any, Row]]:
+    """The keys that have rows with this action, and values that are not allowed."""
     rows = rows_of(family)
-    return all(_agrees(rows[key], value) for key, value in _flat(config) if key in rows)
-
-
-def _agrees(row: Row, value: Any) -> bool:
-    return row.action in ("handled", "idle") or value is None or value in row.allowed or (
-        row.action == "dropped" and value is False
-    )  # fmt: skip
+    for key, value in _flat(config):
+        row = rows.get(key)
+        says_nothing = value is None or (action == "dropped" and value is False)
+        if row is not None and row.action == action and not says_nothing and value not in row.allowed:
+            yield key, value, row
 
 
 def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The keys, those of the rotary embedding with their prefix."""
+    """The keys and values, those of the rotary embedding with their prefix."""
     yield from config.items()
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     if isinstance(rope, Mapping):
         rope_type = rope.get("rope_type", rope.get("type"))
-        yield from ((ROPE + key, value) for key, value in ({**rope, "rope_type": rope_type}).items())
+        yield from ((ROPE + key, value) for key, value in {**rope, "rope_type": rope_type}.items())

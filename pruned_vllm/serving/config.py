@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import disagreements
+from pruned_vllm.formats.agreement import check_agreement, left_out
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving.sharding import shard_layer
 
@@ -29,8 +29,12 @@ class PrunedConfig(VerifyAndUpdateConfig):
         """
         config = vllm_config.model_config.hf_config.to_dict()
         geometry = ModelGeometry.from_config(config)
-        if problems := disagreements(geometry.family, config, written=True):
-            raise InputError("vLLM would not compute what Hugging Face's model computes; nothing is served:", problems)
+        check_agreement("config.json cannot be served", geometry.family, config)
+        if keys := left_out(geometry.family, config):
+            raise InputError(
+                f"config.json has {', '.join(keys)}, which vLLM acts on and Hugging Face's model does not; remove that "
+                "from config.json or from --hf-overrides"
+            )
         ranks = vllm_config.parallel_config.tensor_parallel_size
         _check_tensor_parallelism(vllm_config, geometry, ranks)
         if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage

@@ -12,7 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from pruned_vllm.formats.agreement import agreed_config, disagreements
+from learner.cli import main as learn_masks
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import agreed_config, left_out, refusals, stock_agrees
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -83,27 +85,33 @@ def test_what_vllm_cannot_honour_is_refused_when_converting(tmp_path, capsys, mo
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes", "sentence"),
-    [*REFUSED.values(), *((*case, f"{next(iter(case[1]))} is ") for case in DROPPED.values())],
-    ids=[*REFUSED, *DROPPED],
-)
-def test_what_vllm_cannot_honour_is_refused_when_serving(model_type, changes, sentence):
-    config = config_of(model_type, **changes)
+def verify(config: dict) -> None:
+    """What vLLM calls before it builds a model."""
     hf_config = SimpleNamespace(to_dict=lambda: config)
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
-    with pytest.raises(ValueError, match="nothing is served") as error:
-        PrunedConfig.verify_and_update_config(vllm_config)
+    PrunedConfig.verify_and_update_config(SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config)))
+
+
+@pytest.mark.parametrize(("model_type", "changes", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_vllm_cannot_honour_is_refused_when_serving(model_type, changes, sentence):
+    with pytest.raises(InputError, match="cannot be served: vLLM would not compute what Hugging Face") as error:
+        verify(config_of(model_type, **changes))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), DROPPED.values(), ids=DROPPED)
+def test_what_vllm_alone_acts_on_is_refused_when_serving(model_type, changes):
+    """A config.json that convert-pruned did not write, or --hf-overrides."""
+    with pytest.raises(InputError, match="which vLLM acts on and Hugging Face's model does not") as error:
+        verify(config_of(model_type, **changes))
+    assert all(key in str(error.value) for key in changes)
 
 
 def test_overrides_are_looked_at_before_anything_is_served(tmp_path):
     model = tiny_model("mixtral", 6, 3, 24)
     directory = converted(tmp_path, model, expert_masks(model, [[3, 4, 5, 6]] * 3))
-    overrides = {"hidden_act": "relu", "logit_scale": 0.5}
-    with pytest.raises(ValueError, match="nothing is served") as error, engine(directory, hf_overrides=overrides):
-        pass
-    assert "hidden_act is 'relu'" in str(error.value) and "logit_scale is 0.5" in str(error.value)
+    for overrides, sentence in (({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"logit_scale": 2}, "logit_scale")):
+        with pytest.raises(ValueError, match=sentence), engine(directory, hf_overrides=overrides):
+            pass
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -111,7 +119,20 @@ def test_the_defaults_of_a_config_class_agree(model_type):
     """What vLLM sees of a converted model has every default filled in."""
     written = write(config_of(model_type))
     filled = AutoConfig.for_model(**written).to_dict() | {"architectures": written["architectures"]}
-    assert not disagreements(FAMILIES[model_type], filled, written=True)
+    family = FAMILIES[model_type]
+    assert not refusals(family, filled) and not left_out(family, filled) and stock_agrees(family, filled)
+
+
+def test_learn_masks_refuses_first(word_model, capsys):
+    edit_json(word_model / "model" / "config.json", hidden_act="gelu")
+    assert learn_masks([str(word_model / name) for name in ("model", "ckpt")] + ["--method", "random"]) == 2
+    assert "hidden_act is 'gelu': vLLM has these models with silu alone" in capsys.readouterr().err
+
+
+def test_the_user_is_told_what_is_left_out(ckpt, tmp_path, capsys):
+    edit_json(ckpt / "config.json", sliding_window=8, logit_scale=1.0)
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
+    assert "since vLLM alone acts on them: sliding_window." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("model_type", "changes"), DROPPED.values(), ids=DROPPED)
@@ -119,7 +140,7 @@ def test_what_vllm_alone_acts_on_is_left_out(model_type, changes):
     config = config_of(model_type, **changes)
     written = write(config)
     assert not changes.keys() & written.keys()
-    assert written == write(config_of(model_type)) and not disagreements(FAMILIES[model_type], written, written=True)
+    assert written == write(config_of(model_type))
 
 
 @pytest.mark.parametrize(("model_type", "changes"), NOT_STOCK.values(), ids=NOT_STOCK)
@@ -129,7 +150,7 @@ def test_what_only_the_plugin_honours_is_written_for_it(model_type, changes):
     written = write(config_of(model_type, **changes))
     assert written["architectures"] == [family.pruned_architecture] and written["per_layer_config"] == {}
     assert {key: written[key] for key in changes} == changes
-    assert not disagreements(family, written, written=True)
+    assert not refusals(family, written) and not left_out(family, written)
 
 
 def test_an_activation_gets_the_name_that_vllm_knows():
@@ -158,7 +179,7 @@ ANGLES = {
 @pytest.mark.parametrize("parameters", ANGLES.values(), ids=ANGLES)
 def test_angles_are_the_same_in_vllm(parameters):
     config = config_of("llama", rope_parameters=parameters, max_position_embeddings=256)
-    assert not disagreements(FAMILIES["llama"], config)
+    assert not refusals(FAMILIES["llama"], config)
     positions, heads = torch.arange(128), torch.randn(128, 2 * HEAD_DIM, generator=torch.Generator().manual_seed(1))
     hugging_face = LlamaRotaryEmbedding(LlamaConfig(**config))
     by_head = heads.view(1, 128, 2, HEAD_DIM).transpose(1, 2)
