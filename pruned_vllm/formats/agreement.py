@@ -4,7 +4,7 @@ What the Hugging Face model computes is right. Where vLLM would compute somethin
 must not get that config.json: a key that Hugging Face's model ignores is left out of what the converter writes, and a
 value that vLLM cannot honour is refused, when converting and when serving.
 
-`tests/formats/test_config_reads.py` reads both sources and fails for a key that only one of them reads and that has no
+`tests/serving/test_config_reads.py` reads both sources and fails for a key that only one of them reads and that has no
 row here. Then a row is missing: find out what the key does on either side, and choose.
 """
 
@@ -69,6 +69,7 @@ ROWS = (
     Row("clip_qkv", "refused", "vLLM's OLMoE does not clip", ("olmoe",)),
     Row("qk_norm dual_chunk_attention_config", "dropped", _VLLM_ONLY),
     Row("logit_scale", "dropped", _VLLM_ONLY, allowed=(1,)),
+    Row("attn_logit_softcapping", "dropped", _VLLM_ONLY),
     Row("llama_4_scaling ada_rms_norm_t_cond ada_rms_norm_t_cond_dim", "dropped", _VLLM_ONLY),
     Row("is_causal", "refused", "the plugin serves causal attention alone", allowed=(True,)),
     # Which tokens a layer attends to.

@@ -15,13 +15,11 @@ from helpers.tiny import MOE_CONFIGS, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from transformers import cache_utils, masking_utils, modeling_rope_utils
 from vllm.config import model as model_config
-from vllm.config import vllm as vllm_config
 from vllm.engine import arg_utils
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils import config as config_reading
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker import gpu_model_runner
 
 from pruned_vllm.formats.agreement import ROPE, ROWS, rows_of
@@ -30,6 +28,22 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving import models
 from pruned_vllm.serving.ragged_moe import MoEBlock
 
+ENGINE = (
+    "config.vllm",
+    "model_executor.layers.attention.attention",
+    "model_executor.layers.fused_moe.config",
+    "model_executor.layers.logits_processor",
+    "model_executor.model_loader.utils",
+    "model_executor.model_loader.weight_utils",
+    "platforms.cpu",
+    "v1.attention.backends.cpu_attn",
+    "v1.attention.backends.fa_utils",
+    "v1.attention.backends.flash_attn",
+    "v1.attention.selector",
+    "v1.core.kv_cache_utils",
+    "v1.worker.gpu.attn_utils",
+    "v1.worker.gpu.model_runner",
+)
 VLLM_MODELS = ("vllm.model_executor.models", "vllm.model_executor.layers.rotary_embedding")
 
 
@@ -41,11 +55,10 @@ def merged(*parts: Reads) -> Reads:
 def engine_reads() -> Reads:
     """What vLLM reads whatever the model's class is."""
     about_the_model = [model_config, config_reading, arg_utils, gpu_model_runner, ModelArchConfigConvertorBase]
+    modules = [importlib.import_module(f"vllm.{name}") for name in ENGINE]
     return merged(
-        reads(about_the_model),
-        # There `config` is vLLM's own configuration.
-        reads([vllm_config, kv_cache_utils], configs={"hf_config", "hf_text_config"}),
-        reads([rotary_embedding.get_rope]),
+        reads([*about_the_model, rotary_embedding.get_rope]),
+        reads(modules, configs={"hf_config", "hf_text_config"}),  # `config` is vLLM's own configuration there
     )
 
 
