@@ -10,6 +10,7 @@ from converter.lora import LoraAdapter
 from converter.masks import read_masks
 from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.config import converted_config, dense_geometry
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -104,7 +105,8 @@ def make_plan(
             "--align makes the shapes of experts fewer"
         )
 
-    problems = dense_problems(checkpoint.tensors, dense)
+    problems = [f"config.json: {problem}" for problem in refusals(dense.family, checkpoint.config)]
+    problems += dense_problems(checkpoint.tensors, dense)
     masks, adapter = [], None
     try:
         masks = read_masks(directory, dense)

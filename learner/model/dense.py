@@ -13,6 +13,7 @@ from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import check_agreement
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.headers import dense_problems, read_headers
@@ -57,13 +58,14 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
     """Loads the dense model of a job.
 
     Raises:
-        InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
-            does not allow or the method cannot prune.
+        InputError: the model cannot be loaded, could not be served, lacks tensors, is pruned already, or needs code of
+            its own that the job does not allow or the method cannot prune.
     """
     try:
         directory, commit = model_directory(job.model, ["config.json"], job.revision)
         stored = read_config(directory)
         geometry = dense_geometry(directory, stored)
+        check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)

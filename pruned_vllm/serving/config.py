@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import check_agreement, left_out
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.weights import find_weight_files
 from pruned_vllm.serving.sharding import shard_layer
@@ -27,13 +28,21 @@ class PrunedConfig(VerifyAndUpdateConfig):
         buffers by it; what runs is the padded layout.
 
         Raises:
-            InputError: weights that other readers of the directory would find elsewhere, or tensor parallelism that
-                this model or this configuration cannot have.
+            InputError: weights that other readers of the directory would find elsewhere; keys of config.json, with what
+                --hf-overrides changed, that mean something else to vLLM than to Hugging Face's model; or tensor
+                parallelism that this model or this configuration cannot have.
         """
-        geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
+        config = vllm_config.model_config.hf_config.to_dict()
+        geometry = ModelGeometry.from_config(config)
         directory = Path(vllm_config.model_config.model)
         if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
             find_weight_files(directory)
+        check_agreement("config.json cannot be served", geometry.family, config)
+        if keys := left_out(geometry.family, config):
+            raise InputError(
+                f"config.json has {', '.join(keys)}, which vLLM acts on and Hugging Face's model does not; remove that "
+                "from config.json or from --hf-overrides"
+            )
         ranks = vllm_config.parallel_config.tensor_parallel_size
         _check_tensor_parallelism(vllm_config, geometry, ranks)
         if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage

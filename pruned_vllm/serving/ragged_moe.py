@@ -33,8 +33,6 @@ class MoEBlock(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, geometry: ModelGeometry, layer: LayerGeometry, prefix: str) -> None:
         super().__init__()
-        # Mixtral has no such key: it always divides the weights of the chosen experts by their sum.
-        renormalize = getattr(vllm_config.model_config.hf_config, "norm_topk_prob", True)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         experts, hidden_size = geometry.experts, geometry.hidden_size
         self.ranks = ranks
@@ -47,14 +45,14 @@ class MoEBlock(nn.Module):
                 top_k=top_k,
                 hidden_size=hidden_size,
                 intermediate_size=layer.expert_width,
-                renormalize=renormalize,
+                renormalize=experts.norm_topk_prob,
                 quant_config=vllm_config.quant_config,
                 reduce_results=False,
                 prefix=f"{prefix}.experts",
                 ckpt_names=(GATE, DOWN, UP),
             )
         else:
-            self.router = create_fused_moe_router(top_k, experts.num_experts, renormalize)
+            self.router = create_fused_moe_router(top_k, experts.num_experts, experts.norm_topk_prob)
             self.experts = RaggedExperts(
                 vllm_config, layer.expert_intermediate_sizes, hidden_size, prefix=f"{prefix}.experts"
             )

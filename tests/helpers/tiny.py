@@ -32,6 +32,7 @@ MOE_CONFIGS = {
     "deepseek": {
         "n_routed_experts": NUM_EXPERTS,
         "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
     },

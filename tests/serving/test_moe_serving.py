@@ -35,7 +35,9 @@ CASES = {
 } | {
     "qwen3_moe, a dense layer": ("qwen3_moe", RAGGED, True, {"mlp_only_layers": [1], "norm_topk_prob": False}),
     "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
-    "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8}),
+    "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8, "norm_topk_prob": False}),  # not its key
+    "olmoe, norms and router": ("olmoe", UNIFORM, False, {"rms_norm_eps": 0.05, "norm_topk_prob": True}),
+    "qwen2_moe, sliding windows": ("qwen2_moe", UNIFORM, False, {"use_sliding_window": True, "sliding_window": 8}),
 }
 
 
