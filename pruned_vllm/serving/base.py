@@ -20,6 +20,8 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving.attention import AttentionBuilder
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
+from pruned_vllm.serving.model_layout import model_layout
+from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
 
 # The name puts the records under vLLM's own logging configuration.
 logger = init_logger("vllm.pruned_vllm")
@@ -35,11 +37,17 @@ class PrunedForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         _check_version()
         config = vllm_config.model_config.hf_config
-        geometry = ModelGeometry.from_config(config.to_dict())
-        layer_type = partial(PrunedDecoderLayer, geometry=geometry, build_attention=self.build_attention)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        layout = model_layout(vllm_config)
+        geometry = layout.geometry
+        layer_type = partial(PrunedDecoderLayer, model_layout=layout, build_attention=self.build_attention)
+        if is_shared_evenly(geometry.vocab_size, layout.ranks):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        else:
+            with smallest_vocabulary(config, layout.ranks):
+                super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+            build_vocabulary(self, vllm_config, prefix)
         self._geometry = geometry
-        self._layout_changes = layout_changes(geometry, vllm_config.parallel_config.tensor_parallel_size)
+        self._layout_changes = layout_changes(layout)
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
         # after dummy loading the first call is a weight update, which may bring any subset.
         quantized = getattr(config, "quantization_config", None) is not None

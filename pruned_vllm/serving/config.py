@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.serving.sharding import shard_layer
+from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
@@ -25,20 +24,30 @@ class PrunedConfig(VerifyAndUpdateConfig):
         Raises:
             InputError: tensor parallelism that this model or this configuration cannot have.
         """
-        geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        _check_tensor_parallelism(vllm_config, geometry, ranks)
-        if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
+        layout = model_layout(vllm_config)
+        _check_tensor_parallelism(vllm_config, layout)
+        if not layout.geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
-        layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
         sizes = vllm_config.model_config.model_arch_config
-        sizes.total_num_attention_heads = max(ranks, *(layout.total_op_heads for layout in layouts))
-        sizes.total_num_kv_heads = max(1, *(layout.total_kv_heads for layout in layouts))
+        sizes.total_num_attention_heads = max(layout.ranks, *(layer.total_op_heads for layer in layout.layers))
+        sizes.total_num_kv_heads = max(1, *(layer.total_kv_heads for layer in layout.layers))
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Lets the head counts of a draft model wait until they are known.
+
+        vLLM calls this as soon as it has read a config.json. It compares a draft's head count with tensor parallelism
+        right afterwards, long before it builds the whole configuration of the draft and calls the hook above. Any
+        number of ranks divides 0.
+        """
+        if model_config.runner_type == "draft":
+            model_config.model_arch_config.total_num_attention_heads = 0
 
 
-def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry, ranks: int) -> None:
+def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) -> None:
     from pruned_vllm.serving.layout_changes import layout_changes
 
+    geometry, ranks = layout.geometry, layout.ranks
     most_heads = max(layer.num_attention_heads for layer in geometry.layers)
     if ranks > most_heads > 0:
         raise InputError(
@@ -55,7 +64,7 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry
         )
     reasons = ["the checkpoint is quantized on disk"] * quantized
     reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
-    if reasons and layout_changes(geometry, ranks):
+    if reasons and layout_changes(layout):
         raise InputError(
             f"--tensor-parallel-size {ranks} does not divide the heads and channels of every layer, so they are padded "
             f"while the weights are loaded, but {' and '.join(reasons)}; use --tensor-parallel-size 1"

@@ -12,6 +12,7 @@ from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import layout_changes
+from pruned_vllm.serving.model_layout import ModelLayout
 from pruned_vllm.serving.sharding import shard_layer
 
 
@@ -93,7 +94,7 @@ def test_changes_of_weights_stay_on_the_cpu():
         "intermediate_size": 33,
     }
     with torch.device("meta"):
-        changes = layout_changes(ModelGeometry.from_config(config), 2)
+        changes = layout_changes(ModelLayout.from_geometry(ModelGeometry.from_config(config), 2))
     assert len(changes) == 12 and all(index.device.type == "cpu" for _, index in changes.values())
 
 
