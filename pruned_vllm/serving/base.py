@@ -12,6 +12,7 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.sequence import IntermediateTensors
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import take_or_zero
@@ -21,6 +22,7 @@ from pruned_vllm.serving.attention import AttentionBuilder
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
 from pruned_vllm.serving.model_layout import model_layout
+from pruned_vllm.serving.rank_failure import failing_together
 from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
 
 # The name puts the records under vLLM's own logging configuration.
@@ -55,6 +57,22 @@ class PrunedForCausalLM(LlamaForCausalLM):
         self._quantized = quantized
         self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
         logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """What the stock class does; see `failing_together` for errors."""
+        with failing_together():
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What the stock class does; see `failing_together` for errors."""
+        with failing_together():
+            return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a stream of (name, tensor).
