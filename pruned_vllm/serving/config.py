@@ -12,11 +12,13 @@ if TYPE_CHECKING:  # this file is imported while the plugin registers, before vL
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
-    """Hook that vLLM calls with the whole configuration, before it compares head counts with tensor parallelism."""
+    """Hooks that vLLM calls before it compares head counts with tensor parallelism."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Sets the model-wide head counts to those of the largest attention op, padding included.
+
+        vLLM calls this with the whole configuration: of the target at the start, of a draft model in each worker.
 
         vLLM wants a head count that tensor parallelism divides, takes the largest layer's for it, and sizes some
         buffers by it; what runs is the padded layout.
@@ -51,8 +53,9 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
     most_heads = max(layer.num_attention_heads for layer in geometry.layers)
     if ranks > most_heads > 0:
         raise InputError(
-            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: at "
-            f"least one rank would hold zeros alone in all of them; use at most {most_heads}"
+            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer of "
+            f"{vllm_config.model_config.model}: at least one rank would hold zeros alone in all of them; use at most "
+            f"{most_heads}"
         )
     # Only plain weights can be brought into a new order and padded while they are loaded.
     quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
