@@ -54,7 +54,7 @@ def tiny_model(
     config = MOE_CONFIGS.get(model_type, {}) | config
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=config.pop("vocab_size", VOCAB_SIZE),
         hidden_size=config.pop("hidden_size", 96),
         num_hidden_layers=config.pop("num_hidden_layers", NUM_LAYERS),
         num_attention_heads=num_attention_heads,
