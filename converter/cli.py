@@ -36,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         help="dense model, in place of any weights in CHECKPOINT and of the one that pruning.json names",
     )
     parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="commit, branch or tag of a dense model of the hub; default: the commit that pruning.json names",
+    )
+    parser.add_argument(
         "--gqa-layout",
         choices=("compact", "padded"),
         default="compact",
@@ -116,6 +121,7 @@ def _convert(args: argparse.Namespace) -> None:
     plan = make_plan(
         args.checkpoint,
         args.base_model,
+        revision=args.revision,
         gqa_layout=args.gqa_layout,
         alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,

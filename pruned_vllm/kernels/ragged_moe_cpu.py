@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from pruned_vllm.kernels.compilation import load_library
-from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
+from pruned_vllm.kernels.ragged_moe_arguments import check_arguments, check_offsets
 
 logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
@@ -49,13 +49,12 @@ def ragged_moe(
     Args and errors are those of `ragged_moe_triton.ragged_moe`; `max_width` is not needed here.
 
     Raises:
-        ValueError: also where offsets go beyond the rows.
+        ValueError: also where an expert's rows are not among the rows of weights.
         MemoryError: two rows of float32 for each token, and the channels of its experts, did not fit.
     """
     check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
     num_experts, rows = len(offsets) - 1, len(down)
-    if offsets[-1] > rows:
-        raise ValueError(f"offsets end at {int(offsets[-1])}, but there are {rows} rows of weights")
+    check_offsets(offsets.tolist(), rows)
     library = _library()
     if library is None:
         return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids)

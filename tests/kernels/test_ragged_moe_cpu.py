@@ -169,8 +169,25 @@ def test_rows_that_no_expert_has_are_not_read():
         down=torch.cat([inputs.down, inputs.down.new_full((3, 40), torch.nan)]),
     )
     assert torch.equal(ragged_moe(*longer), ragged_moe(*inputs))
-    with pytest.raises(ValueError, match="offsets end at 102, but there are 101 rows"):
-        ragged_moe(*inputs._replace(gate_up=inputs.gate_up[:, :-1].contiguous(), down=inputs.down[:-1]))
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
+@pytest.mark.parametrize(
+    ("offsets", "problem"),
+    [
+        ([0, 33, 33, 38, 103], "expert 3 to rows 38 to 103"),
+        ([-1, 33, 33, 38, 102], "expert 0 to rows -1 to 33"),
+        ([0, 33, 500, 38, 102], "expert 1 to rows 33 to 500"),
+        ([0, 33, -7, 38, 102], "expert 1 to rows 33 to -7"),
+        ([0, 40, 33, 38, 102], "expert 1 to rows 40 to 33"),
+        ([103, 103, 103, 103, 103], "expert 0 to rows 103 to 103"),
+    ],
+)
+def test_offsets_that_lead_outside_of_the_weights(offsets, problem, dtype):
+    """Nothing else would notice: the kernel follows them through memory that is not the weights'."""
+    inputs = random_inputs(Case(7, 40, (33, 0, 5, 64), 2), torch.float32, 0, "cpu")
+    with pytest.raises(ValueError, match=f"offsets send {problem} of 102 rows"):
+        ragged_moe(*inputs._replace(offsets=torch.tensor(offsets, dtype=dtype)))
 
 
 def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog):

@@ -192,7 +192,7 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
         ([tmp_path, "--data", text], "config.json is missing"),
         ([out, "--data", text, "--batch-size", 6, "--micro-batch-size", 4], "no multiple"),
         ([out, "--data", text, "--teacher", tmp_path / "stranger"], "has 99 tokens"),
-        ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "cannot be loaded"),
+        ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "neither a directory nor a model"),
     ):
         model, *rest = map(str, arguments)
         code = finetune_cli.main([model, str(tmp_path / "recovered"), "--sequence-length", "32", *rest])
