@@ -27,6 +27,8 @@ from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
 from pruned_vllm.formats.tensors import Shapes, layer_tensor_shapes
 
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")  # of the keys that Transformers and vLLM read for every model
+
 
 @dataclass(frozen=True)
 class ModelGeometry(ModelSizes):
@@ -73,6 +75,7 @@ class ModelGeometry(ModelSizes):
         tied = problems.checked("top level", flag, "tie_word_embeddings", config)
         names = ("qkv_bias", "o_bias", "mlp_bias")
         biases = {name: problems.checked("top level", flag, getattr(family, name), sizes) for name in names}
+        problems += _per_layer_list_problems(config, num_layers)
         if problems:
             raise InputError("config.json describes no valid model:", problems)
         return cls(
@@ -146,6 +149,15 @@ class _Problems(list[str]):
             if problem not in self:  # one key may be wrong for every layer
                 self.append(problem)
             return None
+
+
+def _per_layer_list_problems(config: Mapping[str, Any], num_layers: int | None) -> list[str]:
+    """Lists with an entry for each layer that have more or fewer, as when layers were cut out of a model elsewhere."""
+    return [
+        f"{key} has {len(config[key])} entries, but num_hidden_layers is {num_layers}; they must be equal"
+        for key in PER_LAYER_LISTS
+        if isinstance(config.get(key), list) and num_layers is not None and len(config[key]) != num_layers
+    ]
 
 
 def _read_layers(
