@@ -3,14 +3,14 @@
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
+from pruned_vllm.common.files import is_inside, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -88,24 +88,23 @@ class Checkpoint:
             raise InputError(f"{index} names files outside of its directory; nothing was read:", sorted(outside))
         return weight_map
 
+    def add_zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Adds tensors of zeros, in the dtype of their weight, where the files hold none of these names."""
+        for name, shape in shapes.items():
+            weight = f"{name.rpartition('.')[0]}.weight"
+            if name not in self.shapes and weight in self.shapes:
+                self.shapes[name], self.dtypes[name] = shape, self.dtypes[weight]
+
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of these tensors, of whatever shapes, in the dtypes that they have here."""
         return sum(ELEMENT_BYTES[self.dtypes[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""
+        if name not in self._shards:  # one of `add_zeros`
+            weight = f"{name.rpartition('.')[0]}.weight"
+            return self._shards[weight].get_slice(weight)[:0].new_zeros(self.shapes[name])
         return self._shards[name].get_tensor(name)
-
-
-def is_inside(file: Any) -> bool:
-    """Whether a path that a checkpoint names is plain and below its directory."""
-    return (
-        isinstance(file, str)
-        and file.isprintable()
-        and "\\" not in file
-        and not PurePosixPath(file).is_absolute()
-        and ".." not in PurePosixPath(file).parts
-    )
 
 
 def has_weights(directory: Path) -> bool:

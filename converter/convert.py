@@ -10,7 +10,8 @@ from converter.table import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
+from pruned_vllm.formats.companions import copy_companions
 
 
 def is_converted(directory: Path) -> bool:

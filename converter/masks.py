@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from converter.checkpoint import ELEMENT_BYTES, is_inside, open_shard
+from converter.checkpoint import ELEMENT_BYTES, open_shard
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
+from pruned_vllm.common.files import is_inside, read_json
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import (
     CHANNEL_MASK,

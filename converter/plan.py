@@ -9,13 +9,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from converter.biases import with_all_biases
 from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
-from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
+from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import COMPANIONS
+from pruned_vllm.formats.companions import DOWNLOADED, find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -79,7 +80,7 @@ def make_plan(
     base_model: str | None = None,
     *,
     gqa_layout: Literal["compact", "padded"] = "compact",
-    alignment: int | Literal["auto"] = 1,
+    alignment: int = 1,
     max_distinct_shapes: int | None = None,
 ) -> Plan:
     """Reads the masked checkpoint in `directory` and checks all of it.
@@ -87,8 +88,8 @@ def make_plan(
     Args:
         base_model: directory or hub id of the dense model; takes the place of any other weights.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
-        alignment: pads FFN widths to multiples of this, at most to the dense width. "auto" is what suits this machine,
-            and leaves experts of different widths as they are: their kernels take any number of rows.
+        alignment: pads FFN widths to multiples of this, at most to the dense width. Experts of different widths stay
+            as they are: their kernels take any number of rows.
         max_distinct_shapes: pads layers until there are at most so many different ones, at the least possible bytes.
 
     Raises:
@@ -101,14 +102,14 @@ def make_plan(
     checkpoint = Checkpoint(weights)
     if "quantization_config" in checkpoint.config:
         raise InputError(f"{weights} is quantized; masks fold into float weights only: quantize afterwards")
-    dense = ModelGeometry.from_config(checkpoint.config)
+    dense = with_all_biases(checkpoint, ModelGeometry.from_config(checkpoint.config))
     if not dense.is_dense:
         raise InputError(f"{weights} is pruned already; masks are for a dense model")
 
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
             f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
-            "--align makes the shapes of experts fewer"
+            "their layers are served at any width without padding"
         )
 
     problems = _tensor_problems(checkpoint, dense)
@@ -122,16 +123,17 @@ def make_plan(
             adapter = LoraAdapter.read(directory / info.lora_adapter, checkpoint, dense)
     except InputError as error:
         problems.append(str(error))
+    try:
+        find_companions(weights)
+    except InputError as error:
+        problems.append(str(error))
     if problems:
         raise InputError(f"{directory} cannot be converted:", problems)
 
     exact = [kept_layer(layer, layer_masks) for layer, layer_masks in zip(dense.layers, masks, strict=True)]
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
-    multiple = auto_alignment() if alignment == "auto" else alignment
     layers = [
-        layer
-        if alignment == "auto" and layer.expert_intermediate_sizes and not layer.expert_width
-        else with_aligned_width(layer, multiple, before.intermediate_size or before.expert_width)
+        with_aligned_width(layer, alignment, before.intermediate_size or before.expert_width)
         for layer, before in zip(layers, dense.layers, strict=True)
     ]
     if max_distinct_shapes is not None:
@@ -154,7 +156,7 @@ def make_plan(
         dense=dense,
         exact=dense.with_layers(tuple(exact)),
         pruned=dense.with_layers(tuple(layers)),
-        alignment=multiple,
+        alignment=alignment,
         cuts=cuts,
         adapter=adapter,
     )
@@ -179,7 +181,7 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
         )
     if candidate.is_dir():
         return candidate, None
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *DOWNLOADED]
     try:
         return Path(snapshot_download(base_model, allow_patterns=patterns)), base_model
     except (OSError, HFValidationError) as error:

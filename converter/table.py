@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from converter.advice import serve_command
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
 from pruned_vllm.formats.layer import LayerGeometry
@@ -163,7 +164,7 @@ def model_card(plan: Plan) -> str:
             "",
             "Serve it:",
             "",
-            f"{plugin}    vllm serve <this directory>",
+            f"{plugin}    {serve_command(plan, '<this directory>')}",
             "",
             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
             "",

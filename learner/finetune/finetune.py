@@ -33,7 +33,8 @@ from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
+from pruned_vllm.formats.companions import copy_companions
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
