@@ -89,11 +89,9 @@ class Checkpoint:
         return weight_map
 
     def add_zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Adds tensors of zeros, in the dtype of their weight, where the files hold none of these names."""
+        """Adds biases that are zeros, in the dtype of their weight."""
         for name, shape in shapes.items():
-            weight = f"{name.rpartition('.')[0]}.weight"
-            if name not in self.shapes and weight in self.shapes:
-                self.shapes[name], self.dtypes[name] = shape, self.dtypes[weight]
+            self.shapes[name], self.dtypes[name] = shape, self.dtypes[_weight_of(name)]
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of these tensors, of whatever shapes, in the dtypes that they have here."""
@@ -102,9 +100,13 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""
         if name not in self._shards:  # one of `add_zeros`
-            weight = f"{name.rpartition('.')[0]}.weight"
+            weight = _weight_of(name)
             return self._shards[weight].get_slice(weight)[:0].new_zeros(self.shapes[name])
         return self._shards[name].get_tensor(name)
+
+
+def _weight_of(bias: str) -> str:
+    return f"{bias.removesuffix('.bias')}.weight"
 
 
 def has_weights(directory: Path) -> bool:

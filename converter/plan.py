@@ -9,13 +9,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from converter.biases import with_all_biases
 from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
 from converter.masks import PruningInfo, read_masks
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.companions import DOWNLOADED, find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
@@ -102,7 +102,11 @@ def make_plan(
     checkpoint = Checkpoint(weights)
     if "quantization_config" in checkpoint.config:
         raise InputError(f"{weights} is quantized; masks fold into float weights only: quantize afterwards")
-    dense = with_all_biases(checkpoint, ModelGeometry.from_config(checkpoint.config))
+    dense = ModelGeometry.from_config(checkpoint.config)
+    config, zeros = complete_biases(checkpoint.config, dense, checkpoint.shapes)
+    if config != checkpoint.config:
+        checkpoint.config, dense = config, ModelGeometry.from_config(config)
+        checkpoint.add_zeros(zeros)
     if not dense.is_dense:
         raise InputError(f"{weights} is pruned already; masks are for a dense model")
 

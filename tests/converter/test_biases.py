@@ -25,6 +25,7 @@ CASES = {
     "down_proj": (RAGGED, (DOWN_PROJ,), range(3)),
     "one layer": (RAGGED, (O_PROJ, DOWN_PROJ), [1]),
     "q_proj": (RAGGED, (Q_PROJ,), range(3)),
+    "all": (RAGGED, [f"self_attn.{name}_proj" for name in "qkvo"], range(3)),
     "uniform": (UNIFORM, (O_PROJ, DOWN_PROJ), range(3)),
 }
 
