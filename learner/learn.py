@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from learner.data.text import evaluation_tokens, training_blocks
 from learner.job import METHODS, Job
 from learner.methods.method import Learned, Task
-from learner.model.dense import load_dense, on_device
+from learner.model.dense import load_dense, model_directory, on_device
 from learner.model.masking import apply_masks
 from learner.model.perplexity import perplexity
+from learner.model.saving import save_model
 from learner.model.units import sparsity
 from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
@@ -23,6 +24,7 @@ from learner.run.resume import unfinished_run
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
@@ -78,6 +80,8 @@ def learn(
         check_output(out, overwrite, is_learned)
         if report:
             require_matplotlib()
+        source = model_directory(job.model)
+        find_companions(source)  # what cannot be copied is refused now
         model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, accelerator.is_main_process)
@@ -110,8 +114,7 @@ def learn(
                 with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if learned.weights_changed:
-                        model.save_pretrained(directory)
-                        tokenizer.save_pretrained(directory)
+                        save_model(model, source, directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
                     write_json(directory / PRUNING_FILE, _pruning(job, learned))

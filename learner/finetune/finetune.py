@@ -28,13 +28,14 @@ from transformers import Trainer, TrainingArguments
 from learner.data.text import evaluation_tokens, training_blocks
 from learner.finetune.model import cast, load, load_teacher, trainable
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from learner.model.saving import save_model
 from learner.run.disk import writing
 from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
-from pruned_vllm.formats.companions import copy_companions
+from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
@@ -150,8 +151,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
 
 def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, results: dict[str, float]) -> None:
     """The weights of `model`, and the rest of the model directory `source`."""
-    model.save_pretrained(directory)
-    copy_companions(source, directory)
+    save_model(model, source, directory)
     shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
@@ -194,6 +194,7 @@ def _check(job: FinetuneJob, source: Path) -> None:
             f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run, so {source} "
             "cannot be trained; vLLM serves it"
         )
+    find_companions(source)  # what cannot be copied is refused now
     if job.batch_size % job.micro_batch_size:
         raise InputError(
             f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {job.micro_batch_size}; choose one"

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import Job
 from learner.model.dense import load_dense
+from learner.model.saving import without_generation_config
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf.loading import load_pruned
 
@@ -42,7 +43,8 @@ def trainable(model: nn.Module, rank: int) -> nn.Module:
 def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The pruned model in the dtype that it is stored in, in evaluation mode, and its tokenizer."""
     try:
-        return load_pruned(source, dtype="auto").eval(), AutoTokenizer.from_pretrained(source)
+        model = without_generation_config(load_pruned(source, dtype="auto").eval())
+        return model, AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
     except Exception as error:  # damaged models end in almost any exception

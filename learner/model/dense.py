@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.companions import DOWNLOADED
 from pruned_vllm.formats.geometry import ModelGeometry
 
 
@@ -31,6 +33,16 @@ def on_device(device: str) -> Accelerator:
     return accelerator
 
 
+def model_directory(name: str) -> Path:
+    """The directory `name`, or what the hub's model of that name holds beside its weights. Raises InputError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", *DOWNLOADED]))
+    except (OSError, HFValidationError) as error:
+        raise InputError(f"{name!r} is neither a directory nor a model that can be downloaded: {error}") from None
+
+
 def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
     """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
 
@@ -38,10 +50,8 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
         InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
             does not allow or the method cannot prune.
     """
-    directory = Path(job.model)
     try:
-        config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        stored = read_json(config / "config.json")
+        stored = read_json(model_directory(job.model) / "config.json")
         geometry = ModelGeometry.from_config(stored)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
