@@ -38,7 +38,7 @@ def every_shape(layers: Sequence[LayerGeometry]) -> list[LayerGeometry]:
     ]
     groups = {(group,) * kv_heads for kv_heads in sizes[0] for group in sizes[1]}
     groups |= {layer.query_heads_per_kv_head for layer in layers}
-    return [LayerGeometry(its, width) for its in groups for width in sizes[2]]
+    return [LayerGeometry(query_heads, width) for query_heads in groups for width in sizes[2]]
 
 
 def brute_force(layers: Sequence[LayerGeometry], limit: int) -> int:
