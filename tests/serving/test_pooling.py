@@ -6,7 +6,7 @@ import torch
 from helpers.masked import convert_pruned, edit_json, edit_weights
 from helpers.serving import UNEVEN, engine
 from helpers.serving import Geometry as Masks
-from helpers.tiny import prompts, write_masked
+from helpers.tiny import byte_tokenizer, prompts, write_masked
 from safetensors.torch import save_file
 
 from learner.model.masking import apply_masks
@@ -24,6 +24,7 @@ def test_mean_pooling_projection_and_normalization(tmp_path):
     dense = write_masked(tmp_path / "dense", model, masks)
     edit_weights(dense, {}, remove=tuple(name for name, value in model.named_parameters() if not value.any()))
     edit_json(dense / "config.json", **dict.fromkeys(BIASES, False))
+    byte_tokenizer().save_pretrained(dense)
     projection = torch.nn.Linear(model.config.hidden_size, 24)
     for path, _ in MODULES:
         (dense / path).mkdir(exist_ok=True)
@@ -42,7 +43,7 @@ def test_mean_pooling_projection_and_normalization(tmp_path):
         dense / "2_Dense" / "model.safetensors",
     )
     assert convert_pruned(dense, tmp_path / "out") == 0
-    with engine(tmp_path / "out", pooler_config=None) as llm:
+    with engine(tmp_path / "out", skip_tokenizer_init=False) as llm:
         outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in prompts()], use_tqdm=False)
     for prompt, output in zip(prompts(), outputs, strict=True):
         with torch.no_grad(), apply_masks(model, masks):
