@@ -27,7 +27,7 @@ from rich.table import Table
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.masked import EXPERT_MASK, MASKS_FILE
+from pruned_vllm.formats.masked import MASKS_FILE, layer_masks
 
 SPARSITIES = (0.2, 0.4, 0.6)
 BUDGETS = ("global", "expert")
@@ -114,7 +114,7 @@ def learn_one(model: Path, checkpoint: Path, sparsity: float, budget: str, seed:
         "budget": budget,
         "seed": seed,
         **results,
-        "expert_widths": [(masks[EXPERT_MASK.format(layer)] > 0).sum(1).tolist() for layer in range(len(masks))],
+        "expert_widths": [(layer.expert > 0).sum(1).tolist() for layer in layer_masks(masks, len(masks))],
     }
 
 

@@ -10,8 +10,9 @@ from converter.table import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
+from pruned_vllm.common.files import FINETUNING_FILE, write_json
 from pruned_vllm.formats.companions import copy_companions
+from pruned_vllm.formats.config import read_config
 
 
 def is_converted(directory: Path) -> bool:
@@ -22,7 +23,7 @@ def is_converted(directory: Path) -> bool:
     config = directory / "config.json"
     if not (config.is_file() and (directory / "README.md").is_file()) or (directory / FINETUNING_FILE).exists():
         return False
-    return "pruning" in read_json(config)
+    return "pruning" in read_config(directory)
 
 
 def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -55,9 +56,10 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
                 raise AssertionError(f"{name}: cut to {list(tensor.shape)}, the geometry says {list(shape)}")
             if bad := int((~tensor.isfinite()).sum()):
                 after = f" after {' and '.join(done)}" if done else ""
+                stored = plan.checkpoint.tensors[name].dtype
                 raise InputError(
-                    f"{name}: {bad} values are NaN or infinite in {plan.checkpoint.dtypes[name]}{after}; check the "
-                    "weights, or store them in a dtype with a larger range"
+                    f"{name}: {bad} values are NaN or infinite in {stored}{after}; check the weights, "
+                    "or store them in a dtype with a larger range"
                 )
             writer.add(name, tensor)
         writer.finish()

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from converter.masks import LayerMasks
 from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.masked import LayerMasks
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from converter.checkpoint import ELEMENT_BYTES, Checkpoint, open_shard
-from converter.lora_config import ADAPTER_CONFIG_FILE, USE_PEFT, LoraScaling
+from converter.checkpoint import Checkpoint
+from converter.lora_config import USE_PEFT, LoraScaling
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import ELEMENT_BYTES
+from pruned_vllm.formats.weights import ADAPTER_CONFIG, open_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
@@ -80,7 +82,7 @@ class LoraAdapter:
                 problems.extend(error.problems or (str(error),))
                 return None
 
-        scaling = collect(LoraScaling.read, directory / ADAPTER_CONFIG_FILE)
+        scaling = collect(LoraScaling.read, directory / ADAPTER_CONFIG)
         shard = collect(_open, directory)
         halves: dict[str, tuple[str, str]] = {}
         if shard is not None:
@@ -101,7 +103,7 @@ def _open(directory: Path) -> Any:
             f"{directory / PICKLED_FILE}: pickled weights are never read; save the adapter as safetensors, "
             "save_pretrained(..., safe_serialization=True)"
         )
-    return open_shard(path)
+    return open_safetensors(path, "pt")
 
 
 def _find_halves(
@@ -142,9 +144,9 @@ def _other_key_problems(shard: Any, key: str, checkpoint: Checkpoint) -> list[st
         return [f"{key}: adapters of the embedding are not merged; {USE_PEFT}"]
     match = BASE_COPY.fullmatch(key)
     name = f"{match['module']}.weight" if match else None
-    if name not in checkpoint.shapes:
+    if name not in checkpoint.tensors:
         return [f"{key}: unknown key; known: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight and so on"]
-    if tuple(shard.get_slice(key).get_shape()) == checkpoint.shapes[name] and bool(
+    if tuple(shard.get_slice(key).get_shape()) == checkpoint.tensors[name].shape and bool(
         (shard.get_tensor(key) == checkpoint.read(name)).all()
     ):
         return []

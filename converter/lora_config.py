@@ -18,8 +18,6 @@ import torch
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
 _CHARACTER = r"(?:[\w-]|\\?\.|\\d|\[[\w-]+\])"  # a letter, any, a dot, a digit, or one of a set
 _NAME = rf"\^?(?:{_CHARACTER}[*+]?)+\$?"
 PATTERN = re.compile(rf"{_NAME}(?:\|{_NAME})*")  # alternatives, at the top level only

@@ -1,30 +1,23 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
-from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
+from converter.checkpoint import Checkpoint
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
-from converter.masks import PruningInfo, read_masks
+from converter.masks import read_masks
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.biases import complete_biases
-from pruned_vllm.formats.companions import DOWNLOADED, find_companions
-from pruned_vllm.formats.config import converted_config
-from pruned_vllm.formats.families import IGNORED_SUFFIXES
+from pruned_vllm.formats.companions import find_companions
+from pruned_vllm.formats.config import converted_config, dense_geometry
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import dense_problems
+from pruned_vllm.formats.hub import MODEL_FILES, download
 from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE
-
-# How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
-FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.weight)?$")
+from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE, PruningInfo
+from pruned_vllm.formats.weights import has_weight_files, unread_weights
 
 
 @dataclass(frozen=True)
@@ -100,23 +93,14 @@ def make_plan(
     info = PruningInfo.read(directory)
     weights, source = _find_weights(directory, info, base_model)
     checkpoint = Checkpoint(weights)
-    if "quantization_config" in checkpoint.config:
-        raise InputError(f"{weights} is quantized; masks fold into float weights only: quantize afterwards")
-    dense = ModelGeometry.from_config(checkpoint.config)
-    config, zeros = complete_biases(checkpoint.config, dense, checkpoint.shapes)
-    if config != checkpoint.config:
-        checkpoint.config, dense = config, ModelGeometry.from_config(config)
-        checkpoint.add_zeros(zeros)
-    if not dense.is_dense:
-        raise InputError(f"{weights} is pruned already; masks are for a dense model")
-
+    dense = dense_geometry(weights, checkpoint.config)
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
             f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
             "their layers are served at any width without padding"
         )
 
-    problems = _tensor_problems(checkpoint, dense)
+    problems = dense_problems(checkpoint.tensors, dense)
     masks, adapter = [], None
     try:
         masks = read_masks(directory, dense)
@@ -171,59 +155,32 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
 
     A base model given by the user counts first, then weights beside the masks, then the one in pruning.json (relative
     to the masked checkpoint).
+
+    Raises:
+        InputError: there are none, or they are elsewhere, but beside the masks is something that may have been meant.
     """
     if base_model is not None:
         candidate = Path(base_model)
-    elif has_weights(directory):
+    elif has_weight_files(directory):
         return directory, None
     elif info.base_model is not None:
         base_model, candidate = info.base_model, directory / info.base_model
     else:
+        unread = ", ".join(unread_weights(directory))
         raise InputError(
-            f"{directory} holds no safetensors weights and {PRUNING_FILE} names no base_model; "
-            "give the dense model with --base-model"
+            f"{directory} holds no weights as safetensors{f', but {unread},' if unread else ''} and {PRUNING_FILE} "
+            "names no base_model; give the dense model with --base-model"
+        )
+    if unread := unread_weights(directory):
+        raise InputError(
+            f"{directory} holds {', '.join(unread)}, which would be ignored: pickled weights are never read, and the "
+            f"base model {base_model} would take their place. If the masks belong to these weights, save them with "
+            "save_pretrained of Transformers, and an adapter into a subdirectory that lora_adapter names; else move "
+            "them away"
         )
     if candidate.is_dir():
         return candidate, None
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *DOWNLOADED]
     try:
-        return Path(snapshot_download(base_model, allow_patterns=patterns)), base_model
-    except (OSError, HFValidationError) as error:
-        raise InputError(
-            f"base_model {base_model!r} is neither a directory nor a model that can be downloaded ({error}); "
-            "give the dense model with --base-model"
-        ) from None
-
-
-def _tensor_problems(checkpoint: Checkpoint, dense: ModelGeometry) -> list[str]:
-    """Compares the headers of the shards with what config.json promises."""
-    if fused := sorted(name for name in checkpoint.shapes if FUSED_EXPERTS.search(name)):
-        return [
-            f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor; the format has one for "
-            "each expert, as every published checkpoint: load the model with Transformers 5 and save_pretrained it"
-        ]
-    expected = dense.tensor_shapes()
-    problems = [f"{name} {list(shape)}: missing" for name, shape in expected.items() if name not in checkpoint.shapes]
-    for name, shape in checkpoint.shapes.items():
-        if name in expected:
-            if shape != expected[name]:
-                problems.append(f"{name}: the file has {list(shape)}, config.json says {list(expected[name])}")
-            if checkpoint.dtypes[name] not in ELEMENT_BYTES:
-                problems.append(f"{name}: dtype {checkpoint.dtypes[name]}; only {sorted(ELEMENT_BYTES)} can be folded")
-        elif name == "lm_head.weight":
-            problems += _tied_lm_head_problems(checkpoint)
-        elif not name.endswith(IGNORED_SUFFIXES):
-            problems.append(f"{name} {list(shape)}: not a tensor of {dense.family.architecture}; it would be lost")
-    return problems
-
-
-def _tied_lm_head_problems(checkpoint: Checkpoint) -> list[str]:
-    """A tied lm_head may be stored too, but only as a copy of the embedding."""
-    lm_head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if embedding not in checkpoint.shapes:  # reported as missing
-        return []
-    if checkpoint.shapes[lm_head] == checkpoint.shapes[embedding] and torch.equal(
-        checkpoint.read(lm_head), checkpoint.read(embedding)
-    ):
-        return []
-    return [f"{lm_head}: differs from {embedding}, but tie_word_embeddings is true in config.json; correct either"]
+        return download(base_model, MODEL_FILES), base_model
+    except InputError as error:
+        raise InputError(f"base_model {error}; give the dense model with --base-model") from None

@@ -131,7 +131,7 @@ def _shape_totals(plan: Plan) -> list[str]:
     if not _is_padded(plan):
         return [f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers."]
     exact_bytes, written_bytes = plan.bytes_of(plan.exact), plan.bytes_of(plan.pruned)
-    element_bytes = ELEMENT_BYTES[plan.checkpoint.dtypes["model.layers.0.self_attn.k_proj.weight"]]
+    element_bytes = ELEMENT_BYTES[plan.checkpoint.tensors["model.layers.0.self_attn.k_proj.weight"].dtype]
     exact_cache, cache = (geometry.kv_cache_bytes_per_token(element_bytes) for geometry in (plan.exact, plan.pruned))
     padding = f"Padding: {_megabytes(written_bytes - exact_bytes)} MB of zeros in the weights "
     padding += f"({_lost(exact_bytes, written_bytes)} on top of {_megabytes(exact_bytes)} MB)"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from learner.data.text import evaluation_tokens, training_blocks
 from learner.job import METHODS, Job
 from learner.methods.method import Learned, Task
-from learner.model.dense import load_dense, model_directory, on_device
+from learner.model.dense import load_dense, on_device
 from learner.model.masking import apply_masks
 from learner.model.perplexity import perplexity
 from learner.model.saving import save_model
@@ -24,9 +24,10 @@ from learner.run.resume import unfinished_run
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.companions import find_companions
+from pruned_vllm.formats.companions import DOWNLOADED, find_companions
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from pruned_vllm.formats.hub import model_directory
+from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
 RESULTS_FILE = "learning.json"
@@ -80,7 +81,7 @@ def learn(
         check_output(out, overwrite, is_learned)
         if report:
             require_matplotlib()
-        source = model_directory(job.model)
+        source = model_directory(job.model, ["config.json", *DOWNLOADED])
         find_companions(source)  # what cannot be copied is refused now
         model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
         if job.eval_data:
@@ -92,7 +93,7 @@ def learn(
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     kept = unfinished_run(
-        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
+        out, job, lambda path: (path / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
     )
     with kept as unfinished:
         with together(accelerator):
@@ -117,7 +118,7 @@ def learn(
                         save_model(model, source, directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                    write_json(directory / PRUNING_FILE, _pruning(job, learned))
+                    _pruning(job, learned).write(directory)
                     journal.write_log(directory / LOG_FILE)
                     if report:
                         geometry = ModelGeometry.from_config(model.config.to_dict())
@@ -141,12 +142,11 @@ def _function(name: str):
     return getattr(importlib.import_module(module), function or "learn")
 
 
-def _pruning(job: Job, learned: Learned) -> dict:
+def _pruning(job: Job, learned: Learned) -> PruningInfo:
     base_model = str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model
-    return {
-        "format_version": FORMAT_VERSION,
-        "method": job.method,
-        "channel_mask_site": learned.channel_mask_site,
-        "base_model": None if learned.weights_changed else base_model,
-        "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
-    }
+    return PruningInfo(
+        method=job.method,
+        channel_mask_site=learned.channel_mask_site,
+        base_model=None if learned.weights_changed else base_model,
+        lora_adapter=ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
+    )

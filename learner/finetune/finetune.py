@@ -34,8 +34,9 @@ from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, check_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, read_json, write_json
+from pruned_vllm.common.files import FINETUNING_FILE, write_json
 from pruned_vllm.formats.companions import find_companions
+from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
@@ -185,7 +186,7 @@ class _Distillation(Trainer):
 
 def _check(job: FinetuneJob, source: Path) -> None:
     """Refuses what can be refused before anything is loaded."""
-    config = read_json(source / "config.json")
+    config = read_config(source)
     geometry = ModelGeometry.from_config(config)
     if "pruning" not in config:
         raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")

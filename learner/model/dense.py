@@ -1,22 +1,20 @@
 """The dense model that masks are learned on, and the device it is on."""
 
-from pathlib import Path
-
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.companions import DOWNLOADED
+from pruned_vllm.formats.biases import complete_biases
+from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import dense_problems, read_headers
+from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 
 
 def on_device(device: str) -> Accelerator:
@@ -33,16 +31,6 @@ def on_device(device: str) -> Accelerator:
     return accelerator
 
 
-def model_directory(name: str) -> Path:
-    """The directory `name`, or what the hub's model of that name holds beside its weights. Raises InputError."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", *DOWNLOADED]))
-    except (OSError, HFValidationError) as error:
-        raise InputError(f"{name!r} is neither a directory nor a model that can be downloaded: {error}") from None
-
-
 def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
     """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
 
@@ -51,8 +39,9 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             does not allow or the method cannot prune.
     """
     try:
-        stored = read_json(model_directory(job.model) / "config.json")
-        geometry = ModelGeometry.from_config(stored)
+        directory = model_directory(job.model, ["config.json"])
+        stored = read_config(directory)
+        geometry = dense_geometry(directory, stored)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -61,14 +50,25 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
+        directory = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code)
+        stored, tensors = complete_biases(stored, read_headers(directory))
+        if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
-            model, loading = load_with_its_code(job.model, stored, geometry, **options)
+            model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
+            config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                job.model, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+                directory,
+                config=config,
+                output_loading_info=True,
+                trust_remote_code=job.trust_remote_code,
+                **options,
             )
-        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=model.config, trust_remote_code=job.trust_remote_code
+        )
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise
@@ -77,8 +77,11 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if loading["missing_keys"]:  # Transformers would go on with random weights
-        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
+    zeros = {name for name, tensor in tensors.items() if tensor.is_zeros}
+    if missing := set(loading["missing_keys"]) - zeros:  # Transformers would go on with random weights
+        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(missing))
+    for name in zeros:
+        model.get_parameter(name).zero_()
     return model, tokenizer, units
 
 

@@ -5,40 +5,35 @@ There, Llama's `attention_bias` and `mlp_bias` speak of all projections of the s
 and the biases that are missing are zeros: x + 0 is x, and every reader of config.json understands it.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.tensors import Shapes
+from pruned_vllm.formats.families import find_family
+from pruned_vllm.formats.headers import StoredTensor
 
-ATTENTION_BIASES = {f"self_attn.{projection}_proj.bias" for projection in "qkvo"}
-MLP_BIASES = {f"mlp.{projection}_proj.bias" for projection in ("gate", "up", "down")}
+_ATTENTION = re.compile(r"(model\.layers\.\d+\.self_attn\.[qkvo]_proj)\.(weight|bias)")
+_MLP = re.compile(r"(model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj)\.(weight|bias)")
 
 
 def complete_biases(
-    config: Mapping[str, Any], dense: ModelGeometry, names: Collection[str]
-) -> tuple[dict[str, Any], Shapes]:
-    """What makes a model complete whose files hold biases that its config.json does not mention.
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """`config` with the keys of biases that it does not mention, and `tensors` with zeros for those that are missing.
 
-    Args:
-        config, dense: config.json, and the geometry in it.
-        names: of the tensors in the files.
-
-    Returns:
-        `config` with the keys of these biases set, and the shapes of those that have to be added as zeros. Nothing
-        changes where all is as config.json says, or where the family has no key for it.
+    Nothing changes where all is as config.json says, or where the family has no key for these biases.
     """
-    found = {name.removeprefix("model.layers.").partition(".")[2] for name in names}
-    sublayers = ((dense.family.o_bias, ATTENTION_BIASES), (dense.family.mlp_bias, MLP_BIASES))
-    keys = [
-        key
-        for key, biases in sublayers
-        if isinstance(key, str) and not config.get(key) and not biases.isdisjoint(found)
-    ]
-    if not keys:
-        return dict(config), {}
-    completed = {**config, **dict.fromkeys(keys, True)}
-    shapes = ModelGeometry.from_config(completed).tensor_shapes()
-    weights = {name: f"{name.removesuffix('.bias')}.weight" for name in shapes if name.endswith("_proj.bias")}
-    # Where the weight is missing too, it is not for the bias alone that the model is incomplete.
-    return completed, {name: shapes[name] for name, weight in weights.items() if name not in names and weight in names}
+    config, tensors = dict(config), dict(tensors)
+    family = find_family(config)
+    if family is None:
+        return config, tensors
+    for key, pattern in ((family.o_bias, _ATTENTION), (family.mlp_bias, _MLP)):
+        found = [match for match in map(pattern.fullmatch, tensors) if match]
+        if not isinstance(key, str) or config.get(key) or all(match[2] == "weight" for match in found):
+            continue
+        config[key] = True
+        for bias, weight in ((f"{match[1]}.bias", match[0]) for match in found if match[2] == "weight"):
+            if bias not in tensors:
+                tensors[bias] = replace(tensors[weight], shape=tensors[weight].shape[:1], is_zeros=True)
+    return config, tensors

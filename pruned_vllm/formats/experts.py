@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruned_vllm.formats.config_values import natural, naturals, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, natural, naturals, positive
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class ExpertsFormat:
         gate, up, down = (f"{self.module}.experts.{expert}.{projection}" for projection in self.projections)
         return gate, up, down
 
-    def are_in_layer(self, index: int, config: Mapping[str, Any]) -> bool:
-        """Whether a layer has experts in place of one dense MLP. Raises ValueError."""
+    def layers_with_experts(self, config: Mapping[str, Any], num_layers: int) -> set[int]:
+        """The layers that have experts in place of one dense MLP. Raises ValueError."""
         if self.layers == "sparse_step":
-            step = positive({"decoder_sparse_step": 1, **config}, "decoder_sparse_step")
-            return index not in naturals(config, "mlp_only_layers") and (index + 1) % step == 0
+            step = positive(config, "decoder_sparse_step", default=1)
+            return set(range(step - 1, num_layers, step)) - set(naturals(config, "mlp_only_layers"))
         if self.layers == "first_dense":
-            every = positive({"moe_layer_freq": 1, **config}, "moe_layer_freq")
-            return index >= natural(config, "first_k_dense_replace", 0) and index % every == 0
-        return True
+            step, first = positive(config, "moe_layer_freq", default=1), natural(config, "first_k_dense_replace", 0)
+            return {index for index in range(0, num_layers, step) if index >= first}
+        return set(range(num_layers))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DenseExperts:
     def from_config(cls, experts: ExpertsFormat, config: Mapping[str, Any]) -> "DenseExperts":
         """Reads the top level of config.json. Raises ValueError with the first key that is wrong."""
         present = [key for key in experts.count_keys if config.get(key) is not None]
-        count = positive(config, (present or experts.count_keys)[0])
+        count = positive(config, (present or experts.count_keys)[0], most=LARGEST_COUNT)
         chosen = positive(config, "num_experts_per_tok")
         if chosen > count:
             raise ValueError(f"num_experts_per_tok is {chosen}, but there are {count} experts")

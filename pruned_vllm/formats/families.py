@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.experts import ExpertsFormat
 
 PRUNED_PREFIX = "Pruned"  # PrunedLlamaForCausalLM: an architecture that a vLLM without the plugin refuses to load
@@ -64,7 +65,8 @@ class Family:
     def with_defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` with the keys that it leaves out."""
         absent = {key: value for key, value in self.defaults if config.get(key) is None}
-        return {**config, **{k: config.get(v) if isinstance(v, str) else v for k, v in absent.items()}}
+        values = {key: config.get(value) if isinstance(value, str) else value for key, value in absent.items()}
+        return {**config, **values}
 
 
 KV_HEADS_AS_HEADS = (("num_key_value_heads", "num_attention_heads"),)
@@ -106,7 +108,7 @@ FAMILIES: dict[str, Family] = {
             architecture="Qwen2MoeForCausalLM",
             qkv_bias="qkv_bias",
             stock_heads="fills_hidden",
-            defaults=(("qkv_bias", True), *KV_HEADS_AS_HEADS),
+            defaults=(("qkv_bias", True), ("num_key_value_heads", 16)),
             experts=ExpertsFormat(
                 count_keys=("num_experts",),
                 layers="sparse_step",
@@ -152,9 +154,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(config: Mapping[str, Any]) -> Family | None:
-    """The row for a config.json, dense or converted; None when the architecture is not supported."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family and config.get("architectures") in ([family.architecture], [family.pruned_architecture]):
-        return family
-    return None
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The row for a config.json, dense or converted.
+
+    As in Transformers, `model_type` decides: `architectures` may be missing, or spelled as by the first converters
+    (LLaMAForCausalLM). What it names must be the causal language model, though: other heads would be lost.
+
+    Raises:
+        InputError: the model is not supported.
+    """
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    supported = ", ".join(row.architecture for row in FAMILIES.values())
+    if family is None:
+        raise InputError(
+            f"architectures {architectures} with model_type {model_type!r} is not supported; supported: {supported}"
+        )
+    accepted = (family.architecture.lower(), family.pruned_architecture.lower())
+    if not isinstance(architectures, list) or any(str(name).lower() not in accepted for name in architectures):
+        raise InputError(
+            f"architectures {architectures} with model_type {model_type!r} is not supported: it is not the causal "
+            f"language model {family.architecture}; supported: {supported}"
+        )
+    return family

@@ -22,9 +22,12 @@ from transformers.core_model_loading import WeightRenaming
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.experts import ExpertsFormat
 from pruned_vllm.formats.families import PRUNED_PREFIX, Family
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import count_problems, read_headers
+from pruned_vllm.formats.weights import replacing_weights
 
 
 def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedModel:
@@ -38,17 +41,26 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
         stock model is what `AutoModelForCausalLM` makes of it.
 
     Raises:
-        InputError: config.json is missing or describes no pruned model, Transformers lacks its architecture, or tensors
-            do not fit it; every one is listed.
+        InputError: config.json is missing or describes no pruned model, Transformers lacks its architecture, the
+            weights are not in safetensors files that all readers agree on, or tensors do not fit config.json; every one
+            is listed.
     """
-    config = read_json(Path(directory) / "config.json")
-    if any(str(name).startswith(PRUNED_PREFIX) for name in config.get("architectures") or ()):
-        model_class = _pruned_class(ModelGeometry.from_config(config).family)
+    config = read_config(Path(directory))
+    geometry = ModelGeometry.from_config(config)
+    tensors = read_headers(Path(directory))  # what this accepts, Transformers reads in the same way
+    if problems := count_problems(tensors, geometry):
+        raise InputError(f"The tensors in {directory} do not fit its config.json:", problems)
+    names = config.get("architectures", ())
+    if "per_layer_config" in config or any(name.startswith(PRUNED_PREFIX) for name in names):
+        model_class = _pruned_class(geometry.family)
     else:
         model_class = transformers.AutoModelForCausalLM
     # Mismatches are "ignored" only to learn of all of them: otherwise the first stage that finds one raises.
+    options = {**from_pretrained_kwargs, "use_safetensors": True}
+    if config != read_json(Path(directory) / "config.json"):  # Transformers refuses some keys that are null
+        options.setdefault("config", transformers.CONFIG_MAPPING[geometry.family.model_type].from_dict(config))
     model, info = model_class.from_pretrained(
-        directory, **from_pretrained_kwargs, output_loading_info=True, ignore_mismatched_sizes=True
+        directory, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     if problems := _loading_problems(info):
         raise InputError(
@@ -101,6 +113,11 @@ class _PrunedForCausalLM:
         for index in range(len(layers)):
             layers[index] = _build_layer(type(layers[index]), config, geometry, index)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in Transformers, but of an earlier save into the same directory no weights are left."""
+        with replacing_weights(Path(save_directory)):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def _build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry: ModelGeometry, index: int):

@@ -17,6 +17,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import take_or_zero
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.serving.attention import AttentionBuilder
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
@@ -77,7 +78,8 @@ class PrunedForCausalLM(LlamaForCausalLM):
         layers = enumerate(self._geometry.layers)
         uneven = tuple(f"model.layers.{index}.self_attn." for index, layer in layers if not layer.has_even_groups)
         problems = []
-        for name, tensor in weights:
+        for stored_name, tensor in weights:
+            name = canonical_name(stored_name)
             if name.endswith(IGNORED_SUFFIXES):
                 continue
             expected = missing.pop(name, None) or optional.get(name)

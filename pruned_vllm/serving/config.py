@@ -1,15 +1,19 @@
 """What vLLM believes of a pruned model before it builds it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.weights import find_weight_files
 from pruned_vllm.serving.sharding import shard_layer
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
     from vllm.config import VllmConfig
+
+SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")  # values of --load-format
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
@@ -23,9 +27,13 @@ class PrunedConfig(VerifyAndUpdateConfig):
         buffers by it; what runs is the padded layout.
 
         Raises:
-            InputError: tensor parallelism that this model or this configuration cannot have.
+            InputError: weights that other readers of the directory would find elsewhere, or tensor parallelism that
+                this model or this configuration cannot have.
         """
         geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
+        directory = Path(vllm_config.model_config.model)
+        if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
+            find_weight_files(directory)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         _check_tensor_parallelism(vllm_config, geometry, ranks)
         if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage

@@ -190,7 +190,7 @@ def test_learn_masks_refuses_bad_input(word_model, capsys, change, message):
 
 def test_learn_masks_refuses_what_is_no_model(word_model, capsys):
     assert run(word_model / "nothing", word_model / "ckpt", "--data", word_model / "text.txt") == 2
-    assert "cannot be loaded as a causal language model" in capsys.readouterr().err
+    assert "is neither a directory nor a model that can be downloaded" in capsys.readouterr().err
 
 
 def test_learn_masks_refuses_what_transformers_lacks(tmp_path, capsys):
