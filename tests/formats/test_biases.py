@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from helpers.masked import convert_pruned, edit_json, edit_weights
-from helpers.tiny import masks_for, prompts, soft_mask, tiny_model, write_masked
+from helpers.tiny import byte_tokenizer, masks_for, prompts, soft_mask, tiny_model, write_masked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from learner.job import Job
+from learner.model.dense import load_dense
 from learner.model.masking import apply_masks
 from pruned_vllm.hf.loading import load_pruned
 
@@ -71,6 +73,15 @@ def test_zeros_have_the_dtype_of_their_weight(tmp_path):
     assert (
         not tensors["model.layers.0.self_attn.q_proj.bias"].any() and "model.layers.0.mlp.up_proj.bias" not in tensors
     )
+
+
+def test_masks_are_learned_on_the_model_that_has_them(tmp_path):
+    model = biased(tmp_path / "dense", "llama", RAGGED, (O_PROJ, DOWN_PROJ), range(3))
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    loaded, _, _ = load_dense(Job(model=str(tmp_path / "dense"), method="magnitude"), "cpu")
+    with torch.no_grad():
+        tokens = torch.tensor(prompts()[-1:])
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
