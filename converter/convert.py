@@ -3,27 +3,16 @@
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from converter.plan import Plan
 from converter.table import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, write_json
+from pruned_vllm.common.files import write_json
+from pruned_vllm.common.progress import progress_bar
 from pruned_vllm.formats.companions import copy_companions
-from pruned_vllm.formats.config import read_config
 
-
-def is_converted(directory: Path) -> bool:
-    """Whether `directory` holds a model that `convert` wrote, not one that was trained since.
-
-    finetune-pruned leaves a file, and what `save_pretrained` wrote has no model card.
-    """
-    config = directory / "config.json"
-    if not (config.is_file() and (directory / "README.md").is_file()) or (directory / FINETUNING_FILE).exists():
-        return False
-    return "pruning" in read_config(directory)
+WRITER = "convert-pruned"  # whose output only this command replaces
 
 
 def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -39,10 +28,10 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
         OSError: the disk cannot be written.
     """
     _check_place(plan, out)
-    with atomic_directory(out, overwrite=overwrite, is_ours=is_converted) as directory:
+    with atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
         shapes = plan.pruned.tensor_shapes()
         writer = ShardWriter(directory, max_shard_bytes)
-        for name, shape in tqdm(shapes.items(), desc="converting", unit=" tensors"):
+        for name, shape in progress_bar(shapes.items(), desc="converting", unit=" tensors"):
             tensor, done = plan.checkpoint.read(name), []
             dtype = tensor.dtype
             if plan.adapter is not None and name in plan.adapter.pairs:

@@ -10,11 +10,13 @@ from converter.lora import LoraAdapter
 from converter.masks import read_masks
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config, dense_geometry
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems
-from pruned_vllm.formats.hub import MODEL_FILES, download
+from pruned_vllm.formats.hub import MODEL_FILES, download, model_directory
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE, PruningInfo
 from pruned_vllm.formats.weights import has_weight_files, unread_weights
@@ -72,6 +74,7 @@ def make_plan(
     directory: Path,
     base_model: str | None = None,
     *,
+    revision: str | None = None,
     gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int = 1,
     max_distinct_shapes: int | None = None,
@@ -80,6 +83,8 @@ def make_plan(
 
     Args:
         base_model: directory or hub id of the dense model; takes the place of any other weights.
+        revision: commit, branch or tag of a model of the hub; None is the one that the masks were learned on, if
+            pruning.json says so, else the main branch.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
         alignment: pads FFN widths to multiples of this, at most to the dense width. Experts of different widths stay
             as they are: their kernels take any number of rows.
@@ -91,8 +96,9 @@ def make_plan(
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give the masked checkpoint that learn-masks wrote")
     info = PruningInfo.read(directory)
-    weights, source = _find_weights(directory, info, base_model)
+    weights, source = _find_weights(directory, info, base_model, revision)
     checkpoint = Checkpoint(weights)
+    _check_fingerprint(directory, info, weights)
     dense = dense_geometry(weights, checkpoint.config)
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
@@ -100,7 +106,8 @@ def make_plan(
             "their layers are served at any width without padding"
         )
 
-    problems = dense_problems(checkpoint.tensors, dense)
+    problems = [f"config.json: {problem}" for problem in refusals(dense.family, checkpoint.config)]
+    problems += dense_problems(checkpoint.tensors, dense)
     masks, adapter = [], None
     try:
         masks = read_masks(directory, dense)
@@ -150,7 +157,25 @@ def make_plan(
     )
 
 
-def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) -> tuple[Path, str | None]:
+def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> None:
+    """Refuses weights that the masks do not belong to."""
+    if info.base_fingerprint is None:
+        return
+    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.of(weights))
+    if differences:
+        name = info.base_model or "those that were beside them"
+        commit = f" at revision {info.base_revision}" if info.base_revision else ""
+        raise InputError(
+            f"The masks in {directory} were learned for other weights ({name}{commit}) than those in {weights}. Give "
+            "the model that they were learned for with --base-model, or learn masks for this one. If it is the right "
+            f"one nevertheless, remove base_fingerprint from {directory / PRUNING_FILE}. What differs:",
+            differences,
+        )
+
+
+def _find_weights(
+    directory: Path, info: PruningInfo, base_model: str | None, revision: str | None
+) -> tuple[Path, str | None]:
     """The directory of the dense weights, and their hub id if they come from the hub.
 
     A base model given by the user counts first, then weights beside the masks, then the one in pruning.json (relative
@@ -160,11 +185,13 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
         InputError: there are none, or they are elsewhere, but beside the masks is something that may have been meant.
     """
     if base_model is not None:
-        candidate = Path(base_model)
+        name, find = base_model, model_directory
     elif has_weight_files(directory):
-        return directory, None
+        return model_directory(str(directory), MODEL_FILES, revision)
     elif info.base_model is not None:
-        base_model, candidate = info.base_model, directory / info.base_model
+        name, find = str(directory / info.base_model), model_directory
+        if not Path(name).is_dir():
+            name, find, revision = info.base_model, download, revision or info.base_revision
     else:
         unread = ", ".join(unread_weights(directory))
         raise InputError(
@@ -174,13 +201,12 @@ def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) ->
     if unread := unread_weights(directory):
         raise InputError(
             f"{directory} holds {', '.join(unread)}, which would be ignored: pickled weights are never read, and the "
-            f"base model {base_model} would take their place. If the masks belong to these weights, save them with "
+            f"base model {name} would take their place. If the masks belong to these weights, save them with "
             "save_pretrained of Transformers, and an adapter into a subdirectory that lora_adapter names; else move "
             "them away"
         )
-    if candidate.is_dir():
-        return candidate, None
     try:
-        return download(base_model, MODEL_FILES), base_model
+        weights, commit = find(name, MODEL_FILES, revision)
+        return weights, name if commit else None
     except InputError as error:
         raise InputError(f"base_model {error}; give the dense model with --base-model") from None

@@ -9,6 +9,7 @@ from rich.table import Table
 from converter.advice import serve_command
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
+from pruned_vllm.formats.agreement import left_out
 from pruned_vllm.formats.layer import LayerGeometry
 
 
@@ -106,6 +107,8 @@ def totals(plan: Plan) -> list[str]:
         f"Architecture: {config['architectures'][0]}"
         + (" (served by the pruned-vllm plugin)." if "per_layer_config" in config else " (stock; needs no plugin)."),
     ]
+    if keys := left_out(before.family, plan.checkpoint.config):
+        lines.append(f"Not in the new config.json, since vLLM alone acts on them: {', '.join(keys)}.")
     if plan.adapter is not None:
         ranks, count = plan.adapter.ranks, len(plan.adapter.pairs)
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"

@@ -23,6 +23,7 @@ import numpy as np
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
+from pruned_vllm.common.manifest import REPORT_WRITER
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import MASK_KEYS, LayerMasks, layer_masks
@@ -86,7 +87,7 @@ def write_report(pattern: Mapping[str, Any], checkpoint: Path) -> Path:
     if pattern.get("mask_values"):
         pictures["mask_values.png"] = _draw_mask_values
     directory = checkpoint / REPORT_DIRECTORY
-    with atomic_directory(directory, overwrite=True, is_ours=lambda path: (path / PATTERN_FILE).is_file()) as temporary:
+    with atomic_directory(directory, writer=REPORT_WRITER, overwrite=True) as temporary:
         write_json(temporary / PATTERN_FILE, pattern)
         for name, draw in pictures.items():
             draw(pattern).savefig(temporary / name, dpi=150)

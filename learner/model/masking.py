@@ -76,7 +76,7 @@ class _Multiplied(nn.Module):
 
     def __init__(self, factors: torch.Tensor) -> None:
         super().__init__()
-        self._factors = (factors,)  # not as a parameter of the model, even if the mask is one
+        self._factors = (factors,)  # in a tuple, so that it does not become a parameter of the model
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self._factors[0].to(weight.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -44,8 +45,9 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     """`config` (this family's dense config.json) with this geometry written into it.
 
     Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
-    needed; else under the `Pruned` architecture with `per_layer_config`.
+    needed; else under the `Pruned` architecture with `per_layer_config`. Keys on which vLLM alone acts are left out.
     """
+    config = agreed_config(geometry.family, config)
     stock = _stock_config(geometry, config)
     if stock is not None:
         return stock
@@ -81,7 +83,7 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
     if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
         return None
     widths = _uniform_widths(geometry)
-    if widths is None or any(layer.skip for layer in geometry.layers):
+    if widths is None or any(layer.skip for layer in geometry.layers) or not stock_agrees(geometry.family, config):
         return None
     if geometry.family.model_type != "llama" and geometry.o_bias:  # only vLLM's Llama has such a bias
         return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruned_vllm.formats.config_values import LARGEST_COUNT, natural, naturals, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, positive
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class ExpertsFormat:
         shared_width_key: config key of that MLP's channels.
         shared_count_key: config key of what multiplies `width_key` to get them, in place of `shared_width_key`.
         shared_gate: module of the linear layer that weighs that MLP's output, if there is one.
+        norm_topk_prob: whether the router divides the weights of the experts that it chooses by their sum; a string is
+            the config key that says so (absent means False).
     """
 
     count_keys: tuple[str, ...]
@@ -34,6 +36,7 @@ class ExpertsFormat:
     shared_width_key: str | None = None
     shared_count_key: str | None = None
     shared_gate: str | None = None
+    norm_topk_prob: bool | str = "norm_topk_prob"
 
     @property
     def router(self) -> str:
@@ -66,12 +69,14 @@ class DenseExperts:
         intermediate_size: FFN channels of a routed expert.
         shared_intermediate_size: FFN channels of the MLP that every token passes besides; 0 if there is none. It is
             never pruned.
+        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
     """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
     shared_intermediate_size: int
+    norm_topk_prob: bool
 
     @classmethod
     def from_config(cls, experts: ExpertsFormat, config: Mapping[str, Any]) -> "DenseExperts":
@@ -86,4 +91,4 @@ class DenseExperts:
             shared = natural(config, experts.shared_width_key, 0)
         elif experts.shared_count_key is not None and config.get(experts.shared_count_key) is not None:
             shared = width * natural(config, experts.shared_count_key, 0)
-        return cls(count, chosen, width, shared)
+        return cls(count, chosen, width, shared, flag(experts.norm_topk_prob, config))

@@ -30,7 +30,6 @@ class Family:
             (absent means False).
         qk_norm: q and k are RMS-normalised, each head by itself ("head": weights `q_norm`, `k_norm` of size [head_dim])
             or all heads of a token together ("all_heads": a weight for each row of the projection).
-        clips_values: v may be clipped to a range (config key `clip_qkv`), so that it cannot be scaled before.
         experts: where the experts are, in a family that has any; they have no biases.
         defaults: config keys that old config.json files leave out, with the values that the stock code takes then. A
             value that is a str is the key whose value it is.
@@ -46,7 +45,6 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: Literal["head", "all_heads"] | None = None
-    clips_values: bool = False
     experts: ExpertsFormat | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
     default_head_dim: int | None = None
@@ -101,6 +99,7 @@ FAMILIES: dict[str, Family] = {
                 width_key="intermediate_size",
                 module="block_sparse_moe",
                 projections=("w1", "w3", "w2"),
+                norm_topk_prob=True,
             ),
         ),
         Family(
@@ -108,7 +107,7 @@ FAMILIES: dict[str, Family] = {
             architecture="Qwen2MoeForCausalLM",
             qkv_bias="qkv_bias",
             stock_heads="fills_hidden",
-            defaults=(("qkv_bias", True), ("num_key_value_heads", 16)),
+            defaults=(("qkv_bias", True), ("num_key_value_heads", 16), ("shared_expert_intermediate_size", 5632)),
             experts=ExpertsFormat(
                 count_keys=("num_experts",),
                 layers="sparse_step",
@@ -131,7 +130,6 @@ FAMILIES: dict[str, Family] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm="all_heads",
-            clips_values=True,
             stock_heads="fills_hidden",
             defaults=KV_HEADS_AS_HEADS,
             experts=ExpertsFormat(count_keys=("num_experts", "num_local_experts"), width_key="intermediate_size"),

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import is_inside, read_json, write_json
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 
 MASKS_FILE = "pruning_masks.safetensors"
@@ -67,7 +68,7 @@ class PruningInfo:
         lora_adapter: directory of a PEFT adapter below the checkpoint, or None.
         base_revision: commit of the hub repository `base_model` that the masks were learned on; None where it is
             a directory or not known.
-        base_fingerprint: fingerprint of the weights that the masks were learned on; None where it is not known.
+        base_fingerprint: `Fingerprint` of the model that the masks belong to, as text; None where it is not known.
     """
 
     method: str
@@ -93,8 +94,10 @@ class PruningInfo:
         expect("format_version", content.get("format_version") == FORMAT_VERSION, f"{FORMAT_VERSION}")
         expect("method", re.fullmatch(r"[\w.+-]+", str(content.get("method"))) is not None, "one word")
         expect("channel_mask_site", site in CHANNEL_MASK_SITES, f"one of {CHANNEL_MASK_SITES}")
-        for key in ("base_model", "base_revision", "base_fingerprint"):
+        for key in ("base_model", "base_revision"):
             expect(key, isinstance(content.get(key), str | None), "a string or null")
+        fingerprint = content.get("base_fingerprint")
+        expect("base_fingerprint", fingerprint is None or Fingerprint.is_one(fingerprint), "what learn-masks wrote")
         # A checkpoint from elsewhere must not make convert-pruned merge what is elsewhere.
         inside = "null or a directory inside of the checkpoint, relative to it and without '..'"
         expect("lora_adapter", adapter is None or is_inside(adapter), inside)

@@ -37,10 +37,12 @@ def test_writes_a_complete_model_directory(ckpt, tmp_path, capsys):
     (ckpt / "tokenizer.json").write_text("{}")
     (ckpt / "chat_template.jinja").write_text("hello")
     (ckpt / "modeling_evil.py").write_text("raise SystemExit")
+    edit_json(ckpt / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Model"})
     out = tmp_path / "deep" / "out"
     assert convert_pruned(ckpt, out, "--max-shard-size", "100KB") == 0
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["PrunedLlamaForCausalLM"]
+    assert "auto_map" not in config, "it names code that is not there and does not know the new shapes"
     assert config["model_type"] == "llama" and config["num_attention_heads"] == 6 and config["head_dim"] == 32
     assert config["per_layer_config"] == {
         "0": {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 17},

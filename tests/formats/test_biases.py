@@ -78,7 +78,7 @@ def test_zeros_have_the_dtype_of_their_weight(tmp_path):
 def test_masks_are_learned_on_the_model_that_has_them(tmp_path):
     model = biased(tmp_path / "dense", "llama", RAGGED, (O_PROJ, DOWN_PROJ), range(3))
     byte_tokenizer().save_pretrained(tmp_path / "dense")
-    loaded, _, _ = load_dense(Job(model=str(tmp_path / "dense"), method="magnitude"), "cpu")
+    loaded = load_dense(Job(model=str(tmp_path / "dense"), method="magnitude"), "cpu").model
     with torch.no_grad():
         tokens = torch.tensor(prompts()[-1:])
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)

@@ -36,7 +36,14 @@ def test_shapes_of_masks_in_dense_layers_and_in_layers_with_experts():
     [
         PruningInfo("ddp", "product"),
         PruningInfo("a.b-c", "gate_and_up", "../dense", "adapter"),
-        PruningInfo("ddp", "product", "owner/name", None, "abc123", "sha256:00"),
+        PruningInfo(
+            "ddp",
+            "product",
+            "owner/name",
+            None,
+            "abc123",
+            "config:0123456789abcdef tensors:0123456789abcdef samples:0123456789abcdef",
+        ),
     ],
 )
 def test_pruning_json_is_read_as_it_was_written(tmp_path, info):
