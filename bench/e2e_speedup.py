@@ -62,9 +62,7 @@ def read_models(
         dense, pruned = geometries
         if dense.vocab_size != pruned.vocab_size:
             problems.append(f"--dense has vocab_size {dense.vocab_size}, --pruned has {pruned.vocab_size}")
-        # convert-pruned writes some uniform Llama models as Mistral, which computes the same.
-        families = {dense.family.model_type, pruned.family.model_type}
-        if len(families) > 1 and families != {"llama", "mistral"}:
+        if dense.family != pruned.family:
             problems.append(f"--dense is a {dense.family.model_type}, --pruned a {pruned.family.model_type} model")
     if problems:
         raise InputError("These models cannot be timed against each other:", problems)
