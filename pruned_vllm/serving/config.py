@@ -6,6 +6,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.serving.checkpoint import check_directory
+from pruned_vllm.serving.options import check_options
 from pruned_vllm.serving.sharding import shard_layer
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
@@ -23,11 +25,14 @@ class PrunedConfig(VerifyAndUpdateConfig):
         buffers by it; what runs is the padded layout.
 
         Raises:
-            InputError: tensor parallelism that this model or this configuration cannot have.
+            InputError: options that this model cannot honour, tensor parallelism among them, or a directory whose
+                tensors do not fit config.json.
         """
         geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
         ranks = vllm_config.parallel_config.tensor_parallel_size
+        check_options(vllm_config, geometry)
         _check_tensor_parallelism(vllm_config, geometry, ranks)
+        check_directory(vllm_config, geometry)
         if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
         layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
@@ -47,12 +52,6 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry
         )
     # Only plain weights can be brought into a new order and padded while they are loaded.
     quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
-    parallel = vllm_config.parallel_config
-    if geometry.experts is not None and (parallel.enable_expert_parallel or parallel.enable_eplb):
-        raise InputError(
-            "--enable-expert-parallel and --enable-eplb need experts of one size, which these are not; with "
-            "--tensor-parallel-size alone every rank holds a part of each expert"
-        )
     reasons = ["the checkpoint is quantized on disk"] * quantized
     reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
     if reasons and layout_changes(geometry, ranks):
