@@ -20,6 +20,7 @@ from pruned_vllm.serving.attention import AttentionBuilder
 from pruned_vllm.serving.checkpoint import TensorCheck
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
+from pruned_vllm.serving.quantization import check_quantized
 
 # The name puts the records under vLLM's own logging configuration.
 logger = init_logger("vllm.pruned_vllm")
@@ -38,6 +39,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
         geometry = ModelGeometry.from_config(config.to_dict())
         layer_type = partial(PrunedDecoderLayer, geometry=geometry, build_attention=self.build_attention)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        check_quantized(self, vllm_config.model_config.quantization)
         self._geometry = geometry
         self._layout_changes = layout_changes(geometry, vllm_config.parallel_config.tensor_parallel_size)
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # this file is imported while the plugin registers, before vL
 PAGE_CONNECTORS = ("ExampleConnector", "OffloadingConnector")
 
 PICKLE_FORMATS = ("pt", "npcache")
+FOR_EXPERTS_ALONE = ("experts_int8", "int8_per_channel_weight_only")
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,13 @@ def _connector_needs_equal_heads(vllm_config: "VllmConfig", geometry: ModelGeome
 REFUSALS = (
     Refusal(("--quantization",), _quantizes_ragged_experts, _quantization_sentence),
     Refusal(
+        ("--quantization",),
+        lambda vllm_config, geometry: (
+            geometry.experts is None and vllm_config.model_config.quantization in FOR_EXPERTS_ALONE
+        ),
+        f"--quantization {' and '.join(FOR_EXPERTS_ALONE)} change experts alone, and this model has none",
+    ),
+    Refusal(
         ("--quantization-config",),
         lambda vllm_config, geometry: (
             vllm_config.model_config.quantization_config is not None and vllm_config.model_config.quantization is None
@@ -188,7 +196,7 @@ REFUSALS = (
         ("--kv-transfer-config", "--kv-offloading-backend"),
         _connector_needs_equal_heads,
         "--kv-transfer-config and --kv-offloading-backend lmcache cut KV caches by one number of heads for all layers, "
-        f"and these layers differ; connectors that move whole pages work: {', '.join(PAGE_CONNECTORS)} "
+        f"and these layers differ; connectors that move whole pages are not refused: {', '.join(PAGE_CONNECTORS)} "
         "(--kv-offloading-backend native)",
     ),
     Refusal(

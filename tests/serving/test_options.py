@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.serving import Geometry
 from helpers.tiny import converted, expert_masks, masks_for, tiny_model
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving import options
 from pruned_vllm.serving.options import REFUSALS, check_options
+from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.stock_architectures import DenseOnly
 
 # Uneven query groups, a layer without attention and one without MLP; five KV heads at most and seven query heads.
@@ -111,6 +116,10 @@ CASES = [
     ),
     # Experts of one width that two ranks do not divide have the ragged kernel, too.
     Case(("--quantization",), NOT_REACHED, "equal", {"quantization": "fp8"}, parallel(tensor_parallel_size=3)),
+    *[
+        Case(("--quantization",), "change experts alone, and this model has none", "llama", {"quantization": name})
+        for name in ("experts_int8", "int8_per_channel_weight_only")
+    ],
     Case(("--quantization-config",), "alone changes nothing", "llama", {"quantization_config": LINEAR}),
     Case(("--enable-expert-parallel",), SPREAD, "equal", {"enable_expert_parallel": True}),
     Case(("--enable-eplb", "--enable-elastic-ep"), SPREAD, "equal", {}, parallel(enable_eplb=True)),
@@ -119,9 +128,7 @@ CASES = [
     Case(("--ubatch-size",), SPREAD, "ragged", {"ubatch_size": 2}),
     Case(("--data-parallel-size",), SPREAD, "ragged", {"data_parallel_size": 2}),
     Case(("--moe-backend",), "chooses among kernels for experts of one width", "mixed", {"moe_backend": "triton"}),
-    Case(
-        ("--enable-return-routed-experts",), "reads the choices", "ragged", {"enable_return_routed_experts": True}
-    ),
+    Case(("--enable-return-routed-experts",), "reads the choices", "ragged", {"enable_return_routed_experts": True}),
     Case(
         ("--decode-context-parallel-size",),
         "share the KV cache out",
@@ -210,6 +217,21 @@ def test_what_can_be_honoured_is_not_refused(models, model, arguments):
     vllm_config(models[model], **arguments)
 
 
+def test_a_quantization_that_reaches_no_layer_is_refused():
+    """Whatever vLLM does with a method that nobody has listed: what counts is what the layers got."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, quant_method) -> None:
+            super().__init__()
+            self.quant_method = quant_method
+
+    plain = [Layer(UnquantizedLinearMethod()), Layer(UnquantizedEmbeddingMethod()), torch.nn.Linear(1, 1)]
+    check_quantized(torch.nn.ModuleList(plain), None)
+    check_quantized(torch.nn.ModuleList([*plain, Layer(object.__new__(Fp8PtpcOnlineLinearMethod))]), "fp8_per_channel")
+    with pytest.raises(ValueError, match="quantization 'torchao' changes no layer of this pruned model"):
+        check_quantized(torch.nn.ModuleList(plain), "torchao")
+
+
 def test_all_that_is_wrong_is_said_at_once(models):
     with pytest.raises(ValueError) as error:
         vllm_config(models["ragged"], quantization="fp8", moe_backend="triton", data_parallel_size=2)
@@ -260,9 +282,10 @@ def rows() -> list[tuple[list[str], str]]:
 
 
 def test_the_table_has_every_option_of_vllm_once():
+    parser = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())
     groups = {
         group.title: [action.option_strings[0] for action in group._group_actions if action.option_strings]
-        for group in make_arg_parser(FlexibleArgumentParser())._action_groups
+        for group in parser._action_groups
     }
     named = [name for names, _ in rows() for name in names]
     in_groups = [option for name in named if name in groups for option in groups[name]]

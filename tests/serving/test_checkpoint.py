@@ -1,0 +1,82 @@
+"""A directory that does not fit its config.json is refused before vLLM starts a process: a VllmConfig is enough.
+
+Each process that fails later would end with a sentence about that process, below which nobody finds ours.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.masked import RAGGED
+from helpers.serving import rewrite
+from helpers.tiny import converted, tiny_model
+from vllm.engine.arg_utils import EngineArgs
+
+from pruned_vllm.serving.checkpoint import INDEX
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("model"), tiny_model("llama", 6, 6, 40), RAGGED)
+
+
+def read(directory, **arguments) -> None:
+    EngineArgs(str(directory), max_model_len=128, skip_tokenizer_init=True, **arguments).create_engine_config()
+
+
+def lose_and_cut(directory) -> None:
+    def change(tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        name = "model.layers.1.self_attn.o_proj.weight"
+        tensors[name] = tensors[name][:, :-1].contiguous()
+        tensors["model.layers.3.mlp.up_proj.weight"] = torch.ones(2, 96)
+
+    rewrite(directory, change)
+
+
+def truncate(directory) -> None:
+    (path,) = directory.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def name_a_shard_that_is_not_there(directory) -> None:
+    weight_map = {"lm_head.weight": "model-00002-of-00002.safetensors"}
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def remove(directory) -> None:
+    (path,) = directory.glob("*.safetensors")
+    path.rename(directory / "pytorch_model.bin")
+
+
+DAMAGES = {
+    lose_and_cut: (
+        "does not fit its config.json in 3 tensors",
+        "model.layers.0.mlp.up_proj.weight [17, 96]: missing",
+        "model.layers.1.self_attn.o_proj.weight: the file has [96, 31], config.json says [96, 32]",
+        "model.layers.3.mlp.up_proj.weight [2, 96]: not a tensor of this model",
+    ),
+    truncate: ("weights cannot be read", ".safetensors: "),
+    name_a_shard_that_is_not_there: ("weights cannot be read", "model-00002-of-00002.safetensors: "),
+    remove: ("holds no *.safetensors",),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_is_named_before_anything_starts(model, tmp_path, damage):
+    directory = shutil.copytree(model, tmp_path / "damaged")
+    read(directory)
+    damage(directory)
+    with pytest.raises(ValueError) as error:
+        read(directory)
+    assert str(directory) in str(error.value)
+    for sentence in DAMAGES[damage]:
+        assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [{"load_format": "dummy"}, {"load_format": "sharded_state"}], ids=str)
+def test_files_that_vllm_will_not_read_are_not_judged(model, tmp_path, arguments):
+    directory = shutil.copytree(model, tmp_path / "damaged")
+    lose_and_cut(directory)
+    read(directory, **arguments)
