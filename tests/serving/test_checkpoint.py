@@ -48,6 +48,7 @@ def name_a_shard_that_is_not_there(directory) -> None:
 def remove(directory) -> None:
     (path,) = directory.glob("*.safetensors")
     path.rename(directory / "pytorch_model.bin")
+    (directory / INDEX).unlink(missing_ok=True)
 
 
 DAMAGES = {
