@@ -5,22 +5,20 @@ missing, without a word. A directory is checked from the headers of its files be
 user reads the sentence and not that some worker failed; whatever is loaded is checked again, tensor by tensor.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError, safe_open
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.tensors import canonical_name
+from pruned_vllm.formats.weights import find_weight_files, open_safetensors
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
     from vllm.config import VllmConfig
 
-INDEX = "model.safetensors.index.json"
-# Formats of --load-format that read the safetensors of a model directory as they are.
-DIRECTORY_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+# Values of --load-format that read the safetensors of a model directory as they are.
+SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 
 
 class TensorCheck:
@@ -76,35 +74,22 @@ class TensorCheck:
 
 
 def check_directory(vllm_config: "VllmConfig", geometry: ModelGeometry) -> None:
-    """Checks the files that vLLM will load, where they lie in a directory and are not quantized.
+    """Checks the files that vLLM will load, where they lie in a directory; of quantized ones which files they are.
 
     Raises:
-        InputError: files that are missing or cannot be read, or tensors that do not fit config.json.
+        InputError: files that are missing, cannot be read or that other readers would not take, or tensors that do not
+            fit config.json.
     """
     directory, config = Path(vllm_config.model_config.model), vllm_config.model_config.hf_config
-    quantized = getattr(config, "quantization_config", None) is not None
-    if quantized or not directory.is_dir() or vllm_config.load_config.load_format not in DIRECTORY_FORMATS:
+    if not directory.is_dir() or vllm_config.load_config.load_format not in SAFETENSORS_FORMATS:
+        return
+    paths = find_weight_files(directory)
+    if getattr(config, "quantization_config", None) is not None:
         return
     check = TensorCheck(geometry, is_quantized=False, all_expected=True)
-    problems = []
-    for path in _weight_files(directory):
-        try:
-            with safe_open(path, framework="np") as file:  # reads the header alone
-                for name in file.keys():  # noqa: SIM118
-                    check.accepts(name, tuple(file.get_slice(name).get_shape()), is_floating_point=True)
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{path.name}: {error}")
-    if problems:
-        raise InputError(f"{directory}: weights cannot be read; copy or convert the model again:", problems)
+    for path in paths:
+        with open_safetensors(path) as file:  # reads the header alone
+            for name in file.keys():  # noqa: SIM118
+                shape = tuple(file.get_slice(name).get_shape())
+                check.accepts(canonical_name(name), shape, is_floating_point=True)
     check.finish(str(directory))
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """As vLLM chooses them: what the index names, where there is one."""
-    index = directory / INDEX
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{directory} holds no *.safetensors, the only weights that a pruned model is served from")
-    return files

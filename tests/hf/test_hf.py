@@ -153,15 +153,6 @@ def test_cache_holds_each_kv_head_once(tmp_path):
     assert [layer.keys.shape for layer in cache.layers] == [(1, 1, 40, 1), (1, 1, 40, 1), (1, 3, 40, 32)]
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_ways_to_generate(tmp_path, options):
-    model, masks, directory = Case(((), *UNEVEN[1:]), dense=(12, 3)).convert(tmp_path)
-    prompt, options = torch.tensor(prompts()[-1:]), options | {"max_new_tokens": NUM_TOKENS, "do_sample": False}
-    with apply_masks(model, masks):
-        expected = model.generate(prompt, **options)
-    assert torch.equal(load_pruned(directory).generate(prompt, disable_compile=True, **options), expected)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama, uneven, biases", "llama, layer 1 gone", "qwen3, uneven, biases, tied"])
 def test_fine_tuning_moves_every_parameter(tmp_path, name, reentrant):

@@ -13,7 +13,7 @@ from helpers.serving import rewrite
 from helpers.tiny import converted, tiny_model
 from vllm.engine.arg_utils import EngineArgs
 
-from pruned_vllm.serving.checkpoint import INDEX
+from pruned_vllm.formats.weights import INDEX_FILE
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,18 @@ def truncate(directory) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def name_a_shard_that_is_not_there(directory) -> None:
-    weight_map = {"lm_head.weight": "model-00002-of-00002.safetensors"}
-    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+def lose_a_shard(directory) -> None:
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (path,) = directory.glob("*.safetensors")
+    path.rename(directory / first)
+    weight_map = {"model.norm.weight": first, "lm_head.weight": second}
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def remove(directory) -> None:
+def keep_a_pickle(directory) -> None:
     (path,) = directory.glob("*.safetensors")
     path.rename(directory / "pytorch_model.bin")
-    (directory / INDEX).unlink(missing_ok=True)
+    (directory / INDEX_FILE).unlink(missing_ok=True)
 
 
 DAMAGES = {
@@ -58,9 +61,9 @@ DAMAGES = {
         "model.layers.1.self_attn.o_proj.weight: the file has [96, 31], config.json says [96, 32]",
         "model.layers.3.mlp.up_proj.weight [2, 96]: not a tensor of this model",
     ),
-    truncate: ("weights cannot be read", ".safetensors: "),
-    name_a_shard_that_is_not_there: ("weights cannot be read", "model-00002-of-00002.safetensors: "),
-    remove: ("holds no *.safetensors",),
+    truncate: ("model.safetensors", "is truncated"),
+    lose_a_shard: ("model-00002-of-00002.safetensors",),
+    keep_a_pickle: ("has neither model.safetensors nor model.safetensors.index.json",),
 }
 
 
