@@ -26,7 +26,7 @@ from pruned_vllm.serving.options import REFUSALS, check_options
 from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.stock_architectures import DenseOnly
 
-# Uneven query groups, a layer without attention and one without MLP; five KV heads at most and seven query heads.
+# Uneven query groups, a layer without attention and one without MLP; at most ten query heads in a layer.
 RAGGED = Geometry(((3, 1, 0, 4), (0, 0, 0, 0), (4, 3, 2, 1)), (51, 99, 0), group=4)
 EXPERTS = {
     "ragged": [[17, 9, 24, 5], [1, 2, 3, 4], [24, 23, 1, 12]],
