@@ -94,15 +94,6 @@ def test_ranks(tmp_path, monkeypatch, ranks, model_type, widths, config):
     assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=ranks)
 
 
-def test_expert_parallelism_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    model, masks = model_and_masks("qwen3_moe", RAGGED)
-    directory = converted(tmp_path, model, masks)
-    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    with pytest.raises(ValueError, match="need experts of one size"), engine(directory, **options):
-        pass
-
-
 def test_missing_and_wrong_expert_tensors_are_named(tmp_path):
 
     model, masks = model_and_masks("mixtral", RAGGED)
