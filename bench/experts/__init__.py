@@ -1,0 +1,1 @@
+"""Ragged experts against vLLM's own op, one layer at a time."""

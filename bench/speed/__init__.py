@@ -1,0 +1,1 @@
+"""Dense against pruned: engines, the ideal, reports."""

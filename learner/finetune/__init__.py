@@ -1,0 +1,1 @@
+"""finetune-pruned: trains back what pruning lost."""

@@ -1,0 +1,1 @@
+"""The dense model that masks are learned on: loading, units, masks, perplexity."""

@@ -1,0 +1,1 @@
+"""A learning run: the training loop, its journal, resuming, several processes."""

@@ -1,0 +1,1 @@
+"""What every part uses: errors, commands, argument types, output directories, JSON. Imports no other part."""

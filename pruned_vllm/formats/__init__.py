@@ -1,0 +1,1 @@
+"""What is on disk: config.json, masks, names and shapes of tensors. Needs neither torch nor vLLM."""

@@ -1,0 +1,1 @@
+"""All that needs vLLM: the served classes, tensor parallelism, ragged experts."""

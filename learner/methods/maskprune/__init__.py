@@ -1,0 +1,1 @@
+"""MaskPrune, arXiv 2502.14008."""

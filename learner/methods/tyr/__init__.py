@@ -1,0 +1,1 @@
+"""Tyr-the-Pruner, arXiv 2503.09657."""
