@@ -55,8 +55,9 @@ def notes() -> str:
     return paragraph(
         "Ragged experts run in a kernel of the project's own, which reads exactly the rows there are. For 1 and 8 "
         f"tokens the time is that of reading weights, which it does at {reading} GB/s where vLLM's op reaches "
-        f"{vllm_reading}: hence more than the ideal. For 512 tokens and more it is that of multiplying, where the kernel is slower "
-        f'({multiplying} TFLOP/s against {vllm_multiplying}). "Same kernel" runs the dense layer in it, too.'
+        f"{vllm_reading}: hence more than the ideal. For 512 tokens and more it is that of multiplying, where the "
+        f'kernel is slower ({multiplying} TFLOP/s against {vllm_multiplying}). "Same kernel" runs the dense layer in '
+        "it, too."
     )
 
 
@@ -87,8 +88,8 @@ def perplexity() -> str:
     about = paragraph(
         f"A Qwen3-MoE of {model['parameters'] / 1e6:.1f}M parameters ({layers} layers, {experts} experts of 96 "
         f"channels, 2 a token; each expert gets {from_to(load, '.1f')} % of the held-out tokens, {even} would be "
-        "even), channels of experts removed by DDP with one budget for all or the same for each, as in the paper's ablation; "
-        f"{measured['ddp']['steps']} steps, one seed, held-out perplexity:"
+        "even), channels of experts removed by DDP with one budget for all or the same for each, as in the paper's "
+        f"ablation; {measured['ddp']['steps']} steps, one seed, held-out perplexity:"
     )
     rows = [("nothing", f"{model['heldout_perplexity']:.2f}", "")]
     for sparsity in sorted({run["sparsity"] for run in runs}):
