@@ -1,6 +1,6 @@
 # make setup   a virtual environment with vLLM's CPU build, pinned; does nothing when it is up to date
 # make demo    learn masks, convert, serve, compare: everything once, on a model trained on the spot
-# make test    the tests, in under 20 minutes on two cores
+# make test    the tests, in under 20 minutes on two cores; says which took longest
 # make test-slow engines with several ranks, the wheel, and other long runs that make test leaves out
 # make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
@@ -36,7 +36,7 @@ demo: setup
 	$(BIN)/python -m bench.demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=15
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -7,7 +7,6 @@ The figures are in the file too, so that a test can tell when the picture is old
 
 import json
 import sys
-from collections.abc import Mapping
 
 from bench.speed.report import plot_speedups
 from bench.tables.headline import MODELS
@@ -23,7 +22,7 @@ def main() -> int:
     return 0
 
 
-def cases() -> list[Mapping]:
+def cases() -> list[dict]:
     """What is drawn: cases of bench.e2e_speedup under names for readers."""
     found = []
     for directory in MODELS.values():

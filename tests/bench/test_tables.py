@@ -11,7 +11,9 @@ from pruned_vllm.common.errors import InputError
 
 TEXTS = {path.relative_to(blocks.ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 # A figure with a unit of what is measured here.
-FIGURE = re.compile(r"\d[\d.,]*(?:x\b|\s?%|\s?±|\s?(?:tok/s|GB/s|TFLOP/s|ms|seconds?|minutes?)\b)|perplexity \d")
+FIGURE = re.compile(
+    r"\d[\d.,]*(?:x\b|\s?%|\s?±|\s?(?:tok/s|GB/s|TFLOP/s|ms|seconds?|minutes?|M|million)\b)|perplexity \d"
+)
 # Promises that tests keep, not measurements.
 ALLOWED = {"README.md": ["1 %"], "bench/README.md": []}
 FILES = sorted(path for path in markdown.RESULTS.rglob("*.json"))
