@@ -30,6 +30,7 @@ from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import read_headers
 
 DEFAULT_CASES = ("decode:1:32:64", "decode:8:32:64", "prefill:1:512", "prefill:4:512")
 GIB = 2**30
@@ -48,14 +49,14 @@ def read_models(
         try:
             config = read_json(directory / "config.json")
             geometries.append(ModelGeometry.from_config(config))
-            longest = config.get("max_position_embeddings", max_model_len)
+            longest = config.get("max_position_embeddings") or max_model_len
             if longest < max_model_len:
                 problems.append(
                     f"{option} {directory}: max_position_embeddings is {longest} but {max_model_len} tokens of context "
                     "are needed; choose shorter --cases or a smaller --max-model-len"
                 )
-            if load_format == "auto" and not any(directory.glob("*.safetensors")):
-                problems.append(f"{option} {directory}: has no *.safetensors; --load-format dummy needs none")
+            if load_format == "auto":
+                read_headers(directory)
         except (OSError, ValueError) as error:
             problems.append(f"{option} {directory}: {error}")
     if len(geometries) == 2:

@@ -33,7 +33,7 @@ from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
-# config.json of Qwen/Qwen2.5-0.5B, less what does not change a shape or a speed.
+# config.json of Qwen/Qwen2.5-0.5B without keys that change neither shapes nor speed.
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -129,7 +129,7 @@ def _measure_round(geometries: dict[str, ModelGeometry], options: dict, repeats:
         for name, geometry in geometries.items():
             model = Path(directory, name)
             model.mkdir()
-            # Never the stock class, which a single shape may get: what is compared is shapes, not classes.
+            # Equal layers would be written for the stock class, but this compares shapes, not classes.
             config = converted_config(geometry, CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
             write_json(model / "config.json", config)
         models = [str(Path(directory, name)) for name in geometries]

@@ -186,7 +186,7 @@ def pico_model(name: str) -> Path:
     directory = cache / f"{name}-{digest}"
     if not directory.exists():
         try:
-            with atomic_directory(directory, overwrite=False, is_ours=Path.exists) as temporary:
+            with atomic_directory(directory, writer="bench.pico", overwrite=False) as temporary:
                 _train(name, temporary)
         except InputError:
             if not directory.exists():  # another process may have finished the same model first

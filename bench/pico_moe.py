@@ -25,13 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pruned_vllm.common.command import run_command
-from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.masked import EXPERT_MASK, MASKS_FILE
+from pruned_vllm.formats.masked import MASKS_FILE, layer_masks
 
 SPARSITIES = (0.2, 0.4, 0.6)
 BUDGETS = ("global", "expert")
-# With 300 steps for the paper's 1000, the budget needs a firmer hand to be met by then.
+# The paper takes 1000 steps. To meet the budget within 300, its multiplier must grow faster.
 SETTINGS = {
     "steps": 300,
     "batch_size": 8,
@@ -47,21 +46,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.pico_moe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="replaced if this command wrote it")
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help=f"gets masks and {RESULTS_FILE}, in place of earlier ones"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="N", help="of DDP; default: 42")
     args = parser.parse_args(argv)
 
     def run() -> None:
-        with atomic_directory(args.output_dir, overwrite=True, is_ours=_is_ours) as directory:
-            results = ablate(directory, args.seeds)
-            write_json(directory / RESULTS_FILE, results)
+        args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after an hour of learning
+        with tempfile.TemporaryDirectory() as temporary:
+            results = ablate(Path(temporary), args.seeds)
+            shutil.copytree(temporary, args.output_dir, dirs_exist_ok=True)
+        write_json(args.output_dir / RESULTS_FILE, results)
         show(results)
 
     return run_command(parser.prog, run)
-
-
-def _is_ours(directory: Path) -> bool:
-    return (directory / RESULTS_FILE).is_file()
 
 
 def ablate(masks_directory: Path, seeds: list[int]) -> dict:
@@ -114,7 +113,7 @@ def learn_one(model: Path, checkpoint: Path, sparsity: float, budget: str, seed:
         "budget": budget,
         "seed": seed,
         **results,
-        "expert_widths": [(masks[EXPERT_MASK.format(layer)] > 0).sum(1).tolist() for layer in range(len(masks))],
+        "expert_widths": [(layer.expert > 0).sum(1).tolist() for layer in layer_masks(masks, len(masks))],
     }
 
 

@@ -129,7 +129,7 @@ def chosen_layers(args: argparse.Namespace, scale: float) -> list[Layer]:
 def _run(args: argparse.Namespace) -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    import torch  # not before
+    import torch  # late: --help need not wait for it
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     layers = chosen_layers(args, args.scale or DEFAULT_SCALE[device])

@@ -4,9 +4,9 @@
     python -m bench.scale beta:0.5 scaled/       # no model: a Qwen3-MoE whose experts keep half of their channels
     python bench/e2e_speedup.py --dense scaled/dense --pruned scaled/pruned --load-format dummy
 
-Each layer of the large model keeps the share of heads and channels that the small model's layer at the same relative
-depth keeps, so a learned ragged pattern can be timed where weights, not overheads, fill the time. Random weights
-(`--load-format dummy`) take as long as trained ones.
+Each layer of the large model keeps the share of KV heads, query heads and channels that the small model's layer at the
+same relative depth keeps, so a learned ragged pattern can be timed where weights, not overheads, fill the time. Random
+weights (`--load-format dummy`) take as long as trained ones.
 
 With experts, a layer's source is at the same relative depth among the layers that have experts, or have none, as it
 does. Its experts' shares are the quantiles of the source's, linear between them where the large layer has more
@@ -30,7 +30,7 @@ from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
-# Keys of the small model that say nothing about the large one, or would contradict it.
+# Keys of the small model that do not hold for the large one.
 DROPPED_KEYS = (
     "per_layer_config",
     "pruning",
@@ -41,7 +41,7 @@ DROPPED_KEYS = (
 )
 MOE_OPTIONS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
-# config.json of Qwen/Qwen3-30B-A3B, less what does not change a shape or a speed; its sizes get replaced.
+# config.json of Qwen/Qwen3-30B-A3B without keys that change neither shapes nor speed. Its sizes get replaced.
 QWEN3_MOE = {
     "architectures": ["PrunedQwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -52,7 +52,7 @@ QWEN3_MOE = {
     "head_dim": 128,
     "num_hidden_layers": 1,
     "vocab_size": 151936,
-    "moe_intermediate_size": 1_000_000,  # so that widths are shares in millionths
+    "moe_intermediate_size": 1_000_000,  # a width of this model is then a share in millionths
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
@@ -135,10 +135,8 @@ def _counterpart(index: int, large: Sequence[LayerGeometry], small: Sequence[Lay
 def _scale_layer(
     source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry, align: int, seed: int
 ) -> LayerGeometry:
-    """`dense` less what `source` lacks against `source_dense`; whole KV groups, at least one of what is not skipped."""
-    groups, width = dense.query_heads_per_kv_head, dense.intermediate_size
-    kept_heads = source.num_attention_heads / source_dense.num_attention_heads
-    kept_groups = groups[: max(1, round(kept_heads * len(groups)))] if kept_heads else ()
+    """`dense` less what `source` lacks against `source_dense`; at least one unit of what is not skipped."""
+    width, kept_groups = dense.intermediate_size, _scale_groups(source, source_dense, dense)
     if dense.expert_intermediate_sizes:
         kept = [expert / source_dense.expert_width for expert in source.expert_intermediate_sizes]
         shares = quantiles(kept, len(dense.expert_intermediate_sizes))
@@ -150,6 +148,30 @@ def _scale_layer(
         query_heads_per_kv_head=kept_groups,
         intermediate_size=min(width, max(1, round(kept_channels * width / align)) * align) if kept_channels else 0,
     )
+
+
+def _scale_groups(source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry) -> tuple[int, ...]:
+    """Query heads of each KV head that is left in `dense`: the share of KV heads that `source` keeps, and of the query
+    heads of those. Uneven groups are spread like the source's, by increasing size."""
+    if not source.query_heads_per_kv_head:
+        return ()
+    full, source_full = dense.widest_group, source_dense.widest_group
+    kept_kv_heads = source.num_key_value_heads / source_dense.num_key_value_heads
+    num_kv_heads = max(1, round(kept_kv_heads * dense.num_key_value_heads))
+    filled = source.num_attention_heads / (source.num_key_value_heads * source_full)
+    num_heads = round(num_kv_heads * full * filled)
+    if num_heads < num_kv_heads:
+        raise InputError(
+            f"a KV head of the small model keeps {filled:.0%} of its {source_full} query heads, which is less than one "
+            f"of the large model's {full}; choose a smaller --num-key-value-heads, for example "
+            f"{max(1, dense.num_attention_heads // source_full)}"
+        )
+    shares = quantiles([group / source_full for group in source.query_heads_per_kv_head], num_kv_heads)
+    groups = [1] * num_kv_heads
+    while sum(groups) < num_heads:
+        open_groups = [index for index, group in enumerate(groups) if group < full]
+        groups[max(open_groups, key=lambda index: shares[index] * full - groups[index])] += 1
+    return tuple(groups)
 
 
 def write_scaled(config: Mapping, out: Path, sizes: Mapping, align: int) -> None:

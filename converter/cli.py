@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
-from pruned_vllm.common.directories import check_output
+from pruned_vllm.common.directories import prepare_output
 from pruned_vllm.common.environment import add_version_argument
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
@@ -36,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         "--base-model",
         metavar="DIR_OR_ID",
         help="dense model, in place of any weights in CHECKPOINT and of the one that pruning.json names",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="commit, branch or tag of a dense model of the hub; default: the commit that pruning.json names",
     )
     parser.add_argument(
         "--gqa-layout",
@@ -74,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace OUT if it is a converted model; it stays until the new one is complete",
+        help="replace OUT if this command wrote it; it stays until the new one is complete, and your own files in it "
+        "stay for good",
     )
     parser.add_argument(
         "--plot",
@@ -105,18 +111,19 @@ def _plot(directory: Path) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     # Imported late: --help and wrong arguments should not wait for torch.
-    from converter.convert import convert, is_converted
+    from converter.convert import WRITER, convert
     from converter.plan import make_plan
     from converter.table import print_plan
     from pruned_vllm.pattern import pattern_of_geometry, require_matplotlib, write_report
 
     if not args.dry_run:
-        check_output(args.out, args.overwrite, is_converted)
+        prepare_output(args.out, writer=WRITER, overwrite=args.overwrite)
     if args.plot:
         require_matplotlib()
     plan = make_plan(
         args.checkpoint,
         args.base_model,
+        revision=args.revision,
         gqa_layout=args.gqa_layout,
         alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,

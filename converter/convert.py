@@ -3,25 +3,15 @@
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 from converter.plan import Plan
 from converter.table import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.common.files import copy_companions, write_json
+from pruned_vllm.common.progress import progress_bar
 
-
-def is_converted(directory: Path) -> bool:
-    """Whether `directory` holds a model that `convert` wrote, not one that was trained since.
-
-    finetune-pruned leaves a file, and what `save_pretrained` wrote has no model card.
-    """
-    config = directory / "config.json"
-    if not (config.is_file() and (directory / "README.md").is_file()) or (directory / FINETUNING_FILE).exists():
-        return False
-    return "pruning" in read_json(config)
+WRITER = "convert-pruned"  # whose output only this command replaces
 
 
 def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -37,10 +27,10 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
         OSError: the disk cannot be written.
     """
     _check_place(plan, out)
-    with atomic_directory(out, overwrite=overwrite, is_ours=is_converted) as directory:
+    with atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
         shapes = plan.pruned.tensor_shapes()
         writer = ShardWriter(directory, max_shard_bytes)
-        for name, shape in tqdm(shapes.items(), desc="converting", unit=" tensors"):
+        for name, shape in progress_bar(shapes.items(), desc="converting", unit=" tensors"):
             tensor, done = plan.checkpoint.read(name), []
             dtype = tensor.dtype
             if plan.adapter is not None and name in plan.adapter.pairs:
@@ -54,9 +44,10 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
                 raise AssertionError(f"{name}: cut to {list(tensor.shape)}, the geometry says {list(shape)}")
             if bad := int((~tensor.isfinite()).sum()):
                 after = f" after {' and '.join(done)}" if done else ""
+                stored = plan.checkpoint.tensors[name].dtype
                 raise InputError(
-                    f"{name}: {bad} values are NaN or infinite in {plan.checkpoint.dtypes[name]}{after}; check the "
-                    "weights, or store them in a dtype with a larger range"
+                    f"{name}: {bad} values are NaN or infinite in {stored}{after}; check the weights, "
+                    "or store them in a dtype with a larger range"
                 )
             writer.add(name, tensor)
         writer.finish()

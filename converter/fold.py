@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from converter.masks import LayerMasks
 from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.masked import LayerMasks
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def cut_layer(
         kv_heads, query_heads = _place_heads(_kept_query_heads(dense, masks.head), target)
         query_rows, kv_rows = head_rows(query_heads, head_dim), head_rows(kv_heads, head_dim)
         factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long)).repeat_interleave(head_dim)
-        into_v_proj = dense.num_attention_heads == dense.num_key_value_heads and not family.clips_values
+        into_v_proj = dense.num_attention_heads == dense.num_key_value_heads
         linear("self_attn.q_proj", Cut(rows=query_rows))
         linear("self_attn.k_proj", Cut(rows=kv_rows))
         linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if into_v_proj else None))

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from converter.checkpoint import ELEMENT_BYTES, Checkpoint, open_shard
+from converter.checkpoint import Checkpoint
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import ELEMENT_BYTES
+from pruned_vllm.formats.weights import ADAPTER_CONFIG, open_safetensors
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
@@ -115,7 +116,7 @@ class LoraAdapter:
                 problems.extend(error.problems or (str(error),))
                 return None
 
-        scaling = collect(_Scaling.read, directory / CONFIG_FILE)
+        scaling = collect(_Scaling.read, directory / ADAPTER_CONFIG)
         shard = collect(_open, directory)
         halves: dict[str, tuple[str, str]] = {}
         if shard is not None:
@@ -229,7 +230,7 @@ def _open(directory: Path) -> Any:
             f"{directory / PICKLED_FILE}: pickled weights are never read; save the adapter as safetensors, "
             "save_pretrained(..., safe_serialization=True)"
         )
-    return open_shard(path)
+    return open_safetensors(path, "pt")
 
 
 def _find_halves(
@@ -270,9 +271,9 @@ def _other_key_problems(shard: Any, key: str, checkpoint: Checkpoint) -> list[st
         return [f"{key}: adapters of the embedding are not merged; {USE_PEFT}"]
     match = BASE_COPY.fullmatch(key)
     name = f"{match['module']}.weight" if match else None
-    if name not in checkpoint.shapes:
+    if name not in checkpoint.tensors:
         return [f"{key}: unknown key; known: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight and so on"]
-    if tuple(shard.get_slice(key).get_shape()) == checkpoint.shapes[name] and bool(
+    if tuple(shard.get_slice(key).get_shape()) == checkpoint.tensors[name].shape and bool(
         (shard.get_tensor(key) == checkpoint.read(name)).all()
     ):
         return []

@@ -1,29 +1,24 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-
-from converter.checkpoint import ELEMENT_BYTES, Checkpoint, has_weights
+from converter.checkpoint import Checkpoint
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
-from converter.masks import PruningInfo, read_masks
+from converter.masks import read_masks
 from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import COMPANIONS
-from pruned_vllm.formats.config import converted_config
-from pruned_vllm.formats.families import IGNORED_SUFFIXES
+from pruned_vllm.formats.agreement import refusals
+from pruned_vllm.formats.config import converted_config, dense_geometry
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import dense_problems
+from pruned_vllm.formats.hub import MODEL_FILES, download, model_directory
 from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE
-
-# How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
-FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.weight)?$")
+from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE, PruningInfo
+from pruned_vllm.formats.weights import has_weight_files, unread_weights
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,7 @@ def make_plan(
     directory: Path,
     base_model: str | None = None,
     *,
+    revision: str | None = None,
     gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int | Literal["auto"] = 1,
     max_distinct_shapes: int | None = None,
@@ -86,6 +82,8 @@ def make_plan(
 
     Args:
         base_model: directory or hub id of the dense model; takes the place of any other weights.
+        revision: commit, branch or tag of a model of the hub; None is the one that the masks were learned on, if
+            pruning.json says so, else the main branch.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
         alignment: pads FFN widths to multiples of this, at most to the dense width. "auto" is what suits this machine,
             and leaves experts of different widths as they are: their kernels take any number of rows.
@@ -97,21 +95,18 @@ def make_plan(
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give the masked checkpoint that learn-masks wrote")
     info = PruningInfo.read(directory)
-    weights, source = _find_weights(directory, info, base_model)
+    weights, source = _find_weights(directory, info, base_model, revision)
     checkpoint = Checkpoint(weights)
-    if "quantization_config" in checkpoint.config:
-        raise InputError(f"{weights} is quantized; masks fold into float weights only: quantize afterwards")
-    dense = ModelGeometry.from_config(checkpoint.config)
-    if not dense.is_dense:
-        raise InputError(f"{weights} is pruned already; masks are for a dense model")
-
+    _check_fingerprint(directory, info, weights)
+    dense = dense_geometry(weights, checkpoint.config)
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
             f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
             "--align makes the shapes of experts fewer"
         )
 
-    problems = _tensor_problems(checkpoint, dense)
+    problems = [f"config.json: {problem}" for problem in refusals(dense.family, checkpoint.config)]
+    problems += dense_problems(checkpoint.tensors, dense)
     masks, adapter = [], None
     try:
         masks = read_masks(directory, dense)
@@ -160,64 +155,56 @@ def make_plan(
     )
 
 
-def _find_weights(directory: Path, info: PruningInfo, base_model: str | None) -> tuple[Path, str | None]:
+def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> None:
+    """Refuses weights that the masks do not belong to."""
+    if info.base_fingerprint is None:
+        return
+    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.of(weights))
+    if differences:
+        name = info.base_model or "those that were beside them"
+        commit = f" at revision {info.base_revision}" if info.base_revision else ""
+        raise InputError(
+            f"The masks in {directory} were learned for other weights ({name}{commit}) than those in {weights}. Give "
+            "the model that they were learned for with --base-model, or learn masks for this one. If it is the right "
+            f"one nevertheless, remove base_fingerprint from {directory / PRUNING_FILE}. What differs:",
+            differences,
+        )
+
+
+def _find_weights(
+    directory: Path, info: PruningInfo, base_model: str | None, revision: str | None
+) -> tuple[Path, str | None]:
     """The directory of the dense weights, and their hub id if they come from the hub.
 
     A base model given by the user counts first, then weights beside the masks, then the one in pruning.json (relative
     to the masked checkpoint).
+
+    Raises:
+        InputError: there are none, or they are elsewhere, but beside the masks is something that may have been meant.
     """
     if base_model is not None:
-        candidate = Path(base_model)
-    elif has_weights(directory):
-        return directory, None
+        name, find = base_model, model_directory
+    elif has_weight_files(directory):
+        return model_directory(str(directory), MODEL_FILES, revision)
     elif info.base_model is not None:
-        base_model, candidate = info.base_model, directory / info.base_model
+        name, find = str(directory / info.base_model), model_directory
+        if not Path(name).is_dir():
+            name, find, revision = info.base_model, download, revision or info.base_revision
     else:
+        unread = ", ".join(unread_weights(directory))
         raise InputError(
-            f"{directory} holds no safetensors weights and {PRUNING_FILE} names no base_model; "
-            "give the dense model with --base-model"
+            f"{directory} holds no weights as safetensors{f', but {unread},' if unread else ''} and {PRUNING_FILE} "
+            "names no base_model; give the dense model with --base-model"
         )
-    if candidate.is_dir():
-        return candidate, None
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS]
-    try:
-        return Path(snapshot_download(base_model, allow_patterns=patterns)), base_model
-    except (OSError, HFValidationError) as error:
+    if unread := unread_weights(directory):
         raise InputError(
-            f"base_model {base_model!r} is neither a directory nor a model that can be downloaded ({error}); "
-            "give the dense model with --base-model"
-        ) from None
-
-
-def _tensor_problems(checkpoint: Checkpoint, dense: ModelGeometry) -> list[str]:
-    """Compares the headers of the shards with what config.json promises."""
-    if fused := sorted(name for name in checkpoint.shapes if FUSED_EXPERTS.search(name)):
-        return [
-            f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor; the format has one for "
-            "each expert, as every published checkpoint: load the model with Transformers 5 and save_pretrained it"
-        ]
-    expected = dense.tensor_shapes()
-    problems = [f"{name} {list(shape)}: missing" for name, shape in expected.items() if name not in checkpoint.shapes]
-    for name, shape in checkpoint.shapes.items():
-        if name in expected:
-            if shape != expected[name]:
-                problems.append(f"{name}: the file has {list(shape)}, config.json says {list(expected[name])}")
-            if checkpoint.dtypes[name] not in ELEMENT_BYTES:
-                problems.append(f"{name}: dtype {checkpoint.dtypes[name]}; only {sorted(ELEMENT_BYTES)} can be folded")
-        elif name == "lm_head.weight":
-            problems += _tied_lm_head_problems(checkpoint)
-        elif not name.endswith(IGNORED_SUFFIXES):
-            problems.append(f"{name} {list(shape)}: not a tensor of {dense.family.architecture}; it would be lost")
-    return problems
-
-
-def _tied_lm_head_problems(checkpoint: Checkpoint) -> list[str]:
-    """A tied lm_head may be stored too, but only as a copy of the embedding."""
-    lm_head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if embedding not in checkpoint.shapes:  # reported as missing
-        return []
-    if checkpoint.shapes[lm_head] == checkpoint.shapes[embedding] and torch.equal(
-        checkpoint.read(lm_head), checkpoint.read(embedding)
-    ):
-        return []
-    return [f"{lm_head}: differs from {embedding}, but tie_word_embeddings is true in config.json; correct either"]
+            f"{directory} holds {', '.join(unread)}, which would be ignored: pickled weights are never read, and the "
+            f"base model {name} would take their place. If the masks belong to these weights, save them with "
+            "save_pretrained of Transformers, and an adapter into a subdirectory that lora_adapter names; else move "
+            "them away"
+        )
+    try:
+        weights, commit = find(name, MODEL_FILES, revision)
+        return weights, name if commit else None
+    except InputError as error:
+        raise InputError(f"base_model {error}; give the dense model with --base-model") from None

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
+from pruned_vllm.formats.agreement import left_out
 from pruned_vllm.formats.layer import LayerGeometry
 
 
@@ -105,6 +106,8 @@ def totals(plan: Plan) -> list[str]:
         f"Architecture: {config['architectures'][0]}"
         + (" (served by the pruned-vllm plugin)." if "per_layer_config" in config else " (stock; needs no plugin)."),
     ]
+    if keys := left_out(before.family, plan.checkpoint.config):
+        lines.append(f"Not in the new config.json, since vLLM alone acts on them: {', '.join(keys)}.")
     if plan.adapter is not None:
         ranks, count = plan.adapter.ranks, len(plan.adapter.pairs)
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -130,7 +133,7 @@ def _shape_totals(plan: Plan) -> list[str]:
     if not _is_padded(plan):
         return [f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers."]
     exact_bytes, written_bytes = plan.bytes_of(plan.exact), plan.bytes_of(plan.pruned)
-    element_bytes = ELEMENT_BYTES[plan.checkpoint.dtypes["model.layers.0.self_attn.k_proj.weight"]]
+    element_bytes = ELEMENT_BYTES[plan.checkpoint.tensors["model.layers.0.self_attn.k_proj.weight"].dtype]
     exact_cache, cache = (geometry.kv_cache_bytes_per_token(element_bytes) for geometry in (plan.exact, plan.pruned))
     padding = f"Padding: {_megabytes(written_bytes - exact_bytes)} MB of zeros in the weights "
     padding += f"({_lost(exact_bytes, written_bytes)} on top of {_megabytes(exact_bytes)} MB)"

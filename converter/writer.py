@@ -1,4 +1,4 @@
-"""Writes tensors as safetensors shards with an index, holding one shard in memory."""
+"""Writes tensors as safetensors, in one file or in shards with an index, holding one shard in memory."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from converter.checkpoint import INDEX_FILE
 from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.weights import INDEX_FILE, SINGLE_FILE
 
 
 class ShardWriter:
@@ -37,9 +37,12 @@ class ShardWriter:
         self._total_bytes += tensor.nbytes
 
     def finish(self) -> None:
-        """Writes the last shard, gives the shards their final names and writes the index."""
+        """Writes the last shard and gives the shards their final names: one alone needs no index."""
         self._flush()
         count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self._directory / SINGLE_FILE)
+            return
         weight_map = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"

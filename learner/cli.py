@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
+    add("--revision", metavar="NAME", help="commit, branch or tag of a hub id; default: the main branch")
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     add("--method", choices=tuple(METHODS), default=Job.method, help=f"{summaries}; default: {Job.method}")
     add(
@@ -53,11 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         default=Job.head_sparsity,
         help="share of heads to remove, 0 leaves them as they are; default: as --sparsity",
     )
-    default_heads = ", ".join(
-        f"{default} ({', '.join(name for name, its in METHODS.items() if its.query_heads[0] == default)})"
-        for default in QUERY_HEADS
-        if any(its.query_heads[0] == default for its in METHODS.values())
-    )
+    by_default = {default: [] for default in QUERY_HEADS}
+    for name, method in METHODS.items():
+        by_default[method.query_heads[0]].append(name)
+    default_heads = ", ".join(f"{default} ({', '.join(names)})" for default, names in by_default.items() if names)
     add(
         "--query-heads",
         choices=QUERY_HEADS,
@@ -68,8 +68,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
     add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
     add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
-    add("--seed", type=seed, default=Job.seed, help="of initialization and data order; default: 42")
-    add("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files; CKPT gets a CSV in any case")
+    add(
+        "--seed",
+        type=seed,
+        default=Job.seed,
+        help="for what is drawn at random, and the order of the data; default: 42",
+    )
+    add("--tensorboard", type=Path, metavar="DIR", help="write event files for TensorBoard; a CSV is always in CKPT")
     add(
         "--report",
         action="store_true",
@@ -101,13 +106,13 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
         help="text to measure the perplexity on, before and after, in blocks of 128 tokens",
     )
     parser.add_argument(
-        "--text-column", default="text", metavar="NAME", help="where rows have their text; default: text"
+        "--text-column", default="text", metavar="NAME", help="column of rows that holds the text; default: text"
     )
-    parser.add_argument("--split", default="train", metavar="NAME", help="of data sets; default: train")
+    parser.add_argument("--split", default="train", metavar="NAME", help="split of data sets; default: train")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One option for each name among the settings of all methods; those of several methods in a group of their own."""
+    """Adds one option for each name among the settings of all methods, in groups by the methods that have it."""
     owners: dict[str, dict] = {}
     for name, method in METHODS.items():
         for field in fields(method.settings):
@@ -121,8 +126,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         flag = f"--{option.replace('_', '-')}"
         hint = get_type_hints(METHODS[next(iter(by_method))].settings)[option]
         if isinstance(hint, types.UnionType):  # int | None
-            hint = next(each for each in get_args(hint) if each is not types.NoneType)
-        shown = {name: its.metadata["shown"] or its.default for name, its in by_method.items()}
+            hint = next(part for part in get_args(hint) if part is not types.NoneType)
+        shown = {name: row.metadata["shown"] or row.default for name, row in by_method.items()}
         if len(set(shown.values())) == 1:
             default = str(next(iter(shown.values())))
         else:
@@ -153,7 +158,9 @@ def _learn(arguments: dict) -> None:
     )
     job = {field.name: arguments.pop(field.name) for field in fields(Job) if field.name in arguments}
     settings = METHODS[job["method"]].settings
-    unknown = [f"--{name.replace('_', '-')}" for name in arguments if name not in {it.name for it in fields(settings)}]
+    unknown = [
+        f"--{name.replace('_', '-')}" for name in arguments if name not in {field.name for field in fields(settings)}
+    ]
     if unknown:
         raise InputError(f"{job['method']} has no {', '.join(unknown)}; see learn-masks --help for whose they are")
     results = learn(Job(**job, settings=settings(**arguments)), out, **run)

@@ -1,12 +1,12 @@
-"""What a learning run can be told, and the table of methods; the command line is made from both. Pure Python.
+"""The options of a learning run, and the table of methods. The command line is made from both. Pure Python.
 
-A method is one row of METHODS, one dataclass of settings here, and one module with a function `learn`, of which
-learner/methods/method.py says what it takes and returns. Options of the same name in two methods mean the same, but may
-have other defaults.
+To add a method, write one row of METHODS, one dataclass of settings, and one module with a function `learn`;
+learner/methods/method.py says what the function takes and returns. An option that several methods have means the same
+in all of them, but may have other defaults.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.masked import CHANNEL_MASK_SITES
@@ -17,6 +17,7 @@ QUERY_HEADS = ("independent", "tied")
 LORA_TARGETS = ("all", "query-value")
 RESOURCES = ("kind", "model")
 ERROR_ACCUMULATIONS = ("expectation", "none")
+SEQUENCE_LENGTH_HELP = "tokens in a sequence; the default is less for models with fewer positions"
 
 
 def option(
@@ -29,6 +30,19 @@ def option(
     return field(default=default, metadata={"help": text, "choices": choices, "shown": shown, "zero": zero})
 
 
+def with_sequence_length(settings: Any, positions: int | None) -> Any:
+    """`settings` with a sequence length: if none was asked for, the default, but not more than the model's positions.
+
+    Args:
+        settings: a dataclass; one without `sequence_length` is returned as it is.
+        positions: that the model was made for; None if its config does not say.
+    """
+    if getattr(settings, "sequence_length", 0) is not None:
+        return settings
+    length = settings.default_sequence_length
+    return replace(settings, sequence_length=min(length, positions or length))
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """Of methods that learn by gradients."""
@@ -36,32 +50,33 @@ class TrainingSettings:
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "sequences in a step, on all devices together")
     micro_batch_size: int = option(16, "sequences in one forward pass on one device; lower it to save memory")
-    sequence_length: int = option(2048, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
+    default_sequence_length: ClassVar[int] = 2048
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
     @property
-    def tokens(self) -> int:
-        """That a run consumes."""
-        return self.steps * self.batch_size * self.sequence_length
+    def sequences(self) -> int:
+        """How many sequences a run reads."""
+        return self.steps * self.batch_size
 
 
 @dataclass(frozen=True)
 class DDPSettings(TrainingSettings):
     """Defaults of arXiv 2603.08065."""
 
-    learning_rate: float = option(2e-2, "of the masks (ddp: their parameters z)")
-    lambda_learning_rate: float = option(2e-2, "of the multipliers lambda1 and lambda3")
-    lambda2_learning_rate: float = option(0.8, "of lambda2; raise it when a short run misses its budget")
+    learning_rate: float = option(2e-2, "learning rate of the masks (ddp: of their parameters z)")
+    lambda_learning_rate: float = option(2e-2, "learning rate of the multipliers lambda1 and lambda3")
+    lambda2_learning_rate: float = option(0.8, "learning rate of lambda2; raise it when a short run misses its budget")
     warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
     mu_start: float = option(0.5, "mask value that counts half at the first step")
     mu_end: float = option(0.05, "mask value that counts half at the last step")
-    kd_weight: float = option(2.0, "weight of the distillation loss, 0 learns without a teacher", zero=True)
+    kd_weight: float = option(2.0, "weight of the distillation loss; 0 learns without a teacher", zero=True)
     kd_temperature: float = option(1.0, "temperature of the distillation loss")
     budget: str = option(
-        "global", "what loses the share by itself: the whole model, each layer, or each expert", choices=BUDGETS
+        "global", "where the share is removed: in the whole model, in every layer, or in every expert", choices=BUDGETS
     )
     gate: str = option(
-        "relu", "how masks come from their parameters; the others are the paper's baselines", choices=GATES
+        "relu", "how masks are computed from their parameters; all but relu are the paper's baselines", choices=GATES
     )
 
 
@@ -70,11 +85,12 @@ class MaskPruneSettings(TrainingSettings):
     """Defaults of arXiv 2502.14008 where it has any; see learner/methods/maskprune/learn.py for the others."""
 
     steps: int = option(8750, "optimizer steps")
-    sequence_length: int = option(512, "tokens in a sequence")
-    learning_rate: float = option(1e-2, "of the masks")
-    lora_learning_rate: float = option(1e-3, "of the adapter")
-    lora_rank: int = option(8, "of the adapter, 0 learns masks only", zero=True)
-    lora_alpha: float = option(8.0, "of the adapter, whose product is scaled by alpha / rank")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="512")
+    default_sequence_length: ClassVar[int] = 512
+    learning_rate: float = option(1e-2, "learning rate of the masks")
+    lora_learning_rate: float = option(1e-3, "learning rate of the adapter")
+    lora_rank: int = option(8, "rank of the adapter; 0 learns masks only", zero=True)
+    lora_alpha: float = option(8.0, "alpha of the adapter, whose product is scaled by alpha / rank")
     lora_targets: str = option(
         "all", "projections with an adapter: all of attention and dense MLPs, or q and v", choices=LORA_TARGETS
     )
@@ -96,12 +112,13 @@ class CalibrationSettings:
     """Of methods that run text through the model, but learn nothing by gradients."""
 
     calibration_sequences: int = option(128, "sequences that activations are measured on")
-    sequence_length: int = option(2048, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
+    default_sequence_length: ClassVar[int] = 2048
 
     @property
-    def tokens(self) -> int:
-        """That a run consumes."""
-        return self.calibration_sequences * self.sequence_length
+    def sequences(self) -> int:
+        """How many sequences a run reads."""
+        return self.calibration_sequences
 
 
 @dataclass(frozen=True)
@@ -114,20 +131,21 @@ class TyrSettings(CalibrationSettings):
     """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
 
     calibration_sequences: int = option(1024, "sequences that activations are measured on")
-    sequence_length: int = option(4096, "tokens in a sequence")
+    sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="4096")
+    default_sequence_length: ClassVar[int] = 4096
     iterations: int = option(
         4,
         "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
         zero=True,
     )
-    generations: int = option(50, "of a search")
-    offspring: int = option(128, "in a generation")
+    generations: int = option(50, "generations of a search")
+    offspring: int = option(128, "children in a generation")
     selection_tokens: int = option(
-        131072, "tokens that the last stage of selection reads; those before it read 1/64 and 1/8 of that"
+        131072, "tokens that the last stage of selection reads; the stages before it read 1/64 and 1/8 of that"
     )
     error_accumulation: str = option(
         "expectation",
-        "what later layers are pruned for: errors of all candidates on average, or none (dense inputs)",
+        "which inputs later layers are pruned for: with the mean error of all candidates, or without (dense inputs)",
         choices=ERROR_ACCUMULATIONS,
     )
 
@@ -148,6 +166,7 @@ class Method:
         reads_text: whether it learns from --data.
         query_heads: which of QUERY_HEADS it supports; the first is its default.
         offloads: whether the model waits in CPU memory and the method brings to the device what it needs there.
+        changes_weights: whether the model has other weights in the end, which the checkpoint must hold.
         takes_remote_code: whether it prunes models whose code comes with the checkpoint; see
             learner/model/remote_code.py.
     """
@@ -158,6 +177,7 @@ class Method:
     reads_text: bool = True
     query_heads: tuple[str, ...] = QUERY_HEADS
     offloads: bool = False
+    changes_weights: bool = False
     takes_remote_code: bool = True
 
 
@@ -174,11 +194,14 @@ METHODS = {
         TyrSettings,
         "Tyr-the-Pruner, arXiv 2503.09657",
         offloads=True,
+        changes_weights=True,
         takes_remote_code=False,
     ),
-    "wanda": Method("learner.methods.wanda", WandaSettings, "what large weights read from large activations stays"),
-    "magnitude": Method("learner.methods.baselines:magnitude", NoSettings, "largest weights stay", reads_text=False),
-    "random": Method("learner.methods.baselines:random", NoSettings, "units drawn by lot stay", reads_text=False),
+    "wanda": Method("learner.methods.wanda", WandaSettings, "keeps units whose weights and activations are large"),
+    "magnitude": Method(
+        "learner.methods.baselines:magnitude", NoSettings, "keeps the units with the largest weights", reads_text=False
+    ),
+    "random": Method("learner.methods.baselines:random", NoSettings, "keeps units at random", reads_text=False),
 }
 
 
@@ -201,6 +224,7 @@ class Job:
         dtype: of the weights while learning ("auto": as stored); masks are float32.
         trust_remote_code: run the model's own code, for architectures that Transformers lacks.
         seed: of initialization and data order.
+        revision: commit, branch or tag of a model of the hub; None is its main branch.
     """
 
     model: str
@@ -217,6 +241,7 @@ class Job:
     dtype: str = "auto"
     trust_remote_code: bool = False
     seed: int = 42
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError where the method does not exist or is told what it cannot do."""

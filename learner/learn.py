@@ -2,45 +2,36 @@
 
 import importlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
-from learner.data.text import evaluation_tokens, training_blocks
-from learner.job import METHODS, Job
+from learner.data.text import evaluation_tokens, num_positions, training_blocks
+from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
 from learner.model.dense import load_dense, on_device
 from learner.model.masking import apply_masks
 from learner.model.perplexity import perplexity
+from learner.model.saving import check_can_be_saved, save_model
 from learner.model.units import sparsity
 from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
 from learner.run.processes import together
 from learner.run.resume import unfinished_run
-from pruned_vllm.common.directories import atomic_directory, check_output
+from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, MASKS_FILE, PRUNING_FILE
+from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
+WRITER = "learn-masks"  # whose output only this command replaces
 RESULTS_FILE = "learning.json"
 ADAPTER_DIRECTORY = "adapter"
-
-
-def is_learned(directory: Path) -> bool:
-    """Whether `learn` wrote `directory`, and every file in it."""
-    if not (directory / RESULTS_FILE).is_file():
-        return False
-    written = read_json(directory / RESULTS_FILE).get("files", [])
-    return _files(directory) <= {RESULTS_FILE, *written}
-
-
-def _files(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
 
 
 def learn(
@@ -62,7 +53,7 @@ def learn(
     the first writes.
 
     Args:
-        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        overwrite: replace what this function wrote in `out`, and forget an interrupted run.
         resume: go on with the interrupted run of the same job, if there is one.
         tensorboard: directory for event files.
         report: draw what the masks leave, see pruned_vllm/pattern.py.
@@ -72,27 +63,33 @@ def learn(
     """
     method = METHODS[job.method]
     accelerator = on_device(job.device)
-    results, blocks = {}, None
+    results, blocks, inputs, show = {}, None, {}, accelerator.is_main_process
     with together(accelerator):
         _check_unsharded(accelerator)
-        check_output(out, overwrite, is_learned)
+        if accelerator.is_main_process:
+            prepare_output(out, writer=WRITER, overwrite=overwrite)
         if report:
             require_matplotlib()
-        model, tokenizer, units = load_dense(job, "cpu" if method.offloads else accelerator.device)
-        if job.eval_data:
-            eval_ids = evaluation_tokens(model, tokenizer, job, accelerator.is_main_process)
-            results["dense_perplexity"] = perplexity(model, eval_ids)
+        dense = load_dense(job, "cpu" if method.offloads else accelerator.device)
+        model, tokenizer, units = dense.model, dense.tokenizer, dense.units
+        inputs["model"] = str(dense.fingerprint)
+        settings = with_sequence_length(job.settings, num_positions(model))
+        job = replace(job, revision=dense.commit, settings=settings)
+        if method.changes_weights:
+            check_can_be_saved(model, job.model)
         if method.reads_text:
-            length, consumed = job.settings.sequence_length, job.settings.tokens
-            blocks = training_blocks(model, tokenizer, job, length, consumed, accelerator.is_main_process)
+            blocks = training_blocks(model, tokenizer, job, settings.sequence_length, settings.sequences, show)
+            inputs["text of --data, or the tokenizer"] = blocks.digest()
+        if job.eval_data:
+            eval_ids = evaluation_tokens(model, tokenizer, job, show)
 
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
-    kept = unfinished_run(
-        out, job, lambda its: (its / STATE_FILE).exists(), accelerator, resume=resume, overwrite=overwrite
-    )
-    with kept as unfinished:
+    run = unfinished_run(out, job, inputs, _has_state, accelerator, resume=resume, overwrite=overwrite)
+    with run as unfinished:
         with together(accelerator):
-            journal = Journal(unfinished, tensorboard, accelerator.is_main_process)
+            journal = Journal(unfinished, tensorboard, show)
+            if job.eval_data:
+                results["dense_perplexity"] = perplexity(model, eval_ids, title="dense perplexity", show_progress=show)
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
@@ -104,25 +101,30 @@ def learn(
         if job.eval_data:
             on_model = {name: mask.to(model.device) for name, mask in masks.items()}
             with apply_masks(model, on_model, learned.channel_mask_site):
-                results["masked_perplexity"] = perplexity(model, eval_ids)
+                results["masked_perplexity"] = perplexity(
+                    model, eval_ids, title="masked perplexity", show_progress=show
+                )
         with together(accelerator):
             if accelerator.is_main_process:
-                with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_learned) as directory:
+                with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
-                    if learned.weights_changed:
-                        model.save_pretrained(directory)
-                        tokenizer.save_pretrained(directory)
+                    if method.changes_weights:
+                        save_model(model, dense.directory, directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                    write_json(directory / PRUNING_FILE, _pruning(job, learned))
+                    base = str(Fingerprint.of(directory)) if method.changes_weights else inputs["model"]
+                    _pruning(job, learned, base).write(directory)
                     journal.write_log(directory / LOG_FILE)
                     if report:
                         geometry = ModelGeometry.from_config(model.config.to_dict())
                         arrays = {name: mask.numpy() for name, mask in masks.items()}
                         write_report(pattern_of_masks(geometry, arrays), directory)
-                    written = sorted(_files(directory))
-                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results, "files": written})
+                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results})
     return results
+
+
+def _has_state(unfinished: Path) -> bool:
+    return (unfinished / STATE_FILE).exists()
 
 
 def _check_unsharded(accelerator: Accelerator) -> None:
@@ -138,12 +140,15 @@ def _function(name: str):
     return getattr(importlib.import_module(module), function or "learn")
 
 
-def _pruning(job: Job, learned: Learned) -> dict:
-    base_model = str(Path(job.model).resolve()) if Path(job.model).is_dir() else job.model
-    return {
-        "format_version": FORMAT_VERSION,
-        "method": job.method,
-        "channel_mask_site": learned.channel_mask_site,
-        "base_model": None if learned.weights_changed else base_model,
-        "lora_adapter": ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
-    }
+def _pruning(job: Job, learned: Learned, fingerprint: str) -> PruningInfo:
+    """pruning.json; `fingerprint` is of the model that the masks belong to, beside them or elsewhere."""
+    is_elsewhere, is_directory = not METHODS[job.method].changes_weights, Path(job.model).is_dir()
+    base_model = str(Path(job.model).resolve()) if is_directory else job.model
+    return PruningInfo(
+        method=job.method,
+        channel_mask_site=learned.channel_mask_site,
+        base_model=base_model if is_elsewhere else None,
+        lora_adapter=ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
+        base_revision=job.revision if is_elsewhere else None,
+        base_fingerprint=fingerprint,
+    )

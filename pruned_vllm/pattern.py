@@ -23,14 +23,14 @@ import numpy as np
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
+from pruned_vllm.common.manifest import REPORT_WRITER
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
+from pruned_vllm.formats.masked import MASK_KEYS, LayerMasks, layer_masks
 
 REPORT_DIRECTORY = "report"  # in a checkpoint; vLLM and Transformers look for nothing there
 PATTERN_FILE = "pattern.json"
 NUM_BINS = 32  # of histograms
-KINDS = {"head": HEAD_MASK, "channel": CHANNEL_MASK, "expert": EXPERT_MASK}
 
 
 def require_matplotlib() -> None:
@@ -60,13 +60,18 @@ def pattern_of_geometry(geometry: ModelGeometry) -> dict[str, Any]:
 def pattern_of_masks(dense: ModelGeometry, masks: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The numbers of masks, under the keys of pruning_masks.safetensors, for a dense model; 0 removes."""
     rows = []
-    for index, layer in enumerate(dense.layers):
-        head, channel, expert = (masks.get(name.format(index)) for name in KINDS.values())
-        heads = [1] * layer.num_attention_heads if head is None else (head != 0).astype(int).tolist()
-        channels = layer.intermediate_size if channel is None else int(np.count_nonzero(channel))
-        experts = layer.expert_intermediate_sizes if expert is None else np.count_nonzero(expert, axis=1).tolist()
+    of_layers = layer_masks(masks, len(dense.layers))
+    for layer, of_layer in zip(dense.layers, of_layers, strict=True):
+        heads, channels = [1] * layer.num_attention_heads, layer.intermediate_size
+        experts = layer.expert_intermediate_sizes
+        if of_layer.head is not None:
+            heads = (of_layer.head != 0).astype(int).tolist()
+        if of_layer.channel is not None:
+            channels = int(np.count_nonzero(of_layer.channel))
+        if of_layer.expert is not None:
+            experts = np.count_nonzero(of_layer.expert, axis=1).tolist()
         rows.append(_row(layer, heads, channels, experts))
-    return _pattern(dense, rows, head_positions_known=True) | {"mask_values": _histograms(dense, masks)}
+    return _pattern(dense, rows, head_positions_known=True) | {"mask_values": _histograms(of_layers)}
 
 
 def write_report(pattern: Mapping[str, Any], checkpoint: Path) -> Path:
@@ -82,7 +87,7 @@ def write_report(pattern: Mapping[str, Any], checkpoint: Path) -> Path:
     if pattern.get("mask_values"):
         pictures["mask_values.png"] = _draw_mask_values
     directory = checkpoint / REPORT_DIRECTORY
-    with atomic_directory(directory, overwrite=True, is_ours=lambda path: (path / PATTERN_FILE).is_file()) as temporary:
+    with atomic_directory(directory, writer=REPORT_WRITER, overwrite=True) as temporary:
         write_json(temporary / PATTERN_FILE, pattern)
         for name, draw in pictures.items():
             draw(pattern).savefig(temporary / name, dpi=150)
@@ -117,11 +122,11 @@ def _pattern(geometry: ModelGeometry, rows: list[dict[str, Any]], head_positions
     }
 
 
-def _histograms(dense: ModelGeometry, masks: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _histograms(of_layers: list[LayerMasks[np.ndarray]]) -> dict[str, Any]:
     """By kind of unit, the values that are not 0: counts and edges of the bins."""
     histograms = {}
-    for kind, name in KINDS.items():
-        found = [masks[key] for key in map(name.format, range(len(dense.layers))) if key in masks]
+    for kind in MASK_KEYS:
+        found = [mask for mask in (getattr(of_layer, kind) for of_layer in of_layers) if mask is not None]
         values = np.concatenate([mask[mask != 0] for mask in found]) if found else np.empty(0)
         if values.size:
             counts, edges = np.histogram(values, NUM_BINS)

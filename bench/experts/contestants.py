@@ -94,7 +94,7 @@ def _fused_cpu() -> Callable[[torch.Tensor, torch.Tensor], Run]:
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    # As vLLM's own layer chooses them: the fastest instructions that this CPU has.
+    # The fastest instructions of this CPU, chosen as vLLM's own layer does.
     choices = (cpu_moe.X86CPUUnquantizedExperts, cpu_moe.ArmCPUUnquantizedExperts, cpu_moe.PowerCPUUnquantizedExperts)
     supported = [experts.isa for experts in choices if experts._supports_current_device()]
     isa = (supported or [cpu_moe.CPUUnquantizedExperts.isa])[0]

@@ -67,7 +67,7 @@ def converted_layers(directory: Path, scale: float) -> Iterator[Layer]:
     for index, (layer, dense) in enumerate(zip(geometry.layers, geometry.dense_layers, strict=True)):
         if any(layer.expert_intermediate_sizes):
             full = aligned(dense.expert_width * scale)
-            # Not times full / dense width: where that was rounded up, so would be what experts keep.
+            # Scaled by `scale`, not by full / dense width: rounding that up would make the experts keep more.
             widths = tuple(min(full, round(width * scale)) for width in layer.expert_intermediate_sizes)
             top_k = geometry.experts.num_experts_per_tok
             yield Layer(f"layer {index}", aligned(geometry.hidden_size * scale), top_k, full, widths)

@@ -7,10 +7,11 @@ from learner.model.perplexity import EVAL_BLOCK_SIZE
 
 
 def balancing_loss(router_logits: tuple[torch.Tensor, ...], chosen: int) -> torch.Tensor:
-    """Transformers' load-balancing loss of each layer, logits [tokens, experts], averaged; `chosen` is at best even.
+    """Transformers' load-balancing loss of each layer, logits [tokens, experts], averaged over the layers.
 
+    It is lowest, and equal to `chosen`, the number of experts of a token, when all experts get as many tokens.
     With `router_aux_loss_coef` Transformers takes all layers together instead. Training then left experts without any
-    token, since one layer's idle expert is made up for by another layer's busy one of the same number.
+    token, since an idle expert of one layer was made up for by a busy one with the same index in another layer.
     """
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -31,7 +32,7 @@ def expert_load(model: nn.Module, token_ids: torch.Tensor) -> list[list[float]]:
         router_logits = model(input_ids=batch, output_router_logits=True).router_logits  # by layer [tokens, experts]
         experts = [logits.topk(chosen, dim=-1).indices.flatten() for logits in router_logits]
         counts += torch.stack(
-            [each.bincount(minlength=logits.shape[-1]) for each, logits in zip(experts, router_logits, strict=True)]
+            [ids.bincount(minlength=logits.shape[-1]) for ids, logits in zip(experts, router_logits, strict=True)]
         )
     return (counts.double() / counts.sum(1, keepdim=True)).tolist()
 

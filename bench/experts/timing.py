@@ -13,10 +13,10 @@ from bench.experts.contestants import Contestant
 from bench.experts.layers import Layer
 from pruned_vllm.common.errors import InputError
 
-SHORT_CASE_SECONDS, MOST_REPEATS = 1.0, 200  # on CPU a case of short calls gets more repeats, until it took so long
+SHORT_CASE_SECONDS, MOST_REPEATS = 1.0, 200  # on CPU, short cases repeat for this long
 DO_BENCH_MS = {"warmup": 2, "rep": 15}
 ELEMENT_BYTES = 2  # bfloat16
-TOLERANCE = 0.05  # largest difference of two outputs, as a share of the largest number: bfloat16 rounds differently
+TOLERANCE = 0.05  # of the largest output; bfloat16 rounds differently
 
 
 def route(tokens: int, num_experts: int, top_k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,10 +39,10 @@ def cpu_timer(contestant: Contestant, x: torch.Tensor, top_k: int) -> Timer:
 
 
 def cuda_timer(contestant: Contestant, x: torch.Tensor, top_k: int) -> Timer:
-    """Captures a call; what it reads are copies of its own, which every repeat overwrites."""
+    """Captures a call into a CUDA graph. The graph reads its routing from buffers, which every repeat overwrites."""
     from triton.testing import do_bench
 
-    # Different ids for a token: a kernel may rely on it.
+    # The ids of a token differ, which kernels may rely on.
     ids = torch.arange(top_k, dtype=torch.int32, device="cuda").repeat(len(x), 1)
     weights = torch.ones(len(x), top_k, device="cuda")
     stream = torch.cuda.Stream()
@@ -92,8 +92,8 @@ def time_case(contestants: Sequence[Contestant], x: torch.Tensor, layer: Layer, 
         taken = {index: timers[index](weights, ids) for index in order}
         if repeat >= 0:
             chosen.append(ids.flatten().tolist())
-            for index, its in taken.items():
-                seconds[index].append(its)
+            for index, duration in taken.items():
+                seconds[index].append(duration)
     return summarise(contestants, seconds, chosen, layer.hidden_size)
 
 
@@ -102,18 +102,18 @@ def summarise(
 ) -> dict:
     ragged, *others = contestants
     records = {}
-    for contestant, its in zip(contestants, seconds, strict=True):
+    for contestant, durations in zip(contestants, seconds, strict=True):
         weight_bytes = [3 * hidden_size * ELEMENT_BYTES * _channels(contestant, set(ids)) for ids in chosen]
         flops = [2 * 3 * hidden_size * _channels(contestant, ids) for ids in chosen]
         records[contestant.name] = {
-            "median_s": median(its),
-            "gb_per_s": median(read / second for read, second in zip(weight_bytes, its, strict=True)) / 1e9,
-            "tflop_per_s": median(done / second for done, second in zip(flops, its, strict=True)) / 1e12,
-            "samples_s": its,
+            "median_s": median(durations),
+            "gb_per_s": median(read / second for read, second in zip(weight_bytes, durations, strict=True)) / 1e9,
+            "tflop_per_s": median(done / second for done, second in zip(flops, durations, strict=True)) / 1e12,
+            "samples_s": durations,
         }
-    for contestant, its in zip(others, seconds[1:], strict=True):
-        ratios = [other / own for other, own in zip(its, seconds[0], strict=True)]
-        # Where all chosen experts are empty nothing is to be read; a channel stands for that.
+    for contestant, durations in zip(others, seconds[1:], strict=True):
+        ratios = [other_s / ragged_s for other_s, ragged_s in zip(durations, seconds[0], strict=True)]
+        # Where all chosen experts are empty nothing is read; count one channel, so as not to divide by zero.
         ideals = [_channels(contestant, set(ids)) / max(1, _channels(ragged, set(ids))) for ids in chosen]
         q1, speedup, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         records[contestant.name] |= {

@@ -18,6 +18,7 @@ from statistics import median, quantiles
 from tqdm import tqdm
 
 from bench.speed.ideal import Case
+from pruned_vllm.common.signals import handled
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # A vLLM worker spins on its core for one second after its last message; the other engine must not be timed meanwhile.
@@ -34,14 +35,13 @@ def running_engines(
 
     `start_seconds` gets how long each took to start.
     """
-    # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit)
     # vLLM warns with a traceback that there is no tokenizer; nothing here needs one.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM  # here, so that --help and bad input need not wait for it
 
     with ExitStack() as stack:
+        # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
+        stack.enter_context(handled((signal.SIGINT, signal.SIGTERM), _exit))
         engines = []
         for model in tqdm(models, desc="starting engines", unit="engine"):
             started = time.monotonic()
@@ -63,7 +63,7 @@ def engine_options(
 ) -> dict:
     """Arguments of `vllm.LLM` for both engines: room for the largest case, a prefill of any case in one step."""
     largest_batch = max(case.batch_size for case in cases)
-    # Whole blocks and a spare sequence; four bytes per element hold any dtype.
+    # One sequence more than needed, each rounded up to whole blocks. Four bytes per element hold any dtype.
     kv_cache_tokens = (largest_batch + 1) * (max_model_len + 2 * KV_BLOCK_TOKENS)
     return {
         "load_format": load_format,
@@ -73,7 +73,7 @@ def engine_options(
         "max_num_seqs": largest_batch,
         "max_num_batched_tokens": max(max_model_len, *(case.batch_size * case.input_len for case in cases)),
         "kv_cache_memory_bytes": kv_cache_tokens * dense.kv_cache_bytes_per_token(4),
-        "gpu_memory_utilization": 0.45,  # two engines share the device; a CPU engine goes by the line above
+        "gpu_memory_utilization": 0.45,  # two engines share a GPU; on CPU the line above counts
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,  # without statistics RequestOutput.metrics is None
@@ -95,7 +95,7 @@ def time_case(engine, case: Case, prompts: list[dict]) -> float:
 
     params = SamplingParams(temperature=0, max_tokens=case.output_len, ignore_eos=True, detokenize=False)
     time.sleep(SETTLE_SECONDS)
-    # Paused while the batch arrives: an engine that runs starts with the first sequence alone.
+    # Paused while the batch arrives: a running engine would start with the first sequence alone.
     engine.sleep(level=0)
     engine.enqueue(prompts, params, use_tqdm=False)
     engine.wake_up(tags=["scheduling"])
@@ -106,8 +106,8 @@ def time_case(engine, case: Case, prompts: list[dict]) -> float:
 
 
 def measure(engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: int) -> dict[Case, list[list[float]]]:
-    """Seconds by case, engine and repeat. Repeats interleave the engines and turn their order round every time, so
-    that a drift of the machine falls on both."""
+    """Seconds by case, engine and repeat. Every repeat runs all engines, in the opposite order of the
+    repeat before, so that both see a slow phase of the machine."""
     samples = {case: [[] for _ in engines] for case in cases}
     prompts = {case: random_prompts(case, vocab_size) for case in cases}
     with tqdm(total=len(cases) * len(engines) * (repeats + 1), unit="run") as progress:

@@ -8,30 +8,32 @@ A source is
 - any other file: UTF-8 text, one document
 - "owner/name" or "owner/name:configuration" of a data set on the hub, or a directory in the hub's layout
 
-All but text is read with the `datasets` library as a stream, from the hub without downloading the rest, and shuffled.
-Reading stops at `limit` tokens. A run deals steps * batch size * length tokens at most, so with that limit memory holds
-8 bytes for each token that the run consumes, SHUFFLE_BUFFER documents of each source, and a text file, which is one
-document however large it is: its text, that is, and the tokens of LONGEST_PIECE characters at a time.
+Rows and data sets are read as a stream with the `datasets` library and shuffled; of the hub's data sets only what is
+read is downloaded. Reading stops at `limit` tokens.
+
+Memory: 8 bytes for each token, SHUFFLE_BUFFER documents of each source, and the text of one text file. A text file is
+one document however large it is; it is tokenized in pieces of LONGEST_PIECE characters.
 """
 
 import glob
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SHUFFLE_BUFFER = 10_000  # documents
 SHARDS_AT_ONCE = 10  # files of a data set that the buffer is filled from
-CHARACTERS_AT_ONCE = 1 << 20  # in one call of the tokenizer, and the document that goes beyond
-LONGEST_PIECE = 1 << 23  # characters; longer documents are tokenized in pieces: it takes many times their memory
+CHARACTERS_AT_ONCE = 1 << 20  # a call of the tokenizer gets documents until they have so many
+LONGEST_PIECE = 1 << 23  # characters of a document that are tokenized at once: that takes many times their memory
 
 
 def tokenize_files(tokenizer: PreTrainedTokenizerBase, files: list[Path]) -> torch.Tensor:
@@ -68,7 +70,8 @@ def read_tokens(
     documents = _in_turn(_open(sources, column, split, seed))
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found, count, has_tokens = [], 0, False
-    with tqdm(total=limit, desc="reading", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
+    # Without a total: nobody knows how many tokens the text has before it ends.
+    with progress_bar(desc="reading text", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
         for pieces in _batches(chain.from_iterable(map(_pieces, documents))):
             texts, begins_document = zip(*pieces, strict=True)
             tokenized = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -99,7 +102,7 @@ def _open(sources: Sequence[str | Path], column: str, split: str, seed: int) -> 
             if path.is_file() and path.suffix in FORMATS:
                 files.append(_rows(source, column, "train", seed))
             elif path.is_file():
-                _read_text(path)  # again when its turn comes: not all at once in memory
+                _read_text(path)  # only to check it; it is read again when its turn comes
                 texts.append(path)
             elif path.is_dir() or (HUB_ID.fullmatch(source) and path.suffix not in {".txt", *FORMATS}):
                 data_sets.append(_rows(source, column, split, seed))
@@ -126,7 +129,7 @@ def _read_text(path: Path) -> str:
 def _rows(source: str, column: str, split: str, seed: int) -> Iterator[str]:
     """The texts of a file or data set, shuffled; InputError if the first row has none."""
     try:
-        from datasets import load_dataset  # late: text files do without
+        from datasets import load_dataset  # late: text files do not need it
     except ImportError as error:
         raise InputError(
             f"{source}: this needs the `datasets` library: pip install 'pruned-vllm[data]', or give text files"
@@ -142,7 +145,7 @@ def _rows(source: str, column: str, split: str, seed: int) -> Iterator[str]:
         else:
             rows = load_dataset(name, configuration or None, split=split, streaming=True)
         first = next(iter(rows), None)
-    except Exception as error:  # damaged files, unknown names and networks end in almost any exception
+    except Exception as error:  # damaged files, unknown names and networks raise many kinds
         raise InputError(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
     if path.is_dir() and rows.info.builder_name == "text":
         raise InputError(f"{source}: a directory of text files would be read line by line; name its files instead")
@@ -220,6 +223,7 @@ class BlockSampler:
                 f"The text has {len(token_ids)} tokens, fewer than one block of {sequence_length}; "
                 "give more text (--data) or shorter blocks (--sequence-length)"
             )
+        self.sequence_length = sequence_length
         self.blocks = token_ids[: count * sequence_length].view(count, sequence_length)
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long)
@@ -230,6 +234,10 @@ class BlockSampler:
             self._order = torch.cat([self._order, torch.randperm(len(self.blocks), generator=self._generator)])
         batch, self._order = self._order[:batch_size], self._order[batch_size:]
         return self.blocks[batch]
+
+    def digest(self) -> str:
+        """Of all blocks: the same for the same text, tokenizer, order and sequence length."""
+        return hashlib.sha256(self.blocks.numpy()).hexdigest()
 
     def calibration(self, count: int, tell: Callable[[str], None]) -> torch.Tensor:
         """Token ids [count, sequence_length] of different blocks; fewer, and a word to `tell`, if that is all."""

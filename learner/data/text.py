@@ -9,7 +9,7 @@ from learner.data.reading import BlockSampler, read_tokens
 from learner.model.perplexity import EVAL_BLOCK_SIZE
 from pruned_vllm.common.errors import InputError
 
-MAX_TOKENS = 2**25  # of one reading; more only if the run consumes more
+MAX_TOKENS = 2**25  # that are read, unless the run needs more
 
 
 def training_blocks(
@@ -17,26 +17,31 @@ def training_blocks(
     tokenizer: PreTrainedTokenizerBase,
     job: Any,
     sequence_length: int,
-    consumed: int,
+    sequences: int,
     show_progress: bool = True,
 ) -> BlockSampler:
     """What `job` learns from: blocks from all over its --data, where there is more of it than is consumed.
 
     Args:
         job: has model, data, text_column, split and seed.
-        consumed: tokens that the run takes.
+        sequences: that the run takes.
 
     Raises:
         InputError: the text cannot be read or is too short, or the model cannot read it.
     """
-    blocks = BlockSampler(_read(model, tokenizer, job.data, job, consumed, show_progress), sequence_length, job.seed)
-    positions = getattr(model.config, "max_position_embeddings", None) or sequence_length
-    if sequence_length > positions:  # most models would go on, with outputs that mean nothing
+    positions = num_positions(model)
+    if positions and sequence_length > positions:  # most models would go on, but their outputs would mean nothing
         raise InputError(
             f"--sequence-length {sequence_length} is more than the {positions} positions that {job.model} was made for "
             f"(max_position_embeddings in its config.json); use --sequence-length {positions} or less"
         )
-    return blocks
+    ids = _read(model, tokenizer, job.data, job, sequences * sequence_length, show_progress)
+    return BlockSampler(ids, sequence_length, job.seed)
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Positions that the model was made for; None if its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def evaluation_tokens(

@@ -41,7 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="sequences in one forward pass; lower it to save memory; default: as --batch-size",
     )
-    add("--sequence-length", type=positive_int, default=2048, metavar="N", help="tokens in a sequence; default: 2048")
+    add(
+        "--sequence-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens in a sequence; default: 2048, or fewer if the model has fewer positions",
+    )
     add(
         "--learning-rate",
         type=positive_float,

@@ -5,19 +5,20 @@
 Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA. Notable facts:
 
 - LoRA sits on every projection: attention, MLPs, experts. It is merged in the end, so `recovered/` has the same tensors
-  as `out/` and is served without knowing of it. Rank 0 trains all weights. Routers, on whose choices the experts that
-  are left depend, stay as they are either way.
-- All weights are trained in float32, unless told otherwise: steps of fine-tuning are smaller than bfloat16 resolves.
-  Saved is the dtype of `out/`.
+  as `out/` and is served in the same way. Rank 0 trains all weights. Routers are never trained, because the experts
+  that are left depend on their choices.
+- All weights are trained in float32, unless told otherwise: steps of fine-tuning are too small for bfloat16. They are
+  saved in the dtype of `out/`.
 - config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
 - Until it is complete, the Trainer's checkpoints lie in `recovered.unfinished/`. A resumed run ends with the weights of
   an uninterrupted one.
 """
 
 import os
-import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import transformers
@@ -25,18 +26,23 @@ from accelerate import PartialState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from learner.data.text import evaluation_tokens, training_blocks
+from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.model import cast, load, load_teacher, trainable
+from learner.job import with_sequence_length
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.resume import unfinished, unfinished_run
 from learner.run.training import cross_entropy, divergence
-from pruned_vllm.common.directories import atomic_directory, check_output
+from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import FINETUNING_FILE, copy_companions, read_json, write_json
+from pruned_vllm.common.files import FINETUNING_FILE, write_json
+from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
+WRITER = "finetune-pruned"  # whose output only this command replaces
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
@@ -55,7 +61,7 @@ class FinetuneJob:
         kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
         steps: optimizer steps.
         batch_size, micro_batch_size: sequences in a step and in a forward pass.
-        sequence_length: tokens in a sequence.
+        sequence_length: tokens in a sequence; None is 2048, or the model's positions if they are fewer.
         learning_rate: at its peak; None is 2e-4 for LoRA and 2e-5 for all weights.
         lora_rank: 0 trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -74,18 +80,14 @@ class FinetuneJob:
     steps: int = 300
     batch_size: int = 16
     micro_batch_size: int = 16
-    sequence_length: int = 2048
+    sequence_length: int | None = None
+    default_sequence_length: ClassVar[int] = 2048
     learning_rate: float | None = None
     lora_rank: int = 16
     gradient_checkpointing: bool = False
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 42
-
-
-def is_finetuned(directory: Path) -> bool:
-    """Whether `directory` holds a model that `finetune` wrote."""
-    return (directory / FINETUNING_FILE).is_file() and (directory / "config.json").is_file()
 
 
 def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
@@ -95,32 +97,41 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     perplexity_after, the latter of the weights that are saved.
 
     Args:
-        overwrite: replace `out` if this function wrote it, and forget an interrupted run.
+        overwrite: replace what this function wrote in `out`, and forget an interrupted run.
         resume: go on with the interrupted run of the same job, if there is one.
 
     Raises:
         InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
             an interrupted run of another job does.
     """
-    check_output(out, overwrite, is_finetuned)
+    prepare_output(out, writer=WRITER, overwrite=overwrite)
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
+    inputs, results = {"model": str(Fingerprint.of(source))}, {}
     model, tokenizer = load(source)
-    stored_dtype, results = model.dtype, {}
+    check_can_be_saved(model, job.model)
+    stored_dtype = model.dtype
     model.to(arguments.device)
+    job = with_sequence_length(job, num_positions(model))
+    blocks = training_blocks(model, tokenizer, job, job.sequence_length, job.steps * job.batch_size)
+    inputs["text of --data, or the tokenizer"] = blocks.digest()
     if job.eval_data:
         eval_ids = evaluation_tokens(model, tokenizer, job)
-        results["perplexity_before"] = perplexity(model, eval_ids)
-    consumed = job.steps * job.batch_size * job.sequence_length
-    blocks = training_blocks(model, tokenizer, job, job.sequence_length, consumed)
-    teacher = load_teacher(job.teacher, model, arguments.device) if job.teacher else None
+    teacher = None
+    if job.teacher:
+        teacher = load_teacher(job.teacher, model, arguments.device)
+        inputs["teacher"] = str(teacher.fingerprint)
 
-    with unfinished_run(out, job, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite) as directory:
+    run = unfinished_run(out, job, inputs, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite)
+    with run as directory:
+        if job.eval_data:
+            results["perplexity_before"] = perplexity(model, eval_ids, title="perplexity before", show_progress=True)
         checkpoint = _last_checkpoint(directory)
         if checkpoint is not None and not job.lora_rank:
-            # The Trainer takes names in files for those in memory; Transformers renames or fuses experts in between.
+            # The Trainer itself cannot load it: names of experts in files differ from those in memory.
             model = load_pruned(checkpoint)
+            check_can_be_saved(model, job.model)
         dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
         if dtype != "auto":
             cast(model, getattr(torch, dtype))
@@ -129,7 +140,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             model=trainable(model, job.lora_rank),
             args=arguments,
             train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
-            teacher=teacher,
+            teacher=teacher and teacher.model,
             kd_weight=job.kd_weight,
         )
         with writing():  # its checkpoints
@@ -137,11 +148,11 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         log = [row for row in trainer.state.log_history if "loss" in row]
         results["loss"] = log[-1]["loss"]
 
-        model = trainer.model.merge_and_unload() if job.lora_rank else trainer.model
+        model = trainer.model.merge_and_unload(progressbar=True) if job.lora_rank else trainer.model
         cast(model.eval(), stored_dtype)
         if job.eval_data:
-            results["perplexity_after"] = perplexity(model, eval_ids)
-        with writing(), atomic_directory(out, overwrite=overwrite, is_ours=is_finetuned) as written:
+            results["perplexity_after"] = perplexity(model, eval_ids, title="perplexity after", show_progress=True)
+        with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:
             _write(model, source, written, job, results)
             write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results
@@ -149,9 +160,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
 
 def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, results: dict[str, float]) -> None:
     """The weights of `model`, and the rest of the model directory `source`."""
-    model.save_pretrained(directory)
-    copy_companions(source, directory)
-    shutil.copyfile(source / "config.json", directory / "config.json")  # the same geometry in the same words
+    save_model(model, source, directory)
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
         (directory / "README.md").write_text(card, encoding="utf-8")
@@ -184,7 +193,7 @@ class _Distillation(Trainer):
 
 def _check(job: FinetuneJob, source: Path) -> None:
     """Refuses what can be refused before anything is loaded."""
-    config = read_json(source / "config.json")
+    config = read_config(source)
     geometry = ModelGeometry.from_config(config)
     if "pruning" not in config:
         raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")
@@ -212,7 +221,7 @@ def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
         num_train_epochs=1,  # the data set is as long as the run
         per_device_train_batch_size=job.micro_batch_size,
         gradient_accumulation_steps=job.batch_size // job.micro_batch_size,
-        train_sampling_strategy="sequential",  # BlockSampler has mixed it
+        train_sampling_strategy="sequential",  # BlockSampler has shuffled the blocks
         learning_rate=job.learning_rate or (2e-4 if job.lora_rank else 2e-5),
         lr_scheduler_type="cosine",
         warmup_steps=job.steps // 20,
@@ -223,9 +232,10 @@ def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
         save_total_limit=1,
         seed=job.seed,
         use_cpu=job.device == "cpu",
-        label_names=["input_ids"],  # of language models that PEFT wraps it is not known
+        label_names=["input_ids"],  # the Trainer does not find it by itself in a model that PEFT wraps
         remove_unused_columns=False,
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),  # then it prints figures every LOG_EVERY steps instead
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would split batches over all GPUs with nn.DataParallel

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import Job
-from learner.model.dense import load_dense
+from learner.model.dense import DenseModel, load_dense
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf.loading import load_pruned
 
@@ -21,22 +21,22 @@ def trainable(model: nn.Module, rank: int) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith(ROUTER))
         return model
-    # Experts of one width are no modules in Transformers but two parameters.
+    # Transformers holds experts of one width in two parameters, not in modules.
     names = {name.rpartition("mlp.experts.")[2] for name, _ in model.named_parameters() if "mlp.experts." in name}
     fused = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj") if name in names]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=2 * rank,
-        target_modules="all-linear",  # but lm_head
+        target_modules="all-linear",  # PEFT leaves out lm_head
         target_parameters=fused or None,
     )
-    # For model types that have experts, PEFT takes "all-linear" for routers too and looks for fused experts only.
+    # For model types with experts, PEFT counts routers among "all-linear" and finds fused experts only. For Llama not.
     model.config.model_type = "llama"
     try:
         return get_peft_model(model, lora)
     finally:
-        del model.config.model_type  # of the instance; the class has the real one
+        del model.config.model_type  # the instance's; the class still has the real one
 
 
 def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -45,17 +45,17 @@ def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         return load_pruned(source, dtype="auto").eval(), AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
-    except Exception as error:  # damaged models end in almost any exception
+    except Exception as error:  # damaged models raise many kinds
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(name: str, pupil: nn.Module, device: torch.device) -> nn.Module:
-    """The frozen dense model `name` (directory or hub id) on `device`."""
-    teacher, _, _ = load_dense(Job(model=name, method="magnitude"), device)  # the method is not used
-    if teacher.config.vocab_size != pupil.config.vocab_size:
+def load_teacher(name: str, pupil: nn.Module, device: torch.device) -> DenseModel:
+    """The dense model `name` (directory or hub id) on `device`."""
+    teacher = load_dense(Job(model=name, method="magnitude"), device)  # the method is not used
+    if teacher.model.config.vocab_size != pupil.config.vocab_size:
         raise InputError(
-            f"the teacher {name} has {teacher.config.vocab_size} tokens, the pruned model {pupil.config.vocab_size}; "
-            "it must be the model that was pruned, or one with the same tokenizer"
+            f"the teacher {name} has {teacher.model.config.vocab_size} tokens, the pruned model "
+            f"{pupil.config.vocab_size}; it must be the model that was pruned, or one with the same tokenizer"
         )
     return teacher
 

@@ -1,4 +1,4 @@
-"""What a learned mask has to beat: the same budget in every layer, units chosen by weight norm or by chance."""
+"""Baselines that learn nothing: the same share of every layer goes, by the norm of the weights or at random."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,13 @@ from torch import nn
 
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import expert_weights
+from pruned_vllm.common.progress import progress_bar
 
 
 def magnitude(task: Task) -> Learned:
     """Keeps the units with the largest L2 norm over all weights that would go with them.
 
-    Query heads that are not tied share their KV head's weights, which so count for neither against the other.
+    Query heads of a KV head that are not tied share its weights, so these favour none of them.
     """
     units, layers = task.units, task.model.model.layers
 
@@ -26,7 +27,7 @@ def magnitude(task: Task) -> Learned:
         attention = layer.self_attn
         query_heads = scores("head", attention.q_proj.weight, attention.o_proj.weight.T)
         key_value_heads = attention.config.num_key_value_heads
-        shared = sum(squares(each.weight, key_value_heads) for each in (attention.k_proj, attention.v_proj))
+        shared = sum(squares(projection.weight, key_value_heads) for projection in (attention.k_proj, attention.v_proj))
         return query_heads + shared.repeat_interleave(len(query_heads) // key_value_heads)
 
     def score_channels(layer: nn.Module) -> torch.Tensor:
@@ -42,15 +43,17 @@ def magnitude(task: Task) -> Learned:
         )
 
     score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
-    scores_by_kind = {
-        kind: torch.stack([score[kind](layers[index]) for index in indices]).cpu()
-        for kind, indices in units.layers.items()
-    }
-    return Learned(keep_largest_in_each_layer(scores_by_kind, task.target_sparsity))
+    scored = {kind: [] for kind in units.layers}
+    places = [(kind, index) for kind, indices in units.layers.items() for index in indices]
+    show = task.accelerator.is_main_process
+    for kind, index in progress_bar(places, desc="magnitude", unit="layer", disable=not show):
+        scored[kind].append(score[kind](layers[index]))
+    stacked = {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
+    return Learned(keep_largest_in_each_layer(stacked, task.target_sparsity))
 
 
 def random(task: Task) -> Learned:
-    """Keeps units drawn by lot."""
+    """Keeps units at random."""
     generator = torch.Generator().manual_seed(task.seed)
     scores = {kind: torch.rand(task.units.shape(kind), generator=generator) for kind in task.units.layers}
     return Learned(keep_largest_in_each_layer(scores, task.target_sparsity))
@@ -64,7 +67,7 @@ def keep_largest_in_each_layer(
     At least one stays.
     """
     values = {}
-    for kind, each in scores.items():
-        kept = max(1, round(each.shape[1] * (1 - target_sparsity[kind])))
-        values[kind] = torch.zeros_like(each).scatter(1, each.topk(kept, dim=1).indices, 1)
+    for kind, of_kind in scores.items():
+        kept = max(1, round(of_kind.shape[1] * (1 - target_sparsity[kind])))
+        values[kind] = torch.zeros_like(of_kind).scatter(1, of_kind.topk(kept, dim=1).indices, 1)
     return values

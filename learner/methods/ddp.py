@@ -30,7 +30,7 @@ from learner.model.units import Values, sparsity
 from learner.run.training import Training, cross_entropy, divergence
 
 Z_MINIMUM = -0.1
-TOLERANCE = 0.01  # of the units of a group; beyond it the largest masks decide which stay
+TOLERANCE = 0.01  # share of a group's units; if more are left, the smallest masks are set to 0
 
 
 def annealed_mu(progress: float, settings: DDPSettings) -> float:
@@ -63,7 +63,7 @@ def learn(task: Task) -> Learned:
     training = Training(task, z.values(), state)
 
     def deployed(mu: float) -> Values:
-        return {kind: gates.deployed(it.detach(), settings.gate, mu, groups[kind]) for kind, it in z.items()}
+        return {kind: gates.deployed(values.detach(), settings.gate, mu, groups[kind]) for kind, values in z.items()}
 
     for step in training.steps():
         mu = annealed_mu(step / settings.steps, settings)
@@ -77,7 +77,7 @@ def learn(task: Task) -> Learned:
             scores = gates.scores(values, settings.gate, mu).view(groups[kind], -1)
             constraint = constraint + penalty(scores, keep_ratio[kind], torch.stack(multipliers[kind]))
         constraint.backward()
-        if settings.gate == "hard-concrete":  # noise keeps its scores apart from 0 and 1: no (15)
+        if settings.gate == "hard-concrete":  # its scores never reach 0 or 1, so (15) is left out
             for lambdas in multipliers.values():
                 lambdas[2].grad = None
         optimizer.step()

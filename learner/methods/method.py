@@ -51,11 +51,9 @@ class Learned:
     Attributes:
         values: by kind, float32 [layers, units] on the CPU: what each unit is multiplied by; 0 is pruned.
         channel_mask_site: what the masks of channels multiply, see pruned_vllm/formats/masked.py.
-        weights_changed: `task.model` has other weights now, which the checkpoint must hold.
         save_adapter: writes a PEFT adapter to the directory it is given; `task.model` computes with it.
     """
 
     values: Values
     channel_mask_site: str = "product"
-    weights_changed: bool = False
     save_adapter: Callable[[Path], None] | None = None

@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from learner.methods.baselines import keep_largest_in_each_layer
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import expert_weights, watch_products
+from pruned_vllm.common.progress import progress_bar
 
 
 def learn(task: Task) -> Learned:
@@ -35,16 +35,16 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
     """
     units, accelerator, layers = task.units, task.accelerator, task.model.model.layers
     sequences = task.blocks.calibration(task.settings.calibration_sequences, accelerator.print)
-    own = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
+    share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     with _squared_norms(layers, units.layers) as squares:
-        for sequence in tqdm(own, desc="wanda", unit="sequence", disable=not accelerator.is_main_process):
+        for sequence in progress_bar(share, desc="wanda", unit="sequence", disable=not accelerator.is_main_process):
             task.model.model(input_ids=sequence[None].to(accelerator.device), use_cache=False)
     found = {}
     for kind, indices in units.layers.items():
         features = [
             accelerator.reduce(squares[kind][index]).sqrt() * _column_sums(kind, layers[index]) for index in indices
         ]
-        found[kind] = torch.stack([each.reshape(units.widths[kind], -1).sum(1) for each in features]).cpu()
+        found[kind] = torch.stack([feature.reshape(units.widths[kind], -1).sum(1) for feature in features]).cpu()
     return found
 
 
@@ -66,12 +66,12 @@ def _squared_norms(layers: nn.ModuleList, indices: dict[str, tuple[int, ...]]) -
     float32, of the shape of `_column_sums`.
     """
     squares = {
-        kind: {index: torch.zeros_like(_column_sums(kind, layers[index])) for index in of}
-        for kind, of in indices.items()
+        kind: {index: torch.zeros_like(_column_sums(kind, layers[index])) for index in of_kind}
+        for kind, of_kind in indices.items()
     }
     with ExitStack() as stack:
-        for kind, of in squares.items():
-            for index, total in of.items():
+        for kind, totals in squares.items():
+            for index, total in totals.items():
                 for handle in _add_squares(kind, layers[index], total):
                     stack.callback(handle.remove)
         yield squares

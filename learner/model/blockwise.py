@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-TOKENS_PER_PASS = 8192  # through a block at once, or one sequence if that is longer
+TOKENS_PER_PASS = 8192  # that go through a block at once, or one sequence if it is longer
 
 
 class Blockwise:
@@ -82,6 +82,6 @@ class Blockwise:
 
         with ExitStack() as stack:
             for layer in self.model.model.layers:
-                layer.forward = record  # covers the method of the class
+                layer.forward = record  # hides the method of the class
                 stack.callback(delattr, layer, "forward")
             yield calls

@@ -1,20 +1,23 @@
 """The dense model that masks are learned on, and the device it is on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.agreement import check_agreement
+from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.fingerprint import Fingerprint
+from pruned_vllm.formats.headers import dense_problems, read_headers
+from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 
 
 def on_device(device: str) -> Accelerator:
@@ -24,25 +27,45 @@ def on_device(device: str) -> Accelerator:
         if kind == "cuda":
             torch.cuda.set_device(torch.device(device).index or 0)
         accelerator = Accelerator(cpu=kind == "cpu")
-    except Exception as error:  # PyTorch raises almost anything here
+    except Exception as error:  # PyTorch raises many kinds
         raise InputError(f"device {device} cannot be used: {error}") from error
     if kind not in ("auto", accelerator.device.type):
         raise InputError(f"device {device} cannot be used; there is {accelerator.device}")
     return accelerator
 
 
-def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrainedTokenizerBase, Units]:
-    """The frozen dense model of a job in evaluation mode, its tokenizer and its units.
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model of a job.
+
+    Attributes:
+        model: frozen, in evaluation mode.
+        units: what of it may be pruned.
+        directory: where it lies. Config, weights and tokenizer were all read from it.
+        commit: of the snapshot that the directory holds; None if the model is not from the hub.
+        fingerprint: of the directory.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    units: Units
+    directory: Path
+    commit: str | None
+    fingerprint: Fingerprint
+
+
+def load_dense(job: Job, device: torch.device | str) -> DenseModel:
+    """Loads the dense model of a job.
 
     Raises:
-        InputError: the model cannot be loaded, lacks tensors, is pruned already, or needs code of its own that the job
-            does not allow or the method cannot prune.
+        InputError: the model cannot be loaded, could not be served, lacks tensors, is pruned already, or needs code of
+            its own that the job does not allow or the method cannot prune.
     """
-    directory = Path(job.model)
     try:
-        config = directory if directory.is_dir() else Path(hf_hub_download(job.model, "config.json")).parent
-        stored = read_json(config / "config.json")
-        geometry = ModelGeometry.from_config(stored)
+        directory, commit = model_directory(job.model, ["config.json"], job.revision)
+        stored = read_config(directory)
+        geometry = dense_geometry(directory, stored)
+        check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -51,25 +74,36 @@ def load_dense(job: Job, device: torch.device | str) -> tuple[nn.Module, PreTrai
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
+        directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
+        if problems := dense_problems(read_headers(directory), geometry):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
+        fingerprint = Fingerprint.of(directory)  # before they are loaded: what changes later is noticed
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
-            model, loading = load_with_its_code(job.model, stored, geometry, **options)
+            model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
+            config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                job.model, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+                directory,
+                config=config,
+                output_loading_info=True,
+                trust_remote_code=job.trust_remote_code,
+                **options,
             )
-        tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=job.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=model.config, trust_remote_code=job.trust_remote_code
+        )
         model = model.to(device).requires_grad_(False).eval()
     except InputError:
         raise
-    except Exception as error:  # damaged models end in almost any exception
+    except Exception as error:  # damaged models raise many kinds
         raise InputError(
             f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if loading["missing_keys"]:  # Transformers would go on with random weights
         raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
-    return model, tokenizer, units
+    return DenseModel(model, tokenizer, units, directory, commit, fingerprint)
 
 
 def _check_code(job: Job, architecture: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pruned_vllm.formats.masked import CHANNEL_MASK, CHANNEL_MASK_SITES, EXPERT_MASK, HEAD_MASK
+from pruned_vllm.formats.masked import CHANNEL_MASK_SITES, layer_masks
 
 
 @contextmanager
@@ -35,17 +35,15 @@ def apply_masks(
     if channel_mask_site not in CHANNEL_MASK_SITES:
         raise ValueError(f"channel_mask_site is {channel_mask_site!r}; it must be one of {CHANNEL_MASK_SITES}")
     with ExitStack() as stack:
-        for index, layer in enumerate(model.model.layers):
-            head_mask, channel_mask, expert_mask = (
-                masks.get(key.format(index)) for key in (HEAD_MASK, CHANNEL_MASK, EXPERT_MASK)
-            )
-            if head_mask is not None:
-                handle = layer.self_attn.o_proj.register_forward_pre_hook(_multiply_input(head_mask))
+        layers = model.model.layers
+        for layer, of_layer in zip(layers, layer_masks(masks, len(layers)), strict=True):
+            if of_layer.head is not None:
+                handle = layer.self_attn.o_proj.register_forward_pre_hook(_multiply_input(of_layer.head))
                 stack.callback(handle.remove)
-            if channel_mask is not None:
-                _mask_mlp(stack, layer.mlp, channel_mask, channel_mask_site)
-            if expert_mask is not None:
-                _mask_experts(stack, layer.mlp.experts, expert_mask, channel_mask_site)
+            if of_layer.channel is not None:
+                _mask_mlp(stack, layer.mlp, of_layer.channel, channel_mask_site)
+            if of_layer.expert is not None:
+                _mask_experts(stack, layer.mlp.experts, of_layer.expert, channel_mask_site)
         yield
 
 
@@ -78,7 +76,7 @@ class _Multiplied(nn.Module):
 
     def __init__(self, factors: torch.Tensor) -> None:
         super().__init__()
-        self._factors = (factors,)  # not as a parameter of the model, even if the mask is one
+        self._factors = (factors,)  # in a tuple, so that it does not become a parameter of the model
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self._factors[0].to(weight.dtype)

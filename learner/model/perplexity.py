@@ -4,21 +4,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-EVAL_BLOCK_SIZE = 128  # tokens; DDP's tables use it, most other papers 2048: figures of the two cannot be compared
+from pruned_vllm.common.progress import progress_bar
+
+BATCH_SIZE = 16  # blocks
+EVAL_BLOCK_SIZE = 128  # tokens, as in DDP's tables; figures with other sizes (most papers: 2048) cannot be compared
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, token_ids: torch.Tensor, block_size: int = EVAL_BLOCK_SIZE) -> float:
+def perplexity(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    block_size: int = EVAL_BLOCK_SIZE,
+    *,
+    title: str = "perplexity",
+    show_progress: bool = False,
+) -> float:
     """exp of the mean negative log-likelihood of `token_ids` [N], N at least `block_size`.
 
     The stream is cut into blocks of `block_size` tokens that see nothing of each other; the first token of a block is
-    context only, and the remainder is dropped.
+    context only, and the remainder is dropped. `title` is that of the progress bar.
     """
     device = next(model.parameters()).device
     blocks = token_ids[: len(token_ids) // block_size * block_size].view(-1, block_size)
     total = 0.0
-    for batch in blocks.to(device).split(16):
+    batches = blocks.split(BATCH_SIZE)
+    for batch in progress_bar(batches, desc=title, unit="batch", disable=not show_progress):
+        batch = batch.to(device)
         logits = model(input_ids=batch).logits.float()
         total += F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     mean = torch.tensor(total / (len(blocks) * (block_size - 1)), dtype=torch.float64)
-    return mean.exp().item()  # infinite where math.exp raises
+    return mean.exp().item()  # math.exp would raise where this is infinite

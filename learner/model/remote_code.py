@@ -7,7 +7,7 @@ Its published code was written for Transformers 4. What it takes to run it with 
 - Its constructor computes rotary frequencies into buffers. Transformers 5 runs constructors without memory, and
   leaves uninitialised in foreign code what no file holds: the model would run, and print garbage.
 - In training mode, in which alone its experts have gradients, each router adds a balancing loss to the gradients,
-  whatever loss they are of. The masks are not to serve it.
+  whatever loss is minimised. Masks must not learn from it.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def load_with_its_code(
         import_utils.is_torch_fx_available = lambda: True
     if "AutoConfig" not in (stored.get("auto_map") or {}):
         raise InputError(f"{name} brings no code: its config.json has no auto_map that names it")
-    # Not with AutoConfig: there a class that was registered for serving goes first, and lacks what the code asks for.
+    # Not with AutoConfig: it prefers the class that is registered for serving, which lacks what the code needs.
     config = get_class_from_dynamic_module(stored["auto_map"]["AutoConfig"], name).from_pretrained(name)
     config.use_cache = False
     if "rope_parameters" not in stored:  # which Transformers 5 writes in place of rope_scaling
@@ -66,4 +66,4 @@ def _detach_losses(router: nn.Module, args: tuple, output: Any) -> Any:
     """Of the chosen experts, their weights and a loss that a router returns, the loss is what has no dimensions."""
     if not isinstance(output, tuple):
         return output
-    return tuple(it.detach() if isinstance(it, torch.Tensor) and it.ndim == 0 else it for it in output)
+    return tuple(part.detach() if isinstance(part, torch.Tensor) and part.ndim == 0 else part for part in output)

@@ -7,7 +7,7 @@ import torch
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
+from pruned_vllm.formats.masked import MASK_KEYS, layer_masks, mask_shapes
 
 Values = dict[str, torch.Tensor]  # by kind: [layers that have the kind, units in such a layer]
 
@@ -36,19 +36,19 @@ class Units:
         if not geometry.is_dense:
             raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
         heads_per_unit = geometry.layers[0].widest_group if tied else 1
-        sizes = {
-            "head": [
-                layer.num_attention_heads // heads_per_unit * geometry.family.can_lose_heads
-                for layer in geometry.layers
-            ],
-            "channel": [layer.intermediate_size for layer in geometry.layers],
-            "expert": [sum(layer.expert_intermediate_sizes) for layer in geometry.layers],
+        shapes = layer_masks(mask_shapes(geometry), len(geometry.layers))
+        layers = {
+            kind: tuple(index for index, layer in enumerate(shapes) if getattr(layer, kind) is not None)
+            for kind in MASK_KEYS
+            if kind != "head" or geometry.family.can_lose_heads
         }
-        layers = {kind: tuple(index for index, size in enumerate(each) if size) for kind, each in sizes.items()}
         layers = {kind: indices for kind, indices in layers.items() if indices}
+        widths = {kind: math.prod(getattr(shapes[indices[0]], kind)) for kind, indices in layers.items()}
+        if "head" in widths:
+            widths["head"] //= heads_per_unit
         return cls(
             layers=layers,
-            widths={kind: max(sizes[kind]) for kind in layers},
+            widths=widths,
             heads_per_unit=heads_per_unit,
             num_experts=geometry.experts.num_experts if geometry.experts else 0,
         )
@@ -63,8 +63,8 @@ class Units:
 
     def without(self, kind: str) -> "Units":
         """The same, but all units of this kind stay as they are: they have no values and no masks."""
-        layers, widths = ({name: of[name] for name in of if name != kind} for of in (self.layers, self.widths))
-        return replace(self, layers=layers, widths=widths)
+        layers = {name: indices for name, indices in self.layers.items() if name != kind}
+        return replace(self, layers=layers, widths={name: self.widths[name] for name in layers})
 
     def num_groups(self, kind: str, budget: str) -> int:
         """Groups that meet a budget (one of BUDGETS) each by itself; `values.view(num_groups, -1)` is one a row."""
@@ -82,11 +82,10 @@ class Units:
         for kind, layers in self.layers.items():
             for index, units in zip(layers, values[kind], strict=True):
                 if kind == "head":
-                    masks[HEAD_MASK.format(index)] = units.repeat_interleave(self.heads_per_unit)
-                elif kind == "channel":
-                    masks[CHANNEL_MASK.format(index)] = units
-                else:
-                    masks[EXPERT_MASK.format(index)] = units.view(self.num_experts, -1)
+                    units = units.repeat_interleave(self.heads_per_unit)
+                elif kind == "expert":
+                    units = units.view(self.num_experts, -1)
+                masks[MASK_KEYS[kind].format(index)] = units
         return masks
 
 

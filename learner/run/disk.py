@@ -1,4 +1,4 @@
-"""A full or failing disk, said in Python's own words."""
+"""Errors of a full or failing disk become OSError, whichever library met them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

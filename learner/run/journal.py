@@ -19,6 +19,7 @@ import torch
 
 from learner.run.disk import writing
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.filesystem import sync
 
 STATE_FILE = "state.pt"
 LOG_FILE = "learning.csv"
@@ -61,7 +62,7 @@ class Journal:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             self._rows, state = saved["log"], saved["state"]
-        except Exception as error:  # a damaged file ends in almost any exception
+        except Exception as error:  # damaged files raise many kinds
             raise InputError(
                 f"{path} cannot be read ({type(error).__name__}); remove {self.directory} to begin anew"
             ) from error
@@ -70,13 +71,14 @@ class Journal:
     def save(self, state: dict[str, Any]) -> None:
         """Remembers `state`: tensors, numbers, strings, and lists and dictionaries of these."""
         if self._board is not None:
-            self._board.flush()  # a process that ends loses what is not
+            self._board.flush()  # what is not flushed is lost if the process ends
         if self.directory is None or not self._is_writer:
             return
         path = self.directory / STATE_FILE
         temporary = path.with_suffix(".partial")
         with writing():
             torch.save({"state": state, "log": self._rows}, temporary)
+            sync(temporary)
         os.replace(temporary, path)
         self.write_log(self.directory / LOG_FILE)
 
@@ -87,7 +89,7 @@ class Journal:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # purge_step: after a resumption TensorBoard forgets the points that come again
+                # purge_step: after a resumption TensorBoard drops the points that are written again
                 self._board = SummaryWriter(str(self._tensorboard), purge_step=step)
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -26,14 +26,14 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
     Raises:
         InputError: the block raised one, or an OSError, in another process.
     """
-    own = None
+    failure = None
     try:
         yield
     except (InputError, OSError) as error:
-        own = error
-    problems = gather_object([own and str(own)]) if accelerator.num_processes > 1 else []
-    if own is not None:
-        raise own
+        failure = error
+    problems = gather_object([failure and str(failure)]) if accelerator.num_processes > 1 else []
+    if failure is not None:
+        raise failure
     for index, problem in enumerate(problems):
         if problem is not None:
             raise InputError(f"process {index}: {problem}")

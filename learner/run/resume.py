@@ -1,6 +1,7 @@
 """Where an interrupted run waits to be resumed: `<out>.unfinished/`.
 
-job.json in it says what the job is; only the same job can be resumed.
+job.json in it says what the job is, and holds fingerprints of what it reads: the model and the text. Only the same job
+on the same model and text can be resumed.
 """
 
 import json
@@ -16,8 +17,11 @@ from accelerate import Accelerator, PartialState
 from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.common.signals import uninterrupted
+from pruned_vllm.formats.fingerprint import Fingerprint
 
 JOB_FILE = "job.json"
+INPUTS = "inputs"  # key of the fingerprints in it
 
 
 def unfinished(out: Path) -> Path:
@@ -28,6 +32,7 @@ def unfinished(out: Path) -> Path:
 def unfinished_run(
     out: Path,
     job: Any,
+    inputs: dict[str, str],
     can_resume: Callable[[Path], Any],
     processes: Accelerator | PartialState,
     *,
@@ -39,14 +44,16 @@ def unfinished_run(
 
     Args:
         job: a dataclass.
+        inputs: what the job reads, by name: a `Fingerprint` of a model as text, or any digest.
         can_resume: whether a directory holds a state to resume from.
         processes: all must enter; the first writes.
 
     Raises:
-        InputError: there is an interrupted run, and neither `resume` nor `overwrite`, or it is of another job.
+        InputError: there is an interrupted run, and neither `resume` nor `overwrite`, or it is of another job, or what
+            the job reads has changed since.
     """
     directory, is_writer = unfinished(out), processes.is_main_process
-    asked = json.loads(json.dumps(asdict(job), default=str))
+    asked = json.loads(json.dumps(asdict(job) | {INPUTS: inputs}, default=str))
     with together(processes):
         if is_writer and directory.exists():
             if overwrite and not resume:
@@ -60,7 +67,8 @@ def unfinished_run(
         yield directory
     except BaseException:
         if is_writer and not can_resume(directory):
-            shutil.rmtree(directory, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(directory, ignore_errors=True)
         elif is_writer:
             print(f"The run so far is kept in {directory}; the same command with --resume goes on.")
         raise
@@ -73,8 +81,29 @@ def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
         raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
     try:
         begun = read_json(directory / JOB_FILE)
-    except InputError as error:  # it had ended while that was written
+    except InputError as error:  # the process ended while it wrote the file
         raise InputError(f"{error}, so the run in {directory} cannot be resumed; forget it with --overwrite") from None
-    changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if begun.get(key) != asked[key]]
+    before, now = begun.pop(INPUTS, {}), asked[INPUTS]
+    changed = [
+        f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if key != INPUTS and begun.get(key) != asked[key]
+    ]
+    if begun.get("revision") is not None and begun["revision"] != asked.get("revision"):
+        changed.append(f"the model may have changed on the hub; the run goes on with --revision {begun['revision']}")
     if changed:
         raise InputError(f"{directory} holds a run of another job; forget it with --overwrite:", changed)
+    changed = [f"{name}: {_difference(before.get(name), now[name])}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise InputError(
+            f"What the run in {directory} reads has changed since it began. Put it back, or forget the run with "
+            "--overwrite:",
+            changed,
+        )
+
+
+def _difference(before: str | None, now: str) -> str:
+    """In words, what differs between two of the inputs of `unfinished_run`."""
+    if before is None:
+        return "the run does not say what it was"
+    if Fingerprint.is_one(before) and Fingerprint.is_one(now):
+        return ", and ".join(Fingerprint.parse(before).differences(Fingerprint.parse(now)))
+    return "changed"

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from learner.methods.method import Task
 from learner.model.masking import apply_masks
 from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 SAVE_EVERY = 50  # steps
-FLOAT16_TOKENS = 512  # in a batch of so many, float16 has room for the gradients of a mean over its tokens
+FLOAT16_TOKENS = 512  # of the mean loss over so many tokens, gradients still fit float16
 
 
 class Training:
@@ -33,8 +33,8 @@ class Training:
     Args:
         task: with settings that are TrainingSettings.
         parameters: what `backward` makes gradients of.
-        state: by name, all that changes from step to step: tensors, and what has state_dict and load_state_dict. Draw
-            random numbers from the seed and the step, not from a generator that lives longer.
+        state: by name, all that changes from step to step: tensors, and what has state_dict and load_state_dict. A
+            generator of random numbers is not saved, so make one in every step, from the seed and the step.
     """
 
     def __init__(self, task: Task, parameters: Iterable[nn.Parameter], state: dict[str, Any]) -> None:
@@ -43,8 +43,8 @@ class Training:
         self._state = state
         if self.settings.gradient_checkpointing:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Transformers recomputes activations in training mode only, and code that a checkpoint brings may compute
-        # gradients only there (DeepSeekMoE's experts). Elsewhere dropout and router noise would be in the way.
+        # Transformers recomputes activations in training mode only. Code that a checkpoint brings may compute gradients
+        # in training mode only (DeepSeekMoE's experts). Other models stay in evaluation mode: no dropout, no noise.
         if self.settings.gradient_checkpointing or not type(task.model).__module__.startswith("transformers."):
             task.model.train()
         self._progress, self._step = None, 0
@@ -54,7 +54,7 @@ class Training:
         task, start = self.task, self._restore()
         for _ in range(start):
             task.blocks.next_batch(self.settings.batch_size)
-        with tqdm(
+        with progress_bar(
             total=self.settings.steps,
             initial=start,
             desc=type(self.settings).__name__.removesuffix("Settings").lower(),
@@ -67,7 +67,7 @@ class Training:
                 self._progress.update()
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == self.settings.steps:
                     with together(task.accelerator):
-                        state = {name: _state_of(it) for name, it in self._state.items()}
+                        state = {name: _state_of(value) for name, value in self._state.items()}
                         task.journal.save({"step": step + 1, **state})
 
     def backward(
@@ -95,9 +95,9 @@ class Training:
             raise InputError(
                 f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes"
             )
-        own = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+        share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
         total, scale = torch.zeros((), device=accelerator.device), self._gradient_scale(batch.numel())
-        for micro_batch in own.split(settings.micro_batch_size):
+        for micro_batch in share.split(settings.micro_batch_size):
             teacher = None
             if teacher_of is not None:
                 with torch.no_grad():
@@ -137,17 +137,17 @@ class Training:
         saved = self.task.journal.restore()
         if saved is None:
             return 0
-        for name, it in self._state.items():
-            if isinstance(it, torch.Tensor):
+        for name, kept in self._state.items():
+            if isinstance(kept, torch.Tensor):
                 with torch.no_grad():
-                    it.copy_(saved[name])
+                    kept.copy_(saved[name])
             else:
-                it.load_state_dict(saved[name])
+                kept.load_state_dict(saved[name])
         return saved["step"]
 
 
-def _state_of(it: Any) -> Any:
-    return it.detach() if isinstance(it, torch.Tensor) else it.state_dict()
+def _state_of(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value.state_dict()
 
 
 def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -157,5 +157,7 @@ def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """KL(teacher || student) of logits [batch, length, vocabulary], mean over tokens, times temperature squared."""
-    teacher, student = (F.log_softmax(it.flatten(0, 1).float() / temperature, dim=-1) for it in (teacher, student))
+    teacher, student = (
+        F.log_softmax(logits.flatten(0, 1).float() / temperature, dim=-1) for logits in (teacher, student)
+    )
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.signals import handled
 
 
 def run_command(name: str, body: Callable[[], None]) -> int:
@@ -17,17 +18,16 @@ def run_command(name: str, body: Callable[[], None]) -> int:
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
-    try:
-        body()
-    except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
+    with handled((signal.SIGTERM, signal.SIGHUP), interrupt):
+        try:
+            body()
+        except InputError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"{name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            return 130
     return 0

@@ -48,7 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    """Writes a JSON file; what it held before stays until the new content is complete."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -1,18 +1,54 @@
-"""Writes the config.json of a converted model, under the stock architecture where that can say it. Pure Python."""
+"""config.json as a file: read, and written for a converted model. Pure Python."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
+
+# Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
+# sliding_window Mistral has a window, with null it has none.
+NULL_IS_ABSENT = {
+    *("architectures", "auto_map", "quantization_config", "per_layer_config", "pruning", "tie_word_embeddings"),
+    *("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias", "qkv_bias", "num_experts", "num_local_experts"),
+    *("decoder_sparse_step", "mlp_only_layers", "moe_layer_freq", "first_k_dense_replace", "n_shared_experts"),
+    *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
+}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory, less the keys that are null. Raises InputError."""
+    config = read_json(directory / "config.json")
+    return {key: value for key, value in config.items() if value is not None or key not in NULL_IS_ABSENT}
+
+
+def dense_geometry(directory: Path, config: Mapping[str, Any]) -> ModelGeometry:
+    """The geometry of a model that masks can be learned for and folded into, from its `read_config`.
+
+    Raises:
+        InputError: the model is not supported, quantized or pruned.
+    """
+    if "quantization_config" in config:
+        raise InputError(f"{directory} is quantized; masks fold into float weights only: quantize afterwards")
+    geometry = ModelGeometry.from_config(config)
+    if not geometry.is_dense:
+        raise InputError(
+            f"{directory} is pruned already (config.json has per_layer_config); masks are for a dense model"
+        )
+    return geometry
 
 
 def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` (this family's dense config.json) with this geometry written into it.
 
     Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
-    needed; else under the `Pruned` architecture with `per_layer_config`.
+    needed; else under the `Pruned` architecture with `per_layer_config`. Keys on which vLLM alone acts are left out.
     """
+    config = agreed_config(geometry.family, config)
     stock = _stock_config(geometry, config)
     if stock is not None:
         return stock
@@ -48,7 +84,7 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
     if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
         return None
     widths = _uniform_widths(geometry)
-    if widths is None or any(layer.skip for layer in geometry.layers):
+    if widths is None or any(layer.skip for layer in geometry.layers) or not stock_agrees(geometry.family, config):
         return None
     if geometry.family.model_type != "llama" and geometry.o_bias:  # only vLLM's Llama has such a bias
         return None

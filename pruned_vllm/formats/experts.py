@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruned_vllm.formats.config_values import natural, naturals, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, positive
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class ExpertsFormat:
         shared_width_key: config key of that MLP's channels.
         shared_count_key: config key of what multiplies `width_key` to get them, in place of `shared_width_key`.
         shared_gate: module of the linear layer that weighs that MLP's output, if there is one.
+        norm_topk_prob: whether the router divides the weights of the experts that it chooses by their sum; a string is
+            the config key that says so (absent means False).
     """
 
     count_keys: tuple[str, ...]
@@ -34,6 +36,7 @@ class ExpertsFormat:
     shared_width_key: str | None = None
     shared_count_key: str | None = None
     shared_gate: str | None = None
+    norm_topk_prob: bool | str = "norm_topk_prob"
 
     @property
     def router(self) -> str:
@@ -45,15 +48,15 @@ class ExpertsFormat:
         gate, up, down = (f"{self.module}.experts.{expert}.{projection}" for projection in self.projections)
         return gate, up, down
 
-    def are_in_layer(self, index: int, config: Mapping[str, Any]) -> bool:
-        """Whether a layer has experts in place of one dense MLP. Raises ValueError."""
+    def layers_with_experts(self, config: Mapping[str, Any], num_layers: int) -> set[int]:
+        """The layers that have experts in place of one dense MLP. Raises ValueError."""
         if self.layers == "sparse_step":
-            step = positive({"decoder_sparse_step": 1, **config}, "decoder_sparse_step")
-            return index not in naturals(config, "mlp_only_layers") and (index + 1) % step == 0
+            step = positive(config, "decoder_sparse_step", default=1)
+            return set(range(step - 1, num_layers, step)) - set(naturals(config, "mlp_only_layers"))
         if self.layers == "first_dense":
-            every = positive({"moe_layer_freq": 1, **config}, "moe_layer_freq")
-            return index >= natural(config, "first_k_dense_replace", 0) and index % every == 0
-        return True
+            step, first = positive(config, "moe_layer_freq", default=1), natural(config, "first_k_dense_replace", 0)
+            return {index for index in range(0, num_layers, step) if index >= first}
+        return set(range(num_layers))
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,20 @@ class DenseExperts:
         intermediate_size: FFN channels of a routed expert.
         shared_intermediate_size: FFN channels of the MLP that every token passes besides; 0 if there is none. It is
             never pruned.
+        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
     """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
     shared_intermediate_size: int
+    norm_topk_prob: bool
 
     @classmethod
     def from_config(cls, experts: ExpertsFormat, config: Mapping[str, Any]) -> "DenseExperts":
         """Reads the top level of config.json. Raises ValueError with the first key that is wrong."""
         present = [key for key in experts.count_keys if config.get(key) is not None]
-        count = positive(config, (present or experts.count_keys)[0])
+        count = positive(config, (present or experts.count_keys)[0], most=LARGEST_COUNT)
         chosen = positive(config, "num_experts_per_tok")
         if chosen > count:
             raise ValueError(f"num_experts_per_tok is {chosen}, but there are {count} experts")
@@ -86,4 +91,4 @@ class DenseExperts:
             shared = natural(config, experts.shared_width_key, 0)
         elif experts.shared_count_key is not None and config.get(experts.shared_count_key) is not None:
             shared = width * natural(config, experts.shared_count_key, 0)
-        return cls(count, chosen, width, shared)
+        return cls(count, chosen, width, shared, flag(experts.norm_topk_prob, config))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.experts import ExpertsFormat
 
 PRUNED_PREFIX = "Pruned"  # PrunedLlamaForCausalLM: an architecture that a vLLM without the plugin refuses to load
@@ -29,7 +30,6 @@ class Family:
             (absent means False).
         qk_norm: q and k are RMS-normalised, each head by itself ("head": weights `q_norm`, `k_norm` of size [head_dim])
             or all heads of a token together ("all_heads": a weight for each row of the projection).
-        clips_values: v may be clipped to a range (config key `clip_qkv`), so that it cannot be scaled before.
         experts: where the experts are, in a family that has any; they have no biases.
         defaults: config keys that old config.json files leave out, with the values that the stock code takes then. A
             value that is a str is the key whose value it is.
@@ -45,7 +45,6 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: Literal["head", "all_heads"] | None = None
-    clips_values: bool = False
     experts: ExpertsFormat | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
     default_head_dim: int | None = None
@@ -64,7 +63,8 @@ class Family:
     def with_defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` with the keys that it leaves out."""
         absent = {key: value for key, value in self.defaults if config.get(key) is None}
-        return {**config, **{k: config.get(v) if isinstance(v, str) else v for k, v in absent.items()}}
+        values = {key: config.get(value) if isinstance(value, str) else value for key, value in absent.items()}
+        return {**config, **values}
 
 
 KV_HEADS_AS_HEADS = (("num_key_value_heads", "num_attention_heads"),)
@@ -99,6 +99,7 @@ FAMILIES: dict[str, Family] = {
                 width_key="intermediate_size",
                 module="block_sparse_moe",
                 projections=("w1", "w3", "w2"),
+                norm_topk_prob=True,
             ),
         ),
         Family(
@@ -106,7 +107,7 @@ FAMILIES: dict[str, Family] = {
             architecture="Qwen2MoeForCausalLM",
             qkv_bias="qkv_bias",
             stock_heads="fills_hidden",
-            defaults=(("qkv_bias", True), *KV_HEADS_AS_HEADS),
+            defaults=(("qkv_bias", True), ("num_key_value_heads", 16), ("shared_expert_intermediate_size", 5632)),
             experts=ExpertsFormat(
                 count_keys=("num_experts",),
                 layers="sparse_step",
@@ -129,7 +130,6 @@ FAMILIES: dict[str, Family] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm="all_heads",
-            clips_values=True,
             stock_heads="fills_hidden",
             defaults=KV_HEADS_AS_HEADS,
             experts=ExpertsFormat(count_keys=("num_experts", "num_local_experts"), width_key="intermediate_size"),
@@ -152,9 +152,26 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(config: Mapping[str, Any]) -> Family | None:
-    """The row for a config.json, dense or converted; None when the architecture is not supported."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family and config.get("architectures") in ([family.architecture], [family.pruned_architecture]):
-        return family
-    return None
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The row for a config.json, dense or converted.
+
+    As in Transformers, `model_type` decides: `architectures` may be missing, or spelled as by the first converters
+    (LLaMAForCausalLM). What it names must be the causal language model, though: other heads would be lost.
+
+    Raises:
+        InputError: the model is not supported.
+    """
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    supported = ", ".join(row.architecture for row in FAMILIES.values())
+    if family is None:
+        raise InputError(
+            f"architectures {architectures} with model_type {model_type!r} is not supported; supported: {supported}"
+        )
+    accepted = (family.architecture.lower(), family.pruned_architecture.lower())
+    if not isinstance(architectures, list) or any(str(name).lower() not in accepted for name in architectures):
+        raise InputError(
+            f"architectures {architectures} with model_type {model_type!r} is not supported: it is not the causal "
+            f"language model {family.architecture}; supported: {supported}"
+        )
+    return family

@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.config_values import flag, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, positive, shown, without_nulls
 from pruned_vllm.formats.experts import DenseExperts
-from pruned_vllm.formats.families import FAMILIES, Family, find_family
+from pruned_vllm.formats.families import Family, find_family
 from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
 from pruned_vllm.formats.tensors import Shapes, layer_tensor_shapes
+
+LARGEST_UNITS = 1_000_000  # heads and experts of all layers together
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,15 @@ class ModelGeometry(ModelSizes):
             InputError: the architecture is not supported, or sizes are missing or contradict each other; every
                 problem is listed.
         """
-        family = find_family(config)
-        if family is None:
-            raise InputError(
-                f"architectures {config.get('architectures')} with model_type {config.get('model_type')!r} is not "
-                f"supported; supported: {', '.join(f.architecture for f in FAMILIES.values())}"
-            )
-        problems = _Problems()
-        sizes = family.with_defaults(config)
+        family, problems = find_family(config), _Problems()
+        sizes = family.with_defaults(without_nulls(config))
         sizes.pop("skip", None)
-        hidden_size, vocab_size, num_layers, heads = (
-            problems.checked("top level", positive, sizes, key)
-            for key in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
+        hidden_size, vocab_size = (
+            problems.checked("top level", positive, sizes, key) for key in ("hidden_size", "vocab_size")
+        )
+        num_layers, heads = (
+            problems.checked("top level", positive, sizes, key, None, LARGEST_COUNT)
+            for key in ("num_hidden_layers", "num_attention_heads")
         )
         if sizes.get("head_dim") is None:
             sizes["head_dim"] = family.default_head_dim
@@ -69,12 +68,12 @@ class ModelGeometry(ModelSizes):
         if sizes["head_dim"] is not None:
             head_dim = problems.checked("top level", positive, sizes, "head_dim")
         experts = family.experts and problems.checked("top level", DenseExperts.from_config, family.experts, sizes)
-        dense_layers, layers = _read_layers(family, experts, sizes, num_layers or 0, problems)
+        dense_layers, layers = _Layers(family, experts, sizes, num_layers or 0, problems).read()
         tied = problems.checked("top level", flag, "tie_word_embeddings", config)
         names = ("qkv_bias", "o_bias", "mlp_bias")
         biases = {name: problems.checked("top level", flag, getattr(family, name), sizes) for name in names}
         if problems:
-            raise InputError("config.json describes no valid model:", problems)
+            raise InputError("config.json describes no valid model:", list(problems))
         return cls(
             family=family,
             hidden_size=hidden_size,
@@ -134,49 +133,82 @@ class ModelGeometry(ModelSizes):
         return 2 * self.num_key_value_heads * self.head_dim * element_bytes
 
 
-class _Problems(list[str]):
-    """What is wrong with a config.json."""
+class _Problems(dict[str, None]):
+    """What is wrong with a config.json, in the order in which it was found. One key may be wrong for every layer."""
+
+    def add(self, problem: str) -> None:
+        self[problem] = None
 
     def checked(self, where: str, read: Callable, *args) -> Any:
         """What `read` returns; None if it raises, and then the problem is added."""
         try:
             return read(*args)
         except (ValueError, TypeError) as error:
-            problem = f"{where}: {error}"
-            if problem not in self:  # one key may be wrong for every layer
-                self.append(problem)
+            self.add(f"{where}: {error}")
             return None
 
 
-def _read_layers(
-    family: Family, experts: DenseExperts | None, sizes: Mapping[str, Any], num_layers: int, problems: _Problems
-) -> tuple[list[LayerGeometry | None], list[LayerGeometry | None]]:
-    """The layers that the top level `sizes` describe, and those that `per_layer_config` makes of them."""
+class _Layers:
+    """Reads the layers of a config.json whose top level is `sizes`; what is wrong goes to `problems`."""
 
-    def read_layer(where: str, index: int, overrides: Mapping[str, Any]) -> LayerGeometry | None:
+    def __init__(
+        self,
+        family: Family,
+        experts: DenseExperts | None,
+        sizes: Mapping[str, Any],
+        num_layers: int,
+        problems: _Problems,
+    ) -> None:
+        self._sizes, self._num_layers, self._problems = sizes, num_layers, problems
+        self._width_key, self._experts, self._with_experts = "", experts, set()
+        if family.experts is not None:
+            self._width_key = family.experts.width_key
+            found = problems.checked("top level", family.experts.layers_with_experts, sizes, num_layers)
+            self._with_experts = found or set()
+        self._units = 0  # heads and experts of the layers that were read
+
+    def read(self) -> tuple[list[LayerGeometry | None], list[LayerGeometry | None]]:
+        """The layers that the top level describes, and those that `per_layer_config` makes of them."""
+        dense_layers = [self._layer("top level", index, {}) for index in range(self._num_layers)]
+        layers = list(dense_layers)
+        for index, overrides in self._overrides().items():
+            layers[index] = self._layer(f"per_layer_config['{index}']", index, overrides)
+        return dense_layers, layers
+
+    def _overrides(self) -> dict[int, dict[str, Any]]:
+        """The sizes in `per_layer_config`, by layer."""
+        per_layer, overrides = self._sizes.get("per_layer_config") or {}, {}
+        if not isinstance(per_layer, Mapping):
+            self._problems.add(f"per_layer_config is a {type(per_layer).__name__}; it maps layer indices to sizes")
+            return {}
+        if len(per_layer) > self._num_layers:
+            self._problems.add(f"per_layer_config has {len(per_layer):,} layers, the model {self._num_layers:,}")
+            return {}
+        known = {str(index): index for index in range(self._num_layers)}
+        for key, sizes in per_layer.items():
+            where = f"per_layer_config[{shown(key)}]"
+            if str(key) not in known:
+                self._problems.add(f"{where}: not a layer index; the model has layers 0 to {self._num_layers - 1}")
+            elif not isinstance(sizes, Mapping | None):
+                self._problems.add(f"{where}: {shown(sizes)} is no mapping of sizes")
+            else:
+                overrides[known[str(key)]] = without_nulls(sizes or {})
+        return overrides
+
+    def _layer(self, where: str, index: int, overrides: Mapping[str, Any]) -> LayerGeometry | None:
         keys, arguments = {*ATTENTION_KEYS, "intermediate_size"}, ()
-        if family.experts is not None and problems.checked("top level", family.experts.are_in_layer, index, sizes):
-            if experts is None:  # reported already
+        if index in self._with_experts:
+            if self._experts is None:  # reported already
                 return None
-            keys = {*ATTENTION_KEYS, family.experts.width_key, "expert_intermediate_sizes"}
-            arguments = (experts.num_experts, family.experts.width_key)
+            keys = {*ATTENTION_KEYS, self._width_key, "expert_intermediate_sizes"}
+            arguments = (self._experts.num_experts, self._width_key)
         if unknown := set(overrides) - keys:
-            problems.append(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(keys)}")
+            self._problems.add(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(keys)}")
             return None
-        return problems.checked(where, LayerGeometry.from_sizes, {**sizes, **overrides}, *arguments)
-
-    dense_layers = [read_layer("top level", index, {}) for index in range(num_layers)]
-    layers = list(dense_layers)
-    per_layer = sizes.get("per_layer_config") or {}
-    if not isinstance(per_layer, Mapping):
-        problems.append(f"per_layer_config is a {type(per_layer).__name__}; it maps layer indices to sizes")
-        per_layer = {}
-    for index, overrides in per_layer.items():
-        where = f"per_layer_config[{index!r}]"
-        if not isinstance(overrides, Mapping):
-            problems.append(f"{where}: {overrides!r} is no mapping of sizes")
-        elif not str(index).isdecimal() or int(index) >= num_layers:
-            problems.append(f"{where}: not a layer index; the model has layers 0 to {num_layers - 1}")
-        else:
-            layers[int(index)] = read_layer(where, int(index), overrides)
-    return dense_layers, layers
+        if self._units > LARGEST_UNITS:
+            self._problems.add(f"top level: the layers have more than {LARGEST_UNITS:,} heads and experts together")
+            return None
+        layer = self._problems.checked(where, LayerGeometry.from_sizes, {**self._sizes, **overrides}, *arguments)
+        if layer is not None:
+            self._units += layer.num_key_value_heads + len(layer.expert_intermediate_sizes)
+        return layer

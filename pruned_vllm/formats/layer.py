@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruned_vllm.formats.config_values import naturals, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
 
@@ -61,12 +61,13 @@ class LayerGeometry:
             num_experts: 0 for a layer with a dense MLP.
             width_key: the family's key for the width of all experts.
         """
-        skip = sizes.get("skip", [])
+        skip = sizes.get("skip") or []
         known = ("attention",) if num_experts else ("attention", "mlp")
         if not set(skip) <= set(known):
             kind = "a layer with experts" if num_experts else "it"
             raise ValueError(f"skip is {skip}; {kind} may name {' and '.join(map(repr, known))}")
-        heads, kv_heads = (positive(sizes, key) for key in ("num_attention_heads", "num_key_value_heads"))
+        counts = ("num_attention_heads", "num_key_value_heads")
+        heads, kv_heads = (positive(sizes, key, most=LARGEST_COUNT) for key in counts)
         groups = sizes.get("query_heads_per_kv_head")
         if "attention" in skip:
             groups = ()

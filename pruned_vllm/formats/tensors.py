@@ -21,6 +21,17 @@ def layer_tensor_shapes(model: ModelSizes, layer: LayerGeometry, index: int) -> 
     return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
 
+def canonical_name(name: str) -> str:
+    """The name of a checkpoint's tensor as `layer_tensor_shapes` has it.
+
+    As Transformers does, takes names without the prefix "model." (published embedding models have such) and with one
+    too many.
+    """
+    if name.startswith(("layers.", "embed_tokens.", "norm.", "rotary_emb.")):
+        return f"model.{name}"
+    return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name
+
+
 def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     hidden = model.hidden_size
     if not layer.query_heads_per_kv_head:

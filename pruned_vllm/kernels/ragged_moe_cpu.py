@@ -1,9 +1,9 @@
 """Mixture-of-experts feed-forward on a CPU where every expert has its own width and nothing is padded to the widest.
 
 `ragged_moe` takes what the Triton kernel takes. The work is done by ragged_moe_cpu.cpp, which is compiled on first
-use, in a few seconds, for the instructions that PyTorch uses on this CPU, and kept in
-${XDG_CACHE_HOME:-~/.cache}/pruned-vllm. It needs a C++ compiler (c++, or what CXX names) with OpenMP, as torch.compile
-does on a CPU; tested with GCC 12. Without one a warning says so, and each expert is three matrix products.
+use, in a few seconds, for the instructions that PyTorch uses on this CPU, and kept (see compilation.py). It needs a
+C++ compiler (c++, or what CXX names) with OpenMP, as torch.compile does on a CPU; tested with GCC 12. Without one a
+warning says so, and each expert is three matrix products.
 
 Why not vLLM's own `cpu_fused_moe`: it wants all experts equally wide. One call for every class of similar widths, with
 as many classes as are best, came to 0.8 of the ideal speedup.
@@ -11,20 +11,16 @@ as many classes as are best, came to 0.8 of the ideal speedup.
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import shlex
 import subprocess
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 
-from pruned_vllm.common.files import cache_directory
-from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
+from pruned_vllm.kernels.compilation import load_library
+from pruned_vllm.kernels.ragged_moe_arguments import check_arguments, check_offsets
 
 logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
@@ -53,13 +49,12 @@ def ragged_moe(
     Args and errors are those of `ragged_moe_triton.ragged_moe`; `max_width` is not needed here.
 
     Raises:
-        ValueError: also where offsets go beyond the rows.
+        ValueError: also where an expert's rows are not among the rows of weights.
         MemoryError: two rows of float32 for each token, and the channels of its experts, did not fit.
     """
     check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
     num_experts, rows = len(offsets) - 1, len(down)
-    if offsets[-1] > rows:
-        raise ValueError(f"offsets end at {int(offsets[-1])}, but there are {rows} rows of weights")
+    check_offsets(offsets.tolist(), rows)
     library = _library()
     if library is None:
         return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids)
@@ -96,8 +91,9 @@ def _matrix_products(
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled functions; None, with a warning, where they cannot be compiled."""
+    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     try:
-        library = ctypes.CDLL(str(_compile(cache_directory() / "kernels")))
+        library = load_library(SOURCE, flags)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning(
@@ -110,24 +106,4 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name in FUNCTIONS.values():
         getattr(library, name).argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5
-    return library
-
-
-def _compile(directory: Path) -> Path:
-    """The library in `directory`, compiled now if it is not there yet; processes may do so at the same time.
-
-    Raises:
-        OSError: no compiler, or the directory cannot be written.
-        subprocess.CalledProcessError: what the compiler says is in its `stderr`.
-    """
-    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
-    digest = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()
-    library = directory / f"ragged_moe_cpu-{digest[:16]}.so"
-    if not library.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=directory) as temporary:
-            result = Path(temporary) / library.name
-            subprocess.run([*command, str(SOURCE), "-o", str(result)], check=True, capture_output=True, text=True)
-            result.replace(library)
     return library

@@ -64,7 +64,8 @@ def _schedule_kernel(
         tl.store(entry, expert)
         tl.store(entry + 1, first_row + done)
         tl.store(entry + 2, tl.minimum(count - done, BLOCK_M))
-    for tile in range(tl.sum(tile_counts) + expert, num_tiles, num_experts):  # the experts share the filling up
+    # The rest of the list says that there is no tile. Every expert's program writes a part of it.
+    for tile in range(tl.sum(tile_counts) + expert, num_tiles, num_experts):
         tl.store(tiles + tile * 3, -1)
 
     row = first_row

@@ -92,6 +92,7 @@ def build_olmoe_attention(
             f"{prefix}: OLMoE normalises q and k over all heads together, so none can be padded; choose a "
             f"--tensor-parallel-size that divides {geometry.layers[0].num_attention_heads} heads"
         )
-    if getattr(vllm_config.model_config.hf_config, "clip_qkv", None) is not None:
-        raise InputError(f"{prefix}: config.json has clip_qkv, which vLLM's OLMoE leaves out; it cannot be served")
-    return OlmoeAttention(vllm_config=vllm_config, prefix=prefix)
+    attention = OlmoeAttention(vllm_config=vllm_config, prefix=prefix)
+    for norm in (attention.q_norm, attention.k_norm):  # vLLM's have 1e-5, whatever config.json says
+        norm.variance_epsilon = vllm_config.model_config.hf_config.rms_norm_eps
+    return attention

@@ -12,14 +12,19 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.sequence import IntermediateTensors
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import take_or_zero
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.serving.attention import AttentionBuilder
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
+from pruned_vllm.serving.model_layout import model_layout
+from pruned_vllm.serving.rank_failure import failing_together
+from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
 
 # The name puts the records under vLLM's own logging configuration.
 logger = init_logger("vllm.pruned_vllm")
@@ -35,11 +40,17 @@ class PrunedForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         _check_version()
         config = vllm_config.model_config.hf_config
-        geometry = ModelGeometry.from_config(config.to_dict())
-        layer_type = partial(PrunedDecoderLayer, geometry=geometry, build_attention=self.build_attention)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        layout = model_layout(vllm_config)
+        geometry = layout.geometry
+        layer_type = partial(PrunedDecoderLayer, model_layout=layout, build_attention=self.build_attention)
+        if is_shared_evenly(geometry.vocab_size, layout.ranks):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        else:
+            with smallest_vocabulary(config, layout.ranks):
+                super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+            build_vocabulary(self, vllm_config, prefix)
         self._geometry = geometry
-        self._layout_changes = layout_changes(geometry, vllm_config.parallel_config.tensor_parallel_size)
+        self._layout_changes = layout_changes(layout)
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
         # after dummy loading the first call is a weight update, which may bring any subset.
         quantized = getattr(config, "quantization_config", None) is not None
@@ -47,6 +58,22 @@ class PrunedForCausalLM(LlamaForCausalLM):
         self._quantized = quantized
         self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
         logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """What the stock class does; see `failing_together` for errors."""
+        with failing_together():
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What the stock class does; see `failing_together` for errors."""
+        with failing_together():
+            return super().compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a stream of (name, tensor).
@@ -77,7 +104,8 @@ class PrunedForCausalLM(LlamaForCausalLM):
         layers = enumerate(self._geometry.layers)
         uneven = tuple(f"model.layers.{index}.self_attn." for index, layer in layers if not layer.has_even_groups)
         problems = []
-        for name, tensor in weights:
+        for stored_name, tensor in weights:
+            name = canonical_name(stored_name)
             if name.endswith(IGNORED_SUFFIXES):
                 continue
             expected = missing.pop(name, None) or optional.get(name)

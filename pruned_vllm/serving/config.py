@@ -1,49 +1,87 @@
 """What vLLM believes of a pruned model before it builds it."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.serving.sharding import shard_layer
+from pruned_vllm.formats.agreement import check_agreement, left_out
+from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.weights import find_weight_files
+from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")  # values of --load-format
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
-    """Hook that vLLM calls with the whole configuration, before it compares head counts with tensor parallelism."""
+    """Hooks that vLLM calls before it compares head counts with tensor parallelism."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         """Sets the model-wide head counts to those of the largest attention op, padding included.
 
+        vLLM calls this with the whole configuration: of the target at the start, of a draft model in each worker.
+
         vLLM wants a head count that tensor parallelism divides, takes the largest layer's for it, and sizes some
         buffers by it; what runs is the padded layout.
 
         Raises:
-            InputError: tensor parallelism that this model or this configuration cannot have.
+            InputError: weights that other readers of the directory would find elsewhere; keys of config.json, with what
+                --hf-overrides changed, that mean something else to vLLM than to Hugging Face's model; or tensor
+                parallelism that this model or this configuration cannot have.
         """
-        geometry = ModelGeometry.from_config(vllm_config.model_config.hf_config.to_dict())
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        _check_tensor_parallelism(vllm_config, geometry, ranks)
-        if not geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
+        layout = model_layout(vllm_config)
+        _check_files(vllm_config)
+        _check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
+        _check_tensor_parallelism(vllm_config, layout)
+        if not layout.geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
-        layouts = [shard_layer(layer, ranks) for layer in set(geometry.layers)]
         sizes = vllm_config.model_config.model_arch_config
-        sizes.total_num_attention_heads = max(ranks, *(layout.total_op_heads for layout in layouts))
-        sizes.total_num_kv_heads = max(1, *(layout.total_kv_heads for layout in layouts))
+        sizes.total_num_attention_heads = max(layout.ranks, *(layer.total_op_heads for layer in layout.layers))
+        sizes.total_num_kv_heads = max(1, *(layer.total_kv_heads for layer in layout.layers))
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        """Lets the head counts of a draft model wait until they are known.
+
+        vLLM calls this as soon as it has read a config.json. It compares a draft's head count with tensor parallelism
+        right afterwards, long before it builds the whole configuration of the draft and calls the hook above. Any
+        number of ranks divides 0.
+        """
+        if model_config.runner_type == "draft":
+            model_config.model_arch_config.total_num_attention_heads = 0
 
 
-def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry, ranks: int) -> None:
+def _check_files(vllm_config: "VllmConfig") -> None:
+    directory = Path(vllm_config.model_config.model)
+    if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
+        find_weight_files(directory)
+
+
+def _check_keys(config: Mapping[str, Any], family: Family) -> None:
+    check_agreement("config.json cannot be served", family, config)
+    if keys := left_out(family, config):
+        raise InputError(
+            f"config.json has {', '.join(keys)}, which vLLM acts on and Hugging Face's model does not; remove that "
+            "from config.json or from --hf-overrides"
+        )
+
+
+def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) -> None:
     from pruned_vllm.serving.layout_changes import layout_changes
 
+    geometry, ranks = layout.geometry, layout.ranks
     most_heads = max(layer.num_attention_heads for layer in geometry.layers)
     if ranks > most_heads > 0:
         raise InputError(
-            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer: at "
-            f"least one rank would hold zeros alone in all of them; use at most {most_heads}"
+            f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer of "
+            f"{vllm_config.model_config.model}: at least one rank would hold zeros alone in all of them; use at most "
+            f"{most_heads}"
         )
     # Only plain weights can be brought into a new order and padded while they are loaded.
     quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
@@ -55,7 +93,7 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", geometry: ModelGeometry
         )
     reasons = ["the checkpoint is quantized on disk"] * quantized
     reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
-    if reasons and layout_changes(geometry, ranks):
+    if reasons and layout_changes(layout):
         raise InputError(
             f"--tensor-parallel-size {ranks} does not divide the heads and channels of every layer, so they are padded "
             f"while the weights are loaded, but {' and '.join(reasons)}; use --tensor-parallel-size 1"

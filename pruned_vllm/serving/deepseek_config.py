@@ -7,7 +7,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 
 class DeepseekConfig(PreTrainedConfig):
-    """`model_type` deepseek. The defaults are those of deepseek-ai/deepseek-moe-16b-base."""
+    """`model_type` deepseek.
+
+    The sizes are those of deepseek-ai/deepseek-moe-16b-base. Which layers have experts, and shared ones, is what the
+    published class takes for a config.json that does not say so: all layers, and none.
+    """
 
     model_type = "deepseek"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -20,11 +24,11 @@ class DeepseekConfig(PreTrainedConfig):
     num_hidden_layers: int = 28
     num_attention_heads: int = 16
     num_key_value_heads: int | None = 16
-    n_shared_experts: int | None = 2
+    n_shared_experts: int | None = None
     n_routed_experts: int | None = 64
     num_experts_per_tok: int | None = 6
     moe_layer_freq: int = 1
-    first_k_dense_replace: int = 1
+    first_k_dense_replace: int = 0
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
     aux_loss_alpha: float = 0.001

@@ -11,10 +11,10 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 
-from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving.attention import AttentionBuilder
+from pruned_vllm.serving.model_layout import ModelLayout
 from pruned_vllm.serving.ragged_moe import MoEBlock
-from pruned_vllm.serving.sharding import LayerLayout, shard_layer
+from pruned_vllm.serving.sharding import LayerLayout
 
 
 class PrunedDecoderLayer(nn.Module):
@@ -25,12 +25,13 @@ class PrunedDecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, prefix: str, geometry: ModelGeometry, build_attention: AttentionBuilder
+        self, vllm_config: VllmConfig, prefix: str, model_layout: ModelLayout, build_attention: AttentionBuilder
     ) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        layer = geometry.layers[extract_layer_index(prefix)]
-        layout = shard_layer(layer, vllm_config.parallel_config.tensor_parallel_size)
+        index = extract_layer_index(prefix)
+        geometry, layout = model_layout.geometry, model_layout.layers[index]
+        layer = geometry.layers[index]
         norm = partial(RMSNorm, geometry.hidden_size, eps=config.rms_norm_eps)
         if layer.query_heads_per_kv_head:
             self.input_layernorm = norm()

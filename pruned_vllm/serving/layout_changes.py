@@ -7,7 +7,8 @@ import torch
 from pruned_vllm.common.padding import PAD, head_rows
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.serving.sharding import LayerLayout, shard_layer
+from pruned_vllm.serving.model_layout import ModelLayout
+from pruned_vllm.serving.sharding import LayerLayout
 
 # The dimension, and the index of what it holds afterwards (PAD: zeros). On the CPU, where files are read, whatever
 # device vLLM is building the model under.
@@ -16,15 +17,16 @@ Change = tuple[int, torch.Tensor]
 GATE, UP, DOWN = "w1", "w3", "w2"  # an expert's projections, as its module calls them
 
 
-def layout_changes(geometry: ModelGeometry, tensor_parallel_size: int) -> dict[str, Change]:
+def layout_changes(layout: ModelLayout) -> dict[str, Change]:
     """The change of every tensor that stock layers would not shard as its layer's layout says, by full name."""
+    geometry = layout.geometry
     changes: dict[str, Change] = {}
     shared: dict[LayerGeometry, dict[str, Change]] = {}  # equal layers change alike: one index in memory
-    for number, layer in enumerate(geometry.layers):
+    for number, (layer, layer_layout) in enumerate(zip(geometry.layers, layout.layers, strict=True)):
         if layer not in shared:
-            shared[layer] = dict(_layer_changes(layer, shard_layer(layer, tensor_parallel_size), geometry.head_dim))
+            shared[layer] = dict(_layer_changes(layer, layer_layout, geometry.head_dim))
             if layer.expert_intermediate_sizes and geometry.experts.shared_intermediate_size:
-                shared[layer] |= _shared_experts_changes(geometry, tensor_parallel_size)
+                shared[layer] |= _shared_experts_changes(geometry, layout.ranks)
         changes |= {f"model.layers.{number}.{name}": change for name, change in shared[layer].items()}
     return changes
 

@@ -20,7 +20,12 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
@@ -33,8 +38,6 @@ class MoEBlock(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, geometry: ModelGeometry, layer: LayerGeometry, prefix: str) -> None:
         super().__init__()
-        # Mixtral has no such key: it always divides the weights of the chosen experts by their sum.
-        renormalize = getattr(vllm_config.model_config.hf_config, "norm_topk_prob", True)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         experts, hidden_size = geometry.experts, geometry.hidden_size
         self.ranks = ranks
@@ -47,14 +50,14 @@ class MoEBlock(nn.Module):
                 top_k=top_k,
                 hidden_size=hidden_size,
                 intermediate_size=layer.expert_width,
-                renormalize=renormalize,
+                renormalize=experts.norm_topk_prob,
                 quant_config=vllm_config.quant_config,
                 reduce_results=False,
                 prefix=f"{prefix}.experts",
                 ckpt_names=(GATE, DOWN, UP),
             )
         else:
-            self.router = create_fused_moe_router(top_k, experts.num_experts, renormalize)
+            self.router = create_fused_moe_router(top_k, experts.num_experts, experts.norm_topk_prob)
             self.experts = RaggedExperts(
                 vllm_config, layer.expert_intermediate_sizes, hidden_size, prefix=f"{prefix}.experts"
             )
@@ -137,7 +140,7 @@ class RaggedExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden_size], top-k [tokens, k] -> this rank's part of the output [tokens, hidden_size]."""
-        return torch.ops.vllm.pruned_ragged_moe(x, topk_weights, topk_ids, self.layer_name)
+        return torch.ops.vllm.pruned_ragged_moe(x, topk_weights, topk_ids, _encode_layer_name(self.layer_name))
 
     def compute(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """What the custom op does."""
@@ -150,12 +153,17 @@ class RaggedExperts(nn.Module):
         return ragged_moe(x, self.gate_up, self.down, self.offsets, topk_weights, topk_ids, self.max_width)
 
 
-def _ragged_moe(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
-    return get_forward_context().no_compile_layers[layer_name].compute(x, topk_weights, topk_ids)
+# vLLM's own type for names of layers: torch.compile makes them inputs of the graph, where a string would be a constant
+# in it and no two layers would share one.
+def _ragged_moe(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    return layer.compute(x, topk_weights, topk_ids)
 
 
 def _ragged_moe_fake(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
 ) -> torch.Tensor:
     return torch.empty_like(x)
 

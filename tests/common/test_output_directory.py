@@ -4,13 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers.masked import CHANNELS0, convert_pruned, edit_json, edit_masks, keep, overflow
+from helpers.masked import CHANNELS0, convert_pruned, edit_masks, keep, overflow
 
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.manifest import write_manifest
 
 
 def test_existing_output_is_kept(ckpt, tmp_path, capsys):
@@ -28,7 +28,7 @@ def test_existing_output_is_kept(ckpt, tmp_path, capsys):
 
 def test_output_that_appears_meanwhile_is_kept(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="exists"), atomic_directory(out, overwrite=False, is_ours=Path.exists):
+    with pytest.raises(InputError, match="exists"), atomic_directory(out, writer="x", overwrite=False):
         out.mkdir()
         (out / "precious.txt").write_text("mine")
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
@@ -38,13 +38,14 @@ def test_output_that_appears_meanwhile_is_kept(tmp_path):
 def test_overwrite_replaces_whole_and_only_after_success(ckpt, tmp_path):
     out = tmp_path / "out"
     assert convert_pruned(ckpt, out) == 0
-    (out / "old.txt").write_text("from the first run")
+    (out / "notes.txt").write_text("the user's own")
+    before = (out / "config.json").read_text()
     overflow(ckpt)
     assert convert_pruned(ckpt, out, "--overwrite") == 2
-    assert (out / "old.txt").exists()
+    assert (out / "config.json").read_text() == before
     edit_masks(ckpt, **{CHANNELS0: keep(40, 1, 2, 3)})
     assert convert_pruned(ckpt, out, "--overwrite") == 0
-    assert not (out / "old.txt").exists()
+    assert (out / "notes.txt").read_text() == "the user's own"
     assert json.loads((out / "config.json").read_text())["per_layer_config"]["0"]["intermediate_size"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "out"]
 
@@ -52,13 +53,41 @@ def test_overwrite_replaces_whole_and_only_after_success(ckpt, tmp_path):
 def test_the_weights_are_never_overwritten(ckpt, capsys):
     assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
     assert "was not written by this command" in capsys.readouterr().err
-    edit_json(ckpt / "config.json", pruning={})  # as a fine-tuned model has it
-    assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
-    assert "was not written by this command" in capsys.readouterr().err
-    (ckpt / "README.md").write_text("")  # looks like a converted model
+    write_manifest(ckpt, "convert-pruned")  # looks like a converted model
     assert convert_pruned(ckpt, ckpt, "--overwrite") == 2
     assert "which is to be converted" in capsys.readouterr().err
     assert (ckpt / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["ckpt", "deep/down/ckpt"])
+def test_an_output_that_contains_what_is_converted_is_refused(ckpt, tmp_path, capsys, place):
+    out = tmp_path / "out"
+    assert convert_pruned(ckpt, out) == 0
+    (out / place).parent.mkdir(parents=True, exist_ok=True)
+    ckpt.rename(out / place)
+    assert convert_pruned(out / place, out, "--overwrite") == 2
+    assert f"{out} contains {out / place}, which is to be converted" in capsys.readouterr().err
+    (tmp_path / "masks").mkdir()  # with its weights elsewhere
+    for name in ("pruning_masks.safetensors", "pruning.json"):
+        (out / place / name).rename(tmp_path / "masks" / name)
+    assert convert_pruned(tmp_path / "masks", out, "--base-model", out / place, "--overwrite") == 2
+    assert f"{out} contains {out / place}, which is to be converted" in capsys.readouterr().err
+    assert (out / place / "model.safetensors").exists()
+
+
+def test_other_commands_models_are_not_replaced(ckpt, tmp_path, capsys):
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
+    write_manifest(tmp_path / "out", "finetune-pruned")
+    assert convert_pruned(ckpt, tmp_path / "out", "--overwrite") == 2
+    assert "was not written by this command" in capsys.readouterr().err
+
+
+def test_a_dry_run_cleans_nothing_up(ckpt, tmp_path, capsys):
+    leftover = tmp_path / ".out.abcd1234.partial"
+    leftover.mkdir()
+    assert convert_pruned(ckpt, tmp_path / "out", "--dry-run") == 0 and leftover.exists()
+    assert convert_pruned(ckpt, tmp_path / "out") == 0 and not leftover.exists()
+    assert f"Removed {leftover}, which an interrupted run left" in capsys.readouterr().out
 
 
 def test_full_disk_leaves_nothing(ckpt, tmp_path, capsys, monkeypatch):

@@ -209,7 +209,7 @@ def test_keys_with_the_adapter_name(ckpt, tmp_path):
     file = ckpt / "adapter" / "adapter_model.safetensors"
     save_file({re.sub(r"(lora_[AB])", r"\1.default", key): value for key, value in load_file(file).items()}, file)
     assert convert_pruned(ckpt, tmp_path / "out2") == 0
-    shard = "model-00001-of-00001.safetensors"
+    shard = "model.safetensors"
     assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "out2" / shard).read_bytes()
 
 

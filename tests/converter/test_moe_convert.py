@@ -123,16 +123,6 @@ def test_equal_experts_run_on_stock_hugging_face(tmp_path, model_type):
     torch.testing.assert_close(logits, expected_logits(model, masks), rtol=1e-4, atol=1e-4)
 
 
-def test_clipped_values_keep_their_masks_apart(tmp_path):
-    """OLMoE with clip_qkv: a head mask does not go through the clipping."""
-    model = tiny_model("olmoe", 6, 6, WIDTH, clip_qkv=0.5)
-    masks = {HEAD_MASK.format(0): torch.tensor([3, -2, 0.1, 1, 4, 1])}
-    stock = AutoModelForCausalLM.from_pretrained(converted(tmp_path, model, masks), dtype=torch.float32)
-    with torch.no_grad():
-        logits = stock(torch.tensor(prompts()[-1:])).logits
-    torch.testing.assert_close(logits, expected_logits(model, masks), rtol=1e-4, atol=1e-4)
-
-
 def test_alignment_pads_each_expert_that_is_left(tmp_path, capsys):
     model = tiny_model("deepseek", 6, 3, 40)
     masks = expert_masks(model, RAGGED, [21])

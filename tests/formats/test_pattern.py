@@ -11,10 +11,11 @@ from helpers.tiny import byte_tokenizer, converted, expert_masks, masks_for, tin
 from safetensors.torch import load_file
 
 from learner import cli as learner_cli
+from pruned_vllm.common.manifest import MANIFEST
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.pattern import pattern_of_geometry, pattern_of_masks, write_report
 
-PICTURES = ["ffn.png", "heads.png", "pattern.json"]
+PICTURES = [MANIFEST, "ffn.png", "heads.png", "pattern.json"]
 
 
 def report(directory) -> dict:
@@ -108,6 +109,13 @@ def test_wrong_calls_write_nothing(ckpt, tmp_path, capsys, monkeypatch):
     assert convert_pruned(ckpt, tmp_path / "out", "--plot") == 2
     assert "pip install matplotlib" in capsys.readouterr().err
     assert names(tmp_path) == ["ckpt"]
+
+
+def test_a_report_does_not_outlive_its_model(ckpt, tmp_path):
+    out = tmp_path / "out"
+    assert convert_pruned(ckpt, out) == 0 and convert_pruned(out, "--plot") == 0
+    assert convert_pruned(ckpt, out, "--overwrite") == 0
+    assert "report" not in names(out)
 
 
 def test_foreign_directory_is_kept(ckpt, tmp_path, capsys):

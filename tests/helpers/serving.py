@@ -118,6 +118,8 @@ LAYER_TYPES = {
     "use_sliding_window": True,
 }
 QWEN3_BIAS = {"attention_bias": True}
+# Keys that Hugging Face's Llama ignores and vLLM acts on.
+VLLM_ONLY = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3, "logit_scale": 0.5, "rotary_pct": 0.5}
 
 GEOMETRIES = {
     "llama ragged": Geometry(MHA, ODD),
@@ -126,7 +128,7 @@ GEOMETRIES = {
     "llama negative gate and up": Geometry(MHA, ODD, site="gate_and_up", negative=True),
     "llama biases": Geometry(MHA, ODD, config=BIASES),
     "llama biases gate and up": Geometry(MHA, ODD, config=BIASES, site="gate_and_up"),
-    "llama gqa": Geometry(GQA, ODD, group=2),
+    "llama gqa, keys that vLLM alone acts on": Geometry(GQA, ODD, group=2, config=VLLM_ONLY),
     "llama gqa, one query head of each group": Geometry(((1, 0, 1), (0, 1, 0), (1, 1, 1)), ODD, group=4),
     "llama mqa": Geometry(((4,), (1,), (3,)), ODD, group=6),
     "llama one head left everywhere": Geometry(
@@ -134,7 +136,9 @@ GEOMETRIES = {
     ),
     "llama tied embeddings": Geometry(MHA, ODD, config={"tie_word_embeddings": True}),
     "llama only soft": Geometry((ALL,) * 3, (100,) * 3, stock=True),
-    "llama uniform": Geometry(((1, 1, 0, 0, 1, 0), (0, 1, 1, 1, 0, 0), (0, 0, 0, 1, 1, 1)), (40,) * 3, stock=True),
+    "llama uniform, keys that vLLM alone acts on": Geometry(
+        ((1, 1, 0, 0, 1, 0), (0, 1, 1, 1, 0, 0), (0, 0, 0, 1, 1, 1)), (40,) * 3, config=VLLM_ONLY, stock=True
+    ),
     "llama uniform with heads that llama refuses": Geometry(((1, 1, 1, 1, 1, 0),) * 3, (40,) * 3, stock=True),
     "llama uneven groups": Geometry(UNEVEN, ODD, group=4),
     "llama uneven groups, biases": Geometry(UNEVEN, ODD, group=4, config=BIASES, site="gate_and_up"),

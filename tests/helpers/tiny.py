@@ -32,6 +32,7 @@ MOE_CONFIGS = {
     "deepseek": {
         "n_routed_experts": NUM_EXPERTS,
         "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
     },
@@ -53,7 +54,7 @@ def tiny_model(
     config = MOE_CONFIGS.get(model_type, {}) | config
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=config.pop("vocab_size", VOCAB_SIZE),
         hidden_size=config.pop("hidden_size", 96),
         num_hidden_layers=config.pop("num_hidden_layers", NUM_LAYERS),
         num_attention_heads=num_attention_heads,

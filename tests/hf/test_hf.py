@@ -165,15 +165,6 @@ def test_attention_takes_its_cache_by_either_name(tmp_path, keyword):
     assert list(kwargs) == [keyword] and kwargs[keyword] is not stored
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_ways_to_generate(tmp_path, options):
-    model, masks, directory = Case(((), *UNEVEN[1:]), dense=(12, 3)).convert(tmp_path)
-    prompt, options = torch.tensor(prompts()[-1:]), options | {"max_new_tokens": NUM_TOKENS, "do_sample": False}
-    with apply_masks(model, masks):
-        expected = model.generate(prompt, **options)
-    assert torch.equal(load_pruned(directory).generate(prompt, disable_compile=True, **options), expected)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama, uneven, biases", "llama, layer 1 gone", "qwen3, uneven, biases, tied"])
 def test_fine_tuning_moves_every_parameter(tmp_path, name, reentrant):

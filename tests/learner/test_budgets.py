@@ -93,7 +93,7 @@ def learn(directory, method: str, *arguments) -> int:
     small = ["--method", method, "--data", directory / "text.txt"]
     if method == "ddp":
         small += ["--steps", 40, "--batch-size", 2, "--sequence-length", 32, "--budget", "expert"]
-    return cli.main([str(each) for each in (directory / "model", directory / "ckpt", *small, *arguments)])
+    return cli.main([str(argument) for argument in (directory / "model", directory / "ckpt", *small, *arguments)])
 
 
 @pytest.mark.parametrize("method", ["ddp", "magnitude", "random"])

@@ -105,7 +105,9 @@ def test_rows_are_documents_in_an_order_by_the_seed(tokenizer, files, name, star
 
 
 def test_a_data_set_has_splits(tokenizer, files):
-    train, validation = (read_tokens(tokenizer, [files / "hub"], split=it, seed=0) for it in ("train", "validation"))
+    train, validation = (
+        read_tokens(tokenizer, [files / "hub"], split=split, seed=0) for split in ("train", "validation")
+    )
     assert sorted(documents(train)) == [[number, number] for number in range(400, 440)]
     assert sorted(documents(validation)) == [[number, number] for number in range(440, 460)]
 

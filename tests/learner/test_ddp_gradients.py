@@ -70,8 +70,8 @@ class FirstStep:
         def from_given(own_z, own_multipliers, settings):
             for kind in z:
                 own_z[kind].data.copy_(z[kind])
-                for own, given in zip(own_multipliers[kind], multipliers[kind], strict=True):
-                    own.data.copy_(given)
+                for parameter, given in zip(own_multipliers[kind], multipliers[kind], strict=True):
+                    parameter.data.copy_(given)
             optimizer = make_optimizer(own_z, own_multipliers, settings)
             optimizer.register_step_pre_hook(lambda *_: self._keep(own_z, own_multipliers))
             self._multipliers = own_multipliers
@@ -80,13 +80,15 @@ class FirstStep:
         monkeypatch.setattr(ddp, "_optimizer", from_given)
         ddp.learn(task)
         self.multipliers_after = {
-            kind: torch.stack([each.detach() for each in of]) for kind, of in self._multipliers.items()
+            kind: torch.stack([parameter.detach() for parameter in of_kind])
+            for kind, of_kind in self._multipliers.items()
         }
 
     def _keep(self, z: dict, multipliers: dict) -> None:
         self.z_gradients = {kind: values.grad.clone() for kind, values in z.items()}
         self.multiplier_gradients = {
-            kind: torch.stack([each.grad.clone() for each in of]) for kind, of in multipliers.items()
+            kind: torch.stack([parameter.grad.clone() for parameter in of_kind])
+            for kind, of_kind in multipliers.items()
         }
 
 
@@ -120,7 +122,7 @@ def penalty(task: Task, s: dict[str, torch.Tensor], multipliers: dict) -> float:
         groups = values.reshape(task.units.num_groups(kind, task.settings.budget), -1)
         for index, group in enumerate(groups):
             violation = group.mean() - kept_shares(task, kind)
-            lambda1, lambda2, lambda3 = (each[index] for each in multipliers[kind])
+            lambda1, lambda2, lambda3 = (multiplier[index] for multiplier in multipliers[kind])
             of_group = lambda1 * violation + lambda2 * violation**2 + lambda3 * (group * (1 - group)).mean()
             total += of_group.item() / len(groups)
     return total

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
-from learner.finetune.finetune import FinetuneJob, _Distillation, finetune, is_finetuned
+from learner.finetune.finetune import FinetuneJob, _Distillation, finetune
 from learner.model.perplexity import perplexity
 from learner.run.training import divergence
+from pruned_vllm.common.manifest import written_by
 from pruned_vllm.hf.loading import load_pruned
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
@@ -135,7 +136,7 @@ def test_recovered_is_the_trained_model(tmp_path, name, rank, monkeypatch):
         assert (tmp_path / "recovered" / file).read_bytes() == (out / file).read_bytes(), file
     card = (tmp_path / "recovered" / "README.md").read_text()
     assert card.startswith((out / "README.md").read_text()) and f"{results['perplexity_after']:.4g} after" in card
-    assert is_finetuned(tmp_path / "recovered") and not is_finetuned(out)
+    assert written_by(tmp_path / "recovered", "finetune-pruned") and written_by(out, "convert-pruned")
 
 
 def test_teacher_brings_the_model_nearer_to_itself(tmp_path):
@@ -173,7 +174,9 @@ def test_command(tmp_path, capsys):
     assert "perplexity before" in printed and "perplexity after" in printed and "vllm serve" in printed
     assert json.loads((tmp_path / "recovered" / "finetuning.json").read_text())["job"]["lora_rank"] == 16
     assert run() == 2 and "--overwrite" in capsys.readouterr().err
+    (tmp_path / "recovered" / "notes.txt").write_text("mine")
     assert run("--overwrite", "--lora-rank", "0") == 0
+    assert (tmp_path / "recovered" / "notes.txt").read_text() == "mine"
 
 
 def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -189,7 +192,7 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
         ([tmp_path, "--data", text], "config.json is missing"),
         ([out, "--data", text, "--batch-size", 6, "--micro-batch-size", 4], "no multiple"),
         ([out, "--data", text, "--teacher", tmp_path / "stranger"], "has 99 tokens"),
-        ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "cannot be loaded"),
+        ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "neither a directory nor a model"),
     ):
         model, *rest = map(str, arguments)
         code = finetune_cli.main([model, str(tmp_path / "recovered"), "--sequence-length", "32", *rest])

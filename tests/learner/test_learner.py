@@ -17,6 +17,7 @@ from learner.methods.ddp import _harden, annealed_mu, penalty
 from learner.methods.ddp import learn as learn_ddp
 from learner.methods.gates import relu, retention
 from learner.model.units import Units
+from pruned_vllm.formats.fingerprint import Fingerprint
 
 
 def test_mask_is_relu_forward_and_identity_backward():
@@ -136,17 +137,18 @@ def test_ddp_is_deterministic_and_micro_batches_do_not_change_it():
 
 @pytest.mark.parametrize("method", ["ddp", "magnitude", "random"])
 def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
-    text, ckpt = word_model / "text.txt", word_model / "ckpt"
+    text, model, ckpt = word_model / "text.txt", word_model / "model", word_model / "ckpt"
     small = ["--steps", 60, "--batch-size", 2, "--sequence-length", 32] if method == "ddp" else []
-    arguments = [word_model / "model", ckpt, "--method", method, "--data", text, "--eval-data", text, *small]
+    arguments = [model, ckpt, "--method", method, "--data", text, "--eval-data", text, *small]
     assert run(*arguments) == 0
     assert "masked perplexity" in capsys.readouterr().out
     assert json.loads((ckpt / "pruning.json").read_text()) == {
         "format_version": 1,
         "method": method,
         "channel_mask_site": "product",
-        "base_model": str(word_model / "model"),
+        "base_model": str(model),
         "lora_adapter": None,
+        "base_fingerprint": str(Fingerprint.of(model)),
     }
     masks = load_file(ckpt / "pruning_masks.safetensors")
     assert len(masks) == 6 and all(mask.dtype == torch.float32 for mask in masks.values())
@@ -155,7 +157,11 @@ def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
     assert results["masked_perplexity"] != results["dense_perplexity"]
     assert run(*arguments) == 2
     assert "exists" in capsys.readouterr().err
-    assert run(*arguments, "--overwrite") == 0
+    (ckpt / "notes.txt").write_text("mine")
+    assert run(*arguments, "--overwrite") == 0 and (ckpt / "notes.txt").read_text() == "mine"
+    (ckpt / "pruning.json").write_text("{}")
+    assert run(*arguments, "--overwrite") == 2 and "  - pruning.json" in capsys.readouterr().err
+    assert (ckpt / "pruning.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +196,7 @@ def test_learn_masks_refuses_bad_input(word_model, capsys, change, message):
 
 def test_learn_masks_refuses_what_is_no_model(word_model, capsys):
     assert run(word_model / "nothing", word_model / "ckpt", "--data", word_model / "text.txt") == 2
-    assert "cannot be loaded as a causal language model" in capsys.readouterr().err
+    assert "is neither a directory nor a model that can be downloaded" in capsys.readouterr().err
 
 
 def test_learn_masks_refuses_what_transformers_lacks(tmp_path, capsys):

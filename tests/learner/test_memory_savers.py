@@ -15,7 +15,9 @@ def first_gradients(model, monkeypatch, batch_size: int = 4, **settings) -> dict
 
     def watched(z, multipliers, settings):
         optimizer = make_optimizer(z, multipliers, settings)
-        optimizer.register_step_pre_hook(lambda *_: found.update({kind: it.grad.flatten() for kind, it in z.items()}))
+        optimizer.register_step_pre_hook(
+            lambda *_: found.update({kind: values.grad.flatten() for kind, values in z.items()})
+        )
         return optimizer
 
     with monkeypatch.context() as patch:

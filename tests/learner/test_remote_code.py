@@ -58,7 +58,7 @@ def dense(tmp_path) -> Path:
 def learn_masks(dense: Path, *arguments) -> int:
     text = dense.parent / "text.txt"
     text.write_text(" ".join(str(i * i % 256) for i in range(3000)))
-    return cli.main([str(it) for it in (dense, dense.parent / "ckpt", "--data", text, *arguments)])
+    return cli.main([str(argument) for argument in (dense, dense.parent / "ckpt", "--data", text, *arguments)])
 
 
 def masked_model(ckpt: Path):
@@ -108,8 +108,8 @@ def test_served_model_is_the_learned_model(dense, tmp_path):
 
 def test_code_of_the_checkpoint_computes_what_it_should(dense):
     """Rotary frequencies, which are in no file, and masks' gradients, without those of the balancing loss."""
-    model, _, _ = load_dense(Job(str(dense), "magnitude", trust_remote_code=True), "cpu")
-    assert all(type(it).__module__.startswith("transformers_modules.") for it in (model, model.config))
+    model = load_dense(Job(str(dense), "magnitude", trust_remote_code=True), "cpu").model
+    assert all(type(part).__module__.startswith("transformers_modules.") for part in (model, model.config))
     reference = deepseek.load(dense)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=TOKENS).logits, reference(TOKENS).logits)
@@ -118,9 +118,9 @@ def test_code_of_the_checkpoint_computes_what_it_should(dense):
     masks = masks_for([[1.0] * 6] * 3, [torch.ones(40)]) | expert_masks(reference, [[24] * 4] * 2)
 
     def gradients(model) -> tuple[torch.Tensor, ...]:
-        own = {name: mask.clone().requires_grad_() for name, mask in masks.items()}
-        with apply_masks(model.train(), own):
-            return torch.autograd.grad(cross_entropy(model(input_ids=TOKENS).logits, TOKENS), own.values())
+        learned = {name: mask.clone().requires_grad_() for name, mask in masks.items()}
+        with apply_masks(model.train(), learned):
+            return torch.autograd.grad(cross_entropy(model(input_ids=TOKENS).logits, TOKENS), learned.values())
 
     for name, found, expected in zip(masks, gradients(model), gradients(reference), strict=True):
         assert expected.abs().max() > 1e-4

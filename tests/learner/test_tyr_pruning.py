@@ -24,11 +24,11 @@ def test_what_stays_is_the_least_squares_solution(num_units):
     rows = torch.cat((x, damping.sqrt() * torch.eye(INPUTS, dtype=x.dtype)))
     candidates = prune(weight, x.T @ x, num_units, [5, 1, 3], units_per_round=2)
     assert sorted(candidates) == [1, 3, 5]
-    for count, it in candidates.items():
-        assert (~it.kept).sum() == count
-        inputs = it.kept.repeat_interleave(INPUTS // num_units)
+    for count, candidate in candidates.items():
+        assert (~candidate.kept).sum() == count
+        inputs = candidate.kept.repeat_interleave(INPUTS // num_units)
         solution = torch.linalg.lstsq(rows[:, inputs], rows @ weight.T).solution
-        torch.testing.assert_close(it.weight, solution.T, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(candidate.weight, solution.T, rtol=1e-8, atol=1e-8)
     assert not (candidates[5].kept & ~candidates[1].kept).any(), "larger sparsities come from smaller ones"
 
 
@@ -73,7 +73,7 @@ def test_a_redundant_unit_goes_first_and_its_twin_takes_over():
     weight[:, 1] *= 2
     weight[:, 4] = 0.02 * weight[:, 0] - weight[:, 1]
     candidates = prune(weight, x.T @ x, INPUTS, [1, 2], units_per_round=1)
-    gone = [set((~it.kept).nonzero().flatten().tolist()) for it in candidates.values()]
+    gone = [set((~candidate.kept).nonzero().flatten().tolist()) for candidate in candidates.values()]
     assert gone[0] < {1, 4} and gone[1] == {1, 4}
     pruned = torch.zeros_like(weight)
     pruned[:, candidates[1].kept] = candidates[1].weight
@@ -84,9 +84,9 @@ def test_a_redundant_unit_goes_first_and_its_twin_takes_over():
 def test_inputs_that_are_never_seen():
     """Without any input norms decide and weights stay; a dead input among others goes first."""
     _, weight = layer()
-    it = prune(weight, torch.zeros(INPUTS, INPUTS, dtype=weight.dtype), INPUTS, [20], 16)[20]
-    assert set(it.kept.nonzero().flatten().tolist()) == set(weight.norm(dim=0).topk(4).indices.tolist())
-    torch.testing.assert_close(it.weight, weight[:, it.kept])
+    candidate = prune(weight, torch.zeros(INPUTS, INPUTS, dtype=weight.dtype), INPUTS, [20], 16)[20]
+    assert set(candidate.kept.nonzero().flatten().tolist()) == set(weight.norm(dim=0).topk(4).indices.tolist())
+    torch.testing.assert_close(candidate.weight, weight[:, candidate.kept])
     x, weight = layer()
     x[:, 5] = 0
     assert not prune(weight, x.T @ x, INPUTS, [1], 1)[1].kept[5]

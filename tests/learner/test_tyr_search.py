@@ -26,8 +26,8 @@ def test_mutations_never_leave_the_budget(data):
     for _ in range(20):
         genome = space.mutate(genome, random)
         for kind in set(kinds):
-            assert sum(n for n, of in zip(genome, kinds, strict=True) if of == kind) == sum(
-                n for n, of in zip(centre, kinds, strict=True) if of == kind
+            assert sum(n for n, kind_of_gene in zip(genome, kinds, strict=True) if kind_of_gene == kind) == sum(
+                n for n, kind_of_gene in zip(centre, kinds, strict=True) if kind_of_gene == kind
             )
         assert all(count in level for count, level in zip(genome, levels, strict=True))
     children = space.offspring(genome, 10, random)

@@ -69,9 +69,9 @@ def test_channels_of_experts_over_the_tokens_they_get(model_type):
         chosen = (tokens @ layer.mlp.gate.weight.T).topk(2).indices
         for expert in range(NUM_EXPERTS):
             gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
-            own = torch.stack([token for token, of in zip(tokens, chosen, strict=True) if expert in of])
-            features = torch.nn.functional.silu(own @ gate.T) * (own @ up.T)
-            assert 0 < len(own) < len(tokens)
+            routed = torch.stack([token for token, experts in zip(tokens, chosen, strict=True) if expert in experts])
+            features = torch.nn.functional.silu(routed @ gate.T) * (routed @ up.T)
+            assert 0 < len(routed) < len(tokens)
             expected = scores_of_columns(layer.mlp.experts.down_proj[expert], features)
             torch.testing.assert_close(found[index].view(NUM_EXPERTS, -1)[expert].double(), expected, rtol=1e-4, atol=0)
 

@@ -35,7 +35,9 @@ CASES = {
 } | {
     "qwen3_moe, a dense layer": ("qwen3_moe", RAGGED, True, {"mlp_only_layers": [1], "norm_topk_prob": False}),
     "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
-    "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8}),
+    "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8, "norm_topk_prob": False}),  # not its key
+    "olmoe, norms and router": ("olmoe", UNIFORM, False, {"rms_norm_eps": 0.05, "norm_topk_prob": True}),
+    "qwen2_moe, sliding windows": ("qwen2_moe", UNIFORM, False, {"use_sliding_window": True, "sliding_window": 8}),
 }
 
 
@@ -69,20 +71,27 @@ def test_compiled(tmp_path):
     assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)
 
 
+# Layers of ragged experts, of experts that ranks divide (vLLM's own) and that they do not, shared experts of odd width.
+MIXED_WIDTHS = [[8] * 4, [1, 2, 3, 4], [11] * 4]
+ODD_SHARED = {"shared_expert_intermediate_size": 21}
+
+
 @pytest.mark.parametrize(
-    ("model_type", "widths", "config"),
+    ("ranks", "model_type", "widths", "config"),
     [
-        ("qwen3_moe", ONE_EMPTY, {}),
-        pytest.param("qwen2_moe", HALF_UNIFORM, {"shared_expert_intermediate_size": 21}, marks=pytest.mark.slow),
-        pytest.param("mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
-        ("deepseek", RAGGED, {}),
+        (4, "qwen2_moe", MIXED_WIDTHS, {"vocab_size": 331, **ODD_SHARED}),
+        pytest.param(2, "qwen3_moe", ONE_EMPTY, {}, marks=pytest.mark.slow),
+        pytest.param(2, "mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
+        pytest.param(2, "deepseek", RAGGED, {}, marks=pytest.mark.slow),
+        pytest.param(3, "qwen2_moe", [[9] * 4, *RAGGED[1:]], {"vocab_size": 257, **ODD_SHARED}, marks=pytest.mark.slow),
+        pytest.param(3, "qwen3_moe", ONE_EMPTY, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks(tmp_path, monkeypatch, model_type, widths, config):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def test_ranks(tmp_path, monkeypatch, ranks, model_type, widths, config):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
     model, masks = model_and_masks(model_type, widths, True, **config)
     directory = converted(tmp_path, model, masks)
-    assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=2)
+    assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=ranks)
 
 
 def test_expert_parallelism_is_refused(tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import layout_changes
+from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.sharding import shard_layer
 
 
@@ -80,21 +83,39 @@ def test_one_rank_keeps_the_order():
     assert layout.op_target(0) == [0, 1, 2, 4, 8, 9, 10, 11]
 
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 96,
+    "vocab_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "intermediate_size": 33,
+}
+
+
+def test_a_config_is_read_once_for_each_number_of_ranks():
+    """Target and draft model live in one process."""
+
+    def vllm_config(ranks, **changes):
+        return SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=LlamaConfig(**CONFIG | changes)),
+            parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+        )
+
+    layout = model_layout(vllm_config(2))
+    assert layout.layers == (shard_layer(LayerGeometry((1, 1, 1), 33), 2),) * 2
+    assert model_layout(vllm_config(2)) is layout
+    assert model_layout(vllm_config(3)).ranks == 3
+    assert model_layout(vllm_config(2, intermediate_size=34)).geometry.layers[0].intermediate_size == 34
+
+
 def test_changes_of_weights_stay_on_the_cpu():
     """vLLM builds a model under the device that it will run on; the weights come from files."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 96,
-        "vocab_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "intermediate_size": 33,
-    }
     with torch.device("meta"):
-        changes = layout_changes(ModelGeometry.from_config(config), 2)
-    assert len(changes) == 12 and all(index.device.type == "cpu" for _, index in changes.values())
+        changes = layout_changes(ModelLayout.from_geometry(ModelGeometry.from_config(CONFIG), 2))
+    assert len(changes) == 24 and all(index.device.type == "cpu" for _, index in changes.values())
 
 
 def test_padding_is_zero():

@@ -1,10 +1,26 @@
-"""Two ranks serve what one does, whatever the head counts and widths. Runs on the CPU backend."""
+"""Any number of ranks serves what one does, whatever heads, widths and vocabulary there are. On the CPU backend."""
+
+import json
+import shutil
 
 import pytest
-from helpers.serving import ALL, BIASES, GEOMETRIES, MHA, NONE, ODD, Geometry, assert_serves_the_masked_model, engine
+from helpers.serving import (
+    ALL,
+    BIASES,
+    GEOMETRIES,
+    MHA,
+    NONE,
+    ODD,
+    UNEVEN,
+    Geometry,
+    assert_is_the_masked_model,
+    assert_serves_the_masked_model,
+    engine,
+    generate,
+)
 from helpers.tiny import converted
 
-UGLY = {
+TWO_RANKS = {
     name: GEOMETRIES[name]
     for name in (
         "llama ragged",
@@ -22,33 +38,74 @@ UGLY = {
     ),
     "qwen2 one wide group and single heads": Geometry(((5, 0, 0), (1, 0, 1), (5, 4, 1)), ODD, "qwen2", 5),
 }
+# vLLM pads the vocabulary to 64: 3 ranks divide neither 256 nor the 320 that 257 becomes, 5 ranks divide 320 only.
+MORE_RANKS = {
+    (3, "llama mha"): Geometry(MHA, ODD),
+    (3, "llama mqa, tied, one token too many"): Geometry(
+        ((4,), (1,), (3,)), ODD, group=6, config={"vocab_size": 257, "tie_word_embeddings": True}
+    ),
+    (3, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
+    (4, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
+    (5, "llama uneven groups, biases"): Geometry(UNEVEN, ODD, group=4, config=BIASES),
+}
+USUAL = ("qwen3 very uneven groups", "llama one head and one channel, biases survive")
 
 
 @pytest.fixture(autouse=True)
-def one_core_for_each_rank(monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # without it vLLM looks for two NUMA nodes
-
-
-USUAL = ("llama ragged", "qwen3 very uneven groups", "llama one head and one channel, biases survive")
+def cores_for_ranks(monkeypatch):
+    """Without it vLLM looks for a NUMA node for each rank. Ranks may share a core."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1|0")
 
 
 @pytest.mark.parametrize(
-    "geometry",
-    [pytest.param(its, id=name, marks=() if name in USUAL else pytest.mark.slow) for name, its in UGLY.items()],
+    ("ranks", "geometry"),
+    [
+        pytest.param(ranks, geometry, id=f"{ranks} ranks, {name}", marks=[pytest.mark.slow] * (name not in USUAL))
+        for (ranks, name), geometry in ({(2, name): value for name, value in TWO_RANKS.items()} | MORE_RANKS).items()
+    ],
 )
-def test_two_ranks_serve_the_masked_model(tmp_path, geometry):
+def test_ranks_serve_the_masked_model(tmp_path, ranks, geometry):
     model, masks = geometry.model_and_masks()
     directory = converted(tmp_path, model, masks, geometry.site)
-    assert_serves_the_masked_model(directory, model, masks, geometry.site, tensor_parallel_size=2)
+    assert_serves_the_masked_model(directory, model, masks, geometry.site, tensor_parallel_size=ranks)
 
 
-def test_stock_results_that_do_not_divide_are_served_through_the_plugin(tmp_path):
-    """Equal layers are written for a stock class, which refuses what tensor parallelism does not divide."""
-    geometry = Geometry(((1, 1, 1, 0, 0, 0),) * 3, (33,) * 3, stock=True)
+def test_stock_result_and_draft_that_three_ranks_do_not_divide(tmp_path):
+    """Equal layers are written for a stock class, which refuses what the ranks do not divide; the plugin serves it.
+
+    Here it has one KV head with four query heads, 33 channels and 257 tokens. Its draft is the same model, so that a
+    draft that went wrong would show in the tokens that are accepted.
+    """
+    geometry = Geometry(((4,),) * 3, (33,) * 3, group=6, config={"vocab_size": 257}, stock=True)
     model, masks = geometry.model_and_masks()
     directory = converted(tmp_path, model, masks)
-    overrides = {"architectures": ["PrunedLlamaForCausalLM"]}
-    assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=2, hf_overrides=overrides)
+    pruned = {"architectures": ["PrunedLlamaForCausalLM"]}
+    draft_directory = shutil.copytree(directory, tmp_path / "draft")  # vLLM has no --hf-overrides for drafts
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    (draft_directory / "config.json").write_text(json.dumps(config | pruned))
+    draft = {"method": "draft_model", "model": str(draft_directory), "num_speculative_tokens": 3}
+    draft["use_local_argmax_reduction"] = True  # looks for the best token on each rank, padding masked
+    options = {"hf_overrides": pruned, "speculative_config": draft, "disable_log_stats": False}
+    with engine(directory, tensor_parallel_size=3, **options) as llm:
+        outputs = generate(llm)
+        counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert_is_the_masked_model(outputs, model, masks)
+    accepted = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_draft_tokens"]
+    assert accepted > 0.8  # what is drafted beyond the last token is cut off
+
+
+@pytest.mark.slow
+def test_pruned_draft_of_the_dense_model(tmp_path):
+    """The dense model has 12 heads and 100 channels, which four ranks divide; the draft has sizes that they do not."""
+    geometry = Geometry(((5,), (1,), (3,)), (99, 1, 51), group=12)
+    model, masks = geometry.model_and_masks()
+    directory = converted(tmp_path, model, masks)
+    model.save_pretrained(tmp_path / "dense")
+    draft = {"method": "draft_model", "model": str(directory), "num_speculative_tokens": 3}
+    with engine(tmp_path / "dense", tensor_parallel_size=4, speculative_config=draft) as llm:
+        outputs = generate(llm)
+    assert_is_the_masked_model(outputs, model, {})
 
 
 def test_more_ranks_than_query_heads_are_refused(tmp_path):

@@ -18,15 +18,17 @@ What the paper leaves open, and what is ours:
 - Query heads go with their KV head, or a uniform number of them would not be a uniform model.
 - At the end exactly as many units as the budget says are set to zero in each row, whatever is left of their masks
   (`*_cut` in the log says how much that would be at each step). Other masks stay as they were learned.
-- The paper multiplies the product of gate and up while it learns, and folds into both; the one or the other is right.
-  `--channel-mask-site` says what to learn, and is written down for the converter.
+- The paper multiplies the product of gate and up while it learns, but folds into both projections. These two do not
+  compute the same. `--channel-mask-site` says which is learned; pruning.json tells the converter.
 - LoRA: rank and alpha are those of NutePrune's code, with which the paper compares itself. That adapts q and v alone
   (`--lora-targets query-value`); all projections recover clearly more and cost little.
 """
 
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,20 +43,20 @@ from learner.methods.method import Learned, Task
 from learner.model.units import Units
 from learner.run.training import Training, divergence
 
-SMALLEST_KEPT = 1e-6  # a unit that stays for the sake of uniformity must not be 0, or the converter would remove it
+SMALLEST_KEPT = 1e-6  # smallest mask of a unit that stays: the converter removes units whose mask is 0
 LORA_TARGETS = {
     "all": r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "query-value": r".*\.self_attn\.[qv]_proj",
-}  # experts have none: Transformers holds all of a layer in two tensors, which no adapter for linear layers fits
-LARGE = 0.1  # mean of the masks that are cut, above which the cut is no longer the end of what was learned
+}  # not on experts, which are no linear layers: Transformers holds all of a layer in two tensors
+LARGE = 0.1  # if the masks that are cut have a larger mean, learning did not reach its target
 
 
 def learn(task: Task) -> Learned:
     """Learns m for every unit and an adapter; see learner/methods/method.py."""
     settings, units = task.settings, task.units
-    parameters = kind_parameters(task.model, units)  # before the adapter is there
+    parameters = kind_parameters(task.model, units)  # before the adapter adds its own
     adapter = _add_adapter(task)
-    lora = {name: it for name, it in task.model.named_parameters() if it.requires_grad}
+    lora = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     masks = {kind: nn.Parameter(torch.ones(units.shape(kind), device=task.accelerator.device)) for kind in units.layers}
     optimizer = torch.optim.AdamW(
         [
@@ -96,7 +98,7 @@ def learn(task: Task) -> Learned:
     return Learned(
         values={kind: values.view(units.shape(kind)).cpu() for kind, values in final.items()},
         channel_mask_site=settings.channel_mask_site,
-        save_adapter=partial(adapter.save_pretrained, save_embedding_layers=False) if lora else None,
+        save_adapter=partial(_save_adapter, adapter) if lora else None,
     )
 
 
@@ -126,7 +128,7 @@ def kind_parameters(model: nn.Module, units: Units) -> dict[str, int]:
             return linear(attention.q_proj, attention.k_proj, attention.v_proj) + attention.o_proj.weight.numel()
         if kind == "channel":
             return linear(mlp.gate_proj, mlp.up_proj) + mlp.down_proj.weight.numel()
-        return sum(it.numel() for it in mlp.experts.parameters())
+        return sum(parameter.numel() for parameter in mlp.experts.parameters())
 
     layers = model.model.layers
     return {kind: sum(count(kind, layers[index]) for index in indices) for kind, indices in units.layers.items()}
@@ -190,7 +192,14 @@ def _add_adapter(task: Task) -> PeftModel | None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(task.seed)
-        return get_peft_model(task.model, config)
+        adapter = get_peft_model(task.model, config)
+    with tempfile.TemporaryDirectory() as directory:  # what PEFT refuses to save, it refuses now, not at the end
+        _save_adapter(adapter, directory, state_dict={})
+    return adapter
+
+
+def _save_adapter(adapter: PeftModel, directory: str | Path, **options: Any) -> None:
+    adapter.save_pretrained(directory, save_embedding_layers=False, **options)
 
 
 def _outputs(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -208,7 +217,7 @@ def _loss(model: nn.Module, settings: MaskPruneSettings, tokens: torch.Tensor, t
     """L_KL + alpha L_layer, KL(student || teacher) as printed; means over tokens [batch, length]."""
     (logits, states), (teacher_logits, teacher_states) = _outputs(model, tokens), teacher
     loss = divergence(logits, teacher_logits)  # of the first argument from the second
-    for own, wanted in zip(states, teacher_states, strict=True):
-        distance = F.mse_loss(own.float(), wanted.float()) / wanted.float().square().mean()
+    for student, wanted in zip(states, teacher_states, strict=True):
+        distance = F.mse_loss(student.float(), wanted.float()) / wanted.float().square().mean()
         loss = loss + settings.layer_weight * distance
     return loss

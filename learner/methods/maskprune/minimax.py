@@ -72,7 +72,7 @@ class Minimax:
         held = [[parameters[kind] * (kind in budget) for kind in self.kinds] for budget in budgets]
         held = torch.tensor(held, dtype=torch.float64)
         self._costs = held / held.sum(1, keepdim=True)  # [budgets, kinds]
-        # Times the number of kinds, so that s rises as fast where several share a budget as where each has its own.
+        # Times the number of kinds: s rises equally fast whether kinds share a budget or have one each.
         self._push = self._costs.T * held.count_nonzero(dim=1)
         self.s = torch.zeros_like(self._target)
         self.y = torch.full((1,), start, dtype=torch.float64)

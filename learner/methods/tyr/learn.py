@@ -27,7 +27,6 @@ from random import Random
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from learner.methods.method import Learned, Task
 from learner.methods.tyr.search import Space, divergences, draw, next_parent
@@ -35,6 +34,7 @@ from learner.methods.tyr.sublayers import Sublayer, sublayers_of
 from learner.methods.tyr.supernet import Genome, Supernet
 from learner.model.blockwise import Blockwise
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 FIRST_INTERVAL = 0.125  # of a sublayer's units
 REACH = 4  # candidates on either side of the centre
@@ -47,13 +47,13 @@ def learn(task: Task) -> Learned:
             f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
         )
     settings, sublayers = task.settings, sublayers_of(task.units)
-    if settings.sequence_length < 2:
+    if task.blocks.sequence_length < 2:
         raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.blocks.calibration(settings.calibration_sequences, task.accelerator.print)
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
     state = task.journal.restore() or _start(0, uniform(task, sublayers))
-    task.journal.save(state)  # candidates outlive an interruption only beside a state
+    task.journal.save(state)  # an interrupted run keeps its directory, and so the candidates, only if it has a state
     with ExitStack() as stack:
         directory = task.journal.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for iteration in range(state["iteration"], iterations):
@@ -68,7 +68,7 @@ def learn(task: Task) -> Learned:
             if iteration + 1 < iterations:
                 state = _start(iteration + 1, found)
                 task.journal.save(state)
-        return Learned(_install(task, supernet, found), weights_changed=True)
+        return Learned(_install(task, supernet, found))
 
 
 def _start(iteration: int, centre: Genome) -> dict[str, Any]:
@@ -89,13 +89,13 @@ def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
 
 def space_around(centre: Genome, sublayers: Sequence[Sublayer], iteration: int, reach: int = REACH) -> Space:
     """The genomes of an iteration, counted from 0, at most `reach` steps away from `centre` in each sublayer."""
-    intervals = [max(1, round(it.num_units * FIRST_INTERVAL / 2**iteration)) for it in sublayers]
+    intervals = [max(1, round(sublayer.num_units * FIRST_INTERVAL / 2**iteration)) for sublayer in sublayers]
     steps = range(-reach, reach + 1)
     levels = [
         tuple(count + step * interval for step in steps if 0 <= count + step * interval <= sublayer.num_units)
         for count, interval, sublayer in zip(centre, intervals, sublayers, strict=True)
     ]
-    return Space([it.kind for it in sublayers], intervals, levels)
+    return Space([sublayer.kind for sublayer in sublayers], intervals, levels)
 
 
 def _search(
@@ -103,7 +103,7 @@ def _search(
 ) -> Genome:
     """The best genome of an iteration, from `state` on."""
     settings, parent, before = task.settings, tuple(state["parent"]), state["iteration"] * task.settings.generations
-    progress = tqdm(
+    progress = progress_bar(
         range(state["generation"], settings.generations),
         desc=f"{title} search",
         unit="generation",

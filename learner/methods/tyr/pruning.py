@@ -85,7 +85,9 @@ def saliency(weight: torch.Tensor, gradient: torch.Tensor, inverse: torch.Tensor
     """
     units, size = len(kept), len(weight) // len(kept)
     blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
-    blocks[~kept] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)  # they have no inverse
+    blocks[~kept] = torch.eye(
+        size, dtype=inverse.dtype, device=inverse.device
+    )  # blocks of removed units have no inverse
     weight, gradient = weight.view(units, size, -1), gradient.view(units, size, -1)
     second_order = (weight * (torch.linalg.inv(blocks) @ weight)).sum((1, 2)) / 2
     return (second_order + (gradient * weight).abs().sum((1, 2))).masked_fill(~kept, torch.inf)

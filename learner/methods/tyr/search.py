@@ -17,8 +17,8 @@ import torch
 from learner.methods.tyr.supernet import Genome, Supernet
 
 MOST_SHIFTS = 4
-STAGES = ((64, 16), (8, 4), (1, 1))  # reads the text of the last stage divided by this; so many survive
-TOP_LOGITS = 8192  # of the dense model, the others are left out
+STAGES = ((64, 16), (8, 4), (1, 1))  # divisor of the text that is read, and how many genomes survive
+TOP_LOGITS = 8192  # largest logits of the dense model that are compared
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def next_parent(
             survivors.append(parent)
         elif len(survivors) <= number:
             continue
-        scores = [math.inf if math.isnan(it) else it for it in score(survivors, selection_tokens // divisor)]
+        scores = [math.inf if math.isnan(value) else value for value in score(survivors, selection_tokens // divisor)]
         best = sorted(range(len(survivors)), key=scores.__getitem__)[:number]
         survivors, scores = [survivors[i] for i in best], [scores[i] for i in best]
     return survivors[0], scores[0]

@@ -7,8 +7,8 @@ so that later blocks are pruned for inputs that carry the errors to be expected 
 
     x = sum_e (1 - S_e) x_e / sum_e (1 - S_e)        S_e: share of the units that candidate e has lost
 
-The sublayers are linear, so the mean of the outputs is the output of the mean of the weights. (The authors' code means
-to do something like it, but passes dense outputs on: what `--error-accumulation none` does.)
+The sublayers are linear, so the mean of the outputs is the output of the mean of the weights. (The authors' code
+passes dense outputs on, as `--error-accumulation none` does.)
 
 Files: `{layer}.safetensors` with `{sublayer}.{units removed}.kept` (bool [units]) and `.weight` (columns of the kept
 units). A file appears when its block is done, so that a build that was interrupted goes on behind the last of them.
@@ -22,13 +22,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from learner.methods.tyr.pruning import prune
 from learner.methods.tyr.sublayers import Sublayer, collect_hessians
 from learner.model.blockwise import Blockwise
 from learner.run.disk import writing
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.progress import progress_bar
 
 Genome = tuple[int, ...]  # units that each sublayer has lost
 UNITS_PER_ROUND = {"head": 1, "channel": 16, "expert": 16}
@@ -73,7 +73,7 @@ class Supernet:
         if all(self._path(layer).exists() for layer in range(len(self.blockwise))):
             return
         hidden_states = self.blockwise.embed(tokens)
-        for layer in tqdm(range(len(self.blockwise)), desc=title, unit="layer"):
+        for layer in progress_bar(range(len(self.blockwise)), desc=title, unit="layer"):
             block = self.blockwise.block(layer)
             dense_output = None if accumulate else hidden_states
             if self._path(layer).exists():
@@ -90,7 +90,7 @@ class Supernet:
                 self.blockwise.run(layer, block, hidden_states, hidden_states)
 
     def install(self, layer: int, block: nn.Module, genes: Genome, installed: Genome | None = None) -> None:
-        """Gives `block` the weights that `genes`, the part of a genome about it, speaks of.
+        """Gives `block` the weights of `genes`, its part of a genome.
 
         Args:
             installed: what it has now, so that only changes are read; None: unknown.
@@ -123,7 +123,7 @@ class Supernet:
         for count in self.levels[index]:
             share = 1 - count / self.sublayers[index].num_units
             total, shares = total + share * self.weight(index, count).float(), shares + share
-        return total / shares if shares else total  # no share: every candidate has lost all, and is zero
+        return total / shares if shares else total  # without shares every candidate has lost all units and is zero
 
     def _prune(self, layer: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
         """Writes the candidates of all sublayers of a block."""
@@ -138,9 +138,9 @@ class Supernet:
             counts = [count for count in self.levels[index] if count]
             per_round = UNITS_PER_ROUND[sublayer.kind]
             weight = sublayer.weight(block)
-            for count, it in prune(weight, hessian, sublayer.num_units, counts, per_round).items():
-                tensors[f"{sublayer.name}.{count}.kept"] = it.kept.cpu()
-                tensors[f"{sublayer.name}.{count}.weight"] = it.weight.to("cpu", weight.dtype).contiguous()
+            for count, candidate in prune(weight, hessian, sublayer.num_units, counts, per_round).items():
+                tensors[f"{sublayer.name}.{count}.kept"] = candidate.kept.cpu()
+                tensors[f"{sublayer.name}.{count}.weight"] = candidate.weight.to("cpu", weight.dtype).contiguous()
         partial = self._path(layer).with_suffix(".partial")
         with writing():
             save_file(tensors, partial)

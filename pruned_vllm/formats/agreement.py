@@ -1,0 +1,202 @@
+"""Keys of config.json that Transformers and vLLM do not read alike, and what is done about each. Pure Python.
+
+What the Hugging Face model computes is right. Where vLLM would compute something else from the same config.json, it
+must not get that config.json: a key that Hugging Face's model ignores is left out of what the converter writes, and a
+value that vLLM cannot honour is refused, when converting and when serving.
+
+`tests/serving/test_config_reads.py` reads both sources and fails for a key that only one of them reads and that has no
+row here. Then a row is missing: find out what the key does on either side, and choose.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.families import FAMILIES, Family
+
+ROPE = "rope_parameters."  # prefix of the keys inside of `rope_parameters`, or `rope_scaling` as it was called
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is done about some keys.
+
+    Attributes:
+        keys: of config.json.
+        action:
+            "handled": the project reads and checks it, or both sides get it from one place; `why` says which.
+            "idle": changes nothing that these models compute when they generate.
+            "dropped": vLLM acts on it, Hugging Face's model does not. Left out when writing, refused when serving.
+            "refused": any value but `allowed` is refused when converting and when serving.
+            "not stock": vLLM's own class does not act on it, the plugin's does. With any value but `allowed` the model
+                is written for the plugin.
+        why: what would happen; ends a sentence that begins with the key and its value where it can be refused.
+        families: model types; all if empty.
+        allowed: values that mean the same on both sides. So does a key that is absent or null, or false where dropped.
+    """
+
+    keys: str
+    action: Literal["handled", "idle", "dropped", "refused", "not stock"]
+    why: str
+    families: tuple[str, ...] = ()
+    allowed: tuple[Any, ...] = ()
+
+    def holds_for(self, family: Family) -> bool:
+        return not self.families or family.model_type in self.families
+
+
+_DENSE = tuple(name for name, family in FAMILIES.items() if family.experts is None)
+_WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek")
+_VLLM_ONLY = "vLLM acts on it, the Hugging Face model does not"
+
+ROWS = (
+    # Sizes and biases.
+    Row("hidden_size intermediate_size vocab_size num_hidden_layers", "handled", "ModelGeometry"),
+    Row("num_attention_heads num_key_value_heads head_dim per_layer_config", "handled", "ModelGeometry"),
+    Row("num_kv_heads n_head_kv num_attention_groups multi_query_group_num", "dropped", _VLLM_ONLY),
+    Row("hidden_size_per_head", "dropped", _VLLM_ONLY),
+    Row("tie_word_embeddings", "handled", "ModelGeometry; Transformers ties weights outside of its model classes"),
+    Row("attention_bias", "handled", "ModelGeometry", ("llama", "qwen3", "qwen3_moe", "deepseek")),
+    Row("attention_bias", "refused", "vLLM's OLMoE has no such biases", ("olmoe",), (False,)),
+    Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, ("mistral",)),
+    Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
+    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", "mistral")),
+    Row("qkv_bias", "not stock", "vLLM's Qwen2-MoE always has it", ("qwen2_moe",), (True,)),
+    # What a layer computes.
+    Row("hidden_act", "refused", "vLLM has these models with silu alone", allowed=("silu", "swish")),
+    Row("rms_norm_eps", "not stock", "vLLM's OLMoE always takes 1e-5", ("olmoe",), (1e-5,)),
+    Row("clip_qkv", "refused", "vLLM's OLMoE does not clip", ("olmoe",)),
+    Row("qk_norm dual_chunk_attention_config", "dropped", _VLLM_ONLY),
+    Row("logit_scale", "dropped", _VLLM_ONLY, allowed=(1,)),
+    Row("attn_logit_softcapping", "dropped", _VLLM_ONLY),
+    Row("llama_4_scaling ada_rms_norm_t_cond ada_rms_norm_t_cond_dim", "dropped", _VLLM_ONLY),
+    Row("is_causal", "refused", "the plugin serves causal attention alone", allowed=(True,)),
+    # Which tokens a layer attends to.
+    Row("sliding_window layer_types", "handled", "both sides read them", ("qwen2", "qwen3", "qwen2_moe")),
+    Row("use_sliding_window", "not stock", "vLLM's own classes have it for all layers or none",
+        ("qwen2", "qwen3", "qwen2_moe"), (False,)),
+    Row("max_window_layers", "handled", "the config class that both sides use", ("qwen2", "qwen3")),
+    Row("sliding_window", "handled", "both sides apply it to all layers", ("mistral", "mixtral", "qwen3_moe")),
+    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek")),
+    Row("sliding_window", "refused", "Hugging Face's OLMoE applies it with some attention kernels only", ("olmoe",)),
+    Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
+    Row("attention_chunk_size rswa_window target_layer_count", "dropped", _VLLM_ONLY),
+    Row("alibi attn_config position_encoding_type", "dropped", _VLLM_ONLY),
+    Row("num_kv_shared_layers", "idle", "only Hugging Face's KV cache reads it, vLLM never"),
+    # Experts.
+    Row("num_experts num_local_experts n_routed_experts num_experts_per_tok moe_intermediate_size", "handled",
+        "ModelGeometry", tuple(set(FAMILIES) - set(_DENSE))),
+    Row("num_experts num_local_experts n_routed_experts num_experts_per_tok", "dropped", _VLLM_ONLY, _DENSE),
+    Row("moe_num_experts num_experts_per_token top_k_experts moe_topk moe_top_k", "dropped", _VLLM_ONLY),
+    Row("mlp_only_layers decoder_sparse_step", "handled", "ModelGeometry"),
+    Row("n_shared_experts first_k_dense_replace moe_layer_freq", "handled", "ModelGeometry", ("deepseek",)),
+    Row("shared_expert_intermediate_size", "handled", "ModelGeometry", ("qwen2_moe",)),
+    Row("shared_expert_intermediate_size", "dropped", _VLLM_ONLY, ("qwen3_moe",)),
+    Row("norm_topk_prob", "handled", "ModelGeometry; Mixtral has no such key",
+        ("qwen2_moe", "qwen3_moe", "mixtral", "deepseek")),
+    Row("norm_topk_prob", "not stock", "vLLM's OLMoE never divides by the sum", ("olmoe",), (False,)),
+    Row("scoring_func", "refused", "the published code knows softmax alone", ("deepseek",), ("softmax",)),
+    Row("n_group topk_group topk_method routed_scaling_factor moe_router_dtype", "dropped", _VLLM_ONLY, ("deepseek",)),
+    # Positions.
+    Row("rope_parameters rope_theta max_position_embeddings", "handled", "the config class that both sides use"),
+    Row("original_max_position_embeddings", "handled", "the config class that both sides use"),
+    Row("partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", allowed=(1,)),
+    Row("rotary_emb_base rotary_pct rotary_emb_fraction mrope_section xdrope_section", "dropped", _VLLM_ONLY),
+    Row(f"{ROPE}rope_theta {ROPE}type", "handled", "the config class that both sides use"),
+    Row(f"{ROPE}rope_type", "refused", "vLLM and Hugging Face compute other angles",
+        tuple(set(FAMILIES) - {"deepseek"}), ("default", "linear", "llama3", "yarn")),
+    Row(f"{ROPE}rope_type", "refused", "only linear scaling is the same in vLLM and in the published code",
+        ("deepseek",), ("default", "linear")),
+    Row(f"{ROPE}partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", allowed=(1,)),
+    Row(f"{ROPE}full_attention", "refused", "these models have one kind for all layers: vLLM would take the defaults"),
+    Row(f"{ROPE}factor {ROPE}attention_factor {ROPE}beta_fast {ROPE}beta_slow {ROPE}mscale {ROPE}mscale_all_dim "
+        f"{ROPE}truncate {ROPE}low_freq_factor {ROPE}high_freq_factor {ROPE}original_max_position_embeddings",
+        "handled", "both compute the same, see the test of angles"),
+    Row(f"{ROPE}rope_dim {ROPE}mrope_section {ROPE}mrope_interleaved {ROPE}use_fope {ROPE}num_key_value_heads "
+        f"{ROPE}num_inv_freq {ROPE}fope_sep_head {ROPE}fope_init_factor", "dropped", _VLLM_ONLY),
+    Row(f"{ROPE}short_factor {ROPE}long_factor {ROPE}short_mscale {ROPE}long_mscale {ROPE}alpha {ROPE}mixed_b "
+        f"{ROPE}max_trained_positions {ROPE}is_deepseek_v4", "idle", "of types that are refused"),
+    # The rest.
+    Row("quantization_config", "handled", "the converter refuses it; the plugin serves what was quantized afterwards"),
+    Row("compression_config", "refused", "vLLM takes the weights for quantized"),
+    Row("is_encoder_decoder", "refused", "these models have no encoder", allowed=(False,)),
+    Row("text_config thinker_config encoder_config vision_config", "dropped", _VLLM_ONLY),
+    Row("canvas_length is_mm_prefix_lm mm_prefix_clamp_sliding_window mm_prefix_span_leading_pad_modulus", "dropped",
+        _VLLM_ONLY),
+    Row("projection_dim projection_size", "dropped", _VLLM_ONLY),
+    Row("attention_dropout initializer_range router_jitter_noise aux_loss_alpha seq_aux", "idle", "training"),
+    Row("output_router_logits router_aux_loss_coef", "idle", "training"),
+    Row("use_cache pad_token_id bos_token_id eos_token_id", "idle", "generation, which requests to vLLM decide"),
+    Row("embedding_size is_matryoshka matryoshka_dimensions use_sep_token use_pad_token position_embedding_type "
+        "head_dtype", "idle", "pooling, or asked of vLLM on purpose"),
+    Row("model_max_length", "idle", "length of a request"),
+    Row("architectures model_type dtype name_or_path is_heterogeneous sub_configs", "handled", "what every config has"),
+    Row("attn_type_list block_configs layers_block_type mamba_chunk_size chunk_size number_of_conv_states", "idle",
+        "models with other layers than attention"),
+    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim compress_ratios model index_topk "
+        "index_head_dim index_n_heads index_skip_topk_offset index_topk_freq index_topk_pattern "
+        "indexer_rope_interleave engram_layer_ids", "idle", "read for later DeepSeek models only"),
+    Row("num_nextn_predict_layers sample_from_anchor dflash_config eagle_config eagle_aux_hidden_state_layer_ids",
+        "idle", "draft models"),
+    Row("max_source_positions", "idle", "encoders"),
+)  # fmt: skip
+
+
+def rows_of(family: Family) -> dict[str, Row]:
+    """The row of each key that has one for this family."""
+    return {key: row for row in ROWS if row.holds_for(family) for key in row.keys.split()}
+
+
+def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> None:
+    """Raises InputError, which begins with `what`, where `refusals` has anything to say of a config.json."""
+    if problems := refusals(family, config):
+        raise InputError(f"{what}: vLLM would not compute what Hugging Face's model computes:", problems)
+
+
+def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value that is refused."""
+    return [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
+
+
+def left_out(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """The keys that `agreed_config` leaves out although they say something."""
+    return [key for key, _, _ in _disagreeing(family, config, "dropped")]
+
+
+def agreed_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` so that vLLM reads it as Hugging Face's model does: without what only vLLM acts on."""
+    dropped = {key for key, row in rows_of(family).items() if row.action == "dropped"}
+    agreed = {key: value for key, value in config.items() if key not in dropped}
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := agreed.get(name), Mapping):  # vLLM fails for a null that Hugging Face takes for absent
+            agreed[name] = {
+                key: value for key, value in rope.items() if value is not None and ROPE + key not in dropped
+            }
+    if agreed.get("hidden_act") == "swish":  # the same function, but vLLM does not know the name
+        agreed["hidden_act"] = "silu"
+    return agreed
+
+
+def stock_agrees(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether vLLM's own class computes what Hugging Face's does from a config that agrees."""
+    return not list(_disagreeing(family, config, "not stock"))
+
+
+def _disagreeing(family: Family, config: Mapping[str, Any], action: str) -> Iterator[tuple[str, Any, Row]]:
+    """The keys that have rows with this action, and values that are not allowed."""
+    rows = rows_of(family)
+    for key, value in _flat(config):
+        row = rows.get(key)
+        says_nothing = value is None or (action == "dropped" and value is False)
+        if row is not None and row.action == action and not says_nothing and value not in row.allowed:
+            yield key, value, row
+
+
+def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values, those of the rotary embedding with their prefix."""
+    yield from config.items()
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        rope_type = rope.get("rope_type", rope.get("type"))
+        yield from ((ROPE + key, value) for key, value in {**rope, "rope_type": rope_type}.items())

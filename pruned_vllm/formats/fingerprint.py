@@ -1,0 +1,134 @@
+"""Fingerprint of a model's weights: whether two directories hold the same model, told without reading all of it.
+
+    fingerprint = Fingerprint.of(directory)
+    str(fingerprint)                          # "config:5d0a… tensors:91c2… samples:07be…", as pruning.json keeps it
+    Fingerprint.parse(text).differences(fingerprint)     # [] or what differs
+
+Three parts, so that a mismatch can say what differs:
+
+- config: config.json without the keys that say nothing of the model
+- tensors: name, dtype and shape of every tensor, from the headers
+- samples: some bytes of every tensor. A model that was trained further, merged, or converted differs there. A change of
+  a few single values may go unnoticed.
+
+How tensors are spread over files does not count. About 16 KiB of each tensor are read, so 100 GB take seconds.
+Pure Python.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.tensors import canonical_name
+from pruned_vllm.formats.weights import find_weight_files
+
+UNRELATED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")  # of config.json: who wrote it
+LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
+PIECES, PIECE_BYTES = 4, 4096  # sampled of a tensor; smaller tensors are read whole
+DIGITS = 16  # hexadecimal digits of a part
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Digests of a model's directory, each DIGITS hexadecimal digits; see the top of this file."""
+
+    config: str
+    tensors: str
+    samples: str
+
+    @classmethod
+    def of(cls, directory: Path) -> "Fingerprint":
+        """The fingerprint of a model directory.
+
+        Raises:
+            InputError: config.json or the weights cannot be read.
+        """
+        config = read_json(directory / "config.json")
+        related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
+        found = {}
+        for path in find_weight_files(directory):
+            header = _header(path)
+            with path.open("rb", buffering=0) as file:
+                for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # as they lie on the disk
+                    entry = header[name]
+                    sample = _sample(file.fileno(), *entry["data_offsets"])
+                    found[canonical_name(name)] = [canonical_name(name), entry["dtype"], entry["shape"]], sample
+        described, sampled = zip(*(found[name] for name in sorted(found)), strict=True) if found else ((), ())
+        return cls(
+            config=_digest(json.dumps(related, sort_keys=True).encode()),
+            tensors=_digest(json.dumps(described).encode()),
+            samples=_digest(b"".join(sampled)),
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "Fingerprint":
+        """What `str` wrote. Raises ValueError for other text."""
+        pattern = " ".join(f"{field.name}:([0-9a-f]{{{DIGITS}}})" for field in fields(cls))
+        if not (match := re.fullmatch(pattern, text)):
+            form = " ".join(f"{field.name}:{'x' * DIGITS}" for field in fields(cls))
+            raise ValueError(f"{text!r} is no fingerprint; one looks like {form!r}")
+        return cls(*match.groups())
+
+    @classmethod
+    def is_one(cls, text: Any) -> bool:
+        """Whether `text` is what `str` wrote."""
+        try:
+            return bool(cls.parse(text))
+        except (TypeError, ValueError):
+            return False
+
+    def __str__(self) -> str:
+        return " ".join(f"{field.name}:{getattr(self, field.name)}" for field in fields(self))
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What differs in `other`, in words; empty if nothing does."""
+        found = []
+        if self.config != other.config:
+            found.append("config.json says something else")
+        if self.tensors != other.tensors:
+            found.append("the tensors have other names, shapes or dtypes")
+        elif self.samples != other.samples:
+            found.append("the tensors hold other values, though their names, shapes and dtypes are the same")
+        return found
+
+
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> dtype, shape and data_offsets of a safetensors file; offsets count from the start of the file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise ValueError(f"it says that its header has {length} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            if not 8 + length <= start <= end <= size:
+                raise ValueError(f"its tensors end at byte {end}, the file at {size}")
+            entry["data_offsets"] = start, end
+            _ = entry["dtype"], entry["shape"]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is truncated or no safetensors file: {error}; download or save it again") from None
+    return header
+
+
+def _sample(file: int, start: int, end: int) -> bytes:
+    """Digest of the bytes from `start` to `end`: of all if there are few, else of pieces at equal distances."""
+    size = end - start
+    if size <= PIECES * PIECE_BYTES:
+        return hashlib.sha256(os.pread(file, size, start)).digest()
+    starts = [start + piece * (size - PIECE_BYTES) // (PIECES - 1) for piece in range(PIECES)]
+    return hashlib.sha256(b"".join(os.pread(file, PIECE_BYTES, place) for place in starts)).digest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:DIGITS]

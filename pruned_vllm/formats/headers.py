@@ -1,0 +1,151 @@
+"""What the headers of a model's weight files say: the tensors, and whether they are those that config.json promises.
+
+Pure Python: no tensor is loaded.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.families import IGNORED_SUFFIXES
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.tensors import canonical_name
+from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors
+
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
+
+# How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
+_FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.weight)?$")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk.
+
+    Attributes:
+        file: the safetensors file.
+        key: its name in the file.
+        dtype: in the words of safetensors ("BF16").
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the weights of a model directory, by the name that `ModelGeometry.tensor_shapes` gives it.
+
+    Raises:
+        InputError: what `find_weight_files` refuses; or with all problems of the index and of the files.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    files = find_weight_files(directory)
+    for file in files:
+        try:
+            shard = open_safetensors(file)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for key in shard.keys():  # noqa: SIM118
+            name, header = canonical_name(key), shard.get_slice(key)
+            if name in tensors:
+                problems.append(f"{name}: in {tensors[name].file.name} and again in {file.name}; keep one")
+            tensors[name] = StoredTensor(file, key, tuple(header.get_shape()), header.get_dtype())
+    if not problems and (directory / INDEX_FILE).is_file():
+        weight_map = read_json(directory / INDEX_FILE)["weight_map"]
+        problems = [
+            f"{key}: the index says it is in {file}, but it is not"
+            for key, file in weight_map.items()
+            if directory / file in files and getattr(tensors.get(canonical_name(key)), "file", None) != directory / file
+        ]
+    if problems:
+        raise InputError(f"The weights in {directory} cannot be read:", problems)
+    return tensors
+
+
+def dense_problems(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) -> list[str]:
+    """What keeps these tensors from being a dense model of this geometry whose weights masks can be folded into."""
+    if fused := sorted(name for name in tensors if _FUSED_EXPERTS.search(name)):
+        return [
+            f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor; the format has one for "
+            "each expert, as every published checkpoint: load the model with Transformers 5 and save_pretrained it"
+        ]
+    if problems := count_problems(tensors, dense):
+        return problems
+    expected = dense.tensor_shapes()
+    problems = [f"{name} {list(shape)}: missing" for name, shape in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name in expected:
+            if tensor.shape != expected[name]:
+                problems.append(f"{name}: the file has {list(tensor.shape)}, config.json says {list(expected[name])}")
+            if tensor.dtype not in ELEMENT_BYTES:
+                problems.append(f"{name}: dtype {tensor.dtype}; only {sorted(ELEMENT_BYTES)} can be folded")
+        elif name == "lm_head.weight":
+            problems += _tied_lm_head_problems(tensors)
+        elif not name.endswith(IGNORED_SUFFIXES):
+            problems.append(
+                f"{name} {list(tensor.shape)}: not a tensor of {dense.family.architecture}; it would be lost"
+            )
+    return problems
+
+
+def count_problems(tensors: Iterable[str], geometry: ModelGeometry) -> list[str]:
+    """Layers and experts that the files and config.json count differently; layers and experts without tensors apart.
+
+    Cheap whatever config.json says, and one line: comparing the names would take one for every tensor.
+    """
+    names, problems = list(tensors), []
+    layers = range(len(geometry.layers), 0, -1)
+    promised = next((count for count in layers if geometry.layer_tensor_shapes(count - 1)), 0)
+    if (found := _count(_LAYER, names)) != promised:
+        problems.append(f"config.json says {promised:,} layers, the files have {found:,}")
+    widths = {layer.expert_intermediate_sizes for layer in geometry.layers}
+    promised = max((expert + 1 for layer in widths for expert, width in enumerate(layer) if width), default=0)
+    if (found := _count(_EXPERT, names)) != promised:
+        problems.append(f"config.json says {promised:,} experts, the files have {found:,}")
+    return problems
+
+
+def _count(pattern: re.Pattern, names: list[str]) -> int:
+    """One more than the largest number that the pattern finds."""
+    return max((int(match[1]) for name in names if (match := pattern.search(name))), default=-1) + 1
+
+
+def _tied_lm_head_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """A tied lm_head may be stored too, but only as a copy of the embedding."""
+    lm_head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding not in tensors:  # reported as missing
+        return []
+    if _same_content(tensors[lm_head], tensors[embedding]):
+        return []
+    return [f"{lm_head}: differs from {embedding}, but tie_word_embeddings is true in config.json; correct either"]
+
+
+def _same_content(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors are equal, byte by byte."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    (start, size), (other_start, _) = _span(first), _span(second)
+    with first.file.open("rb") as file, second.file.open("rb") as other:
+        file.seek(start)
+        other.seek(other_start)
+        lengths = (min(_CHUNK_BYTES, size - done) for done in range(0, size, _CHUNK_BYTES))
+        return all(file.read(length) == other.read(length) for length in lengths)
+
+
+def _span(tensor: StoredTensor) -> tuple[int, int]:
+    """Where the content of a tensor starts in its file, and its bytes. The header has been checked before."""
+    with tensor.file.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(header_bytes))[tensor.key]["data_offsets"]
+    return 8 + header_bytes + begin, end - begin
