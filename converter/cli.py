@@ -13,6 +13,7 @@ from pathlib import Path
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
+from pruned_vllm.common.environment import add_version_argument
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "every layer at its real size. The result computes what the masked model computed.",
         epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
     )
+    add_version_argument(parser)
     parser.add_argument(
         "checkpoint",
         type=Path,
