@@ -37,7 +37,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
         """
         layout = model_layout(vllm_config)
         _check_files(vllm_config)
-        _check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
+        check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
         _check_tensor_parallelism(vllm_config, layout)
         if not layout.geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
@@ -63,7 +63,8 @@ def _check_files(vllm_config: "VllmConfig") -> None:
         find_weight_files(directory)
 
 
-def _check_keys(config: Mapping[str, Any], family: Family) -> None:
+def check_keys(config: Mapping[str, Any], family: Family) -> None:
+    """Raises InputError where vLLM and Hugging Face's model would not read `config` alike."""
     check_agreement("config.json cannot be served", family, config)
     if keys := left_out(family, config):
         raise InputError(
