@@ -34,7 +34,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 than to Hugging Face's model; options that this model cannot honour, tensor parallelism among them.
         """
         layout = model_layout(vllm_config)
-        _check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
+        check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
         check_options(vllm_config, layout.geometry)
         _check_tensor_parallelism(vllm_config, layout)
         check_directory(vllm_config, layout.geometry)
@@ -56,7 +56,8 @@ class PrunedConfig(VerifyAndUpdateConfig):
             model_config.model_arch_config.total_num_attention_heads = 0
 
 
-def _check_keys(config: Mapping[str, Any], family: Family) -> None:
+def check_keys(config: Mapping[str, Any], family: Family) -> None:
+    """Raises InputError where vLLM and Hugging Face's model would not read `config` alike."""
     check_agreement("config.json cannot be served", family, config)
     if keys := left_out(family, config):
         raise InputError(
