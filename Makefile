@@ -1,10 +1,12 @@
 # make setup   a virtual environment with vLLM's CPU build, pinned; does nothing when it is up to date
 # make demo    learn masks, convert, serve, compare: everything once, on a model trained on the spot
-# make test    the tests, in under 20 minutes on two cores
-# make test-slow engines with two ranks and other long runs that make test leaves out
+# make test    the tests, in under 20 minutes on two cores; says which took longest
+# make test-slow engines with several ranks, the wheel, and other long runs that make test leaves out
+# make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
 # make ablations whether the papers' orderings hold, over three seeds
 # make lint    formatting and static checks
+# make types   mypy
 # make lm-eval lm-evaluation-harness on a pruned model, through Transformers and through vLLM; installs it first
 
 PYTHON ?= python3
@@ -12,7 +14,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-slow methods ablations lint lm-eval clean
+# No engine, no training run, no process of several ranks.
+QUICK_TESTS := tests/formats tests/converter tests/bench tests/common/test_environment.py tests/test_documents.py tests/test_house.py
+
+.PHONY: setup demo test test-slow check methods ablations lint types lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -31,10 +36,13 @@ demo: setup
 	$(BIN)/python -m bench.demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=15
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+check: lint
+	$(BIN)/python -m pytest -q $(QUICK_TESTS)
 
 methods: setup
 	$(BIN)/python -m bench.methods table --output-dir bench/results/methods
@@ -46,9 +54,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: setup
+	$(BIN)/mypy
+
 lm-eval: setup
 	$(PIP) install --quiet --no-deps -r requirements/lm-eval.txt
 	$(BIN)/python -m pytest -q tests/serving/test_lm_eval.py
 
 clean:
-	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache .mypy_cache

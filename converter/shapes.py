@@ -7,16 +7,10 @@ understands), FFN widths that suit the hardware, and few distinct layer shapes, 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
+import numpy as np
 
-from converter.cover import cheapest_cover
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.layer import LayerGeometry
-
-
-def auto_alignment() -> int:
-    """The alignment of FFN widths that suits this machine."""
-    return 64 if torch.cuda.is_available() else 32
 
 
 def with_even_groups(layer: LayerGeometry) -> LayerGeometry:
@@ -25,13 +19,15 @@ def with_even_groups(layer: LayerGeometry) -> LayerGeometry:
 
 
 def with_aligned_width(layer: LayerGeometry, alignment: int, dense_width: int) -> LayerGeometry:
-    """The FFN width, or that of each expert, rounded up to a multiple of `alignment`, but to no more than the dense
-    width. What has no channels gets none."""
+    """The FFN width, or the one that all experts have, rounded up to a multiple of `alignment`, but to no more than the
+    dense width. What has no channels gets none. Experts of different widths stay as they are."""
 
     def aligned(width: int) -> int:
         return min(-(-width // alignment) * alignment, dense_width)
 
-    experts = tuple(map(aligned, layer.expert_intermediate_sizes))
+    experts = layer.expert_intermediate_sizes
+    if layer.expert_width:
+        experts = (aligned(layer.expert_width),) * len(experts)
     return replace(layer, intermediate_size=aligned(layer.intermediate_size), expert_intermediate_sizes=experts)
 
 
@@ -71,13 +67,15 @@ def with_few_shapes(
         )
     if len(set(layers)) <= limit:
         return list(layers)
+    from converter.cover import cheapest_cover  # SciPy loads slowly, and few conversions need it
+
     # The same groups in another order are the same shape: all get the order that comes first.
     order = {_sorted_groups(layer): layer.query_heads_per_kv_head for layer in reversed(layers)}
     ordered = [replace(layer, query_heads_per_kv_head=order[_sorted_groups(layer)]) for layer in layers]
     distinct = list(dict.fromkeys(ordered))
     candidates = _candidates(distinct)
     choice = cheapest_cover(
-        torch.tensor([[layer in inside for layer in distinct] for inside in candidates.values()]),
+        np.array([[layer in inside for layer in distinct] for inside in candidates.values()]),
         [cost(shape) for shape in candidates],
         [ordered.count(layer) for layer in distinct],
         limit,

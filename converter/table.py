@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from converter.advice import serve_command
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
 from pruned_vllm.formats.agreement import left_out
@@ -15,7 +16,7 @@ from pruned_vllm.formats.layer import LayerGeometry
 def print_plan(plan: Plan) -> None:
     """Prints the sizes of every layer and the totals."""
     title = f"{plan.dense.family.architecture} pruned by {plan.info.method}"
-    # So plain that even a 70B model's numbers fit into 80 columns.
+    # No borders: the numbers of a 70B model then fit into 80 columns.
     table = Table(
         title=title,
         caption="sizes: kept + padding" if _is_padded(plan) else None,
@@ -84,7 +85,7 @@ def _megabytes(size: int) -> str:
 
 
 def _lost(exact: int, padded: int) -> str:
-    """What padding adds. Nothing is never padded, so `exact` is not 0 where this is more than 0."""
+    """What padding adds, as a share. Sublayers that are gone get no padding, so a padded layer has `exact` above 0."""
     return f"{padded / exact - 1:.1%}" if padded > exact else "-"
 
 
@@ -166,7 +167,7 @@ def model_card(plan: Plan) -> str:
             "",
             "Serve it:",
             "",
-            f"{plugin}    vllm serve <this directory>",
+            f"{plugin}    {serve_command(plan, '<this directory>')}",
             "",
             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
             "",

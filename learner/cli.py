@@ -20,6 +20,7 @@ from pruned_vllm.common.arguments import (
     seed,
 )
 from pruned_vllm.common.command import run_command
+from pruned_vllm.common.environment import add_version_argument
 from pruned_vllm.common.errors import InputError
 
 TYPES = {(int, False): positive_int, (int, True): non_negative_int}
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "experts are removed, not the router or shared experts; OLMoE keeps its heads.",
         epilog="example: learn-masks meta-llama/Llama-2-7b-hf ckpt/ --sparsity 0.5 --data text/*.txt --dtype bfloat16",
     )
+    add_version_argument(parser)
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")

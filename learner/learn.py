@@ -24,6 +24,7 @@ from learner.run.resume import unfinished_run
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
@@ -76,6 +77,7 @@ def learn(
         settings = with_sequence_length(job.settings, num_positions(model))
         job = replace(job, revision=dense.commit, settings=settings)
         if method.changes_weights:
+            find_companions(dense.directory)  # what cannot be copied is refused now
             check_can_be_saved(model, job.model)
         if method.reads_text:
             blocks = training_blocks(model, tokenizer, job, settings.sequence_length, settings.sequences, show)

@@ -59,7 +59,7 @@ def masks_that_remove_nothing(tmp_path: Path) -> Path:
 def test_all_read_the_same(tmp_path, versions, spoil, version):
     directory = ugly(tmp_path, versions, spoil)
     assert run(directory, tmp_path / "learned", "--method", "random") == 0
-    learned, _, _ = load_dense(Job(str(directory), "random"), "cpu")
+    learned = load_dense(Job(str(directory), "random"), "cpu").model
     assert convert_pruned(masks_that_remove_nothing(tmp_path), tmp_path / "out") == 0
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     with safe_open(shard, "pt") as file:
@@ -132,7 +132,7 @@ def test_names_without_prefix_give_the_same_model(tmp_path, model_type):
     assert convert_pruned(ckpt, tmp_path / "expected") == 0
     named.rename(without_prefix)
     assert not any(name.startswith("model.") for name in load_file(named.path(SINGLE)))
-    learned, _, _ = load_dense(Job(str(named.directory), "random"), "cpu")
+    learned = load_dense(Job(str(named.directory), "random"), "cpu").model
     assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in learned.named_parameters())
     assert convert_pruned(ckpt, tmp_path / "out") == 0
     assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "expected" / SINGLE).read_bytes()

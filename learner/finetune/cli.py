@@ -11,6 +11,7 @@ from pathlib import Path
 from learner.cli import add_text_arguments
 from pruned_vllm.common.arguments import non_negative_int, positive_float, positive_int, seed
 from pruned_vllm.common.command import run_command
+from pruned_vllm.common.environment import add_version_argument
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         "writes a converted model with the same sizes. Routers of experts stay as they are.",
         epilog="example: finetune-pruned out/ recovered/ --data text/*.txt --teacher meta-llama/Llama-2-7b-hf",
     )
+    add_version_argument(parser)
     add = parser.add_argument
     add("model", metavar="OUT", help="directory that convert-pruned wrote")
     add("out", metavar="RECOVERED", type=Path, help="directory to write; must not exist (see --overwrite)")

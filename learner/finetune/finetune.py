@@ -37,6 +37,7 @@ from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, write_json
+from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -202,6 +203,7 @@ def _check(job: FinetuneJob, source: Path) -> None:
             f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run, so {source} "
             "cannot be trained; vLLM serves it"
         )
+    find_companions(source)  # what cannot be copied is refused now
     if job.batch_size % job.micro_batch_size:
         raise InputError(
             f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {job.micro_batch_size}; choose one"

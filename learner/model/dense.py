@@ -14,8 +14,10 @@ from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import check_agreement
+from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
+from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems, read_headers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 
@@ -75,7 +77,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
-        if problems := dense_problems(read_headers(directory), geometry):
+        stored, tensors = complete_biases(stored, read_headers(directory))
+        if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         fingerprint = Fingerprint.of(directory)  # before they are loaded: what changes later is noticed
         options = {"dtype": job.dtype, "use_safetensors": True}
@@ -101,8 +104,11 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
             f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if loading["missing_keys"]:  # Transformers would go on with random weights
-        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(loading["missing_keys"]))
+    zeros = {name for name, tensor in tensors.items() if tensor.is_zeros}
+    if missing := set(loading["missing_keys"]) - zeros:  # Transformers would go on with random weights
+        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(missing))
+    for name in zeros:
+        model.get_parameter(name).zero_()
     return DenseModel(model, tokenizer, units, directory, commit, fingerprint)
 
 

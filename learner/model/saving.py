@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import copy_companions, read_json, write_json
+from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.companions import copy_companions
 
 
 def check_can_be_saved(model: PreTrainedModel, name: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import agreed_config, stock_agrees
-from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -88,22 +87,15 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
         return None
     if geometry.family.model_type != "llama" and geometry.o_bias:  # only vLLM's Llama has such a bias
         return None
-    heads, family, extra = layer.num_attention_heads, geometry.family, {}
+    heads, family = layer.num_attention_heads, geometry.family
     if family.stock_heads == "fills_hidden" and heads * geometry.head_dim != geometry.hidden_size:
         return None
+    # Mistral would compute the same and takes any number of heads. But Transformers and vLLM choose the tokenizer's
+    # class by the model_type, so the same text would become other tokens: the model_type stays what it was.
     if family.stock_heads == "divides_hidden" and geometry.hidden_size % heads:
-        if geometry.qkv_bias or geometry.o_bias or geometry.mlp_bias:
-            return None
-        # Mistral computes what Llama computes, and its config accepts any number of heads.
-        family = FAMILIES["mistral"]
-        extra = {
-            "model_type": "mistral",
-            "sliding_window": None,  # MistralConfig's default is a window
-            "max_position_embeddings": config.get("max_position_embeddings", 2048),  # LlamaConfig's default
-        }
+        return None
     stock = {
         **config,
-        **extra,
         "architectures": [family.architecture],
         "head_dim": geometry.head_dim,
         "num_attention_heads": heads,

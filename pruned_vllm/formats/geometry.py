@@ -27,6 +27,7 @@ from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
 from pruned_vllm.formats.tensors import Shapes, layer_tensor_shapes
 
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")  # of the keys that Transformers and vLLM read for every model
 LARGEST_UNITS = 1_000_000  # heads and experts of all layers together
 
 
@@ -72,6 +73,7 @@ class ModelGeometry(ModelSizes):
         tied = problems.checked("top level", flag, "tie_word_embeddings", config)
         names = ("qkv_bias", "o_bias", "mlp_bias")
         biases = {name: problems.checked("top level", flag, getattr(family, name), sizes) for name in names}
+        _check_per_layer_lists(config, num_layers, problems)
         if problems:
             raise InputError("config.json describes no valid model:", list(problems))
         return cls(
@@ -146,6 +148,15 @@ class _Problems(dict[str, None]):
         except (ValueError, TypeError) as error:
             self.add(f"{where}: {error}")
             return None
+
+
+def _check_per_layer_lists(config: Mapping[str, Any], num_layers: int | None, problems: _Problems) -> None:
+    """Lists with an entry for each layer may have too many, as when layers were cut out of a model elsewhere."""
+    for key in PER_LAYER_LISTS:
+        if isinstance(config.get(key), list) and num_layers is not None and len(config[key]) != num_layers:
+            problems.add(
+                f"{key} has {len(config[key])} entries, but num_hidden_layers is {num_layers}; make them equal"
+            )
 
 
 class _Layers:

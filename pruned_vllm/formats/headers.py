@@ -33,12 +33,14 @@ class StoredTensor:
         file: the safetensors file.
         key: its name in the file.
         dtype: in the words of safetensors ("BF16").
+        is_zeros: not stored at all, but zeros in the dtype of what is; see pruned_vllm/formats/biases.py.
     """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    is_zeros: bool = False
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:

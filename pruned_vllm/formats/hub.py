@@ -7,10 +7,10 @@ even if the model is changed on the hub meanwhile.
 from pathlib import Path
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import COMPANIONS
+from pruned_vllm.formats.companions import DOWNLOADED
 from pruned_vllm.formats.weights import WEIGHT_PATTERNS
 
-MODEL_FILES = ["config.json", *WEIGHT_PATTERNS, *COMPANIONS]
+MODEL_FILES = ["config.json", *WEIGHT_PATTERNS, *DOWNLOADED]
 
 
 def model_directory(name: str, patterns: list[str], revision: str | None = None) -> tuple[Path, str | None]:

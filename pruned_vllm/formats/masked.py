@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.common.files import is_inside, read_json, write_json
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.weights import is_inside
 
 MASKS_FILE = "pruning_masks.safetensors"
 HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]

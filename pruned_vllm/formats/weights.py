@@ -14,13 +14,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
+from pruned_vllm.common.files import is_inside, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -99,17 +99,6 @@ def open_safetensors(path: Path, framework: str = "np") -> Any:
         fix = "it is a pointer of Git LFS: run git lfs pull" if pointer else "download or save it again"
         size = path.stat().st_size
         raise InputError(f"{path} ({size:,} bytes) is truncated or no safetensors file: {error}; {fix}") from None
-
-
-def is_inside(file: Any) -> bool:
-    """Whether a path that a checkpoint names is plain and below its directory."""
-    return (
-        isinstance(file, str)
-        and file.isprintable()
-        and "\\" not in file
-        and not PurePosixPath(file).is_absolute()
-        and ".." not in PurePosixPath(file).parts
-    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 `build_layer` makes a stock layer and replaces in it what the stock code cannot say.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -105,14 +106,12 @@ class _SkippedAttention(_SkippedSublayer):
         super().__init__("o_proj", hidden_size, has_bias)
         self._layer_index = layer_index
 
-    def forward(
-        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs
-    ) -> tuple[torch.Tensor, None]:
-        if past_key_values is not None:
-            num_heads, head_dim = _placeholder_shape(past_key_values, self._layer_index)
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+        if (stored := kwargs.get(_cache_keyword(kwargs))) is not None:
+            num_heads, head_dim = _placeholder_shape(stored, self._layer_index)
             batch, tokens, _ = hidden_states.shape
             placeholder = hidden_states.new_zeros(()).expand(batch, num_heads, tokens, head_dim)
-            past_key_values.update(placeholder, placeholder, self._layer_index)
+            stored.update(placeholder, placeholder, self._layer_index)
         return super().forward(hidden_states), None
 
 
@@ -152,4 +151,10 @@ class _RepeatedHeads:
 
 def _repeat_kv_heads(groups: tuple[int, ...], attention: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Forward pre-hook of an attention whose query groups differ in size."""
-    return args, kwargs | {"past_key_values": _RepeatedHeads(groups, kwargs.get("past_key_values"))}
+    keyword = _cache_keyword(kwargs)
+    return args, kwargs | {keyword: _RepeatedHeads(groups, kwargs.get(keyword))}
+
+
+def _cache_keyword(kwargs: Mapping[str, Any]) -> str:
+    """What a decoder layer calls the KV cache that it hands to attention: `cache` since Transformers 5.24."""
+    return "cache" if "cache" in kwargs else "past_key_values"

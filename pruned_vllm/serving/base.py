@@ -6,6 +6,7 @@ supported families. No layer is built at the dense size first.
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import vllm
@@ -14,15 +15,15 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.sequence import IntermediateTensors
 
-from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import take_or_zero
-from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.serving.attention import AttentionBuilder
+from pruned_vllm.serving.checkpoint import TensorCheck
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
 from pruned_vllm.serving.model_layout import model_layout
+from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.rank_failure import failing_together
 from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
 
@@ -49,6 +50,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
             with smallest_vocabulary(config, layout.ranks):
                 super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
             build_vocabulary(self, vllm_config, prefix)
+        check_quantized(self, vllm_config.model_config.quantization)
         self._geometry = geometry
         self._layout_changes = layout_changes(layout)
         # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
@@ -78,8 +80,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a stream of (name, tensor).
 
-        Stock loaders `narrow()` a tensor that is too large and leave the rest of a fused parameter uninitialised
-        when one is missing, without a word. Here every tensor is compared with the geometry before it is loaded.
+        Every tensor is compared with the geometry before it is loaded (`checkpoint.py` says why).
 
         Raises:
             InputError: after the whole stream was seen, with every wrong shape, missing and unknown tensor.
@@ -97,34 +98,23 @@ class PrunedForCausalLM(LlamaForCausalLM):
             yield self._module_names.get(name, name), tensor
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        missing = self._geometry.tensor_shapes()
-        optional = {}
-        if self._geometry.tie_word_embeddings:  # vLLM skips it then
-            optional["lm_head.weight"] = missing["model.embed_tokens.weight"]
-        layers = enumerate(self._geometry.layers)
-        uneven = tuple(f"model.layers.{index}.self_attn." for index, layer in layers if not layer.has_even_groups)
-        problems = []
+        check = TensorCheck(self._geometry, self._quantized, self._all_tensors_expected)
         for stored_name, tensor in weights:
             name = canonical_name(stored_name)
-            if name.endswith(IGNORED_SUFFIXES):
-                continue
-            expected = missing.pop(name, None) or optional.get(name)
-            if expected is None and self._all_tensors_expected:
-                problems.append(f"{name} {list(tensor.shape)}: not a tensor of this model, or given twice")
-            elif name.startswith(uneven) and name.endswith((".k_scale", ".v_scale")):  # vLLM would drop them silently
-                problems.append(f"{name}: KV-cache scales need even query groups; convert with --gqa-layout padded")
-            elif expected not in (None, tuple(tensor.shape)) and (tensor.is_floating_point() or not self._quantized):
-                problems.append(f"{name}: the file has {list(tensor.shape)}, config.json says {list(expected)}")
-            else:
+            if check.accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
                 yield name, tensor
-        if self._all_tensors_expected:
-            problems += [f"{name} {list(shape)}: missing" for name, shape in missing.items()]
-        if problems:
-            raise InputError(
-                f"The checkpoint does not fit its config.json in {len(problems)} tensors; nothing is served. "
-                "Convert it again with convert-pruned, or restore the config.json that belongs to it:",
-                problems,
-            )
+        check.finish()
+
+    @property
+    def lora_manager(self) -> Any:
+        """vLLM's manager of LoRA adapters, which vLLM sets where there is one."""
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: Any) -> None:
+        from pruned_vllm.serving.lora import checking_manager  # here, so that a model without adapters needs no LoRA
+
+        self._lora_manager = checking_manager(manager, self._geometry)
 
 
 def _check_version() -> None:

@@ -1,7 +1,6 @@
 """What vLLM believes of a pruned model before it builds it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -9,13 +8,12 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import check_agreement, left_out
 from pruned_vllm.formats.families import Family
-from pruned_vllm.formats.weights import find_weight_files
+from pruned_vllm.serving.checkpoint import check_directory
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
+from pruned_vllm.serving.options import check_options
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
     from vllm.config import ModelConfig, VllmConfig
-
-SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")  # values of --load-format
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
@@ -31,14 +29,15 @@ class PrunedConfig(VerifyAndUpdateConfig):
         buffers by it; what runs is the padded layout.
 
         Raises:
-            InputError: weights that other readers of the directory would find elsewhere; keys of config.json, with what
-                --hf-overrides changed, that mean something else to vLLM than to Hugging Face's model; or tensor
-                parallelism that this model or this configuration cannot have.
+            InputError: weights that other readers of the directory would find elsewhere, or tensors that do not fit
+                config.json; keys of config.json, with what --hf-overrides changed, that mean something else to vLLM
+                than to Hugging Face's model; options that this model cannot honour, tensor parallelism among them.
         """
         layout = model_layout(vllm_config)
-        _check_files(vllm_config)
-        _check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
+        check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
+        check_options(vllm_config, layout.geometry)
         _check_tensor_parallelism(vllm_config, layout)
+        check_directory(vllm_config, layout.geometry)
         if not layout.geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
         sizes = vllm_config.model_config.model_arch_config
@@ -57,13 +56,8 @@ class PrunedConfig(VerifyAndUpdateConfig):
             model_config.model_arch_config.total_num_attention_heads = 0
 
 
-def _check_files(vllm_config: "VllmConfig") -> None:
-    directory = Path(vllm_config.model_config.model)
-    if directory.is_dir() and vllm_config.load_config.load_format in SAFETENSORS_FORMATS:
-        find_weight_files(directory)
-
-
-def _check_keys(config: Mapping[str, Any], family: Family) -> None:
+def check_keys(config: Mapping[str, Any], family: Family) -> None:
+    """Raises InputError where vLLM and Hugging Face's model would not read `config` alike."""
     check_agreement("config.json cannot be served", family, config)
     if keys := left_out(family, config):
         raise InputError(
@@ -85,12 +79,6 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
         )
     # Only plain weights can be brought into a new order and padded while they are loaded.
     quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
-    parallel = vllm_config.parallel_config
-    if geometry.experts is not None and (parallel.enable_expert_parallel or parallel.enable_eplb):
-        raise InputError(
-            "--enable-expert-parallel and --enable-eplb need experts of one size, which these are not; with "
-            "--tensor-parallel-size alone every rank holds a part of each expert"
-        )
     reasons = ["the checkpoint is quantized on disk"] * quantized
     reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
     if reasons and layout_changes(layout):

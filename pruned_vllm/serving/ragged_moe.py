@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import (
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import DOWN, GATE, UP
-from pruned_vllm.serving.sharding import shard_experts
+from pruned_vllm.serving.sharding import has_ragged_experts, shard_experts
 
 
 class MoEBlock(nn.Module):
@@ -43,7 +43,7 @@ class MoEBlock(nn.Module):
         self.ranks = ranks
         self.gate = GateLinear(hidden_size, experts.num_experts, prefix=f"{prefix}.gate")
         top_k = experts.num_experts_per_tok
-        self.is_stock = layer.expert_width > 0 and layer.expert_width % ranks == 0
+        self.is_stock = not has_ragged_experts(layer, ranks)
         if self.is_stock:
             self.experts = FusedMoEFactory(
                 num_experts=experts.num_experts,
@@ -57,7 +57,9 @@ class MoEBlock(nn.Module):
                 ckpt_names=(GATE, DOWN, UP),
             )
         else:
-            self.router = create_fused_moe_router(top_k, experts.num_experts, experts.norm_topk_prob)
+            self.router = create_fused_moe_router(
+                top_k=top_k, global_num_experts=experts.num_experts, renormalize=experts.norm_topk_prob
+            )
             self.experts = RaggedExperts(
                 vllm_config, layer.expert_intermediate_sizes, hidden_size, prefix=f"{prefix}.experts"
             )

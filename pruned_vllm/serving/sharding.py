@@ -145,6 +145,14 @@ def shard_layer(layer: LayerGeometry, tensor_parallel_size: int) -> LayerLayout:
     )
 
 
+def has_ragged_experts(layer: LayerGeometry, tensor_parallel_size: int) -> bool:
+    """Whether the layer has experts that vLLM's own expert layer cannot hold: of different widths, of none, or of one
+    that the ranks do not divide."""
+    return bool(layer.expert_intermediate_sizes) and (
+        not layer.expert_width or layer.expert_width % tensor_parallel_size != 0
+    )
+
+
 def shard_experts(widths: tuple[int, ...], tensor_parallel_size: int) -> list[list[range]]:
     """For each rank the channels that it holds of each expert, of which `widths` are the channels in all.
 

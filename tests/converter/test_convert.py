@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from learner.model.masking import apply_masks
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.hf.loading import load_pruned
 
 # The same number in every layer, different units: a stock architecture can say it.
 UNIFORM = masks_for(
@@ -83,16 +84,17 @@ def test_uniform_results_run_on_stock_hugging_face(tmp_path, model_type, site):
         torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_uniform_heads_that_llama_refuses_become_mistral(tmp_path):
+def test_uniform_heads_that_llama_refuses_stay_llama(tmp_path):
+    """Transformers and vLLM choose the tokenizer by model_type, see test_tokenizers.py."""
     model = tiny_model("llama", 6, 6, 40)
     masks = masks_for([[1, 1, 0, 1, 1, 1]] * 3, [torch.ones(40)] * 3)
     write_masked(tmp_path / "ckpt", model, masks)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 0
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert type(stock).__name__ == "MistralForCausalLM" and stock.config.sliding_window is None
+    pruned = load_pruned(tmp_path / "out", dtype=torch.float32)
+    assert type(pruned).__name__ == "PrunedLlamaForCausalLM" and pruned.config.model_type == "llama"
     tokens = torch.arange(50)[None]
     with torch.no_grad(), apply_masks(model, masks):
-        torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -123,32 +123,20 @@ def test_equal_experts_run_on_stock_hugging_face(tmp_path, model_type):
     torch.testing.assert_close(logits, expected_logits(model, masks), rtol=1e-4, atol=1e-4)
 
 
-def test_alignment_pads_each_expert_that_is_left(tmp_path, capsys):
+def test_alignment_pads_mlps_and_equal_experts_only(tmp_path, capsys):
     model = tiny_model("deepseek", 6, 3, 40)
-    masks = expert_masks(model, RAGGED, [21])
+    masks = expert_masks(model, [[9, 23, 5, 0], [9, 9, 9, 9]], [21])
     write_masked(tmp_path / "ckpt", model, masks)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--align", 16) == 0
     pruned = deepseek.load(tmp_path / "out")
     geometry = ModelGeometry.from_config(pruned.config.to_dict())
     widths = [layer.expert_intermediate_sizes for layer in geometry.layers]
-    assert widths == [(), (24, 0, 24, 16), (0, 0, 0, 0)] and geometry.layers[0].intermediate_size == 32
+    assert widths == [(), (9, 23, 5, 0), (16,) * 4] and geometry.layers[0].intermediate_size == 32
     logits = pruned(torch.tensor(prompts()[-1:])).logits
     torch.testing.assert_close(logits, expected_logits(model, masks), rtol=1e-4, atol=1e-4)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "46+18 12 0 24" in printed and "21+11" in printed
-    assert "Experts: 8 with 192 channels before, 46 after (76.0% removed); 5 experts lost all." in printed
-
-
-def test_automatic_alignment_pads_mlps_and_equal_experts_only(tmp_path):
-    model = tiny_model("deepseek", 6, 3, 80)
-    write_masked(tmp_path / "ckpt", model, expert_masks(model, [[9, 23, 5, 0], [9, 9, 9, 9]], [21]))
-    assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--align", "auto") == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    layers = ModelGeometry.from_config(config).layers
-    multiple = config["pruning"]["alignment"]
-    assert multiple in (32, 64) and layers[0].intermediate_size == multiple
-    # Equal experts are padded to their dense width, which is less than that multiple.
-    assert [layer.expert_intermediate_sizes for layer in layers[1:]] == [(9, 23, 5, 0), (24,) * 4]
+    assert "36+28 9 9 9" in printed and "21+11" in printed
+    assert "Experts: 8 with 192 channels before, 73 after (62.0% removed); 1 experts lost all." in printed
 
 
 def test_folds_in_float32_and_casts_once(tmp_path):

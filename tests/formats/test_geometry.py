@@ -239,7 +239,7 @@ def test_bad_configs_of_experts_are_refused(changes, message):
     [
         ("llama", 6, "LlamaForCausalLM"),
         ("llama", 4, "LlamaForCausalLM"),
-        ("llama", 5, "MistralForCausalLM"),  # 96 % 5 != 0, which LlamaConfig refuses
+        ("llama", 5, "PrunedLlamaForCausalLM"),  # 96 % 5 != 0, which LlamaConfig refuses
         ("mistral", 5, "MistralForCausalLM"),
         ("qwen2", 6, "Qwen2ForCausalLM"),
         ("qwen2", 4, "PrunedQwen2ForCausalLM"),  # vLLM's Qwen2 would take 96 / 4 for head_dim
@@ -251,7 +251,7 @@ def test_uniform_layers_get_the_stock_architecture(model_type, heads, architectu
     dense = ModelGeometry.from_config(config)
     pruned = dense.with_layers((LayerGeometry((1,) * heads, 50),) * 3)
     written = converted_config(pruned, config)
-    assert written["architectures"] == [architecture]
+    assert written["architectures"] == [architecture] and written["model_type"] == model_type
     assert ("per_layer_config" in written) == architecture.startswith("Pruned")
     assert ModelGeometry.from_config(written).layers == pruned.layers
 
@@ -264,6 +264,8 @@ def test_uniform_layers_get_the_stock_architecture(model_type, heads, architectu
         ({"hidden_size": None}, "hidden_size is None; it must be a whole number"),
         ({"intermediate_size": 0}, "intermediate_size is 0"),
         ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types has 4 entries, but num_hidden_layers is 3"),
+        ({"mlp_layer_types": ["dense"] * 2}, "mlp_layer_types has 2 entries, but num_hidden_layers is 3"),
         ({"per_layer_config": {"3": {}}}, r"per_layer_config\['3'\]: not a layer index; the model has layers 0 to 2"),
         ({"per_layer_config": {"0": {"sliding_window": 5}}}, r"\['0'\]: unknown keys \['sliding_window'\]"),
         ({"per_layer_config": {"0": {"skip": ["norm"]}}}, r"skip is \['norm'\]"),

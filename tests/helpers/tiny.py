@@ -59,7 +59,7 @@ def tiny_model(
         num_hidden_layers=config.pop("num_hidden_layers", NUM_LAYERS),
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
-        head_dim=HEAD_DIM,
+        head_dim=config.pop("head_dim", HEAD_DIM),
         intermediate_size=intermediate_size,
         max_position_embeddings=256,
         bos_token_id=None,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.tiny import NUM_LAYERS, converted, masks_for, oracle, prompts, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from learner.model.masking import apply_masks
 from pruned_vllm.common.errors import InputError
@@ -151,6 +151,18 @@ def test_cache_holds_each_kv_head_once(tmp_path):
     _, _, directory = CASES["llama, no attention in layers 0 and 1"].convert(tmp_path)
     cache = load_pruned(directory)(torch.tensor(prompts()[-1:])).past_key_values
     assert [layer.keys.shape for layer in cache.layers] == [(1, 1, 40, 1), (1, 1, 40, 1), (1, 3, 40, 32)]
+
+
+@pytest.mark.parametrize("keyword", ["past_key_values", "cache"])  # before Transformers 5.24, and since
+def test_attention_takes_its_cache_by_either_name(tmp_path, keyword):
+    _, _, directory = Case(((), *UNEVEN[1:]), dense=(12, 3)).convert(tmp_path)
+    pruned, stored = load_pruned(directory), DynamicCache()
+    skipped, uneven = (pruned.model.layers[index].self_attn for index in (0, 1))
+    skipped(torch.zeros(1, 5, pruned.config.hidden_size), **{keyword: stored})
+    assert stored.get_seq_length() == 5
+    (hook,) = uneven._forward_pre_hooks.values()
+    _, kwargs = hook(uneven, (), {keyword: stored})
+    assert list(kwargs) == [keyword] and kwargs[keyword] is not stored
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -177,7 +177,8 @@ def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
         (["--eval-data", "{text}"], "--eval-data has 2 tokens; at least 128"),
         (["--data"], None),
         (["--sparsity", "1"], None),
-        (["--sequence-length", "100000"], "fewer than one block"),
+        (["--sequence-length", "100000"], "more than the 256 positions"),
+        (["--data", "{text}"], "fewer than one block"),
         (["--dtype", "int3"], "cannot be loaded"),
     ],
 )

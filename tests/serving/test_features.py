@@ -1,5 +1,6 @@
 """What users turn on in vLLM works with uneven query groups, a layer without attention and one without MLP."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from helpers.serving import NUM_TOKENS, Geometry, assert_is_the_masked_model, engine, generate
 from helpers.tiny import byte_tokenizer, converted, oracle, prompts
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
@@ -125,8 +127,40 @@ def test_lora_adapter_trained_on_the_pruned_model(ragged, tmp_path):
         adapter = LoRARequest("tuned", 1, str(tmp_path / "adapter"))
         with_adapter = llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
         without = llm.generate(inputs, params, use_tqdm=False)
+        assert_adapters_that_do_not_fit_are_named(llm, ragged[0], directory, tmp_path)
     assert [o.outputs[0].token_ids for o in with_adapter] != [o.outputs[0].token_ids for o in without]
     assert_greedy_continuations_of(model.get_base_model(), with_adapter)
+
+
+def assert_adapters_that_do_not_fit_are_named(llm, dense, directory, tmp_path) -> None:
+    """Adapters of the dense model and of smaller layers; vLLM would stumble over one and fill up the other."""
+    peft = pytest.importorskip("peft")
+
+    def refusal(number: int, model, change=lambda name, weight: weight) -> str:
+        path = tmp_path / f"adapter{number}"
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules="all-linear")).save_pretrained(
+            path
+        )
+        file = path / "adapter_model.safetensors"
+        save_file({name: change(name, weight).contiguous() for name, weight in load_file(file).items()}, file)
+        with pytest.raises(ValueError) as error:
+            llm.llm_engine.add_lora(LoRARequest(path.name, number, str(path)))
+        return str(error.value)
+
+    message = refusal(2, dense)
+    assert "It fits the model before pruning" in message and "Train an adapter on the pruned model" in message
+    assert "model.layers.0.self_attn.q_proj: the adapter is for [512, 96], the pruned model has [256, 96]" in message
+    assert "model.layers.0.mlp.down_proj: the adapter is for [96, 100], the pruned model has [96, 51]" in message
+    assert "model.layers.1.self_attn.k_proj: the adapter is for [128, 96], the pruned model has no such mod" in message
+    assert "model.layers.1.mlp.up_proj: the adapter is for [100, 96], the pruned model has [99, 96]" in message
+    assert len(message.splitlines()) == 1 + 3 * 7 - 2  # all but k_proj and v_proj of the last layer
+
+    def smaller(name, weight):
+        return weight[:-1] if "layers.1.mlp.up_proj.lora_B" in name else weight
+
+    message = refusal(3, load_pruned(directory, dtype=torch.float32), smaller)
+    assert message.count("\n") == 1 and "before pruning." not in message
+    assert "model.layers.1.mlp.up_proj: the adapter is for [98, 96], the pruned model has [99, 96]" in message
 
 
 def test_fine_tuned_model_is_served_again(ragged, tmp_path):

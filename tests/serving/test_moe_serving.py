@@ -30,6 +30,7 @@ PATTERNS = {
     "uniform": (UNIFORM, False),
     "uniform layers beside a ragged one, heads": (HALF_UNIFORM, True),
 }
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "hidden_size": 192}  # otherwise a stock model
 CASES = {
     f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
 } | {
@@ -37,7 +38,7 @@ CASES = {
     "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
     "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8, "norm_topk_prob": False}),  # not its key
     "olmoe, norms and router": ("olmoe", UNIFORM, False, {"rms_norm_eps": 0.05, "norm_topk_prob": True}),
-    "qwen2_moe, sliding windows": ("qwen2_moe", UNIFORM, False, {"use_sliding_window": True, "sliding_window": 8}),
+    "qwen2_moe, windows in some layers": ("qwen2_moe", UNIFORM, False, WINDOWS),
 }
 
 
@@ -92,15 +93,6 @@ def test_ranks(tmp_path, monkeypatch, ranks, model_type, widths, config):
     model, masks = model_and_masks(model_type, widths, True, **config)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=ranks)
-
-
-def test_expert_parallelism_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    model, masks = model_and_masks("qwen3_moe", RAGGED)
-    directory = converted(tmp_path, model, masks)
-    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    with pytest.raises(ValueError, match="need experts of one size"), engine(directory, **options):
-        pass
 
 
 def test_missing_and_wrong_expert_tensors_are_named(tmp_path):

@@ -20,7 +20,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import layout_changes
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
-from pruned_vllm.serving.sharding import shard_layer
+from pruned_vllm.serving.sharding import shard_experts, shard_layer
 from pruned_vllm.serving.vocabulary import is_shared_evenly, padding_size
 
 
@@ -72,6 +72,31 @@ groups = st.lists(st.integers(1, 16), max_size=40).map(tuple)
 @given(st.builds(LayerGeometry, groups, st.integers(0, 500)), st.integers(1, 16))
 def test_random_layers(layer, ranks):
     check(layer, ranks)
+
+
+@pytest.mark.parametrize(
+    ("groups", "ranks", "query_heads"),
+    [
+        ((1, 2, 3, 4, 5, 6), 2, 11),  # the largest first; by increasing size a rank would get 12
+        ((1, 1, 1, 1, 5, 5), 2, 7),
+        ((1, 6), 3, 3),  # more ranks than KV heads: the larger group is shared out
+        ((1, 1, 8), 6, 2),
+        ((2, 2, 9), 4, 5),
+    ],
+)
+def test_query_heads_are_spread_evenly(groups, ranks, query_heads):
+    assert shard_layer(LayerGeometry(groups, 64), ranks).query_heads == query_heads
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=20).map(tuple), st.integers(1, 8))
+def test_channels_of_experts_are_spread_evenly(widths, ranks):
+    held = shard_experts(widths, ranks)
+    for expert, width in enumerate(widths):
+        assert [channel for rank in held for channel in rank[expert]] == list(range(width))
+        shares = [len(rank[expert]) for rank in held]
+        assert max(shares) - min(shares) <= 1
+    totals = [sum(map(len, rank)) for rank in held]
+    assert max(totals) - min(totals) <= 1
 
 
 @pytest.mark.parametrize(("groups", "ranks"), [((1,) * 8, 2), ((4,) * 8, 4), ((4, 4), 4), ((8,), 8), ((3, 3), 1)])

@@ -1,0 +1,52 @@
+"""The blocks of measured figures in the documents: which there are, and how they get into the text."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.tables import experts, headline, layouts, methods, models
+from pruned_vllm.common.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+BLOCK = re.compile(r"<!-- measured: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->\n", re.DOTALL)
+
+# name in the markers -> what makes the block
+BLOCKS: dict[str, Callable[[], str]] = {
+    "headline": headline.table,
+    "demo-perplexity": models.demo_perplexity,
+    "demo-speed": models.demo_speed,
+    "demo-notes": models.demo_notes,
+    "layouts": layouts.table,
+    "layouts-notes": layouts.notes,
+    "experts": experts.drawn_widths,
+    "experts-notes": experts.notes,
+    "experts-learned": experts.learned_widths,
+    "experts-need": experts.perplexity,
+    "methods": methods.table,
+    "methods-notes": methods.table_notes,
+    "ablation-ddp": methods.ddp_parts,
+    "ablation-budget": methods.budgets,
+    "ablation-tyr": methods.tyr_parts,
+    "ablation-notes": methods.ablation_notes,
+}
+
+
+def with_blocks(text: str) -> str:
+    """`text` with every block made anew. Raises InputError for a name that BLOCKS lacks."""
+
+    def block(match: re.Match[str]) -> str:
+        if match["name"] not in BLOCKS:
+            raise InputError(f"no block is called {match['name']!r}; there are {', '.join(BLOCKS)}")
+        return f"<!-- measured: {match['name']} -->\n{BLOCKS[match['name']]()}\n<!-- end -->\n"
+
+    return BLOCK.sub(block, text)
+
+
+def stale_blocks(text: str) -> list[str]:
+    """Names of the blocks in `text` that `with_blocks` would change."""
+    return [match["name"] for match in BLOCK.finditer(text) if with_blocks(match[0]) != match[0]]
+
+
+def without_blocks(text: str) -> str:
+    return BLOCK.sub("", text)

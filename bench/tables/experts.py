@@ -1,0 +1,105 @@
+"""What bench.ragged_moe, bench.e2e_speedup and bench.pico_moe measured of mixtures of experts."""
+
+from collections.abc import Iterator
+
+from bench.tables.markdown import (
+    case_name,
+    from_to,
+    markdown_table,
+    millions,
+    paragraph,
+    percent,
+    results,
+    with_quartiles,
+)
+
+LAYER_NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B layer", "deepseek-moe-16b": "DeepSeekMoE-16B layer"}
+DRAWN, WHOLE = "cpu_ragged_moe/ragged_moe.json", "cpu_moe/e2e_speedup.json"
+SAME_KERNEL = "dense, same kernel"
+FEW_TOKENS, MANY_TOKENS = (1, 8), (512, 4096)
+
+
+def drawn_widths() -> str:
+    rows = []
+    for layer in results(DRAWN)["layers"]:
+        name = LAYER_NAMES[layer["name"].split(",")[0]]
+        for case in layer["cases"]:
+            count = f"{case['tokens']} token" + "s" * (case["tokens"] > 1)
+            rows.append((f"{name}, {count}", *_layer_figures(case)))
+    for case in results(WHOLE)["cases"]:
+        figures = with_quartiles(case), "", f"{case['ideal_speedup']:.2f}x", f"{case['of_ideal']:.2f}", ""
+        rows.append((f"whole model, {case_name(case, tokens=False)}", *figures))
+    sizes = " dense, ".join(millions(model["parameters"]) for model in results(WHOLE)["models"].values())
+    return f"The whole model has {sizes} pruned parameters.\n\n" + markdown_table(
+        ("case", "over dense", "over padded", "ideal", "of ideal", "of ideal, same kernel"), rows
+    )
+
+
+def _layer_figures(case: dict) -> tuple[str, ...]:
+    dense, padded, same = (case["contestants"][name] for name in ("dense", "widest", SAME_KERNEL))
+    return (
+        with_quartiles(dense, "speedup_of_ragged"),
+        f"{padded['speedup_of_ragged']:.2f}x",
+        f"{dense['ideal_speedup']:.2f}x",
+        f"{dense['of_ideal']:.2f}",
+        f"{same['of_ideal']:.2f}",
+    )
+
+
+def notes() -> str:
+    def rates(contestant: str, key: str, form: str, tokens: tuple[int, ...]) -> str:
+        return from_to([case["contestants"][contestant][key] for case in _cases() if case["tokens"] in tokens], form)
+
+    reading, vllm_reading = (rates(name, "gb_per_s", ".0f", FEW_TOKENS) for name in ("ragged", "dense"))
+    multiplying, vllm_multiplying = (rates(name, "tflop_per_s", ".2f", MANY_TOKENS) for name in ("ragged", "dense"))
+    return paragraph(
+        "Ragged experts run in a kernel of the project's own, which reads exactly the rows there are. For 1 and 8 "
+        f"tokens the time is that of reading weights, which it does at {reading} GB/s where vLLM's op reaches "
+        f"{vllm_reading}: hence more than the ideal. For 512 tokens and more it is that of multiplying, where the "
+        f'kernel is slower ({multiplying} TFLOP/s against {vllm_multiplying}). "Same kernel" runs the dense layer in '
+        "it, too."
+    )
+
+
+def _cases() -> Iterator[dict]:
+    for layer in results(DRAWN)["layers"]:
+        yield from layer["cases"]
+
+
+def learned_widths() -> str:
+    rows = []
+    for share in (20, 40, 60):
+        (layer,) = results(f"cpu_ragged_moe/ddp_{share}.json")["layers"]
+        widths = f"{from_to(layer['widths'], 'd')} of {layer['full_width']}"
+        about = f"{share} % ({percent(1 - layer['kept'])} of this layer), {widths}"
+        for case in layer["cases"]:
+            rows.append((about, str(case["tokens"]), *_layer_figures(case)))
+            about = ""
+    header = ("removed, widths", "tokens", "over dense", "over padded", "ideal", "of ideal")
+    return markdown_table((*header, "same kernel"), rows)
+
+
+def perplexity() -> str:
+    measured = results("cpu_pico_moe/pico_moe.json")
+    model, runs = measured["model"], measured["runs"]
+    load = [100 * share for layer in model["router_load"] for share in layer]
+    layers, experts = len(model["router_load"]), len(model["router_load"][0])
+    even = percent(1 / experts, 2)
+    about = paragraph(
+        f"A Qwen3-MoE of {model['parameters'] / 1e6:.1f}M parameters ({layers} layers, {experts} experts of 96 "
+        f"channels, 2 a token; each expert gets {from_to(load, '.1f')} % of the held-out tokens, {even} would be "
+        "even), channels of experts removed by DDP with one budget for all or the same for each, as in the paper's "
+        f"ablation; {measured['ddp']['steps']} steps, one seed, held-out perplexity:"
+    )
+    rows = [("nothing", f"{model['heldout_perplexity']:.2f}", "")]
+    for sparsity in sorted({run["sparsity"] for run in runs}):
+        both = {run["budget"]: run for run in runs if run["sparsity"] == sparsity}
+        widths = [width for layer in both["global"]["expert_widths"] for width in layer]
+        rows.append(
+            (
+                percent(sparsity, 0),
+                f"{both['global']['masked_perplexity']:.2f} ({from_to(widths, 'd')})",
+                f"{both['expert']['masked_perplexity']:.2f}",
+            )
+        )
+    return about + "\n\n" + markdown_table(("removed", "one budget for all (widths)", "each expert the same"), rows)

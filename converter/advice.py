@@ -1,0 +1,53 @@
+"""How a converted model is served, and what may surprise whoever does it."""
+
+from pathlib import Path
+
+from converter.plan import Plan
+from pruned_vllm.formats.companions import has_mistral_tokenizer, tokenizer_code
+
+# vLLM 0.32, vllm/v1/attention/backends/cpu_attn.py, get_supported_head_sizes; GPUs take any multiple of 8.
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def serve_command(plan: Plan, out: Path | str) -> str:
+    """The command for a shell that serves the converted model in `out` with the tokenizer of the dense one."""
+    dense = plan.checkpoint.directory
+    command = f"vllm serve {out}"
+    if (code := tokenizer_code(dense)) is not None:
+        # A class in a repository of the hub is fetched from there. Code in the dense directory stays where it is.
+        command += "" if "--" in code else f" --tokenizer {plan.source or dense}"
+        command += " --trust-remote-code"
+    if _is_mistral_repository(plan):
+        command += " --tokenizer-mode mistral"
+    return command
+
+
+def warnings(plan: Plan) -> list[str]:
+    """Sentences about a result that some machines cannot serve, or not without more options."""
+    found = []
+    if plan.dense.head_dim not in CPU_HEAD_DIMS:
+        found.append(
+            f"head_dim is {plan.dense.head_dim}; vLLM's attention on CPUs takes {', '.join(map(str, CPU_HEAD_DIMS))} "
+            "alone, so this model, pruned or not, can be served on GPUs only"
+        )
+    if (code := tokenizer_code(plan.checkpoint.directory)) is not None:
+        found.append(
+            f"the tokenizer is code of the dense model ({code}), which is not copied; read it before you let vLLM run "
+            "it with --trust-remote-code"
+        )
+    if _is_mistral_repository(plan):
+        found.append(
+            "the dense model brings a tokenizer of mistral-common, which vLLM prefers for directories of Mistral; "
+            "without --tokenizer-mode mistral it takes the one of Hugging Face, whose chat template may differ"
+        )
+    return found
+
+
+def _is_mistral_repository(plan: Plan) -> bool:
+    """Whether vLLM would read text for the dense model with mistral-common.
+
+    It does so beside `consolidated*.safetensors`, which are not downloaded from the hub; there, Mistral's repositories
+    have them.
+    """
+    dense = plan.checkpoint.directory
+    return has_mistral_tokenizer(dense) and (plan.source is not None or any(dense.glob("consolidated*.safetensors")))
