@@ -139,12 +139,12 @@ def _place_heads(kept: dict[int, list[int]], target: LayerGeometry) -> tuple[lis
         # Uneven groups may come in another order than the masks left them in; sorting pairs equal sizes.
         places.sort(key=lambda place: groups[place])
         kv_heads.sort(key=lambda kv_head: len(kept[kv_head]))
-    at = dict(zip(places, kv_heads, strict=False))  # more places than heads: padding
+    placed = dict(zip(places, kv_heads, strict=False))  # where there are more places than heads, the rest is padding
     query_heads = []
     for place, group in enumerate(groups):
-        heads = kept.get(at.get(place, PAD), [])
+        heads = kept.get(placed.get(place, PAD), [])
         query_heads += heads + [PAD] * (group - len(heads))
-    return [at.get(place, PAD) for place in range(len(groups))], query_heads
+    return [placed.get(place, PAD) for place in range(len(groups))], query_heads
 
 
 def _factors(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,16 @@ def is_shared_evenly(vocab_size: int, tensor_parallel_size: int) -> bool:
     return pad_vocab_size(vocab_size) % tensor_parallel_size == 0
 
 
+def padding_size(tensor_parallel_size: int) -> int:
+    """What the vocabulary is padded to a multiple of where vLLM's own padding does not do."""
+    return math.lcm(DEFAULT_VOCAB_PADDING_SIZE, tensor_parallel_size)
+
+
 @contextmanager
 def smallest_vocabulary(config: PreTrainedConfig, tensor_parallel_size: int) -> Iterator[None]:
     """While it lasts, a model is built with the fewest tokens that vLLM's layers accept, to be replaced afterwards."""
     vocab_size = config.vocab_size
-    config.vocab_size = _padding_size(tensor_parallel_size)
+    config.vocab_size = padding_size(tensor_parallel_size)
     try:
         yield
     finally:
@@ -45,19 +50,13 @@ def build_vocabulary(model: LlamaForCausalLM, vllm_config: VllmConfig, prefix: s
     """
     config, quant_config = model.config, vllm_config.quant_config
     sizes = (config.vocab_size, config.hidden_size)
-    padding_size = _padding_size(vllm_config.parallel_config.tensor_parallel_size)
+    multiple = padding_size(vllm_config.parallel_config.tensor_parallel_size)
     model.model.vocab_size = config.vocab_size
     if isinstance(model.model.embed_tokens, VocabParallelEmbedding):  # not on another pipeline stage
-        model.model.embed_tokens = VocabParallelEmbedding(*sizes, padding_size=padding_size, quant_config=quant_config)
+        model.model.embed_tokens = VocabParallelEmbedding(*sizes, padding_size=multiple, quant_config=quant_config)
     if isinstance(model.lm_head, ParallelLMHead):
         lm_head_prefix = maybe_prefix(prefix, "lm_head")
-        model.lm_head = ParallelLMHead(
-            *sizes, padding_size=padding_size, quant_config=quant_config, prefix=lm_head_prefix
-        )
+        model.lm_head = ParallelLMHead(*sizes, padding_size=multiple, quant_config=quant_config, prefix=lm_head_prefix)
         if config.tie_word_embeddings:
             model.lm_head = model.lm_head.tie_weights(model.model.embed_tokens)
         model.logits_processor = LogitsProcessor(config.vocab_size, scale=model.logits_processor.scale)
-
-
-def _padding_size(tensor_parallel_size: int) -> int:
-    return math.lcm(DEFAULT_VOCAB_PADDING_SIZE, tensor_parallel_size)

@@ -9,6 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    DEFAULT_VOCAB_PADDING_SIZE,
+    VocabParallelEmbedding,
+    pad_vocab_size,
+)
 
 from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -16,6 +21,7 @@ from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.serving.layout_changes import layout_changes
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.sharding import shard_experts, shard_layer
+from pruned_vllm.serving.vocabulary import is_shared_evenly, padding_size
 
 
 def check(layer: LayerGeometry, ranks: int) -> None:
@@ -147,3 +153,17 @@ def test_padding_is_zero():
     weight = torch.arange(1.0, 13).view(6, 2)
     taken = take_or_zero(weight, 0, head_rows([2, PAD, 0], 2))
     assert taken.tolist() == [[9, 10], [11, 12], [0, 0], [0, 0], [1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("ranks", range(1, 17))
+@pytest.mark.parametrize("vocab_size", [1, 64, 256, 257, 32000, 50257, 151936])
+def test_ranks_share_any_vocabulary(vocab_size, ranks):
+    """Every token on one rank, in order, and as many rows on each."""
+    multiple = DEFAULT_VOCAB_PADDING_SIZE if is_shared_evenly(vocab_size, ranks) else padding_size(ranks)
+    rows = pad_vocab_size(vocab_size, multiple)
+    shards = [
+        VocabParallelEmbedding._get_indices(rows, rows, vocab_size, vocab_size, rank, ranks) for rank in range(ranks)
+    ]
+    assert {shard.num_elements_padded for shard in shards} == {rows // ranks} and rows % ranks == 0
+    ends = [0, *(shard.org_vocab_end_index for shard in shards)]
+    assert [shard.org_vocab_start_index for shard in shards] == ends[:-1] and ends[-1] == vocab_size

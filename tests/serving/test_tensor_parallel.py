@@ -38,7 +38,8 @@ TWO_RANKS = {
     ),
     "qwen2 one wide group and single heads": Geometry(((5, 0, 0), (1, 0, 1), (5, 4, 1)), ODD, "qwen2", 5),
 }
-# vLLM pads the vocabulary to 64: 3 ranks divide neither 256 nor the 320 that 257 becomes, 5 ranks divide 320 only.
+# vLLM pads the vocabulary to 64: 3 ranks divide neither 256 nor the 320 that 257 becomes. More ranks than 4 cannot be
+# tried, but for 8: vLLM's sum over the ranks of a CPU says "Invalid world size".
 MORE_RANKS = {
     (3, "llama mha"): Geometry(MHA, ODD),
     (3, "llama mqa, tied, one token too many"): Geometry(
@@ -46,7 +47,6 @@ MORE_RANKS = {
     ),
     (3, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
     (4, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
-    (5, "llama uneven groups, biases"): Geometry(UNEVEN, ODD, group=4, config=BIASES),
 }
 USUAL = ("qwen3 very uneven groups", "llama one head and one channel, biases survive")
 
@@ -54,7 +54,7 @@ USUAL = ("qwen3 very uneven groups", "llama one head and one channel, biases sur
 @pytest.fixture(autouse=True)
 def cores_for_ranks(monkeypatch):
     """Without it vLLM looks for a NUMA node for each rank. Ranks may share a core."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1|0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
 
 
 @pytest.mark.parametrize(
