@@ -193,10 +193,10 @@ def _find_weights(
         if not Path(name).is_dir():
             name, find, revision = info.base_model, download, revision or info.base_revision
     else:
-        unread = ", ".join(unread_weights(directory))
+        unread_names = ", ".join(unread_weights(directory))
         raise InputError(
-            f"{directory} holds no weights as safetensors{f', but {unread},' if unread else ''} and {PRUNING_FILE} "
-            "names no base_model; give the dense model with --base-model"
+            f"{directory} holds no weights as safetensors{f', but {unread_names},' if unread_names else ''} and "
+            f"{PRUNING_FILE} names no base_model; give the dense model with --base-model"
         )
     if unread := unread_weights(directory):
         raise InputError(

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
@@ -48,7 +47,7 @@ class DenseModel:
         fingerprint: of the directory.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     units: Units
     directory: Path
