@@ -150,3 +150,7 @@ def _size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
