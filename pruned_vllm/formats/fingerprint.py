@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
+from pruned_vllm.common.files import read_json, sample
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import find_weight_files
 
 UNRELATED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")  # of config.json: who wrote it
 LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
-PIECES, PIECE_BYTES = 4, 4096  # sampled of a tensor; smaller tensors are read whole
+PIECES = 4  # of 4096 bytes, sampled of a tensor; smaller tensors are read whole
 DIGITS = 16  # hexadecimal digits of a part
 
 
@@ -57,8 +57,8 @@ class Fingerprint:
             with path.open("rb", buffering=0) as file:
                 for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # as they lie on the disk
                     entry = header[name]
-                    sample = _sample(file.fileno(), *entry["data_offsets"])
-                    found[canonical_name(name)] = [canonical_name(name), entry["dtype"], entry["shape"]], sample
+                    content = hashlib.sha256(sample(file.fileno(), *entry["data_offsets"], PIECES)).digest()
+                    found[canonical_name(name)] = [canonical_name(name), entry["dtype"], entry["shape"]], content
         described, sampled = zip(*(found[name] for name in sorted(found)), strict=True) if found else ((), ())
         return cls(
             config=_digest(json.dumps(related, sort_keys=True).encode()),
@@ -119,15 +119,6 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is truncated or no safetensors file: {error}; download or save it again") from None
     return header
-
-
-def _sample(file: int, start: int, end: int) -> bytes:
-    """Digest of the bytes from `start` to `end`: of all if there are few, else of pieces at equal distances."""
-    size = end - start
-    if size <= PIECES * PIECE_BYTES:
-        return hashlib.sha256(os.pread(file, size, start)).digest()
-    starts = [start + piece * (size - PIECE_BYTES) // (PIECES - 1) for piece in range(PIECES)]
-    return hashlib.sha256(b"".join(os.pread(file, PIECE_BYTES, place) for place in starts)).digest()
 
 
 def _digest(content: bytes) -> str:
