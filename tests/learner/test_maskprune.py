@@ -36,7 +36,7 @@ def geometry_of(model) -> ModelGeometry:
 
 
 def task_for(model, settings: MaskPruneSettings, sparsity: float = 0.5, journal: Journal | None = None) -> Task:
-    units = Units.of(geometry_of(model), tied=True)
+    units = Units.from_geometry(geometry_of(model), tied=True)
     text = torch.randint(256, (40 * settings.sequence_length,), generator=torch.Generator().manual_seed(5))
     return Task(
         model=model,
@@ -154,7 +154,7 @@ def test_one_budget_moves_units_from_where_they_are_needed():
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_geometry(name):
     model = tiny_model(*MODELS[name])
-    dense, units = geometry_of(model), Units.of(geometry_of(model), tied=True)
+    dense, units = geometry_of(model), Units.from_geometry(geometry_of(model), tied=True)
     found = maskprune.kind_parameters(model, units)
     smaller = {
         "head": lambda layer: replace(layer, query_heads_per_kv_head=layer.query_heads_per_kv_head[:-1]),
@@ -179,7 +179,7 @@ def test_interval_falls_linearly_to_one():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_row_loses_the_same_and_was_near_zero_before(learned, name):
     model, outcome, log = learned(name)
-    units = Units.of(geometry_of(tiny_model(*MODELS[name])), tied=True)
+    units = Units.from_geometry(geometry_of(tiny_model(*MODELS[name])), tied=True)
     assert outcome.values.keys() == units.layers.keys()
     for kind, values in outcome.values.items():
         width = maskprune.row_width(units, kind)
@@ -193,7 +193,7 @@ def test_every_row_loses_the_same_and_was_near_zero_before(learned, name):
 def test_converted_model_is_stock_and_computes_the_same(learned, tmp_path, name, site):
     model, outcome, _ = learned(name, site)
     assert outcome.channel_mask_site == site
-    masks = Units.of(geometry_of(tiny_model(*MODELS[name])), tied=True).to_masks(outcome.values)
+    masks = Units.from_geometry(geometry_of(tiny_model(*MODELS[name])), tied=True).to_masks(outcome.values)
     ckpt = write_masked(tmp_path / "ckpt", tiny_model(*MODELS[name]), masks, site, lora_adapter="adapter")
     outcome.save_adapter(ckpt / "adapter")
     convert(make_plan(ckpt), tmp_path / "out")
