@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.learning import geometry_of
 from helpers.tiny import tiny_model, write_masked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,6 @@ from learner.methods.method import Learned, Task
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.run.journal import Journal
-from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
 MODELS = {
@@ -29,10 +29,6 @@ MODELS = {
     "qwen3_moe": ("qwen3_moe", 8, 4, 40),
 }
 QUICK = MaskPruneSettings(steps=60, batch_size=4, sequence_length=16)
-
-
-def geometry_of(model) -> ModelGeometry:
-    return ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
 
 
 def task_for(model, settings: MaskPruneSettings, sparsity: float = 0.5, journal: Journal | None = None) -> Task:
