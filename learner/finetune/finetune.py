@@ -109,7 +109,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
-    inputs, results = {"model": str(Fingerprint.of(source))}, {}
+    inputs, results = {"model": str(Fingerprint.from_directory(source))}, {}
     model, tokenizer = load(source)
     check_can_be_saved(model, job.model)
     stored_dtype = model.dtype

@@ -32,7 +32,7 @@ class Units:
     num_experts: int
 
     @classmethod
-    def of(cls, geometry: ModelGeometry, tied: bool = False) -> "Units":
+    def from_geometry(cls, geometry: ModelGeometry, tied: bool = False) -> "Units":
         """All units of a dense model. Raises InputError for a pruned one."""
         if not geometry.is_dense:
             raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
