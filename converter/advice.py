@@ -1,6 +1,6 @@
 """How a converted model is served, and what may surprise whoever does it."""
 
-from pathlib import Path
+import shlex
 
 from converter.plan import Plan
 from pruned_vllm.formats.companions import has_mistral_tokenizer, tokenizer_code
@@ -9,13 +9,16 @@ from pruned_vllm.formats.companions import has_mistral_tokenizer, tokenizer_code
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def serve_command(plan: Plan, out: Path | str) -> str:
-    """The command for a shell that serves the converted model in `out` with the tokenizer of the dense one."""
+def serve_command(plan: Plan, out: str) -> str:
+    """The command for a shell that serves the converted model in `out`, quoted, with the tokenizer of the dense one.
+
+    The name of the dense model is quoted here: it may come from a pruning.json, which must not add a command.
+    """
     dense = plan.checkpoint.directory
     command = f"vllm serve {out}"
     if (code := tokenizer_code(dense)) is not None:
         # A class in a repository of the hub is fetched from there. Code in the dense directory stays where it is.
-        command += "" if "--" in code else f" --tokenizer {plan.source or dense}"
+        command += "" if "--" in code else f" --tokenizer {shlex.quote(plan.source or str(dense))}"
         command += " --trust-remote-code"
     if _is_mistral_repository(plan):
         command += " --tokenizer-mode mistral"

@@ -7,6 +7,7 @@ vllm serve out/
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def _convert(args: argparse.Namespace) -> None:
         convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
         if args.plot:
             write_report(pattern_of_geometry(plan.pruned), args.out)
-        print(f"Wrote {args.out}. Serve it: {serve_command(plan, args.out)}")
+        print(f"Wrote {args.out}. Serve it: {serve_command(plan, shlex.quote(str(args.out)))}")
     for warning in warnings(plan):
         print(f"convert-pruned: warning: {warning}", file=sys.stderr)
 
@@ -155,3 +156,7 @@ def _size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ vllm serve recovered/
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from learner.cli import add_text_arguments
@@ -102,7 +103,7 @@ def _finetune(arguments: dict) -> None:
     results = finetune(FinetuneJob(**arguments), out, overwrite=overwrite, resume=resume)
     for name, value in results.items():
         print(f"{name.replace('_', ' '):>20}: {value:.4g}")
-    print(f"Wrote {out}. Serve it: vllm serve {out}")
+    print(f"Wrote {out}. Serve it: vllm serve {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Files of a model directory: JSON, read with clear errors, and paths that files name. Pure Python."""
 
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import UnionType
@@ -9,6 +11,8 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 
+PIECE_BYTES = 4096  # of a file that is sampled
+PIECES = 4096  # of a large file
 FINETUNING_FILE = "finetuning.json"  # in a converted model that finetune-pruned has trained since
 
 
@@ -29,6 +33,29 @@ def read_json(path: Path, kind: type | UnionType = dict) -> Any:
         wanted = "object" if kind is dict else "object or list"
         raise InputError(f"{path} must hold a JSON {wanted}, not a {type(content).__name__}")
     return content
+
+
+def sample(file: int, start: int, end: int, pieces: int) -> bytes:
+    """Some of the bytes from `start` to `end` of an open file, enough to tell whether they have changed.
+
+    All of them if they are no more than `pieces` of PIECE_BYTES, else so many pieces at equal distances.
+    """
+    size = end - start
+    if size <= pieces * PIECE_BYTES:
+        return os.pread(file, size, start)
+    starts = [start + piece * (size - PIECE_BYTES) // (pieces - 1) for piece in range(pieces)]
+    return b"".join(os.pread(file, PIECE_BYTES, place) for place in starts)
+
+
+def file_facts(path: Path) -> str:
+    """Size and digest of a file, of a symbolic link those of its target's name; of large files PIECES are read."""
+    facts, content = path.lstat(), b""
+    if stat.S_ISLNK(facts.st_mode):
+        content = os.fsencode(path.readlink())
+    elif stat.S_ISREG(facts.st_mode):
+        with path.open("rb", buffering=0) as file:
+            content = sample(file.fileno(), 0, facts.st_size, PIECES)
+    return f"{facts.st_size} {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """Which files of a directory a command wrote, and which are the user's. Pure Python.
 
-`.pruned-vllm.json` in a directory lists the former with their sizes:
+`.pruned-vllm.json` in a directory lists the former with their sizes and digests of their content:
 
-    {"writer": "convert-pruned", "files": {"config.json": 1234, ...}}
+    {"writer": "convert-pruned", "files": {"config.json": "1234 5d0a91c207be44f1", ...}}
 
-Whatever is not in the list, or has another size now, is the user's.
+Whatever is not in the list, or is something else now, is the user's. The size alone does not tell: a digit that was
+changed by hand leaves it, and so does a training that saves its weights in place. Files up to 16 MiB are read whole, of
+larger ones 4096 pieces.
 """
 
 import filecmp
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.common.files import file_facts, read_json, write_json
 from pruned_vllm.common.filesystem import sync
 
 MANIFEST = ".pruned-vllm.json"
@@ -24,7 +26,7 @@ KEPT = ".kept"  # added to the name of a user's file whose own name a command ne
 
 def write_manifest(directory: Path, writer: str) -> None:
     """Lists all files that `directory` holds now."""
-    files = {str(path.relative_to(directory)): path.lstat().st_size for path in _files(directory)}
+    files = {str(path.relative_to(directory)): file_facts(path) for path in _files(directory)}
     write_json(directory / MANIFEST, {"writer": writer, "files": dict(sorted(files.items()))})
 
 
@@ -34,7 +36,7 @@ def written_by(directory: Path, writer: str) -> bool:
 
 
 def changed_files(directory: Path) -> list[str]:
-    """Files that have another size than the command gave them."""
+    """Files that are no longer what the command wrote."""
     written, users = _written(directory), users_files(directory)
     return [name for name in users if name in written]
 
@@ -43,7 +45,7 @@ def users_files(directory: Path) -> list[str]:
     """Names of the user's files, relative to a directory that has a manifest."""
     written = _written(directory)
     names = {str(path.relative_to(directory)): path for path in _files(directory)}
-    return sorted(name for name, path in names.items() if written.get(name) != path.lstat().st_size)
+    return sorted(name for name, path in names.items() if name not in written or written[name] != file_facts(path))
 
 
 def carry_over(old: Path, new: Path) -> list[str]:
@@ -90,13 +92,13 @@ def _manifest(directory: Path) -> dict:
     return content if is_valid else {}
 
 
-def _written(directory: Path) -> dict[str, int]:
-    """Names and sizes of what commands wrote into `directory`, reports and manifests included."""
+def _written(directory: Path) -> dict[str, str]:
+    """Names and facts of what commands wrote into `directory`, reports and manifests included."""
     written = dict(_manifest(directory)["files"])
     for part in (directory, *(path.parent for path in directory.glob(f"*/{MANIFEST}"))):
         if part == directory or written_by(part, REPORT_WRITER):
-            files = _manifest(part)["files"] | {MANIFEST: (part / MANIFEST).lstat().st_size}
-            written |= {str((part / name).relative_to(directory)): size for name, size in files.items()}
+            files = _manifest(part)["files"] | {MANIFEST: file_facts(part / MANIFEST)}
+            written |= {str((part / name).relative_to(directory)): facts for name, facts in files.items()}
     return written
 
 

@@ -109,14 +109,26 @@ def test_a_users_file_whose_name_is_needed_gets_another(out, way, capsys):
     assert names(out) == sorted([MANIFEST, "README.md", "README.md.kept"]) and names(out.parent) == [out.name]
 
 
-def test_what_was_changed_since_is_not_replaced(out):
-    write(out, "old")
-    (out / NAMES[0]).write_text("changed by hand")
+LARGE = "weights" * 3_000_000  # more than is read whole
+
+
+@pytest.mark.parametrize(
+    ("written", "changed"),
+    [
+        ("old", "changed by hand"),
+        ('{"temperature": 0.6}', '{"temperature": 0.7}'),
+        (LARGE, LARGE[:500] + "W" * 10_000 + LARGE[10_500:]),  # as training in place leaves the sizes
+    ],
+    ids=["another size", "a digit", "weights"],
+)
+def test_what_was_changed_since_is_not_replaced(out, written, changed):
+    write(out, written)
+    (out / NAMES[0]).write_text(changed)
     for refused in (lambda: write(out, "new"), lambda: prepare_output(out, writer=WRITER, overwrite=True)):
         with pytest.raises(InputError, match="changed since this command wrote them") as error:
             refused()
         assert error.value.problems == (NAMES[0],)
-    assert (out / NAMES[0]).read_text() == "changed by hand" and names(out.parent) == [out.name]
+    assert (out / NAMES[0]).read_text() == changed and names(out.parent) == [out.name]
     (out / NAMES[0]).unlink()
     write(out, "new")
     assert content_of(out) == "new"

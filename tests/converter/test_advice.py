@@ -1,6 +1,7 @@
 """What convert-pruned says about serving, and what it copies beside the weights."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -93,3 +94,17 @@ def test_a_list_that_has_more_entries_than_layers_is_refused(tmp_path, capsys):
     edit_json(tmp_path / "ckpt" / "config.json", layer_types=["full_attention"] * 5)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 2
     assert "layer_types has 5 entries, but num_hidden_layers is 3" in capsys.readouterr().err
+
+
+def test_the_command_can_be_pasted_into_a_shell(ckpt, tmp_path, capsys):
+    """Names may come from others: pruning.json names the dense model."""
+    masks, dense, out = tmp_path / "masks", tmp_path / "masks" / "model; touch pwned", tmp_path / "my model"
+    masks.mkdir()
+    for name in ("pruning.json", "pruning_masks.safetensors"):
+        (ckpt / name).rename(masks / name)
+    ckpt.rename(dense)
+    edit_json(masks / "pruning.json", base_model=dense.name)
+    (dense / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_x.X", null]}}')
+    assert convert_pruned(masks, out) == 0
+    command = capsys.readouterr().out.rpartition("Serve it: ")[2]
+    assert shlex.split(command) == ["vllm", "serve", str(out), "--tokenizer", str(dense), "--trust-remote-code"]
