@@ -5,8 +5,7 @@
 # make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
 # make ablations whether the papers' orderings hold, over three seeds
-# make lint    formatting and static checks
-# make types   mypy
+# make lint    formatting, static checks, types
 # make lm-eval lm-evaluation-harness on a pruned model, through Transformers and through vLLM; installs it first
 
 PYTHON ?= python3
@@ -17,7 +16,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # No engine, no training run, no process of several ranks.
 QUICK_TESTS := tests/formats tests/converter tests/bench tests/common/test_environment.py tests/test_documents.py tests/test_house.py
 
-.PHONY: setup demo test test-slow check methods ablations lint types lm-eval clean
+.PHONY: setup demo test test-slow check methods ablations lint lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -53,8 +52,6 @@ ablations: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: setup
 	$(BIN)/mypy
 
 lm-eval: setup

@@ -84,7 +84,10 @@ def demo(output_dir: Path, sparsity: float, repeats: int) -> None:
     unigram = read_json(model / "pico.json")["unigram_perplexity"]
     masked = results[""]["masked_perplexity"]
     table = Table("model", "perplexity", "heads removed", "channels removed")
-    rows = [("unigram frequencies", unigram, None), ("dense", results[""]["dense_perplexity"], None)]
+    rows: list[tuple[str, float, dict | None]] = [
+        ("unigram frequencies", unigram, None),
+        ("dense", results[""]["dense_perplexity"], None),
+    ]
     rows += [("masked by DDP (Hugging Face)", masked, results[""]), ("converted (vLLM)", converted, results[""])]
     rows += [(f"masked by {name[1:]}", results[name]["masked_perplexity"], results[name]) for name in list(results)[1:]]
     for name, value, learned in rows:
@@ -114,11 +117,11 @@ def command(name: str) -> Path:
 
 def run(*arguments) -> None:
     """Shows and runs a command. Raises InputError when it fails."""
-    arguments = [str(argument) for argument in arguments]
-    shown = ["python" if argument == sys.executable else argument for argument in arguments]
+    words = [str(argument) for argument in arguments]
+    shown = ["python" if word == sys.executable else word for word in words]
     shown[0] = Path(shown[0]).name
     console.print(f"[bold cyan]$ {shlex.join(shown)}", soft_wrap=True)
-    if code := subprocess.run(arguments).returncode:
+    if code := subprocess.run(words).returncode:
         raise InputError(f"{shown[0]} ended with exit code {code}")
 
 

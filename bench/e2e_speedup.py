@@ -155,7 +155,11 @@ def compare(
         }
         samples = measure(engines, cases, dense.vocab_size, repeats)
     ideals = {case: ideal_speedup(dense, pruned, case, element_bytes) for case in cases}
-    return {"cases": [summarise(case, *samples[case], ideals[case]) for case in cases], **setting}
+    records = []
+    for case in cases:
+        dense_seconds, pruned_seconds = samples[case]
+        records.append(summarise(case, dense_seconds, pruned_seconds, ideals[case]))
+    return {"cases": records, **setting}
 
 
 def case(text: str) -> Case:

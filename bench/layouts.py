@@ -96,7 +96,7 @@ def compare(what: str, rounds: int, repeats: int, compile: bool) -> dict:
     if compile:
         os.environ |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     options = engine_options(dense, CASES, load_format="dummy", dtype="bfloat16", max_model_len=128, compile=compile)
-    samples = {name: {case: [] for case in CASES} for name in geometries}
+    samples: dict[str, dict[Case, list[float]]] = {name: {case: [] for case in CASES} for name in geometries}
     start_seconds: dict[str, list[float]] = {name: [] for name in geometries}
     for number in range(rounds):
         order = list(geometries)[:: -1 if number % 2 else 1]

@@ -184,20 +184,20 @@ def with_others(results: dict, before: dict, planned: list[Run]) -> dict:
     order = {(run.question, run.answer, run.model, run.sparsity, run.options): i for i, run in enumerate(planned)}
     dense = {run["model"]: run["dense_perplexity"] for run in before["runs"] + results["runs"]}
 
-    def place(run: dict) -> int | None:
-        return order.get((run["question"], run["answer"], run["model"], run["sparsity"], tuple(run["options"])))
+    def identity(run: dict) -> tuple:
+        return run["question"], run["answer"], run["model"], run["sparsity"], tuple(run["options"])
 
     measured = {(run["question"], run["answer"]) for run in results["runs"]}
     others = [
         run
         for run in before["runs"]
         if (run["question"], run["answer"]) not in measured
-        and place(run) is not None
+        and identity(run) in order
         and before["versions"] == results["versions"]
         and run["dense_perplexity"] == dense[run["model"]]
     ]
     models = {run["model"]: before["models"][run["model"]] for run in others} | results["models"]
-    return results | {"models": models, "runs": sorted(others + results["runs"], key=place)}
+    return results | {"models": models, "runs": sorted(others + results["runs"], key=lambda run: order[identity(run)])}
 
 
 def learn_one(model: Path, run: Run, checkpoint: Path) -> dict:

@@ -34,6 +34,7 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import atomic_directory
@@ -58,7 +59,7 @@ SHARED_CONFIG = {
     "max_position_embeddings": 1024,
 }
 # name -> (configuration class, model class, what differs from SHARED_CONFIG)
-RECIPES = {
+RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (
         "LlamaConfig",
         "LlamaForCausalLM",

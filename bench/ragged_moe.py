@@ -133,16 +133,17 @@ def _run(args: argparse.Namespace) -> None:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     layers = chosen_layers(args, args.scale or DEFAULT_SCALE[device])
+    records: list[dict] = []
     results = {
         "command": shlex.join(["python", "-m", "bench.ragged_moe", *sys.argv[1:]]),
         "settings": {"repeats": args.repeats, "dtype": "bfloat16"},
         "hardware": describe_setting(device),
-        "layers": [],
+        "layers": records,
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "ragged_moe.json"
     for record in measure(layers, args.tokens or DEFAULT_TOKENS[device], args.repeats, device):
-        results["layers"].append(record)
+        records.append(record)
         write_json(path, results)
     print(f"written: {path}")
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bench.speed.widths import beta_shares, quantiles, widths_of
 from pruned_vllm.common.arguments import positive_int
@@ -42,7 +43,7 @@ DROPPED_KEYS = (
 MOE_OPTIONS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 # config.json of Qwen/Qwen3-30B-A3B without keys that change neither shapes nor speed. Its sizes get replaced.
-QWEN3_MOE = {
+QWEN3_MOE: dict[str, Any] = {
     "architectures": ["PrunedQwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -113,7 +114,7 @@ def _family_keys(small: ModelGeometry, config: Mapping, sizes: Mapping) -> dict:
     keys |= dict.fromkeys(count_keys, sizes["num_experts"])
     keys |= {"num_experts_per_tok": sizes["num_experts_per_tok"], names.width_key: sizes["moe_intermediate_size"]}
     if names.shared_width_key is not None:
-        ratio = small.experts.shared_intermediate_size / small.experts.intermediate_size
+        ratio = small.dense_experts.shared_intermediate_size / small.dense_experts.intermediate_size
         keys[names.shared_width_key] = round(ratio * sizes["moe_intermediate_size"])
     return keys
 

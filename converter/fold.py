@@ -107,7 +107,7 @@ def cut_layer(
     if masks.expert is not None:
         for expert, width in enumerate(target.expert_intermediate_sizes):
             modules, mlp_cuts = (
-                family.experts.modules_of(expert),
+                family.experts_format.modules_of(expert),
                 _cut_mlp(masks.expert[expert], channel_mask_site, width),
             )
             cuts |= {f"{module}.weight": cut for module, cut in zip(modules, mlp_cuts, strict=True)}
@@ -134,10 +134,10 @@ def _kept_query_heads(dense: LayerGeometry, head_mask: torch.Tensor) -> dict[int
 def _place_heads(kept: dict[int, list[int]], target: LayerGeometry) -> tuple[list[int], list[int]]:
     """Which KV head and which query heads go to each place of `target`, PAD where none is left."""
     groups = target.query_heads_per_kv_head
-    places, kv_heads = range(len(groups)), list(kept)
+    places, kv_heads = list(range(len(groups))), list(kept)
     if not target.has_even_groups:
         # Uneven groups may come in another order than the masks left them in; sorting pairs equal sizes.
-        places = sorted(places, key=lambda place: groups[place])
+        places.sort(key=lambda place: groups[place])
         kv_heads.sort(key=lambda kv_head: len(kept[kv_head]))
     placed = dict(zip(places, kv_heads, strict=False))  # where there are more places than heads, the rest is padding
     query_heads = []

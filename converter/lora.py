@@ -114,10 +114,11 @@ def _find_halves(
     found: dict[str, dict[str, str]] = {}
     for key in sorted(shard.keys()):
         match = KEY.fullmatch(key)
-        name = f"{match['module']}.weight" if match else None
-        if name is None:
+        if match is None:
             problems += _other_key_problems(shard, key, checkpoint)
-        elif name == "lm_head.weight" and dense.tie_word_embeddings:
+            continue
+        name = f"{match['module']}.weight"
+        if name == "lm_head.weight" and dense.tie_word_embeddings:
             problems.append(f"{key}: lm_head is tied to the embedding, which must not change with it; untie them first")
         elif name == "model.embed_tokens.weight" or len(shapes.get(name, ())) != 2:
             problems.append(f"{key}: unknown key; {dense.family.architecture} has no linear layer {match['module']}")

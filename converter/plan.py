@@ -7,7 +7,7 @@ from typing import Any, Literal
 from converter.checkpoint import Checkpoint
 from converter.fold import Cut, cut_layer, kept_layer
 from converter.lora import LoraAdapter
-from converter.masks import read_masks
+from converter.mask_file import read_masks
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import refusals
@@ -161,7 +161,7 @@ def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> Non
     """Refuses weights that the masks do not belong to."""
     if info.base_fingerprint is None:
         return
-    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.of(weights))
+    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.from_directory(weights))
     if differences:
         name = info.base_model or "those that were beside them"
         commit = f" at revision {info.base_revision}" if info.base_revision else ""
@@ -193,10 +193,10 @@ def _find_weights(
         if not Path(name).is_dir():
             name, find, revision = info.base_model, download, revision or info.base_revision
     else:
-        unread = ", ".join(unread_weights(directory))
+        unread_names = ", ".join(unread_weights(directory))
         raise InputError(
-            f"{directory} holds no weights as safetensors{f', but {unread},' if unread else ''} and {PRUNING_FILE} "
-            "names no base_model; give the dense model with --base-model"
+            f"{directory} holds no weights as safetensors{f', but {unread_names},' if unread_names else ''} and "
+            f"{PRUNING_FILE} names no base_model; give the dense model with --base-model"
         )
     if unread := unread_weights(directory):
         raise InputError(

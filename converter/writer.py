@@ -43,7 +43,7 @@ class ShardWriter:
         if count == 1:
             self._part(0).rename(self._directory / SINGLE_FILE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self._directory / file)

@@ -6,6 +6,7 @@ convert-pruned ckpt/ out/
 
 import argparse
 import types
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -23,7 +24,7 @@ from pruned_vllm.common.command import run_command
 from pruned_vllm.common.environment import add_version_argument
 from pruned_vllm.common.errors import InputError
 
-TYPES = {(int, False): positive_int, (int, True): non_negative_int}
+TYPES: dict[tuple[type, bool], Callable[[str], float]] = {(int, False): positive_int, (int, True): non_negative_int}
 TYPES |= {(float, False): positive_float, (float, True): non_negative_float}
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         default=Job.head_sparsity,
         help="share of heads to remove, 0 leaves them as they are; default: as --sparsity",
     )
-    by_default = {default: [] for default in QUERY_HEADS}
+    by_default: dict[str, list[str]] = {default: [] for default in QUERY_HEADS}
     for name, method in METHODS.items():
         by_default[method.query_heads[0]].append(name)
     default_heads = ", ".join(f"{default} ({', '.join(names)})" for default, names in by_default.items() if names)

@@ -114,7 +114,7 @@ def learn(
                         save_model(model, dense.directory, directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                    base = str(Fingerprint.of(directory)) if method.changes_weights else inputs["model"]
+                    base = str(Fingerprint.from_directory(directory)) if method.changes_weights else inputs["model"]
                     _pruning(job, learned, base).write(directory)
                     journal.write_log(directory / LOG_FILE)
                     if report:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
@@ -142,7 +143,7 @@ def _figure(width: float, height: float, title: str):
     return figure
 
 
-def _map(axes, values: list[list[float]], xlabel: str, **options):
+def _map(axes, values: ArrayLike, xlabel: str, **options):
     """A heat map with a row for each layer; NaN is blank."""
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **options)
     axes.set(xlabel=xlabel, ylabel="layer")

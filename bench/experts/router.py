@@ -1,7 +1,7 @@
 """Routers of mixture-of-experts models: training that keeps all experts in use, and how evenly they are used."""
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from learner.model.perplexity import EVAL_BLOCK_SIZE
 
@@ -20,20 +20,23 @@ def balancing_loss(router_logits: tuple[torch.Tensor, ...], chosen: int) -> torc
 
 
 @torch.no_grad()
-def expert_load(model: nn.Module, token_ids: torch.Tensor) -> list[list[float]]:
+def expert_load(model: PreTrainedModel, token_ids: torch.Tensor) -> list[list[float]]:
     """The share of the routed tokens that goes to each expert, by layer that has experts; a layer's add up to 1.
 
     `token_ids` [N] are read in the blocks that `learner.model.perplexity.perplexity` scores.
     """
     chosen = model.config.num_experts_per_tok
     blocks = token_ids[: len(token_ids) // EVAL_BLOCK_SIZE * EVAL_BLOCK_SIZE].view(-1, EVAL_BLOCK_SIZE)
-    counts = 0
+    by_batch = []  # tokens of each expert [layers, experts]
     for batch in blocks.to(next(model.parameters()).device).split(16):
         router_logits = model(input_ids=batch, output_router_logits=True).router_logits  # by layer [tokens, experts]
         experts = [logits.topk(chosen, dim=-1).indices.flatten() for logits in router_logits]
-        counts += torch.stack(
-            [ids.bincount(minlength=logits.shape[-1]) for ids, logits in zip(experts, router_logits, strict=True)]
+        by_batch.append(
+            torch.stack(
+                [ids.bincount(minlength=logits.shape[-1]) for ids, logits in zip(experts, router_logits, strict=True)]
+            )
         )
+    counts = torch.stack(by_batch).sum(0)
     return (counts.double() / counts.sum(1, keepdim=True)).tolist()
 
 

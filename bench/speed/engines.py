@@ -108,7 +108,7 @@ def time_case(engine, case: Case, prompts: list[dict]) -> float:
 def measure(engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: int) -> dict[Case, list[list[float]]]:
     """Seconds by case, engine and repeat. Every repeat runs all engines, in the opposite order of the
     repeat before, so that both see a slow phase of the machine."""
-    samples = {case: [[] for _ in engines] for case in cases}
+    samples: dict[Case, list[list[float]]] = {case: [[] for _ in engines] for case in cases}
     prompts = {case: random_prompts(case, vocab_size) for case in cases}
     with tqdm(total=len(cases) * len(engines) * (repeats + 1), unit="run") as progress:
         for repeat in range(-1, repeats):  # -1 warms up

@@ -40,7 +40,8 @@ class Case:
         kind, *numbers = text.split(":")
         if len(numbers) != {"decode": 3, "prefill": 2}.get(kind) or not all(map(str.isdecimal, numbers)):
             raise ValueError(f"{text!r} is neither decode:BATCH:INPUT:OUTPUT nor prefill:BATCH:INPUT")
-        case = cls(kind, *map(int, numbers)) if kind == "decode" else cls(kind, *map(int, numbers), output_len=1)
+        batch_size, input_len, output_len = map(int, numbers if kind == "decode" else [*numbers, "1"])
+        case = cls(kind, batch_size, input_len, output_len)
         if min(case.batch_size, case.input_len) < 1:
             raise ValueError(f"{text!r}: BATCH and INPUT must be at least 1")
         if kind == "decode" and case.output_len < 2:

@@ -46,7 +46,3 @@ def with_blocks(text: str) -> str:
 def stale_blocks(text: str) -> list[str]:
     """Names of the blocks in `text` that `with_blocks` would change."""
     return [match["name"] for match in BLOCK.finditer(text) if with_blocks(match[0]) != match[0]]
-
-
-def without_blocks(text: str) -> str:
-    return BLOCK.sub("", text)

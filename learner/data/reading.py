@@ -69,7 +69,8 @@ def read_tokens(
     """
     documents = _in_turn(_open(sources, column, split, seed))
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    found, count, has_tokens = [], 0, False
+    found: list[torch.Tensor] = []
+    count, has_tokens = 0, False
     # Without a total: nobody knows how many tokens the text has before it ends.
     with progress_bar(desc="reading text", unit=" tokens", unit_scale=True, disable=not show_progress) as progress:
         for pieces in _batches(chain.from_iterable(map(_pieces, documents))):
@@ -237,7 +238,7 @@ class BlockSampler:
 
     def digest(self) -> str:
         """Of all blocks: the same for the same text, tokenizer, order and sequence length."""
-        return hashlib.sha256(self.blocks.numpy()).hexdigest()
+        return hashlib.sha256(self.blocks.numpy().data).hexdigest()
 
     def calibration(self, count: int, tell: Callable[[str], None]) -> torch.Tensor:
         """Token ids [count, sequence_length] of different blocks; fewer, and a word to `tell`, if that is all."""

@@ -109,12 +109,13 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
-    inputs, results = {"model": str(Fingerprint.of(source))}, {}
+    inputs, results = {"model": str(Fingerprint.from_directory(source))}, {}
     model, tokenizer = load(source)
     check_can_be_saved(model, job.model)
     stored_dtype = model.dtype
     model.to(arguments.device)
     job = with_sequence_length(job, num_positions(model))
+    assert job.sequence_length is not None, "with_sequence_length has filled it in"
     blocks = training_blocks(model, tokenizer, job, job.sequence_length, job.steps * job.batch_size)
     inputs["text of --data, or the tokenizer"] = blocks.digest()
     if job.eval_data:
@@ -141,7 +142,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             model=trainable(model, job.lora_rank),
             args=arguments,
             train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
-            teacher=teacher and teacher.model,
+            teacher=None if teacher is None else teacher.model,
             kd_weight=job.kd_weight,
         )
         with writing():  # its checkpoints

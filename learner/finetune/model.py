@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.job import Job
 from learner.model.dense import DenseModel, load_dense
@@ -15,7 +15,7 @@ from pruned_vllm.hf.loading import load_pruned
 ROUTER = "mlp.gate.weight"  # in all families, as Transformers names it
 
 
-def trainable(model: nn.Module, rank: int) -> nn.Module:
+def trainable(model: PreTrainedModel, rank: int) -> nn.Module:
     """`model` with LoRA of this rank, or with all weights but its routers to be trained."""
     if not rank:
         for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def trainable(model: nn.Module, rank: int) -> nn.Module:
         del model.config.model_type  # the instance's; the class still has the real one
 
 
-def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pruned model in the dtype that it is stored in, in evaluation mode, and its tokenizer."""
     try:
         return load_pruned(source, dtype="auto").eval(), AutoTokenizer.from_pretrained(source)
@@ -49,7 +49,7 @@ def load(source: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(name: str, pupil: nn.Module, device: torch.device) -> DenseModel:
+def load_teacher(name: str, pupil: PreTrainedModel, device: torch.device) -> DenseModel:
     """The dense model `name` (directory or hub id) on `device`."""
     teacher = load_dense(Job(model=name, method="magnitude"), device)  # the method is not used
     if teacher.model.config.vocab_size != pupil.config.vocab_size:

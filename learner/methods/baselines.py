@@ -1,9 +1,10 @@
 """Baselines that learn nothing: the same share of every layer goes, by the norm of the weights or at random."""
 
 from collections.abc import Mapping
+from functools import reduce
+from typing import Any
 
 import torch
-from torch import nn
 
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import expert_weights
@@ -17,33 +18,26 @@ def magnitude(task: Task) -> Learned:
     """
     units, layers = task.units, task.model.model.layers
 
-    def squares(weight: torch.Tensor, count: int) -> torch.Tensor:  # [count], `weight` [count * rows, columns]
-        return weight.detach().float().square().reshape(count, -1).sum(1)
+    def squares(count: int, *weights: torch.Tensor) -> torch.Tensor:
+        """[count], of all `weights` [count * rows, columns] together."""
+        return reduce(torch.add, (weight.detach().float().square().reshape(count, -1).sum(1) for weight in weights))
 
-    def scores(kind: str, *projections: torch.Tensor) -> torch.Tensor:
-        return sum(squares(weight, units.widths[kind]) for weight in projections)
-
-    def score_heads(layer: nn.Module) -> torch.Tensor:
+    def score_heads(layer: Any) -> torch.Tensor:
         attention = layer.self_attn
-        query_heads = scores("head", attention.q_proj.weight, attention.o_proj.weight.T)
+        query_heads = squares(units.widths["head"], attention.q_proj.weight, attention.o_proj.weight.T)
         key_value_heads = attention.config.num_key_value_heads
-        shared = sum(squares(projection.weight, key_value_heads) for projection in (attention.k_proj, attention.v_proj))
+        shared = squares(key_value_heads, attention.k_proj.weight, attention.v_proj.weight)
         return query_heads + shared.repeat_interleave(len(query_heads) // key_value_heads)
 
-    def score_channels(layer: nn.Module) -> torch.Tensor:
+    def score_channels(layer: Any) -> torch.Tensor:
         mlp = layer.mlp
-        return scores("channel", mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+        return squares(units.widths["channel"], mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
 
-    def score_experts(layer: nn.Module) -> torch.Tensor:
-        return torch.cat(
-            [
-                sum(squares(weight, len(gate)) for weight in (gate, up, down.T))
-                for gate, up, down in expert_weights(layer.mlp.experts)
-            ]
-        )
+    def score_experts(layer: Any) -> torch.Tensor:
+        return torch.cat([squares(len(gate), gate, up, down.T) for gate, up, down in expert_weights(layer.mlp.experts)])
 
     score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
-    scored = {kind: [] for kind in units.layers}
+    scored: dict[str, list[torch.Tensor]] = {kind: [] for kind in units.layers}
     places = [(kind, index) for kind, indices in units.layers.items() for index in indices]
     show = task.accelerator.is_main_process
     for kind, index in progress_bar(places, desc="magnitude", unit="layer", disable=not show):

@@ -65,17 +65,20 @@ def learn(task: Task) -> Learned:
     def deployed(mu: float) -> Values:
         return {kind: gates.deployed(values.detach(), settings.gate, mu, groups[kind]) for kind, values in z.items()}
 
+    def masks(step: int, mu: float) -> dict[str, torch.Tensor]:
+        return units.to_masks(_masks(z, mu, task, step))
+
     for step in training.steps():
         mu = annealed_mu(step / settings.steps, settings)
         loss = training.backward(
-            lambda step=step, mu=mu: units.to_masks(_masks(z, mu, task, step)),
+            partial(masks, step, mu),
             partial(_task_loss, task),
             (lambda tokens: task.model(input_ids=tokens).logits) if settings.kd_weight else None,
         )
-        constraint = 0
+        constraint = torch.zeros((), device=device)
         for kind, values in z.items():
             scores = gates.scores(values, settings.gate, mu).view(groups[kind], -1)
-            constraint = constraint + penalty(scores, keep_ratio[kind], torch.stack(multipliers[kind]))
+            constraint = constraint + penalty(scores, keep_ratio[kind], torch.stack(tuple(multipliers[kind])))
         constraint.backward()
         if settings.gate == "hard-concrete":  # its scores never reach 0 or 1, so (15) is left out
             for lambdas in multipliers.values():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from transformers import PreTrainedModel
 
 from learner.data.reading import BlockSampler
 from learner.model.units import Units, Values
@@ -34,7 +34,7 @@ class Task:
         accelerator: device and, where there are several, the other processes.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     units: Units
     target_sparsity: Mapping[str, float]
     settings: Any
@@ -42,6 +42,13 @@ class Task:
     blocks: BlockSampler | None
     journal: Journal
     accelerator: Accelerator
+
+    @property
+    def text(self) -> BlockSampler:
+        """`blocks`, for methods that read text. Raises ValueError for others."""
+        if self.blocks is None:
+            raise ValueError("this method reads no text; see reads_text in learner/job.py")
+        return self.blocks
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ each layer.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
     Layers see the text as the dense model does: what is chosen in one layer does not change the next.
     """
     units, accelerator, layers = task.units, task.accelerator, task.model.model.layers
-    sequences = task.blocks.calibration(task.settings.calibration_sequences, accelerator.print)
+    sequences = task.text.calibration(task.settings.calibration_sequences, accelerator.print)
     share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     with _squared_norms(layers, units.layers) as squares:
         for sequence in progress_bar(share, desc="wanda", unit="sequence", disable=not accelerator.is_main_process):
@@ -48,14 +49,14 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
     return found
 
 
-def _column_sums(kind: str, layer: nn.Module) -> torch.Tensor:
+def _column_sums(kind: str, layer: Any) -> torch.Tensor:
     """Sums of |W| over the outputs: [inputs], for experts [experts, inputs]."""
     if kind == "expert":
         return torch.stack([down.float().abs().sum(0) for _, _, down in expert_weights(layer.mlp.experts)])
     return _reader(kind, layer).weight.float().abs().sum(0)
 
 
-def _reader(kind: str, layer: nn.Module) -> nn.Linear:
+def _reader(kind: str, layer: Any) -> nn.Linear:
     return layer.self_attn.o_proj if kind == "head" else layer.mlp.down_proj
 
 
@@ -77,7 +78,7 @@ def _squared_norms(layers: nn.ModuleList, indices: dict[str, tuple[int, ...]]) -
         yield squares
 
 
-def _add_squares(kind: str, layer: nn.Module, total: torch.Tensor) -> list[RemovableHandle]:
+def _add_squares(kind: str, layer: Any, total: torch.Tensor) -> list[RemovableHandle]:
     def add(total: torch.Tensor, inputs: torch.Tensor) -> None:
         total.add_(inputs.float().square().flatten(0, -2).sum(0))
 

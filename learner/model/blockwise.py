@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from transformers import PreTrainedModel
 
 TOKENS_PER_PASS = 8192  # that go through a block at once, or one sequence if it is longer
 
@@ -23,7 +24,7 @@ class Blockwise:
         device: where blocks run.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.device = model, device
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}  # of each block, by [sequences, length]
 

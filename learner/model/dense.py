@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
@@ -48,7 +47,7 @@ class DenseModel:
         fingerprint: of the directory.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     units: Units
     directory: Path
@@ -71,7 +70,7 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
-        units = Units.of(geometry, tied=job.query_heads == "tied")
+        units = Units.from_geometry(geometry, tied=job.query_heads == "tied")
         if job.head_sparsity == 0:
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
@@ -80,7 +79,7 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         stored, tensors = complete_biases(stored, read_headers(directory))
         if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
-        fingerprint = Fingerprint.of(directory)  # before they are loaded: what changes later is noticed
+        fingerprint = Fingerprint.from_directory(directory)  # before they are loaded: what changes later is noticed
         options = {"dtype": job.dtype, "use_safetensors": True}
         if brings_code:
             model, loading = load_with_its_code(str(directory), stored, geometry, **options)

@@ -5,15 +5,17 @@ up) and down_proj [experts, hidden_size, width]. Code that a checkpoint brings h
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
-def expert_weights(experts: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def expert_weights(experts: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """W_gate and W_up [width, hidden_size] and W_down [hidden_size, width] of each expert."""
     if isinstance(experts, nn.ModuleList):
+        mlp: Any
         for mlp in experts:
             yield mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
     else:
@@ -21,18 +23,19 @@ def expert_weights(experts: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Ten
             yield *gate_up.chunk(2), down
 
 
-def watch_products(experts: nn.Module, see: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
+def watch_products(experts: Any, see: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
     """Lets `see(expert, inputs)` have what W_down reads in every forward pass, [tokens of that expert, width].
 
     Experts that no token was sent to may be left out.
     """
     if isinstance(experts, nn.ModuleList):
+        projections: list[Any] = [mlp.down_proj for mlp in experts]
         return [
-            mlp.down_proj.register_forward_pre_hook(lambda module, args, expert=expert: see(expert, args[0]))
-            for expert, mlp in enumerate(experts)
+            projection.register_forward_pre_hook(lambda module, args, expert=expert: see(expert, args[0]))
+            for expert, projection in enumerate(projections)
         ]
 
-    def recompute(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def recompute(module: Any, args: tuple[torch.Tensor, ...]) -> None:
         hidden_states, chosen, _ = args  # [tokens, hidden_size], [tokens, experts that a token takes], their weights
         for expert in chosen.unique().tolist():
             tokens = hidden_states[(chosen == expert).any(1)]

@@ -10,17 +10,19 @@ what the converted model must compute.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from pruned_vllm.formats.masked import CHANNEL_MASK_SITES, layer_masks
 
 
 @contextmanager
 def apply_masks(
-    model: nn.Module, masks: Mapping[str, torch.Tensor], channel_mask_site: str = "product"
+    model: PreTrainedModel, masks: Mapping[str, torch.Tensor], channel_mask_site: str = "product"
 ) -> Iterator[None]:
     """Multiplies heads, FFN channels and channels of experts of `model` by `masks` while the block runs.
 
@@ -47,7 +49,7 @@ def apply_masks(
         yield
 
 
-def _mask_mlp(stack: ExitStack, mlp: nn.Module, mask: torch.Tensor, site: str) -> None:
+def _mask_mlp(stack: ExitStack, mlp: Any, mask: torch.Tensor, site: str) -> None:
     """`mask` is [intermediate_size]."""
     if site == "product":
         handles = [mlp.down_proj.register_forward_pre_hook(_multiply_input(mask))]

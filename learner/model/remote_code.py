@@ -57,7 +57,7 @@ def load_with_its_code(
         model.get_submodule(module).register_buffer(buffer_name, buffer, persistent=False)
     for index, layer in enumerate(geometry.layers):
         if layer.expert_intermediate_sizes:
-            router = model.model.layers[index].get_submodule(geometry.family.experts.router)
+            router = model.model.layers[index].get_submodule(geometry.family.experts_format.router)
             router.register_forward_hook(_detach_losses)
     return model, loading
 

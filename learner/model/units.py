@@ -1,6 +1,7 @@
 """The prunable units of a model, as tensors [layers, units] by kind, and their way into a mask file."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,7 @@ class Units:
     num_experts: int
 
     @classmethod
-    def of(cls, geometry: ModelGeometry, tied: bool = False) -> "Units":
+    def from_geometry(cls, geometry: ModelGeometry, tied: bool = False) -> "Units":
         """All units of a dense model. Raises InputError for a pruned one."""
         if not geometry.is_dense:
             raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
@@ -76,7 +77,7 @@ class Units:
         """Units that stay in each group at this sparsity: at least one."""
         return max(1, round(self.count(kind) // self.num_groups(kind, budget) * (1 - sparsity)))
 
-    def to_masks(self, values: Values) -> dict[str, torch.Tensor]:
+    def to_masks(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Values of all units as the masks of a mask file; differentiable."""
         masks = {}
         for kind, layers in self.layers.items():

@@ -13,13 +13,16 @@ When the run has ended the log moves to `ckpt/` and the directory goes.
 import csv
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from learner.run.disk import writing
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.filesystem import sync
+
+if TYPE_CHECKING:  # imported when a run asks for TensorBoard, which is optional
+    from torch.utils.tensorboard import SummaryWriter
 
 STATE_FILE = "state.pt"
 LOG_FILE = "learning.csv"
@@ -43,7 +46,7 @@ class Journal:
         self._is_writer = is_writer
         self._rows: list[dict[str, float]] = []
         self._tensorboard = tensorboard if is_writer else None
-        self._board = None
+        self._board: SummaryWriter | None = None
         if self._tensorboard is not None:
             try:
                 import torch.utils.tensorboard  # noqa: F401  # now, and not after the first step

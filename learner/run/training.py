@@ -47,13 +47,14 @@ class Training:
         # in training mode only (DeepSeekMoE's experts). Other models stay in evaluation mode: no dropout, no noise.
         if self.settings.gradient_checkpointing or not type(task.model).__module__.startswith("transformers."):
             task.model.train()
-        self._progress, self._step = None, 0
+        self._progress: Any = None  # the bar, while `steps` runs
+        self._step = 0
 
     def steps(self) -> Iterator[int]:
         """Counts the steps that are left, shows their progress, and saves the state after every SAVE_EVERY."""
         task, start = self.task, self._restore()
         for _ in range(start):
-            task.blocks.next_batch(self.settings.batch_size)
+            task.text.next_batch(self.settings.batch_size)
         with progress_bar(
             total=self.settings.steps,
             initial=start,
@@ -90,7 +91,7 @@ class Training:
             InputError: the loss is no longer a number.
         """
         settings, accelerator = self.settings, self.task.accelerator
-        batch = self.task.blocks.next_batch(settings.batch_size)
+        batch = self.task.text.next_batch(settings.batch_size)
         if settings.batch_size < accelerator.num_processes:
             raise InputError(
                 f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes"
@@ -113,7 +114,7 @@ class Training:
                 "a lower --learning-rate, or a --sequence-length of at least 2"
             )
         for parameter in self._parameters:
-            if scale > 1:
+            if scale > 1 and parameter.grad is not None:
                 parameter.grad /= scale
             if accelerator.num_processes > 1:
                 parameter.grad = accelerator.reduce(parameter.grad)

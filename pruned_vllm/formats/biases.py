@@ -26,8 +26,6 @@ def complete_biases(
     """
     config, tensors = dict(config), dict(tensors)
     family = find_family(config)
-    if family is None:
-        return config, tensors
     for key, pattern in ((family.o_bias, _ATTENTION), (family.mlp_bias, _MLP)):
         found = [match for match in map(pattern.fullmatch, tensors) if match]
         if not isinstance(key, str) or config.get(key) or all(match[2] == "weight" for match in found):

@@ -115,10 +115,10 @@ def _uniform_widths(geometry: ModelGeometry) -> dict[str, int] | None:
         return None
     widths = dict(zip(["intermediate_size"], dense, strict=False))  # no key where all layers have experts
     if with_experts:
-        names, width = geometry.family.experts, with_experts[0].expert_width
+        names, width = geometry.family.experts_format, with_experts[0].expert_width
         if not width or {layer.expert_width for layer in with_experts} != {width}:
             return None
-        if names.shared_count_key is not None and width != geometry.experts.intermediate_size:
+        if names.shared_count_key is not None and width != geometry.dense_experts.intermediate_size:
             return None  # the width of the shared MLP, which stays, is a multiple of this key
         widths[names.width_key] = width
     return widths

@@ -4,7 +4,7 @@ Null is the same as absent. Numbers have a bound, so that a damaged config.json 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 LARGEST_SIZE = 2**31 - 1
 LARGEST_COUNT = 10_000  # of what is counted one by one: layers, heads of a layer, experts of a layer
@@ -60,5 +60,5 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

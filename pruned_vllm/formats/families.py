@@ -56,6 +56,13 @@ class Family:
         return PRUNED_PREFIX + self.architecture
 
     @property
+    def experts_format(self) -> ExpertsFormat:
+        """`experts`, for code about layers that have some. Raises ValueError in a family without experts."""
+        if self.experts is None:
+            raise ValueError(f"{self.architecture} has no experts")
+        return self.experts
+
+    @property
     def can_lose_heads(self) -> bool:
         """Whether the other heads compute the same without a head: not if the norm of q and k takes all together."""
         return self.qk_norm != "all_heads"

@@ -1,6 +1,6 @@
 """Fingerprint of a model's weights: whether two directories hold the same model, told without reading all of it.
 
-    fingerprint = Fingerprint.of(directory)
+    fingerprint = Fingerprint.from_directory(directory)
     str(fingerprint)                          # "config:5d0a… tensors:91c2… samples:07be…", as pruning.json keeps it
     Fingerprint.parse(text).differences(fingerprint)     # [] or what differs
 
@@ -17,19 +17,16 @@ Pure Python.
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, sample
 from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.formats.weights import find_weight_files
+from pruned_vllm.formats.weights import find_weight_files, read_header
 
 UNRELATED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")  # of config.json: who wrote it
-LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 PIECES = 4  # of 4096 bytes, sampled of a tensor; smaller tensors are read whole
 DIGITS = 16  # hexadecimal digits of a part
 
@@ -43,7 +40,7 @@ class Fingerprint:
     samples: str
 
     @classmethod
-    def of(cls, directory: Path) -> "Fingerprint":
+    def from_directory(cls, directory: Path) -> "Fingerprint":
         """The fingerprint of a model directory.
 
         Raises:
@@ -53,11 +50,12 @@ class Fingerprint:
         related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
         found = {}
         for path in find_weight_files(directory):
-            header = _header(path)
+            header = read_header(path)
             with path.open("rb", buffering=0) as file:
                 for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # as they lie on the disk
                     entry = header[name]
-                    content = hashlib.sha256(sample(file.fileno(), *entry["data_offsets"], PIECES)).digest()
+                    start, end = entry["data_offsets"]
+                    content = hashlib.sha256(sample(file.fileno(), start, end, PIECES)).digest()
                     found[canonical_name(name)] = [canonical_name(name), entry["dtype"], entry["shape"]], content
         described, sampled = zip(*(found[name] for name in sorted(found)), strict=True) if found else ((), ())
         return cls(
@@ -96,29 +94,6 @@ class Fingerprint:
         elif self.samples != other.samples:
             found.append("the tensors hold other values, though their names, shapes and dtypes are the same")
         return found
-
-
-def _header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> dtype, shape and data_offsets of a safetensors file; offsets count from the start of the file."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise ValueError(f"it says that its header has {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            if not 8 + length <= start <= end <= size:
-                raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-            entry["data_offsets"] = start, end
-            _ = entry["dtype"], entry["shape"]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is truncated or no safetensors file: {error}; download or save it again") from None
-    return header
 
 
 def _digest(content: bytes) -> str:

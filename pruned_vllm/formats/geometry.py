@@ -15,7 +15,7 @@ Hugging Face has no word for: `query_heads_per_kv_head` (a list, written when th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,10 +65,12 @@ class ModelGeometry(ModelSizes):
             sizes["head_dim"] = family.default_head_dim
         if sizes["head_dim"] is None and heads and hidden_size:
             sizes["head_dim"] = hidden_size // heads
-        head_dim = None  # without it something it derives from is missing, which is reported already
+        head_dim: Any = None  # without it something it derives from is missing, which is reported already
         if sizes["head_dim"] is not None:
             head_dim = problems.checked("top level", positive, sizes, "head_dim")
-        experts = family.experts and problems.checked("top level", DenseExperts.from_config, family.experts, sizes)
+        experts = None
+        if family.experts is not None:
+            experts = problems.checked("top level", DenseExperts.from_config, family.experts, sizes)
         dense_layers, layers = _Layers(family, experts, sizes, num_layers or 0, problems).read()
         tied = problems.checked("top level", flag, "tie_word_embeddings", config)
         names = ("qkv_bias", "o_bias", "mlp_bias")
@@ -171,20 +173,24 @@ class _Layers:
         problems: _Problems,
     ) -> None:
         self._sizes, self._num_layers, self._problems = sizes, num_layers, problems
-        self._width_key, self._experts, self._with_experts = "", experts, set()
+        self._width_key, self._experts = "", experts
+        self._with_experts: set[int] = set()
         if family.experts is not None:
             self._width_key = family.experts.width_key
             found = problems.checked("top level", family.experts.layers_with_experts, sizes, num_layers)
             self._with_experts = found or set()
         self._units = 0  # heads and experts of the layers that were read
 
-    def read(self) -> tuple[list[LayerGeometry | None], list[LayerGeometry | None]]:
-        """The layers that the top level describes, and those that `per_layer_config` makes of them."""
+    def read(self) -> tuple[list[LayerGeometry], list[LayerGeometry]]:
+        """The layers that the top level describes, and those that `per_layer_config` makes of them.
+
+        Those that cannot be read are left out, and are among the problems.
+        """
         dense_layers = [self._layer("top level", index, {}) for index in range(self._num_layers)]
         layers = list(dense_layers)
         for index, overrides in self._overrides().items():
             layers[index] = self._layer(f"per_layer_config['{index}']", index, overrides)
-        return dense_layers, layers
+        return _without_none(dense_layers), _without_none(layers)
 
     def _overrides(self) -> dict[int, dict[str, Any]]:
         """The sizes in `per_layer_config`, by layer."""
@@ -207,7 +213,8 @@ class _Layers:
         return overrides
 
     def _layer(self, where: str, index: int, overrides: Mapping[str, Any]) -> LayerGeometry | None:
-        keys, arguments = {*ATTENTION_KEYS, "intermediate_size"}, ()
+        keys = {*ATTENTION_KEYS, "intermediate_size"}
+        arguments: tuple[Any, ...] = ()
         if index in self._with_experts:
             if self._experts is None:  # reported already
                 return None
@@ -223,3 +230,7 @@ class _Layers:
         if layer is not None:
             self._units += layer.num_key_value_heads + len(layer.expert_intermediate_sizes)
         return layer
+
+
+def _without_none(layers: Iterable[LayerGeometry | None]) -> list[LayerGeometry]:
+    return [layer for layer in layers if layer is not None]

@@ -3,7 +3,6 @@
 Pure Python: no tensor is loaded.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors
+from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors, read_header
 
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
 
@@ -146,8 +145,6 @@ def _same_content(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def _span(tensor: StoredTensor) -> tuple[int, int]:
-    """Where the content of a tensor starts in its file, and its bytes. The header has been checked before."""
-    with tensor.file.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        begin, end = json.loads(file.read(header_bytes))[tensor.key]["data_offsets"]
-    return 8 + header_bytes + begin, end - begin
+    """Where the content of a tensor starts in its file, and its bytes."""
+    begin, end = read_header(tensor.file)[tensor.key]["data_offsets"]
+    return begin, end - begin

@@ -24,3 +24,10 @@ class ModelSizes:
     o_bias: bool
     mlp_bias: bool
     experts: DenseExperts | None
+
+    @property
+    def dense_experts(self) -> DenseExperts:
+        """`experts`, for code about layers that have some. Raises ValueError in a model without experts."""
+        if self.experts is None:
+            raise ValueError(f"this {self.family.architecture} has no experts")
+        return self.experts

@@ -61,7 +61,7 @@ def _mlp_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
 
 
 def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
-    names, hidden = model.family.experts, model.hidden_size
+    names, hidden = model.family.experts_format, model.hidden_size
     widths = layer.expert_intermediate_sizes
     shapes: Shapes = {"post_attention_layernorm.weight": (hidden,)}
     shapes |= _linear(names.router, len(widths), hidden)
@@ -69,7 +69,7 @@ def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
         if width:
             gate, up, down = names.modules_of(expert)
             shapes |= _linear(gate, width, hidden) | _linear(up, width, hidden) | _linear(down, hidden, width)
-    if shared := model.experts.shared_intermediate_size:
+    if shared := model.dense_experts.shared_intermediate_size:
         shapes |= _linear(f"{names.shared_module}.gate_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.up_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.down_proj", hidden, shared)

@@ -10,6 +10,7 @@ A weight file may be a symbolic link to anywhere: the hub's cache consists of li
 link is read as safetensors or not at all. The index itself cannot name a file outside of its directory.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # What to download of a model on the hub to learn whether and how its weights can be read.
 WEIGHT_PATTERNS = ("model*.safetensors", INDEX_FILE, ADAPTER_CONFIG)
+
+LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 
 # Files in the name patterns of *.safetensors that vLLM does not take for weights of the model, or that are ours.
 _NO_WEIGHTS = ("pruning_masks.safetensors", "consolidated*.safetensors")
@@ -99,6 +102,32 @@ def open_safetensors(path: Path, framework: str = "np") -> Any:
         fix = "it is a pointer of Git LFS: run git lfs pull" if pointer else "download or save it again"
         size = path.stat().st_size
         raise InputError(f"{path} ({size:,} bytes) is truncated or no safetensors file: {error}; {fix}") from None
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> dtype, shape and data_offsets of a safetensors file; offsets count from the start of the file.
+
+    The library does not tell offsets. Raises InputError.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise ValueError(f"it says that its header has {length} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            if not 8 + length <= start <= end <= size:
+                raise ValueError(f"its tensors end at byte {end}, the file at {size}")
+            entry["data_offsets"] = start, end
+            _ = entry["dtype"], entry["shape"]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is truncated or no safetensors file: {error}; download or save it again") from None
+    return header
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Converted models in Transformers: `load_pruned`, and the one config class that Transformers lacks."""
+"""Converted models in Transformers: `load_pruned`."""
 
 from pruned_vllm.hf.loading import load_pruned
 

@@ -6,6 +6,7 @@ that are spawned find the class by its name.
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,14 +60,17 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class PrunedForCausalLM:
+_StockClass: Any = object  # in the classes that `pruned_class` makes, a stock class comes behind the mixin
+
+
+class PrunedForCausalLM(_StockClass):
     """Mixin before a stock `...ForCausalLM` class. `config` stays the converted config, so that it is saved whole."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # dense, but `from_pretrained` builds on the meta device: no memory is spent
         geometry = ModelGeometry.from_config(config.to_dict())
         if geometry.experts is not None:  # see pruned_class
-            self.model.__class__ = _inner_class(type(self.model))
+            self.model.__class__ = _inner_class(self.model.__class__)
         layers = self.model.layers
         for index in range(len(layers)):
             layers[index] = build_layer(type(layers[index]), config, geometry, index)

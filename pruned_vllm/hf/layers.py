@@ -19,7 +19,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry: ModelGeometry, index: int):
     """A stock decoder layer at the size of layer `index`."""
-    layer = layer_class(config.per_layer_config[index], index)
+    layer: Any = layer_class(config.per_layer_config[index], index)
     # A layer's config is a copy. At run time attention looks up the implementation, which the user may change.
     layer.self_attn.config = layer.mlp.config = config
     groups = geometry.layers[index].query_heads_per_kv_head
@@ -30,7 +30,9 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
         layer.self_attn.num_key_value_groups = 1
         layer.self_attn.register_forward_pre_hook(partial(_repeat_kv_heads, groups), with_kwargs=True)
     if widths := geometry.layers[index].expert_intermediate_sizes:
-        layer.mlp.experts = _RaggedExperts(geometry.family.experts, geometry.hidden_size, widths, config.hidden_act)
+        layer.mlp.experts = _RaggedExperts(
+            geometry.family.experts_format, geometry.hidden_size, widths, config.hidden_act
+        )
     elif not geometry.layers[index].intermediate_size:
         layer.post_attention_layernorm = nn.Identity()
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
@@ -106,7 +108,8 @@ class _SkippedAttention(_SkippedSublayer):
         super().__init__("o_proj", hidden_size, has_bias)
         self._layer_index = layer_index
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+    # Attention returns its weights beside the output.
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         if (stored := kwargs.get(_cache_keyword(kwargs))) is not None:
             num_heads, head_dim = _placeholder_shape(stored, self._layer_index)
             batch, tokens, _ = hidden_states.shape

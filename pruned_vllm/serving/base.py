@@ -19,12 +19,12 @@ from pruned_vllm.common.padding import take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.serving.attention import AttentionBuilder
-from pruned_vllm.serving.checkpoint import TensorCheck
 from pruned_vllm.serving.layer import PrunedDecoderLayer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
 from pruned_vllm.serving.model_layout import model_layout
 from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.rank_failure import failing_together
+from pruned_vllm.serving.tensor_check import TensorCheck
 from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
 
 # The name puts the records under vLLM's own logging configuration.
@@ -80,7 +80,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a stream of (name, tensor).
 
-        Every tensor is compared with the geometry before it is loaded (`checkpoint.py` says why).
+        Every tensor is compared with the geometry before it is loaded (`tensor_check.py` says why).
 
         Raises:
             InputError: after the whole stream was seen, with every wrong shape, missing and unknown tensor.

@@ -8,9 +8,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import check_agreement, left_out
 from pruned_vllm.formats.families import Family
-from pruned_vllm.serving.checkpoint import check_directory
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import check_options
+from pruned_vllm.serving.tensor_check import check_directory
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
     from vllm.config import ModelConfig, VllmConfig

@@ -1,6 +1,7 @@
 """A decoder layer of any geometry: stock attention and MLP at their real sizes, or nothing where they were removed."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ class PrunedDecoderLayer(nn.Module):
             self.self_attn = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
         if layer.expert_intermediate_sizes:
             self.post_attention_layernorm = norm()
-            self.mlp = MoEBlock(vllm_config, geometry, layer, f"{prefix}.mlp")
+            self.mlp: nn.Module = MoEBlock(vllm_config, geometry, layer, f"{prefix}.mlp")
         elif layer.intermediate_size:
             self.post_attention_layernorm = norm()
             self.mlp = LlamaMLP(
@@ -109,7 +110,7 @@ class Removed(nn.Module):
         return hidden_states
 
 
-def compact_attention(attention: nn.Module, layout: LayerLayout, vllm_config: VllmConfig, prefix: str) -> None:
+def compact_attention(attention: Any, layout: LayerLayout, vllm_config: VllmConfig, prefix: str) -> None:
     """Gives a stock attention projections of the real query heads only, where query groups are uneven.
 
     The attention op knows no uneven groups: it keeps `layout.op_heads` query heads, as the stock class built it, and
@@ -146,6 +147,9 @@ class UnevenGroups(nn.Module):
     Every KV head gets as many query heads as the widest group: q is spread out before the op, and its real heads are
     picked from the output. No KV head is copied, and nothing outside of the op sees the padding.
     """
+
+    source: torch.Tensor  # head of q for each head of the op
+    target: torch.Tensor  # head of the op for each real one
 
     def __init__(self, attn: nn.Module, layout: LayerLayout, rank: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def layout_changes(layout: ModelLayout) -> dict[str, Change]:
     for number, (layer, layer_layout) in enumerate(zip(geometry.layers, layout.layers, strict=True)):
         if layer not in shared:
             shared[layer] = dict(_layer_changes(layer, layer_layout, geometry.head_dim))
-            if layer.expert_intermediate_sizes and geometry.experts.shared_intermediate_size:
+            if layer.expert_intermediate_sizes and geometry.dense_experts.shared_intermediate_size:
                 shared[layer] |= _shared_experts_changes(geometry, layout.ranks)
         changes |= {f"model.layers.{number}.{name}": change for name, change in shared[layer].items()}
     return changes
@@ -48,7 +48,7 @@ def _layer_changes(layer: LayerGeometry, layout: LayerLayout, head_dim: int) -> 
 
 
 def _shared_experts_changes(geometry: ModelGeometry, tensor_parallel_size: int) -> dict[str, Change]:
-    width, module = geometry.experts.shared_intermediate_size, geometry.family.experts.shared_module
+    width, module = geometry.dense_experts.shared_intermediate_size, geometry.family.experts_format.shared_module
     if width % tensor_parallel_size == 0:
         return {}
     channels = torch.full((-(-width // tensor_parallel_size) * tensor_parallel_size,), PAD, device="cpu")
@@ -67,11 +67,11 @@ def module_names(geometry: ModelGeometry) -> dict[str, str]:
     for number, layer in enumerate(geometry.layers):
         prefix = f"model.layers.{number}"
         for expert in range(len(layer.expert_intermediate_sizes)):
-            modules = geometry.family.experts.modules_of(expert)
+            modules = geometry.family.experts_format.modules_of(expert)
             for module, projection in zip(modules, (GATE, UP, DOWN), strict=True):
                 names[f"{prefix}.{module}.weight"] = f"{prefix}.mlp.experts.{expert}.{projection}.weight"
         if layer.expert_intermediate_sizes:
-            names[f"{prefix}.{geometry.family.experts.router}.weight"] = f"{prefix}.mlp.gate.weight"
+            names[f"{prefix}.{geometry.family.experts_format.router}.weight"] = f"{prefix}.mlp.gate.weight"
     return names
 
 

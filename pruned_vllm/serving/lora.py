@@ -55,7 +55,9 @@ def checking_manager(manager: Any, geometry: ModelGeometry) -> Any:
     if manager.lora_config.target_modules is not None:  # leaving other modules out was asked for
         targets |= {name.removesuffix(".weight") for name in geometry.tensor_shapes()}
 
-    class CheckingManager(type(manager)):
+    stock_class: Any = type(manager)
+
+    class CheckingManager(stock_class):
         def _add_adapter(self, lora: LoRAModel) -> None:
             check_adapter(lora, geometry, targets)
             super()._add_adapter(lora)

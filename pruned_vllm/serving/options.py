@@ -96,22 +96,23 @@ def _substitutes_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> 
     return geometry.experts is not None and bool(asked)
 
 
-def _stage_without_attention(vllm_config: "VllmConfig", geometry: ModelGeometry) -> tuple[int, int, int] | None:
-    """The first pipeline stage (its number, its layers from and to) with no layer that has attention, beside others."""
+def _stages_without_attention(vllm_config: "VllmConfig", geometry: ModelGeometry) -> list[tuple[int, int, int]]:
+    """Pipeline stages (number, layers from and to) with no layer that has attention, while others have some."""
     from vllm.distributed.utils import get_pp_indices
 
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages == 1 or not geometry.num_key_value_heads:
-        return None
-    for stage in range(stages):
-        start, end = get_pp_indices(len(geometry.layers), stage, stages)
-        if not any(layer.num_key_value_heads for layer in geometry.layers[start:end]):
-            return stage, start, end
-    return None
+        return []
+    found = [(stage, *get_pp_indices(len(geometry.layers), stage, stages)) for stage in range(stages)]
+    return [
+        (stage, start, end)
+        for stage, start, end in found
+        if not any(layer.num_key_value_heads for layer in geometry.layers[start:end])
+    ]
 
 
 def _pipeline_sentence(vllm_config: "VllmConfig", geometry: ModelGeometry) -> str:
-    stage, start, end = _stage_without_attention(vllm_config, geometry)
+    stage, start, end = _stages_without_attention(vllm_config, geometry)[0]
     return (
         f"--pipeline-parallel-size {vllm_config.parallel_config.pipeline_parallel_size} gives stage {stage} the layers "
         f"{start} to {end - 1}, none of which has attention left, and vLLM wants a KV cache in every stage; use fewer "
@@ -189,7 +190,7 @@ REFUSALS = (
     ),
     Refusal(
         ("--pipeline-parallel-size",),
-        lambda vllm_config, geometry: _stage_without_attention(vllm_config, geometry) is not None,
+        lambda vllm_config, geometry: bool(_stages_without_attention(vllm_config, geometry)),
         _pipeline_sentence,
     ),
     Refusal(

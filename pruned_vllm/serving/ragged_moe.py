@@ -6,9 +6,10 @@ One custom op computes them, so that torch.compile and CUDA graphs see a single 
 the same width, they are vLLM's own FusedMoE.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class MoEBlock(nn.Module):
     def __init__(self, vllm_config: VllmConfig, geometry: ModelGeometry, layer: LayerGeometry, prefix: str) -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        experts, hidden_size = geometry.experts, geometry.hidden_size
+        experts, hidden_size = geometry.dense_experts, geometry.hidden_size
         self.ranks = ranks
         self.gate = GateLinear(hidden_size, experts.num_experts, prefix=f"{prefix}.gate")
         top_k = experts.num_experts_per_tok
@@ -64,8 +65,8 @@ class MoEBlock(nn.Module):
                 vllm_config, layer.expert_intermediate_sizes, hidden_size, prefix=f"{prefix}.experts"
             )
         self.shared = None
-        names = geometry.family.experts
-        if experts.shared_intermediate_size:
+        names = geometry.family.experts_format
+        if experts.shared_intermediate_size and names.shared_module is not None:
             self.shared = names.shared_module.removeprefix("mlp.")
             shared = LlamaMLP(
                 hidden_size,
@@ -107,6 +108,8 @@ class RaggedExperts(nn.Module):
         prefix: the module's name, by which the custom op finds it.
     """
 
+    offsets: torch.Tensor  # int32 [experts + 1]
+
     def __init__(self, vllm_config: VllmConfig, widths: tuple[int, ...], hidden_size: int, prefix: str) -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -116,7 +119,9 @@ class RaggedExperts(nn.Module):
         self.starts = [0, *accumulate(local_widths)]
         rows = self.starts[-1]
         # Without a channel there is nothing to load, and vLLM wants every parameter loaded.
-        make = partial(nn.Parameter, requires_grad=False) if rows else lambda weight: None
+        make: Callable[[torch.Tensor], Any] = (
+            partial(nn.Parameter, requires_grad=False) if rows else lambda weight: None
+        )
         self.gate_up, self.down = make(torch.empty(2, rows, hidden_size)), make(torch.empty(rows, hidden_size))
         self.register_buffer("offsets", torch.tensor(self.starts, dtype=torch.int32), persistent=False)
         self.layer_name = prefix

@@ -127,7 +127,7 @@ def test_contestants_agree_and_are_timed(one_thread, monkeypatch, capsys):
     assert [case["tokens"] for case in record["cases"]] == [1, 20]
     contestants = record["cases"][1]["contestants"]
     assert list(contestants) == ["ragged", "dense, same kernel", "dense", "widest"]
-    assert all(len(its["samples_s"]) == 2 and its["median_s"] > 0 for its in contestants.values())
+    assert all(len(times["samples_s"]) == 2 and times["median_s"] > 0 for times in contestants.values())
     assert contestants["dense"]["ideal_speedup"] == 8 * 96 / sum(widths)
     assert contestants["widest"]["ideal_speedup"] == 8 * 64 / sum(widths)
     assert "20 tokens | ragged" in capsys.readouterr().out

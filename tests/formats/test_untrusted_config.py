@@ -22,16 +22,20 @@ def config_of(model_type: str, **changes) -> dict:
     return json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]} | changes
 
 
-class Recording(dict):
-    """A config.json that notes which keys are asked for."""
+def outcome(config: dict) -> object:
+    """The tensors that a config.json describes, or why it is refused."""
+    try:
+        return ModelGeometry.from_config(config).tensor_shapes()
+    except InputError as error:
+        return str(error)
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.asked = set()
 
-    def get(self, key, default=None):
-        self.asked.add(key)
-        return super().get(key, default)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_null_is_absent_for_every_key_of_the_geometry(model_type):
+    config = config_of(model_type, per_layer_config={}, pruning={})
+    for key in config:
+        absent = {name: value for name, value in config.items() if name != key}
+        assert outcome({**config, key: None}) == outcome(absent), key
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

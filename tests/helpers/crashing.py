@@ -14,8 +14,8 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from helpers.killing import ending_of, in_child
 from helpers.masked import ragged_checkpoint
 from helpers.tiny import byte_tokenizer
 from safetensors import safe_open
+from tqdm import tqdm
 
 from converter import cli as converter_cli
 from learner import cli as learner_cli
@@ -70,12 +71,8 @@ def leftovers(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.name.startswith(".out.") or path.name == "out.unfinished"]
 
 
-def partial_appears(directory: Path, alive: Callable[[], bool]) -> bool:
-    while alive():
-        if any(name.startswith(".out.") for name in os.listdir(directory)):
-            return True
-        time.sleep(POLL_SECONDS)
-    return False
+def is_writing(directory: Path) -> bool:
+    return any(name.startswith(".out.") for name in os.listdir(directory))
 
 
 def start(command: str, arguments: list[str], as_command: bool) -> int:
@@ -101,7 +98,7 @@ def write(command: str, arguments: list[str], as_command: bool) -> None:
 def killed_after(command: str, arguments: list[str], directory: Path, delay: float, as_command: bool) -> float | None:
     """Runs and kills the command `delay` seconds after it has begun to write.
 
-    Returns None, or the seconds that it wrote for where it ended first.
+    Returns None, or the seconds that it wrote for where it ended its writing first.
     """
     pid = start(command, arguments, as_command)
     ended: list[int] = []
@@ -111,16 +108,17 @@ def killed_after(command: str, arguments: list[str], directory: Path, delay: flo
             ended.append(pid)
         return not ended
 
-    partial_appears(directory, alive)
-    began = time.perf_counter()
-    while alive() and time.perf_counter() - began < delay:
+    while alive() and not is_writing(directory):
         time.sleep(POLL_SECONDS)
-    seconds = time.perf_counter() - began
-    if not ended:
+    began = time.perf_counter()
+    while is_writing(directory) and time.perf_counter() - began < delay:
+        time.sleep(POLL_SECONDS)
+    seconds, ended_writing = time.perf_counter() - began, not is_writing(directory)
+    if not ended_writing:
         os.kill(pid, signal.SIGKILL)
     ending = ending_of(pid)
     assert ending in (0, -signal.SIGKILL), f"{command} ended with {ending}"
-    return seconds if ending == 0 else None
+    return seconds if ended_writing else None
 
 
 def crash(command: str, directory: Path, kills: int, seed: int, as_command: bool) -> str:
@@ -137,7 +135,7 @@ def crash(command: str, directory: Path, kills: int, seed: int, as_command: bool
         killed_after(command, [*arguments_of(command, directory, 1), "--overwrite"], directory, 1e9, as_command)
         for _ in range(2)
     ]
-    longest, hits, misses, found = max(durations) * 1.05, 0, 0, {"none": 0, "old": 0, "new": 0, "leftover": 0}
+    longest, hits, misses, found = min(durations) * 1.05, 0, 0, {"none": 0, "old": 0, "new": 0, "leftover": 0}
     while hits < kills:
         assert misses < 3 * kills + 10, f"seed {seed}: {misses} runs ended before they were killed"
         overwrite = chance.random() < 0.7
@@ -176,6 +174,9 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--command", action="store_true")
     args = parser.parse_args()
+    # A killed child may hold a lock that it shares with this process. tqdm's is for processes by default.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     started = time.perf_counter()
     print(f"seed {args.seed}", flush=True)
     print(crash(args.name, args.directory, args.kills, args.seed, args.command))

@@ -29,7 +29,7 @@ def task_of(
     journal: Journal | None = None,
 ) -> Task:
     """What a method is given for `model`, with blocks of 32 random tokens unless `tokens` [N] say otherwise."""
-    units = Units.of(geometry_of(model), tied)
+    units = Units.from_geometry(geometry_of(model), tied)
     if tokens is None:
         tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
     target = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(units.layers, sparsity)

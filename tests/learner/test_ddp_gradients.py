@@ -37,7 +37,7 @@ def make_task(model_type: str, budget: str) -> Task:
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)
     geometry = ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
-    units = Units.of(geometry)
+    units = Units.from_geometry(geometry)
     tokens = torch.randint(256, (3 * 8,), generator=torch.Generator().manual_seed(2))
     return Task(
         model=model,

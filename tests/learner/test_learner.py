@@ -148,7 +148,7 @@ def test_learn_masks_writes_a_masked_checkpoint(word_model, capsys, method):
         "channel_mask_site": "product",
         "base_model": str(model),
         "lora_adapter": None,
-        "base_fingerprint": str(Fingerprint.of(model)),
+        "base_fingerprint": str(Fingerprint.from_directory(model)),
     }
     masks = load_file(ckpt / "pruning_masks.safetensors")
     assert len(masks) == 6 and all(mask.dtype == torch.float32 for mask in masks.values())

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.learning import geometry_of
 from helpers.tiny import tiny_model, write_masked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,6 @@ from learner.methods.method import Learned, Task
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.run.journal import Journal
-from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
 MODELS = {
@@ -31,12 +31,8 @@ MODELS = {
 QUICK = MaskPruneSettings(steps=60, batch_size=4, sequence_length=16)
 
 
-def geometry_of(model) -> ModelGeometry:
-    return ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
-
-
 def task_for(model, settings: MaskPruneSettings, sparsity: float = 0.5, journal: Journal | None = None) -> Task:
-    units = Units.of(geometry_of(model), tied=True)
+    units = Units.from_geometry(geometry_of(model), tied=True)
     text = torch.randint(256, (40 * settings.sequence_length,), generator=torch.Generator().manual_seed(5))
     return Task(
         model=model,
@@ -154,7 +150,7 @@ def test_one_budget_moves_units_from_where_they_are_needed():
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_geometry(name):
     model = tiny_model(*MODELS[name])
-    dense, units = geometry_of(model), Units.of(geometry_of(model), tied=True)
+    dense, units = geometry_of(model), Units.from_geometry(geometry_of(model), tied=True)
     found = maskprune.kind_parameters(model, units)
     smaller = {
         "head": lambda layer: replace(layer, query_heads_per_kv_head=layer.query_heads_per_kv_head[:-1]),
@@ -179,7 +175,7 @@ def test_interval_falls_linearly_to_one():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_row_loses_the_same_and_was_near_zero_before(learned, name):
     model, outcome, log = learned(name)
-    units = Units.of(geometry_of(tiny_model(*MODELS[name])), tied=True)
+    units = Units.from_geometry(geometry_of(tiny_model(*MODELS[name])), tied=True)
     assert outcome.values.keys() == units.layers.keys()
     for kind, values in outcome.values.items():
         width = maskprune.row_width(units, kind)
@@ -193,7 +189,7 @@ def test_every_row_loses_the_same_and_was_near_zero_before(learned, name):
 def test_converted_model_is_stock_and_computes_the_same(learned, tmp_path, name, site):
     model, outcome, _ = learned(name, site)
     assert outcome.channel_mask_site == site
-    masks = Units.of(geometry_of(tiny_model(*MODELS[name])), tied=True).to_masks(outcome.values)
+    masks = Units.from_geometry(geometry_of(tiny_model(*MODELS[name])), tied=True).to_masks(outcome.values)
     ckpt = write_masked(tmp_path / "ckpt", tiny_model(*MODELS[name]), masks, site, lora_adapter="adapter")
     outcome.save_adapter(ckpt / "adapter")
     convert(make_plan(ckpt), tmp_path / "out")

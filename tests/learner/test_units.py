@@ -59,7 +59,7 @@ def test_calibration_takes_each_block_once_and_says_when_there_are_too_few():
 
 
 def test_a_unit_is_a_query_head():
-    units = Units.of(geometry_of(tiny_model("qwen3", 6, 3, 40)))
+    units = Units.from_geometry(geometry_of(tiny_model("qwen3", 6, 3, 40)))
     assert units.widths == {"head": 6, "channel": 40}
     heads = torch.rand(3, 6)
     masks = units.without("channel").to_masks({"head": heads})
@@ -67,7 +67,7 @@ def test_a_unit_is_a_query_head():
 
 
 def test_a_tied_unit_is_a_kv_head_with_its_query_heads():
-    units = Units.of(geometry_of(tiny_model("qwen3", 6, 3, 40)), tied=True)
+    units = Units.from_geometry(geometry_of(tiny_model("qwen3", 6, 3, 40)), tied=True)
     assert units.widths == {"head": 3, "channel": 40}
     values = {kind: torch.rand(3, width) for kind, width in units.widths.items()}
     masks = units.to_masks(values)
@@ -79,7 +79,7 @@ def test_a_tied_unit_is_a_kv_head_with_its_query_heads():
 def test_channels_of_experts_are_units(model_type):
     config = {"mlp_only_layers": [1]} if model_type.startswith("qwen") else {}
     model = tiny_model(model_type, 6, 3, 24, **config)
-    units = Units.of(geometry_of(model))
+    units = Units.from_geometry(geometry_of(model))
     heads = {} if model_type == "olmoe" else {"head": 6}  # OLMoE cannot lose heads
     assert units.widths == heads | ({"channel": 24} if config else {}) | {"expert": 4 * 24}
     assert units.layers["expert"] == ((0, 2) if config else (0, 1, 2)) and units.layers.get("channel", (1,)) == (1,)

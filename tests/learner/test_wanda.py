@@ -18,7 +18,7 @@ def task_on(model, tied: bool = False, sequences: int = 6, **target) -> Task:
     tokens = torch.randint(256, (10 * 32,), generator=torch.Generator().manual_seed(5))
     return Task(
         model=model,
-        units=Units.of(
+        units=Units.from_geometry(
             ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]}), tied=tied
         ),
         target_sparsity=target,

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
@@ -113,7 +114,7 @@ def row_width(units: Units, kind: str) -> int:
     return units.count(kind) // units.num_groups(kind, "expert")
 
 
-def kind_parameters(model: nn.Module, units: Units) -> dict[str, int]:
+def kind_parameters(model: PreTrainedModel, units: Units) -> dict[str, int]:
     """By kind, the parameters of a dense model that go with all units of the kind. Biases of outputs stay.
 
     For one head this is the paper's 4 d_h d_hidden in multi-head attention, for a channel its 3 d_hidden.
@@ -122,7 +123,7 @@ def kind_parameters(model: nn.Module, units: Units) -> dict[str, int]:
     def linear(*modules: nn.Linear) -> int:
         return sum(module.weight.numel() + (0 if module.bias is None else module.bias.numel()) for module in modules)
 
-    def count(kind: str, layer: nn.Module) -> int:
+    def count(kind: str, layer: Any) -> int:
         attention, mlp = layer.self_attn, layer.mlp
         if kind == "head":
             return linear(attention.q_proj, attention.k_proj, attention.v_proj) + attention.o_proj.weight.numel()
@@ -202,18 +203,18 @@ def _save_adapter(adapter: PeftModel, directory: str | Path, **options: Any) -> 
     adapter.save_pretrained(directory, save_embedding_layers=False, **options)
 
 
-def _outputs(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Logits, and the hidden states that each layer leaves, behind the final norm those of the last."""
     outputs = model(input_ids=tokens, output_hidden_states=True)
     return outputs.logits, outputs.hidden_states[1:]
 
 
-def _teacher(model: nn.Module, adapter: PeftModel | None, tokens: torch.Tensor) -> Any:
+def _teacher(model: PreTrainedModel, adapter: PeftModel | None, tokens: torch.Tensor) -> Any:
     with nullcontext() if adapter is None else adapter.disable_adapter():
         return _outputs(model, tokens)
 
 
-def _loss(model: nn.Module, settings: MaskPruneSettings, tokens: torch.Tensor, teacher: Any) -> torch.Tensor:
+def _loss(model: PreTrainedModel, settings: MaskPruneSettings, tokens: torch.Tensor, teacher: Any) -> torch.Tensor:
     """L_KL + alpha L_layer, KL(student || teacher) as printed; means over tokens [batch, length]."""
     (logits, states), (teacher_logits, teacher_states) = _outputs(model, tokens), teacher
     loss = divergence(logits, teacher_logits)  # of the first argument from the second

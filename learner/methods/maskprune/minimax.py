@@ -69,8 +69,9 @@ class Minimax:
         self.kinds, self._widths, self._rates = list(widths), dict(widths), rates
         self._target = torch.tensor([removed[kind] / widths[kind] for kind in self.kinds], dtype=torch.float64)
         self._largest = torch.tensor([1 - 1 / widths[kind] for kind in self.kinds], dtype=torch.float64)
-        held = [[parameters[kind] * (kind in budget) for kind in self.kinds] for budget in budgets]
-        held = torch.tensor(held, dtype=torch.float64)
+        held = torch.tensor(
+            [[parameters[kind] * (kind in budget) for kind in self.kinds] for budget in budgets], dtype=torch.float64
+        )
         self._costs = held / held.sum(1, keepdim=True)  # [budgets, kinds]
         # Times the number of kinds: s rises equally fast whether kinds share a budget or have one each.
         self._push = self._costs.T * held.count_nonzero(dim=1)
@@ -84,7 +85,8 @@ class Minimax:
 
     def final_counts(self) -> dict[str, int]:
         """By kind, units to remove from each row: s rounded, so that each budget is met as nearly as units allow."""
-        counts, shares = {}, dict(zip(self.kinds, self.s.tolist(), strict=True))
+        counts: dict[str, int] = {}
+        shares = dict(zip(self.kinds, self.s.tolist(), strict=True))
         for costs in self._costs:
             cost = {kind: share for kind, share in zip(self.kinds, costs.tolist(), strict=True) if share}
             *coarse, finest = sorted(cost, key=lambda kind: cost[kind] / self._widths[kind], reverse=True)

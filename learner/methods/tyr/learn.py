@@ -47,10 +47,10 @@ def learn(task: Task) -> Learned:
             f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
         )
     settings, sublayers = task.settings, sublayers_of(task.units)
-    if task.blocks.sequence_length < 2:
+    if task.text.sequence_length < 2:
         raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
-    tokens = task.blocks.calibration(settings.calibration_sequences, task.accelerator.print)
+    tokens = task.text.calibration(settings.calibration_sequences, task.accelerator.print)
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
     state = task.journal.restore() or _start(0, uniform(task, sublayers))
     task.journal.save(state)  # an interrupted run keeps its directory, and so the candidates, only if it has a state

@@ -56,7 +56,7 @@ class Space:
 
     def offspring(self, parent: Genome, number: int, random: Random) -> list[Genome]:
         """So many different children, or fewer in a small space."""
-        children = {}
+        children: dict[Genome, None] = {}
         for _ in range(10 * number):
             child = self.mutate(parent, random)
             if child != parent:
@@ -107,7 +107,8 @@ def divergences(supernet: Supernet, genomes: Sequence[Genome], tokens: torch.Ten
     """
     blockwise = supernet.blockwise
     dense = (0,) * len(supernet.sublayers)
-    streams = {(): blockwise.embed(tokens).to(blockwise.device)}  # hidden states by beginning of the genome
+    # Hidden states by beginning of the genome.
+    streams: dict[Genome, torch.Tensor] = {(): blockwise.embed(tokens).to(blockwise.device)}
     for layer in range(len(blockwise)):
         block, genes, grown, installed = blockwise.block(layer), supernet.genes(layer), {}, None
         for beginning in sorted({genome[: genes.stop] for genome in (dense, *genomes)}):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class Sublayer:
     def name(self) -> str:
         return self.kind if self.expert is None else f"{self.kind}{self.expert}"
 
-    def weight(self, block: nn.Module) -> torch.Tensor:
+    def weight(self, block: Any) -> torch.Tensor:
         """[hidden_size, inputs] of this decoder layer, to read or to write to."""
         if self.kind == "head":
             return block.self_attn.o_proj.weight.data
@@ -63,7 +64,7 @@ def sublayers_of(units: Units) -> list[Sublayer]:
 
 
 @contextmanager
-def collect_hessians(block: nn.Module, sublayers: Sequence[Sublayer]) -> Iterator[dict[str, torch.Tensor]]:
+def collect_hessians(block: Any, sublayers: Sequence[Sublayer]) -> Iterator[dict[str, torch.Tensor]]:
     """While it runs, adds up H = X^T X of what these sublayers of `block` read, in all its forward passes.
 
     Yields float32 [inputs, inputs] on the block's device by name of the sublayer.
@@ -89,9 +90,7 @@ def _add_inputs(hessian: torch.Tensor, module: nn.Module, args: tuple[torch.Tens
     hessian.addmm_(x.T, x)
 
 
-def _add_inputs_of_experts(
-    hessians: dict[int, torch.Tensor], experts: nn.Module, args: tuple[torch.Tensor, ...]
-) -> None:
+def _add_inputs_of_experts(hessians: dict[int, torch.Tensor], experts: Any, args: tuple[torch.Tensor, ...]) -> None:
     """`args` are hidden states [tokens, hidden_size], and for each token its experts and their weights [tokens, k]."""
     hidden_states, chosen, weights = args
     for expert, hessian in hessians.items():

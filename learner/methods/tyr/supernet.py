@@ -47,10 +47,11 @@ class Supernet:
         self, directory: Path, blockwise: Blockwise, sublayers: Sequence[Sublayer], levels: Sequence[Sequence[int]]
     ) -> None:
         self.directory, self.blockwise, self.sublayers, self.levels = directory, blockwise, sublayers, levels
-        self._members = [[] for _ in range(len(blockwise))]  # of each block, indices of its sublayers
+        self._members: list[list[int]] = [[] for _ in range(len(blockwise))]  # of each block, indices of its sublayers
         for index, sublayer in enumerate(sublayers):
             self._members[sublayer.layer].append(index)
-        self._file, self._file_layer = None, None
+        self._file: safe_open | None = None
+        self._file_layer: int | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
     def genes(self, layer: int) -> slice:
@@ -119,7 +120,7 @@ class Supernet:
 
     def _expected_weight(self, index: int) -> torch.Tensor:
         """Equation (5) for the weights of a sublayer."""
-        total, shares = 0, 0
+        total, shares = torch.zeros(()), 0.0
         for count in self.levels[index]:
             share = 1 - count / self.sublayers[index].num_units
             total, shares = total + share * self.weight(index, count).float(), shares + share
@@ -150,6 +151,6 @@ class Supernet:
         return self.directory / f"{layer}.safetensors"
 
     def _read(self, sublayer: Sublayer, count: int, what: str) -> torch.Tensor:
-        if self._file_layer != sublayer.layer:
+        if self._file is None or self._file_layer != sublayer.layer:
             self._file, self._file_layer = safe_open(self._path(sublayer.layer), framework="pt"), sublayer.layer
         return self._file.get_tensor(f"{sublayer.name}.{count}.{what}")
