@@ -5,8 +5,8 @@
 
 Both engines live at the same time, each in processes of its own, and take turns; the speedup is the median of the
 ratios of neighbouring runs, so a slow phase of the machine hits both sides. Prints a table and writes
-e2e_speedup.json and e2e_speedup.png to --output-dir. What the times hold is said in bench/speed/engines.py,
-what the ideal counts in bench/speed/ideal.py.
+e2e_speedup.json and e2e_speedup.png to --output-dir. The machine needs memory for both models. bench/speed/engines.py
+says what is timed, bench/speed/ideal.py what the ideal speedup counts.
 
 On CPU, vLLM gives the engine all cores but one, which its scheduler needs; VLLM_CPU_OMP_THREADS_BIND says otherwise.
 """

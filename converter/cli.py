@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="convert-pruned",
         description="Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with "
-        "every layer at its real size. The result computes what the masked model computed.",
+        "every layer at its real size. The result computes what the masked model computed. The table "
+        "shows what is kept of "
+        "every layer.",
         epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
     )
     add_version_argument(parser)
@@ -52,9 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         "--gqa-layout",
         choices=("compact", "padded"),
         default="compact",
-        help="for KV heads that keep different numbers of query heads. compact writes the heads that are left, and "
-        "needs the plugin; padded fills up every KV head of a layer to as many as its fullest one, with zeros, for "
-        "software that knows per_layer_config but no uneven groups (default: %(default)s)",
+        help="what to do where the KV heads of a layer keep different numbers of query heads. compact writes the heads "
+        "that are left, and needs the plugin; padded gives every KV head of a layer as many query "
+        "heads as the one that "
+        "has most, filled up with zeros, for software that reads per_layer_config but knows no uneven groups "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--align",
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="K",
         help="pad layers until at most K different shapes are left, at the fewest bytes that can do it (the search may "
         "take two minutes); layers that come to share a shape get even query groups. Fewer shapes "
-        "mean fewer graphs to compile at start-up, more bytes to read at every step; --dry-run says how many "
+        "mean fewer graphs to compile at start-up, but more bytes to read at every step; --dry-run prints both "
         "(default: no limit)",
     )
     parser.add_argument(
@@ -80,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="size of a weight file, also the memory needed; e.g. 500MB (default: %(default)s)",
+        help="largest size of a weight file, for example 500MB; converting needs about as much "
+        "memory (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
     parser.add_argument(

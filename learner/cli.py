@@ -31,9 +31,10 @@ TYPES |= {(float, False): positive_float, (float, True): non_negative_float}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="learn-masks",
-        description="Learns masks and writes a masked checkpoint for convert-pruned: the masks, and where the weights "
-        "are, or the weights if the method changes them. Of mixture-of-experts models the channels of the routed "
-        "experts are removed, not the router or shared experts; OLMoE keeps its heads.",
+        description="Learns which attention heads, FFN channels and channels of experts a model can do without. "
+        "Writes a masked checkpoint for convert-pruned: the masks, and the place of the weights, or the weights "
+        "themselves if the method changes them. The router and shared experts of mixture-of-experts models stay; OLMoE "
+        "keeps its heads.",
         epilog="example: learn-masks meta-llama/Llama-2-7b-hf ckpt/ --sparsity 0.5 --data text/*.txt --dtype bfloat16",
     )
     add_version_argument(parser)
@@ -42,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
     add("--revision", metavar="NAME", help="commit, branch or tag of a hub id; default: the main branch")
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
-    add("--method", choices=tuple(METHODS), default=Job.method, help=f"{summaries}; default: {Job.method}")
+    add(
+        "--method",
+        choices=tuple(METHODS),
+        default=Job.method,
+        help=f"how to learn them. {summaries}; default: {Job.method}",
+    )
     add(
         "--sparsity",
         type=fraction,
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "--head-sparsity",
         type=fraction,
         default=Job.head_sparsity,
-        help="share of heads to remove, 0 leaves them as they are; default: as --sparsity",
+        help="share of heads to remove, if it differs from --sparsity; 0 keeps all heads; default: as --sparsity",
     )
     by_default: dict[str, list[str]] = {default: [] for default in QUERY_HEADS}
     for name, method in METHODS.items():
@@ -63,19 +69,32 @@ def main(argv: list[str] | None = None) -> int:
         "--query-heads",
         choices=QUERY_HEADS,
         help="in grouped query attention: whether the query heads of a KV head are removed one by one (the KV head "
-        f"goes with the last), or all together, so that the KV cache shrinks; default: {default_heads}",
+        f"goes with its last query head), or all together, so that the KV cache shrinks more; default: {default_heads}",
     )
     add_text_arguments(parser)
-    add("--device", default=Job.device, help="torch device; default: a GPU if there is one")
-    add("--dtype", default=Job.dtype, help="dtype of the weights while learning; default: as stored")
-    add("--trust-remote-code", action="store_true", help="run code that the model's checkpoint brings")
+    add(
+        "--device",
+        default=Job.device,
+        help="device of PyTorch, for example cuda:1 or cpu; default: a GPU if there is one",
+    )
+    add(
+        "--dtype",
+        default=Job.dtype,
+        help="dtype of the weights while learning, for example bfloat16; default: as stored",
+    )
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; read it first")
     add(
         "--seed",
         type=seed,
         default=Job.seed,
-        help="for what is drawn at random, and the order of the data; default: 42",
+        help="of random numbers and of the order of the data; default: 42",
     )
-    add("--tensorboard", type=Path, metavar="DIR", help="write event files for TensorBoard; a CSV is always in CKPT")
+    add(
+        "--tensorboard",
+        type=Path,
+        metavar="DIR",
+        help="also write the figures of every step for TensorBoard; CKPT/learning.csv has them anyway",
+    )
     add(
         "--report",
         action="store_true",
@@ -104,12 +123,17 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="text to measure the perplexity on, before and after, in blocks of 128 tokens",
+        help="text on which perplexity is measured, before and after, in blocks of 128 tokens; sources as for --data",
     )
     parser.add_argument(
-        "--text-column", default="text", metavar="NAME", help="column of rows that holds the text; default: text"
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="column of JSONL, parquet and data sets that holds the text; default: text",
     )
-    parser.add_argument("--split", default="train", metavar="NAME", help="split of data sets; default: train")
+    parser.add_argument(
+        "--split", default="train", metavar="NAME", help="which split of data sets to read; default: train"
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +146,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for option, by_method in owners.items():
         title = ", ".join(by_method)
         if title not in groups:
-            groups[title] = parser.add_argument_group(title)
+            groups[title] = parser.add_argument_group(f"only with --method {title.replace(', ', ' or ')}")
         field = next(iter(by_method.values()))
         flag = f"--{option.replace('_', '-')}"
         hint = get_type_hints(METHODS[next(iter(by_method))].settings)[option]
@@ -163,7 +187,9 @@ def _learn(arguments: dict) -> None:
         f"--{name.replace('_', '-')}" for name in arguments if name not in {field.name for field in fields(settings)}
     ]
     if unknown:
-        raise InputError(f"{job['method']} has no {', '.join(unknown)}; see learn-masks --help for whose they are")
+        raise InputError(
+            f"{job['method']} has no {', '.join(unknown)}; learn-masks --help lists the options of each method"
+        )
     results = learn(Job(**job, settings=settings(**arguments)), out, **run)
     if PartialState().is_main_process:
         for name, value in results.items():

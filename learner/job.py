@@ -52,7 +52,9 @@ class TrainingSettings:
     micro_batch_size: int = option(16, "sequences in one forward pass on one device; lower it to save memory")
     sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
     default_sequence_length: ClassVar[int] = 2048
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
 
     @property
     def sequences(self) -> int:
@@ -65,15 +67,27 @@ class DDPSettings(TrainingSettings):
     """Defaults of arXiv 2603.08065."""
 
     learning_rate: float = option(2e-2, "learning rate of the masks (ddp: of their parameters z)")
-    lambda_learning_rate: float = option(2e-2, "learning rate of the multipliers lambda1 and lambda3")
-    lambda2_learning_rate: float = option(0.8, "learning rate of lambda2; raise it when a short run misses its budget")
+    lambda_learning_rate: float = option(
+        2e-2, "learning rate of lambda1 and lambda3, the penalties for missing the budget and for undecided masks"
+    )
+    lambda2_learning_rate: float = option(
+        0.8,
+        "learning rate of lambda2, the penalty for the squared distance to the budget; raise it when "
+        "a short run misses the budget",
+    )
     warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
-    mu_start: float = option(0.5, "mask value that counts half at the first step")
-    mu_end: float = option(0.05, "mask value that counts half at the last step")
+    mu_start: float = option(
+        0.5,
+        "mask value that counts as half a unit when the units left are counted, at the first step; "
+        "falls until the last",
+    )
+    mu_end: float = option(0.05, "the same at the last step")
     kd_weight: float = option(2.0, "weight of the distillation loss; 0 learns without a teacher", zero=True)
     kd_temperature: float = option(1.0, "temperature of the distillation loss")
     budget: str = option(
-        "global", "where the share is removed: in the whole model, in every layer, or in every expert", choices=BUDGETS
+        "global",
+        "what loses the share that --sparsity says: the whole model, every layer by itself, or every expert by itself",
+        choices=BUDGETS,
     )
     gate: str = option(
         "relu", "how masks are computed from their parameters; all but relu are the paper's baselines", choices=GATES
@@ -94,24 +108,32 @@ class MaskPruneSettings(TrainingSettings):
     lora_targets: str = option(
         "all", "projections with an adapter: all of attention and dense MLPs, or q and v", choices=LORA_TARGETS
     )
-    layer_weight: float = option(0.1, "alpha, weight of the distance of the hidden states", zero=True)
+    layer_weight: float = option(
+        0.1,
+        "weight of the distance between the hidden states of the pruned and the dense model (alpha in the paper)",
+        zero=True,
+    )
     prox_interval: int = option(10, "steps between proximal steps of the channels at the start; falls to 1")
     decay: float = option(0.5, "eta1 of the proximal step, which divides masks by 1 + 2 eta1 y")
-    s_rate: float = option(2.0, "eta2 of s, the share of each row to remove; over the whole run")
-    y_rate: float = option(10.0, "eta3 of y, the multiplier of the masks; over the whole run")
-    z_rate: float = option(8.0, "eta4 of z, the multiplier of the parameters; over the whole run")
+    s_rate: float = option(2.0, "eta2, learning rate of s, the share of each row to remove; over the whole run")
+    y_rate: float = option(10.0, "eta3, learning rate of y, the multiplier of the masks; over the whole run")
+    z_rate: float = option(8.0, "eta4, learning rate of z, the multiplier of the parameters; over the whole run")
     multiplier_start: float = option(0.1, "y and z at the start")
     resource: str = option(
         "kind", "what has a budget of parameters: each kind of unit, or the model", choices=RESOURCES
     )
-    channel_mask_site: str = option("product", "what the masks of channels multiply", choices=CHANNEL_MASK_SITES)
+    channel_mask_site: str = option(
+        "product",
+        "what the masks of channels multiply: act(gate) * up, or both projections before the activation",
+        choices=CHANNEL_MASK_SITES,
+    )
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
     """Of methods that run text through the model, but learn nothing by gradients."""
 
-    calibration_sequences: int = option(128, "sequences that activations are measured on")
+    calibration_sequences: int = option(128, "sequences on which activations are measured")
     sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
     default_sequence_length: ClassVar[int] = 2048
 
@@ -130,22 +152,23 @@ class WandaSettings(CalibrationSettings):
 class TyrSettings(CalibrationSettings):
     """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
 
-    calibration_sequences: int = option(1024, "sequences that activations are measured on")
+    calibration_sequences: int = option(1024, "sequences on which activations are measured")
     sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="4096")
     default_sequence_length: ClassVar[int] = 4096
     iterations: int = option(
         4,
-        "times that candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
+        "how often candidates are made and searched, each time in steps half as large; 0 prunes all layers alike",
         zero=True,
     )
-    generations: int = option(50, "generations of a search")
+    generations: int = option(50, "generations of each search")
     offspring: int = option(128, "children in a generation")
     selection_tokens: int = option(
         131072, "tokens that the last stage of selection reads; the stages before it read 1/64 and 1/8 of that"
     )
     error_accumulation: str = option(
         "expectation",
-        "which inputs later layers are pruned for: with the mean error of all candidates, or without (dense inputs)",
+        "inputs that later layers are pruned for: with the mean error of all candidates for the "
+        "layers before, or those of the dense model",
         choices=ERROR_ACCUMULATIONS,
     )
 

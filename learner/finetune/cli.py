@@ -29,11 +29,27 @@ def main(argv: list[str] | None = None) -> int:
     add("model", metavar="OUT", help="directory that convert-pruned wrote")
     add("out", metavar="RECOVERED", type=Path, help="directory to write; must not exist (see --overwrite)")
     add_text_arguments(parser, needs_data=True)
-    add("--teacher", metavar="MODEL", help="dense model to be distilled from, directory or Hugging Face id")
     add(
-        "--kd-weight", type=positive_float, default=2.0, metavar="N", help="weight of the distillation loss; default: 2"
+        "--teacher",
+        metavar="MODEL",
+        help="dense model whose predictions the pruned one learns: directory or Hugging Face id; "
+        "default: none, learn from "
+        "the text alone",
     )
-    add("--lora-rank", type=non_negative_int, default=16, metavar="N", help="0 trains all weights; default: 16")
+    add(
+        "--kd-weight",
+        type=positive_float,
+        default=2.0,
+        metavar="N",
+        help="weight of the loss against the teacher; default: 2",
+    )
+    add(
+        "--lora-rank",
+        type=non_negative_int,
+        default=16,
+        metavar="N",
+        help="rank of LoRA; 0 trains all weights instead; default: 16",
+    )
     add("--steps", type=positive_int, default=300, metavar="N", help="optimizer steps; default: 300")
     add("--batch-size", type=positive_int, default=16, metavar="N", help="sequences in a step; default: 16")
     add(
@@ -52,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         "--learning-rate",
         type=positive_float,
         metavar="N",
-        help="at its peak; default: 2e-4 for LoRA, 2e-5 for all weights",
+        help="learning rate at its peak; default: 2e-4 for LoRA, 2e-5 for all weights",
     )
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--gradient-checkpointing", action="store_true", help="compute activations again: less memory, more time")
     add(
         "--device",
         choices=("auto", "cpu"),
@@ -65,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of the weights while training; auto (default): as stored for LoRA, float32 for all weights. They are "
-        "saved as they were stored",
+        help="dtype of the weights while training; auto (default): as stored with LoRA, float32 when all weights are "
+        "trained. They are saved in the dtype they had",
     )
-    add("--seed", type=seed, default=42, help="of data order and LoRA's initialization; default: 42")
+    add("--seed", type=seed, default=42, help="of the order of the data and of LoRA's first weights; default: 42")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
     add(
         "--overwrite",
