@@ -23,6 +23,8 @@ def cache_directory() -> Path:
 
 def read_json(path: Path, kind: type | UnionType = dict) -> Any:
     """The object in a JSON file, or what `kind` is. Raises InputError when that is missing or damaged."""
+    if os.path.exists(path) and not path.is_file():  # a pipe would be waited for, /dev/zero fill the memory
+        raise InputError(f"{path} is no file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -10,7 +10,9 @@ never written anew, so that a converted model reads and answers text as the dens
   `<cache>/models--ORG--NAME/snapshots/REVISION/` to the repository's `blobs/` or to the cache's shared `blobs/`.
 """
 
+import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from pruned_vllm.common.errors import InputError
@@ -67,11 +69,15 @@ def find_companions(directory: Path) -> list[str]:
     """The companions in a model directory, as paths relative to it, sorted.
 
     Raises:
-        InputError: with every symlink that leads out of the directory, every module of sentence-transformers that
-            cannot be copied, and a modules.json that is damaged.
+        InputError: with every symlink that leads out of the directory or nowhere, every module of
+            sentence-transformers that cannot be copied, and a modules.json that is damaged.
     """
     found = {file for pattern in COMPANIONS for file in directory.glob(pattern)}
-    problems: list[str] = []
+    problems = [
+        f"{link} is a link to {link.readlink()}, which is missing; download it again"
+        for link in sorted(directory.iterdir())  # `glob` does not see all of them
+        if link.is_symlink() and not os.path.exists(link) and any(fnmatch(link.name, name) for name in COMPANIONS)
+    ]
     for module in _module_directories(directory, problems):
         found |= {file for pattern in MODULE_FILES for file in (directory / module).rglob(pattern)}
         pickles = sorted(file for file in (directory / module).rglob("*") if file.suffix in PICKLES)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -246,6 +247,25 @@ def test_killed_at_any_line(out, way, overwrite, step, capfd, monkeypatch):
     if step == 1:
         was_moved = way == "two renames" and overwrite
         assert (f".{out.name}.X.replaced" in seen) == (f"Put back {out}" in said) == was_moved
+
+
+def test_an_output_that_is_replaced_is_there_at_every_line(out):
+    """Others may read it meanwhile. In this process, and so at every line also where no slow tests run."""
+    write(out, "old")
+    seen = []
+
+    def look(frame, event, argument):
+        if event == "line":
+            seen.append(content_of(out))
+        return look if frame.f_code.co_filename.endswith("common/directories.py") else None
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        write(out, "new")
+    finally:
+        sys.settrace(before)
+    assert seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)
 
 
 def test_a_run_that_is_alive_is_left_alone(out, capsys):

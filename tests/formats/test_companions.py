@@ -211,3 +211,14 @@ def test_files_that_vllm_reads_of_sentence_transformers_are_downloaded():
     for name in (*names, "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
         assert matches(name, DOWNLOADED), name
     assert not matches("2_Dense/pytorch_model.bin", DOWNLOADED) and not matches("model.safetensors", DOWNLOADED)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "spiece.model"])
+def test_a_link_whose_target_is_missing_is_refused(tmp_path, name):
+    """Of a cache that lost a blob; without the file the model would read other text."""
+    (tmp_path / name).symlink_to("../../blobs/0123")
+    with pytest.raises(InputError) as error:
+        find_companions(tmp_path)
+    assert error.value.problems == (
+        f"{tmp_path / name} is a link to ../../blobs/0123, which is missing; download it again",
+    )
