@@ -1,17 +1,14 @@
 """Output directories: whole or not at all at every moment, and nothing of the user's is lost."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 import pytest
-from helpers.killing import killed_at_line
+from helpers.outputs import NAMES, WRITER, content_of, names, write
 
 from pruned_vllm.common import directories
 from pruned_vllm.common.command import run_command
@@ -19,43 +16,6 @@ from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.filesystem import exchange
 from pruned_vllm.common.manifest import MANIFEST, REPORT_WRITER, users_files
-
-WRITER = "test-command"
-NAMES = ("config.json", "model-1.safetensors", "adapter/model.safetensors")
-# Files whose lines are counted when a run is killed at every one of them.
-KILLED = ("directories.py", "manifest.py", "filesystem.py", "shutil.py", "test_directories.py")
-
-
-def write(out: Path, content: str, overwrite: bool = True) -> None:
-    with atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
-        for name in NAMES:
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_text(content)
-
-
-def content_of(out: Path) -> str:
-    """What all files of one run hold. Raises AssertionError when they are not whole."""
-    contents = {(out / name).read_text() for name in NAMES}
-    assert len(contents) == 1, f"files of several runs: {contents}"
-    assert (out / MANIFEST).is_file()
-    return contents.pop()
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.fixture(params=["exchange", "two renames"])
-def way(request, monkeypatch):
-    """Both ways of taking a directory's place."""
-    if request.param == "two renames":
-        monkeypatch.setattr(directories, "exchange", lambda one, other: False)
-    return request.param
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out[1]"  # a name that means something else to glob
 
 
 def test_this_system_swaps_directories_in_one_step(tmp_path):
@@ -213,59 +173,6 @@ def test_a_second_interrupt_does_not_stop_the_clean_up(out, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert names(out.parent) == []
-
-
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_line(out, way, overwrite, step, capfd, monkeypatch):
-    """SIGKILL at every `step`-th line that a run executes: what is left is none or whole; the next run cleans up."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and what it is for is a failing power supply
-    kills, seen = 0, set()
-    for line in count(1, step):
-        shutil.rmtree(out.parent)
-        out.parent.mkdir()
-        if overwrite:
-            write(out, "old")
-            (out / "notes.txt").write_text("mine")
-        if not killed_at_line(lambda: write(out, "new"), line, KILLED):
-            break
-        kills += 1
-        seen |= {re.sub(r"\.\w{8}\.", ".X.", name) for name in names(out.parent)}
-        whole_at_all_times = way == "exchange" and overwrite
-        if out.exists() or whole_at_all_times:
-            assert content_of(out) in (("old", "new") if overwrite else ("new",)), f"killed at line {line}"
-            assert not overwrite or (out / "notes.txt").read_text() == "mine", f"killed at line {line}"
-        prepare_output(out, writer=WRITER, overwrite=True)
-        assert names(out.parent) in ([], [out.name]), f"killed at line {line}"
-        assert out.exists() or not overwrite, f"killed at line {line}"
-        write(out, "newer")
-        assert content_of(out) == "newer" and names(out.parent) == [out.name], f"killed at line {line}"
-        assert not overwrite or (out / "notes.txt").read_text() == "mine", f"killed at line {line}"
-    assert kills > 10 and f".{out.name}.X.partial" in seen
-    said = capfd.readouterr().out
-    assert f"Removed {out.parent}/.{out.name}." in said
-    if step == 1:
-        was_moved = way == "two renames" and overwrite
-        assert (f".{out.name}.X.replaced" in seen) == (f"Put back {out}" in said) == was_moved
-
-
-def test_an_output_that_is_replaced_is_there_at_every_line(out):
-    """Others may read it meanwhile. In this process, and so at every line also where no slow tests run."""
-    write(out, "old")
-    seen = []
-
-    def look(frame, event, argument):
-        if event == "line":
-            seen.append(content_of(out))
-        return look if frame.f_code.co_filename.endswith("common/directories.py") else None
-
-    before = sys.gettrace()
-    sys.settrace(look)
-    try:
-        write(out, "new")
-    finally:
-        sys.settrace(before)
-    assert seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)
 
 
 def test_a_run_that_is_alive_is_left_alone(out, capsys):
