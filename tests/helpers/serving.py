@@ -139,7 +139,7 @@ GEOMETRIES = {
     "llama uniform, keys that vLLM alone acts on": Geometry(
         ((1, 1, 0, 0, 1, 0), (0, 1, 1, 1, 0, 0), (0, 0, 0, 1, 1, 1)), (40,) * 3, config=VLLM_ONLY, stock=True
     ),
-    "llama uniform with heads that llama refuses": Geometry(((1, 1, 1, 1, 1, 0),) * 3, (40,) * 3, stock=True),
+    "llama uniform with heads that llama refuses": Geometry(((1, 1, 1, 1, 1, 0),) * 3, (40,) * 3),
     "llama uneven groups": Geometry(UNEVEN, ODD, group=4),
     "llama uneven groups, biases": Geometry(UNEVEN, ODD, group=4, config=BIASES, site="gate_and_up"),
     "llama uneven groups, negative masks": Geometry(UNEVEN, ODD, group=4, negative=True),
