@@ -66,12 +66,16 @@ def saved_in_one_file_after_shards(d: Ugly) -> None:
 
 
 def linked_as_in_the_hub_cache(d: Ugly) -> None:
-    blobs = d.directory.parent / "blobs"
-    blobs.mkdir()
+    repository = d.directory.parent / "models--owner--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
     d.put("sharded1")
     for file in list(d.directory.iterdir()):
         file.rename(blobs / file.name)
-        file.symlink_to(Path("../blobs") / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    d.directory.rmdir()
+    d.directory.symlink_to(snapshot)
 
 
 def without_prefix(name: str) -> str:
