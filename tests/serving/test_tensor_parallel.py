@@ -48,7 +48,7 @@ MORE_RANKS = {
     (3, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
     (4, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
 }
-USUAL = ("qwen3 very uneven groups", "llama one head and one channel, biases survive")
+USUAL = ("llama one head and one channel, biases survive",)
 
 
 @pytest.fixture(autouse=True)
