@@ -22,9 +22,9 @@ import tempfile
 from pathlib import Path
 from statistics import median, quantiles
 
-from bench.e2e_speedup import describe_hardware, describe_versions
 from bench.speed.engines import engine_options, measure, running_engines
 from bench.speed.ideal import Case, decode_step_bytes
+from bench.speed.setting import describe_hardware, describe_versions
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
