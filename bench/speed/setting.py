@@ -4,12 +4,14 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import read_headers
+from pruned_vllm.formats.layer import LayerGeometry
 
 GIB = 2**30
 
@@ -56,7 +58,20 @@ def describe_model(directory: Path, geometry: ModelGeometry, element_bytes: int)
         "distinct_layer_shapes": len(set(geometry.layers)),
         "kv_cache_bytes_per_token": bytes_per_token,
         "kv_cache_tokens_per_gib": GIB // bytes_per_token,
+        "layers": [describe_layer(layer) for layer in geometry.layers],
     }
+
+
+def describe_layer(layer: LayerGeometry) -> dict:
+    """Heads and widths of one layer; experts only where there are some."""
+    described: dict[str, Any] = {
+        "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "intermediate_size": layer.intermediate_size,
+    }
+    if layer.expert_intermediate_sizes:
+        described["expert_intermediate_sizes"] = list(layer.expert_intermediate_sizes)
+    return described
 
 
 def describe_versions() -> dict:

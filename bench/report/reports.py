@@ -1,0 +1,42 @@
+"""Whole reports: a chapter for each result, or one result against another."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.report.comparison import Measure, comparison_chapter
+from bench.report.content import Chapter, Report
+from bench.report.offline import offline_chapter, offline_measures
+from bench.report.online import online_chapter, online_measures
+from bench.report.results import Result, read_results
+from bench.report.write import write
+from pruned_vllm.common.errors import InputError
+
+CHAPTERS: dict[str, Callable[[Result, str], Chapter]] = {
+    "offline": offline_chapter,
+    "online": online_chapter,
+}
+MEASURES: dict[str, Callable[[Result], list[Measure]]] = {
+    "offline": offline_measures,
+    "online": online_measures,
+}
+
+
+def results_report(results: Sequence[Result]) -> Report:
+    """A chapter for each result."""
+    chapters = [CHAPTERS[result.kind](result, f"r{number}") for number, result in enumerate(results, 1)]
+    return Report("How much faster is the pruned model?", chapters)
+
+
+def write_report(paths: Sequence[Path], directory: Path) -> tuple[Path, Path]:
+    """Reads result files and writes DIRECTORY/report.md and report.html. Raises InputError before it writes."""
+    return write(results_report(read_results(paths)), directory)
+
+
+def comparison_report(first: Result, second: Result) -> tuple[Report, list[str]]:
+    """`second` against `first`, and what makes the comparison void. Raises InputError where the kinds differ."""
+    if first.kind != second.kind:
+        raise InputError(
+            f"{first.name} is an {first.kind} result, {second.name} an {second.kind} one; compare equal kinds"
+        )
+    chapter, void = comparison_chapter(first, second, *(MEASURES[first.kind](result) for result in (first, second)))
+    return Report("What changed between two results", [chapter]), void
