@@ -9,18 +9,15 @@ about 0.5 billion parameters with random weights and the learned pattern of widt
 
 import argparse
 import math
-import os
 import shlex
-import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.speed.server import served
 from learner.model.perplexity import EVAL_BLOCK_SIZE
 from pruned_vllm.common.arguments import fraction, positive_int
 from pruned_vllm.common.command import run_command
@@ -73,7 +70,7 @@ def demo(output_dir: Path, sparsity: float, repeats: int) -> None:
     run(command("convert-pruned"), output_dir / "ckpt", output_dir / "out", "--overwrite")
 
     heading("4. Serve it: vllm serve, asked through the OpenAI client")
-    with served(output_dir / "out", output_dir / "server.log") as client:
+    with served(output_dir / "out", output_dir / "server.log", SERVED_NAME) as client:
         prompt = "The built-in function open() returns a file object and"
         answer = client.completions.create(model=SERVED_NAME, prompt=prompt, max_tokens=40, temperature=0)
         console.print(f"[bold]{prompt}[/bold]{answer.choices[0].text}")
@@ -127,49 +124,6 @@ def run(*arguments) -> None:
 
 def learning_results(checkpoint: Path) -> dict:
     return read_json(checkpoint / "learning.json")["results"]
-
-
-@contextmanager
-def served(model: Path, log: Path, name: str = SERVED_NAME):
-    """Starts `vllm serve` on a free port and yields an OpenAI client when it answers; stops it at the end.
-
-    Raises InputError with the end of the log when the server does not come up.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", name]
-    arguments = [command("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port, *options]
-    console.print(f"[bold cyan]$ vllm {shlex.join(map(str, arguments[1:]))}", soft_wrap=True)
-    environment = (
-        {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    )
-    with log.open("w") as log_file:
-        server = subprocess.Popen(list(map(str, arguments)), stdout=log_file, stderr=subprocess.STDOUT, env=environment)
-    try:
-        yield _client_when_ready(server, f"http://127.0.0.1:{port}/v1", log)
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def _client_when_ready(server: subprocess.Popen, url: str, log: Path):
-    from openai import APIConnectionError, OpenAI
-
-    client = OpenAI(base_url=url, api_key="none", max_retries=0)
-    deadline = time.monotonic() + 300
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            client.models.list()
-            return client
-        except APIConnectionError:
-            time.sleep(1)
-    tail = "\n".join(log.read_text().splitlines()[-15:])
-    what = "did not answer within 300 s" if server.poll() is None else f"ended with exit code {server.poll()}"
-    raise InputError(f"vllm serve {what}; the end of {log}:\n{tail}")
 
 
 def served_perplexity(client, tokenizer_directory: Path, text: Path, name: str = SERVED_NAME) -> float:
