@@ -7,7 +7,7 @@ from bench.report.comparison import Measure, comparison_chapter
 from bench.report.content import Chapter, Report
 from bench.report.offline import offline_chapter, offline_measures
 from bench.report.online import online_chapter, online_measures
-from bench.report.results import Result, read_results
+from bench.report.results import KINDS, Result, read_results
 from bench.report.write import write
 from pruned_vllm.common.errors import InputError
 
@@ -23,13 +23,24 @@ MEASURES: dict[str, Callable[[Result], list[Measure]]] = {
 
 def results_report(results: Sequence[Result]) -> Report:
     """A chapter for each result."""
-    chapters = [CHAPTERS[result.kind](result, f"r{number}") for number, result in enumerate(results, 1)]
+    chapters = []
+    for number, result in enumerate(results, 1):
+        try:
+            chapters.append(CHAPTERS[result.kind](result, f"r{number}"))
+        except KeyError as error:
+            raise InputError(f"{result.name} lacks the key {error}, which every {result.kind} result has") from None
     return Report("How much faster is the pruned model?", chapters)
 
 
 def write_report(paths: Sequence[Path], directory: Path) -> tuple[Path, Path]:
     """Reads result files and writes DIRECTORY/report.md and report.html. Raises InputError before it writes."""
     return write(results_report(read_results(paths)), directory)
+
+
+def report_beside(path: Path) -> tuple[Path, Path]:
+    """Writes the report of a new result into its directory, with those that other benchmarks have left there."""
+    others = [path.with_name(kind.file_name) for kind in KINDS.values()]
+    return write_report([path, *(other for other in others if other != path and other.exists())], path.parent)
 
 
 def comparison_report(first: Result, second: Result) -> tuple[Report, list[str]]:

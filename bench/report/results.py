@@ -3,17 +3,32 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.speed.statistics import speedup_statistics
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 
-# The key that tells a kind, and the benchmark that writes it.
+
+class Kind(NamedTuple):
+    """How a kind of result is known.
+
+    Attributes:
+        key: the list that this kind has.
+        member: a key of its members that no other kind's have.
+        writer: the benchmark that writes it, as file_name.
+    """
+
+    key: str
+    member: str
+    writer: str
+    file_name: str
+
+
 KINDS = {
-    "offline": ("cases", "bench/e2e_speedup.py"),
-    "online": ("scenarios", "bench/online_speedup.py"),
-    "sweep": ("cells", "bench/sweep.py"),
+    "offline": Kind("cases", "of_ideal", "bench/e2e_speedup.py", "e2e_speedup.json"),
+    "online": Kind("scenarios", "speedups", "bench/online_speedup.py", "online_speedup.json"),
+    "sweep": Kind("cells", "keep", "bench/sweep.py", "sweep.json"),
 }
 
 
@@ -48,11 +63,14 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 def kind_of(content: Mapping[str, Any]) -> str:
     """A key of KINDS. Raises InputError."""
-    for kind, (key, _) in KINDS.items():
-        if isinstance(content.get(key), list) and content[key]:
-            return kind
-    known = ", ".join(f"{writer} ({key})" for key, writer in KINDS.values())
-    raise InputError(f"this is no result of a benchmark that has reports: it has none of the lists of {known}")
+    for name, kind in KINDS.items():
+        members = content.get(kind.key)
+        if isinstance(members, list) and members and kind.member in members[0]:
+            return name
+    known = ", ".join(f"{kind.writer} ({kind.key})" for kind in KINDS.values())
+    raise InputError(
+        f"this is no result of a benchmark that has reports: there is no list of what was measured, as in {known}"
+    )
 
 
 def with_interval(case: Mapping[str, Any]) -> dict[str, Any]:

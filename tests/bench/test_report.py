@@ -11,7 +11,7 @@ from helpers import speed_results
 
 from bench.report.__main__ import main as report
 from bench.report.markdown import escaped
-from bench.report.reports import write_report
+from bench.report.reports import report_beside, write_report
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 VOID_TAGS = {"meta", "link", "br", "img", "input", "hr"}
@@ -166,7 +166,7 @@ def test_a_sceptic_finds_what_online_measured(tmp_path):
 
 def test_what_is_no_result_is_refused_and_nothing_written(tmp_path, capsys):
     (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "other.json").write_text('{"cases": []}')
+    (tmp_path / "other.json").write_text('{"cases": [{"problems": []}]}')
     good = write(tmp_path, good=speed_results.offline())
     paths = [*good, tmp_path / "broken.json", tmp_path / "other.json", tmp_path / "absent.json"]
     assert report([*map(str, paths), "--output-dir", str(tmp_path / "report")]) == 2
@@ -246,3 +246,11 @@ def test_other_kinds_are_not_compared(tmp_path, capsys):
     paths = map(str, write(tmp_path, a=speed_results.offline(), b=speed_results.online()))
     assert report(["--compare", *paths, "--output-dir", str(tmp_path / "report")]) == 2
     assert "compare equal kinds" in capsys.readouterr().err
+
+
+def test_a_benchmark_reports_what_others_left_beside_it(tmp_path):
+    paths = write(tmp_path, online_speedup=speed_results.online(), e2e_speedup=speed_results.offline())
+    markdown, html = report_beside(paths[1])
+    assert markdown.parent == html.parent == tmp_path
+    chapters = re.findall(r"^## (\w+)", markdown.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert chapters == ["Offline", "Online"], "its own first"

@@ -3,7 +3,7 @@
 import copy
 import random
 
-from bench.speed.setting import describe_layer
+from bench.speed.results import describe_layer
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.formats.layer import LayerGeometry
 
