@@ -8,16 +8,19 @@ from bench.report.content import Chapter, Report
 from bench.report.offline import offline_chapter, offline_measures
 from bench.report.online import online_chapter, online_measures
 from bench.report.results import KINDS, Result, read_results
+from bench.report.sweep import sweep_chapter, sweep_measures
 from bench.report.write import write
 from pruned_vllm.common.errors import InputError
 
 CHAPTERS: dict[str, Callable[[Result, str], Chapter]] = {
     "offline": offline_chapter,
     "online": online_chapter,
+    "sweep": sweep_chapter,
 }
 MEASURES: dict[str, Callable[[Result], list[Measure]]] = {
     "offline": offline_measures,
     "online": online_measures,
+    "sweep": sweep_measures,
 }
 
 

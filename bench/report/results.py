@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 KINDS = {
     "offline": Kind("cases", "of_ideal", "bench/e2e_speedup.py", "e2e_speedup.json"),
     "online": Kind("scenarios", "speedups", "bench/online_speedup.py", "online_speedup.json"),
-    "sweep": Kind("cells", "keep", "bench/sweep.py", "sweep.json"),
+    "sweep": Kind("cells", "sparsity", "python -m bench.sweep", "sweep.json"),
 }
 
 
