@@ -36,8 +36,13 @@ class Measure:
 
     @property
     def text(self) -> str:
-        interval = "" if self.low is None else f" ({self.low:,.4g} to {self.high:,.4g})"
-        return f"{self.value:,.4g} {self.unit}{interval}"
+        interval = "" if self.low is None or self.high is None else f" ({_short(self.low)} to {_short(self.high)})"
+        return f"{_short(self.value)} {self.unit}{interval}"
+
+
+def _short(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def verdict(before: Measure, after: Measure) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.report.agreement import agreement_chapters
 from bench.report.comparison import Measure, comparison_chapter
 from bench.report.content import Chapter, Report
 from bench.report.offline import offline_chapter, offline_measures
@@ -25,13 +26,14 @@ MEASURES: dict[str, Callable[[Result], list[Measure]]] = {
 
 
 def results_report(results: Sequence[Result]) -> Report:
-    """A chapter for each result."""
+    """A chapter for each result, and one about whether they agree."""
     chapters = []
     for number, result in enumerate(results, 1):
         try:
             chapters.append(CHAPTERS[result.kind](result, f"r{number}"))
         except KeyError as error:
             raise InputError(f"{result.name} lacks the key {error}, which every {result.kind} result has") from None
+    chapters += agreement_chapters(results)
     return Report("How much faster is the pruned model?", chapters)
 
 

@@ -27,8 +27,9 @@ def sweep_chapter(result: Result, key: str) -> Chapter:
     """`key` begins the ids of its figures."""
     content = result.content
     sections = [Section("Speedup against ideal", _speedup_blocks(content["cells"], key))]
-    if any(cell.get("paper") for cell in content["cells"]):
-        sections.append(Section("Beside the paper's figures", _paper_blocks(content["cells"])))
+    sources = [cell["paper"]["source"] for cell in content["cells"] if cell.get("paper")]
+    if sources:
+        sections.append(Section("Beside the paper's figures", _paper_blocks(content["cells"], sources[0])))
     sections += [
         Section("How it was measured", [Text(_method(content)), Text(IDEAL)]),
         setting_section(content),
@@ -54,7 +55,7 @@ def _speedup_blocks(cells: Sequence[Cell], key: str) -> list[Block]:
     header = (
         "cell",
         "case",
-        "removed of all",
+        "parameters removed",
         "speedup (95 % interval)",
         "ideal",
         "of ideal",
@@ -123,24 +124,25 @@ def _draw(axes, cells: Sequence[Cell], number: int, title: str, legend: bool) ->
         axes.errorbar(places, speedups, yerr=whiskers, fmt=marker, label=pattern, **style)
     axes.set_title(title)
     axes.set_ylabel("speedup")
-    axes.set_ylim(bottom=0)
+    highest = max([*ideals.values(), *(cell["cases"][number]["speedup"] for cell in cells)])
+    axes.set_ylim(0, 1.12 * highest)
     axes.grid(linewidth=0.6)
     if legend:
-        axes.legend(loc="upper left", fontsize=8, handletextpad=0.4, borderaxespad=0.2)
+        axes.legend(loc="lower right", ncols=2, fontsize=8, handletextpad=0.4, borderaxespad=0.2)
 
 
-def _paper_blocks(cells: Sequence[Cell]) -> list[Block]:
+def _paper_blocks(cells: Sequence[Cell], source: str) -> list[Block]:
     text = (
-        "The paper's figures are requests per second of 1,000 ShareGPT prompts under vLLM on its own GPU, over those "
-        "of the dense model. Ours are ratios of single cases, so the two need not be equal; the ideal says what a case "
-        "allows. A dash: the paper prints nothing there. Ideal at full depth: what the case allows the model with all "
-        "its layers, where some were cut to fit into this machine."
+        f"The figures of {source} are requests per second of 1,000 ShareGPT prompts under vLLM on its own GPU, over "
+        "those of the dense model. Ours are ratios of single cases, so the two need not be equal; the ideal says what "
+        "a case allows. A dash: the paper prints nothing there. Ideal at full depth: what the case allows the model "
+        "with all its layers, where some were cut to fit into this machine."
     )
     rows = []
     for cell in cells:
         depth = f"{cell['num_hidden_layers']} of {cell['full_num_hidden_layers']}"
         paper = cell.get("paper")
-        printed = f"{paper['speedup']:.2f}x, {paper['device']} ({paper['where']})" if paper else "-"
+        printed = f"{paper['speedup']:.2f}x, {paper['device']}, {paper['where']}" if paper else "-"
         for case in cell["cases"]:
             full = case.get("full_depth_ideal_speedup") or case["ideal_speedup"]
             ideals = (f"{case['ideal_speedup']:.2f}x", f"{full:.2f}x")

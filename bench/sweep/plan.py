@@ -17,8 +17,8 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 GIB = 2**30
 ELEMENT_BYTES = 2  # bfloat16
-ENGINE_BYTES = 1.5 * GIB  # of an engine, whatever its model: libraries, activations, compiled code
-USABLE = 0.75  # of the machine's memory, which should be quiet; the same at every start, so that sweeps go on
+ENGINE_BYTES = 1.25 * GIB  # of an engine, whatever its model: two processes with their libraries, compiled code
+USABLE = 0.8  # of the machine's memory, which should be quiet; the same at every start, so that sweeps go on
 SMALLEST_DEPTH = 4  # layers; with fewer, lm_head would take most of the time
 
 

@@ -6,7 +6,7 @@
                 "cases": [{"name", "speedup", "speedup_low", "speedup_high", "ideal_speedup", "of_ideal", "warnings",
                            "full_depth_ideal_speedup": of the model with all its layers,
                            "of_uniform": {"speedup", "speedup_low", "speedup_high", ...}: of ragged cells}],
-                "paper": {"where", "device", "speedup"} or null}],
+                "paper": {"source", "where", "device", "speedup"} or null}],
      "models": {model: {"dense" or the name of a cell: parameters}},
      "settings", "versions", "hardware", "machine", "date", "command"}
 
@@ -85,4 +85,4 @@ def printed(cell: Cell) -> dict | None:
     found = PRINTED.get(cell.model)
     if found is None or cell.sparsity not in found.speedups:
         return None
-    return {"where": f"{PAPER}, {found.where}", "device": found.device, "speedup": found.speedups[cell.sparsity]}
+    return {"source": PAPER, "where": found.where, "device": found.device, "speedup": found.speedups[cell.sparsity]}

@@ -253,4 +253,27 @@ def test_a_benchmark_reports_what_others_left_beside_it(tmp_path):
     markdown, html = report_beside(paths[1])
     assert markdown.parent == html.parent == tmp_path
     chapters = re.findall(r"^## (\w+)", markdown.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert chapters == ["Offline", "Online"], "its own first"
+    assert chapters[:2] == ["Offline", "Online"], "its own first"
+
+
+def agreement(directory: Path, offline: float, online: float, saturation: float) -> list[str]:
+    """Verdicts where decode of batch 8 gained `offline`, time per token of 8 requests at once `online`."""
+    content, traffic = speed_results.offline(offline), speed_results.online()
+    for scenario in traffic["scenarios"]:
+        if scenario["kind"] == "concurrency":
+            scenario.update(value=8.0, name="concurrency:8")
+            scenario["speedups"]["tpot_p50_ms"] = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), online)
+        scenario["speedups"]["requests_per_s"] = dict.fromkeys(("speedup", "speedup_low", "speedup_high"), saturation)
+    _, markdown = page_of(directory, offline=content, online=traffic)
+    table = markdown.partition("Do online and offline agree?")[2]
+    return [row.strip("| ").split(" | ")[-1] for row in table.splitlines() if "decode:8" in row]
+
+
+def test_online_and_offline_are_set_side_by_side(tmp_path):
+    assert agreement(tmp_path, 1.6, 1.6, 1.6) == ["agree", "agree"]
+    assert agreement(tmp_path, 1.6, 1.7, 1.7) == ["more, as larger batches allow", "ONLINE GAINS MORE"]
+    assert agreement(tmp_path, 1.6, 1.5, 1.5) == ["ONLINE GAINS LESS", "ONLINE GAINS LESS"]
+    other = speed_results.online()
+    other["models"]["dense"]["parameters"] += 1
+    _, markdown = page_of(tmp_path, offline=speed_results.offline(), online=other)
+    assert "agree?" not in markdown, "other models"
