@@ -72,7 +72,7 @@ def test_speedup_benchmark_on_converted_model(learned, pico):
     results = learned / "results"
     run(
         *(sys.executable, Path("bench") / "e2e_speedup.py", "--dense", pico, "--pruned", learned / "out"),
-        *("--output-dir", results, "--repeats", 1, "--cases", "decode:2:8:4", "prefill:1:16"),
+        *("--output-dir", results, "--eager", "--repeats", 1, "--cases", "decode:2:8:4", "prefill:1:16"),
         cwd=Path(__file__).parents[1],
     )
     report = json.loads((results / "e2e_speedup.json").read_text())
@@ -88,6 +88,9 @@ def test_speedup_benchmark_on_converted_model(learned, pico):
         assert case["ideal_speedup"] > 1 and case["speedup"] > 0
         for side in ("dense", "pruned"):
             assert case[side]["median_latency_s"] > 0 and case[side]["throughput_tokens_per_s"] > 0
+            assert 0 < case[side]["of_bandwidth"] < 1 and 0 < case[side]["of_gemm_rate"] < 1, "a limit that is passed"
+        assert "1 repeat gives no interval" in case["warnings"][0]
+    assert report["machine"]["threads"] >= 1 and report["settings"]["compile"] is False
     models = report["models"]
     assert models["pruned"]["kv_cache_tokens_per_gib"] > models["dense"]["kv_cache_tokens_per_gib"]
 

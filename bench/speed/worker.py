@@ -46,3 +46,13 @@ class Probe:
             return result
 
         runner.execute_model = delayed
+
+    def probe_record(self, profile: bool, skip: int) -> None:
+        """Starts to record the steps of this worker; see `bench.speed.profile.Recorder`."""
+        from bench.speed.profile import Recorder
+
+        self._recorder = Recorder(self.model_runner, profile, skip)
+
+    def probe_steps(self) -> list[dict]:
+        """Ends the recording and returns its steps."""
+        return self._recorder.stop()
