@@ -15,7 +15,7 @@ memory, for example) is not in it: `bench/e2e_speedup.py --null-test` shows how 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -59,7 +59,7 @@ def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
     return [first / second for first, second in zip(before, after, strict=True)]
 
 
-def speedup_statistics(before: Sequence[float], after: Sequence[float]) -> dict[str, float | None]:
+def speedup_statistics(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """The median of the paired ratios before / after, its quartiles and its 95 % interval.
 
     Args:
@@ -86,7 +86,7 @@ def drift(values: Sequence[float]) -> Drift:
     return Drift(float(slope) * (len(values) - 1) / median(values), float(stats.kendalltau(places, values).pvalue))
 
 
-def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[str, float | None]) -> list[str]:
+def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[str, Any]) -> list[str]:
     """What makes this speedup doubtful, with what to do about it; empty where nothing does.
 
     Args:
@@ -96,7 +96,7 @@ def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[s
     first, second = list(samples)[:2]
     repeats, speedup = len(samples[first]), statistics["speedup"]
     low, high = statistics["speedup_low"], statistics["speedup_high"]
-    if speedup is None or low is None or high is None:
+    if low is None:
         return [f"{repeats} repeat gives no interval: choose more --repeats"]
     found = []
     if (width := (high - low) / speedup) > WIDEST_INTERVAL:
