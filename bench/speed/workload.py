@@ -111,7 +111,7 @@ def text_requests(lengths: Sequence[Lengths], tokenizer_directory: Path, seed: i
     from bench.pico import corpus
 
     text, _ = corpus()
-    ids = AutoTokenizer.from_pretrained(tokenizer_directory)(text, add_special_tokens=False).input_ids
+    ids = AutoTokenizer.from_pretrained(tokenizer_directory)(text, add_special_tokens=False, verbose=False).input_ids
     starts = random.Random(seed)
     requests = []
     for input_len, output_len in lengths:
