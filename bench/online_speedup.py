@@ -28,7 +28,8 @@ if not __package__:  # run as a script: search the repository root instead of be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.speed.memory import DEFAULT_KV_CACHE_BYTES, GIB, Share, both_fit, share_memory, weights_bytes
-from bench.speed.setting import describe_hardware, describe_model, describe_versions, read_models
+from bench.speed.results import describe_hardware, describe_model, describe_versions
+from bench.speed.setting import read_models
 from bench.speed.traffic import Scenario, goodput_target
 from bench.speed.workload import (
     Request,
@@ -199,7 +200,8 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> None:
     chosen = scenarios(args)
     check_serve_arguments(arguments)
     directories = dict(zip(NAMES, (args.dense, args.pruned), strict=True))
-    models = read_models(args.dense, args.pruned, args.max_model_len or 1, args.load_format)
+    options = {f"--{name}": directory for name, directory in directories.items()}
+    models = read_models(options, args.max_model_len or 1, args.load_format)
     geometries = dict(zip(NAMES, models, strict=True))
     configs = [read_json(directory / "config.json") for directory in directories.values()]
     limits = [config.get("max_position_embeddings") or LARGEST_CONTEXT for config in configs]

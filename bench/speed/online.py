@@ -47,7 +47,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.speed.engines import SETTLE_SECONDS
-from bench.speed.ideal import Case, decode_step_bytes, prefill_flops
+from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
 from bench.speed.server import Server, console, running_server, start_times
 from bench.speed.statistics import speedup_statistics
@@ -235,10 +235,10 @@ def ideal_speedups(
     """
 
     def flops(geometry: ModelGeometry) -> float:
-        return sum(prefill_flops(geometry, Case("prefill", 1, input_len, 1)) for input_len, _ in lengths)
+        return sum(step_flops(geometry, Case("prefill", 1, input_len, 1)) for input_len, _ in lengths)
 
     def bytes_per_token(geometry: ModelGeometry, batch: float) -> float:
-        return decode_step_bytes(geometry, context_case(lengths, batch), element_bytes) / batch
+        return step_bytes(geometry, context_case(lengths, batch), element_bytes) / batch
 
     dense_batch, pruned_batch = batches
     dense_bytes = bytes_per_token(dense, dense_batch)

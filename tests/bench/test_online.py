@@ -12,7 +12,7 @@ import pytest
 from bench import online_speedup
 from bench.pico import pico_model
 from bench.speed import online
-from bench.speed.ideal import Case, decode_step_bytes, prefill_flops
+from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
 from bench.speed.online import Contestant, compare, context_case, ideal_speedups, scenario_record, serve_arguments
 from bench.speed.online_tables import scenarios_table, servers_table
@@ -169,12 +169,12 @@ def test_the_ideal_is_the_cost_of_prompts_and_of_tokens():
     lengths, batches = [(10, 20), (30, 60)], (2.0, 5.0)
     ideal = ideal_speedups(DENSE, PRUNED, lengths, batches, 2)
     prompts = [Case("prefill", 1, 10, 1), Case("prefill", 1, 30, 1)]
-    costs = [sum(prefill_flops(geometry, case) for case in prompts) for geometry in (DENSE, PRUNED)]
+    costs = [sum(step_flops(geometry, case) for case in prompts) for geometry in (DENSE, PRUNED)]
     assert ideal["prefill"] == costs[0] / costs[1] > 1
     # Of 80 output tokens 20 belong to an answer whose middle is at 10 + 10 tokens, 60 to one at 30 + 30.
     assert context_case(lengths, 2.0) == Case("decode", 2.0, (20 * 20 + 60 * 60) / 80, 0)
     dense, same, larger = (
-        decode_step_bytes(geometry, context_case(lengths, batch), 2) / batch
+        step_bytes(geometry, context_case(lengths, batch), 2) / batch
         for geometry, batch in ((DENSE, 2.0), (PRUNED, 2.0), (PRUNED, 5.0))
     )
     assert ideal["decode_same_batch"] == dense / same and ideal["decode"] == dense / larger > dense / same
