@@ -292,6 +292,9 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> None:
         "hardware": describe_hardware(),
     }
     console.print(servers_table(results["servers"]), scenarios_table(results["scenarios"]))
+    for scenario in results["scenarios"]:
+        for warning in scenario["warnings"]:
+            console.print(f"{scenario['name']}: {warning}")
     path = args.output_dir / "online_speedup.json"
     write_json(path, results)
     console.print(f"written: {path}")

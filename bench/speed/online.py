@@ -17,13 +17,13 @@
                      "dense": {"median": RUN, "runs": [RUN, ...]}, "pruned": {...},
                      "speedups": {"requests_per_s": {"speedup", "speedup_q1", "speedup_q3", "speedup_low",
                                                      "speedup_high"}, "ttft_p50_ms": {...}, ...},
-                     "ideal": {"prefill", "decode", "decode_same_batch"}}, ...],
+                     "ideal": {"prefill", "decode", "decode_same_batch"}, "warnings": ["noisy: ...", ...]}, ...],
       "versions": {...}, "hardware": {...}
     }
 
 A scenario is "saturation", "rate:2" (kind "rate", value 2.0: requests per second, Poisson) or "concurrency:4" (kind
 "concurrency", value 4.0). Run i of one side has run i of the other for a neighbour. A speedup above 1 is the pruned
-model's gain, also where less is better. It is null where a run has no such figure (goodput without a target).
+model's gain, also where less is better. It is null where a run has no such figure (goodput without a target) or has 0.
 
 RUN, all of them numbers or null: duration_s, requests_per_s, output_tokens_per_s, total_tokens_per_s,
 goodput_requests_per_s; ttft_, tpot_, itl_ and e2e_ with each of mean_ms, p50_ms, p90_ms and p99_ms; and from the
@@ -50,7 +50,7 @@ from bench.speed.engines import SETTLE_SECONDS
 from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
 from bench.speed.server import Server, console, running_server, start_times
-from bench.speed.statistics import speedup_statistics
+from bench.speed.statistics import noise_warnings, speedup_statistics
 from bench.speed.traffic import SERVED_NAME, Run, Scenario, drive, first_token, kv_cache_tokens
 from bench.speed.turns import Servers, schedule
 from bench.speed.workload import Lengths, Request
@@ -192,6 +192,9 @@ def scenario_record(
     batches = [run["mean_batch"] for run in medians.values()]
     speedups = {name: _speedup(pruned, dense, name) for name in MORE_IS_BETTER}
     speedups |= {name: _speedup(dense, pruned, name) for name in LESS_IS_BETTER}
+    # At a rate the arrival of requests decides how long a run takes.
+    judged = "e2e_mean_ms" if scenario.kind == "rate" else "duration_s"
+    samples = {name: [run[judged] for run in of_name] for name, of_name in runs.items()}
     return {
         "name": scenario.name,
         "kind": scenario.kind,
@@ -199,6 +202,7 @@ def scenario_record(
         **{name: {"median": medians[name], "runs": list(of_name)} for name, of_name in runs.items()},
         "speedups": speedups,
         "ideal": ideal_speedups(*geometries, lengths, batches, element_bytes) if all(batches) else None,
+        "warnings": noise_warnings(samples, speedup_statistics(*samples.values())),
     }
 
 
@@ -222,13 +226,16 @@ def ideal_speedups(
 ) -> dict[str, float]:
     """What a perfect runtime could gain on this workload, as the two figures between which its gain must lie.
 
-    A server's time goes into prompts, which cost arithmetic, and into tokens, which cost reading memory. How much into
-    which depends on the machine, so there is no single ideal; with an unlimited number of requests it lies between
+    A server's time goes into prompts, which cost arithmetic, and into output tokens, which cost reading memory. How
+    much into which depends on the machine, so no single ideal is given: at saturation it lies between
     - prefill: the FLOPs of all prompts, dense over pruned, and
     - decode: the bytes read for an output token, dense over pruned, each at the batch that its own server reached.
       A pruned model's cache of keys and values holds more sequences, so it reads its weights for more tokens at once.
-    decode_same_batch is the second figure without that: both at the dense server's batch. What a server gains at
-    saturation should be at least that, where decoding takes most of the time.
+    decode_same_batch is the second figure without that: both at the dense server's batch.
+
+    It takes for granted that decoding is bound by memory. A batch so large that arithmetic binds gains less from a
+    larger one. Below saturation the arrivals decide how many requests a second are served; the figures then bound what
+    a request's time can gain.
 
     Args:
         batches: output tokens per step of the dense and of the pruned server, as measured.

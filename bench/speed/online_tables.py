@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from bench.speed.report import _table as table
+from bench.speed.report import numbers_table
 
 GIB = 2**30
 # What a row of a scenario shows: its label, its key in RUN, its format.
@@ -25,7 +25,7 @@ ROWS = (
 def servers_table(servers: Mapping[str, Mapping]) -> Table:
     """Memory and start of each server; the first start counts, which found nothing compiled."""
     headers = ("weights\nGiB", "KV cache\ntokens", "peak\nGiB", "load\ns", "compile\ns", "ready\ns", "first\ntoken s")
-    shown = table("server", *headers)
+    shown = numbers_table("server", *headers)
     for name, server in servers.items():
         start = server["starts"][0]
         shown.add_row(
@@ -40,7 +40,7 @@ def servers_table(servers: Mapping[str, Mapping]) -> Table:
 
 def scenarios_table(scenarios: Sequence[Mapping]) -> Table:
     """Medians of both servers, the pruned model's gain with its 95 % interval, and the ideal ones."""
-    shown = table("scenario", "dense", "pruned", "speedup", "95 %\ninterval")
+    shown = numbers_table("scenario", "dense", "pruned", "speedup", "95 %\ninterval")
     for scenario in scenarios:
         shown.add_row(f"[bold]{scenario['name']}")
         for label, key, number_format in ROWS:

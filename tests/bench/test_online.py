@@ -137,7 +137,8 @@ def test_a_server_gets_what_the_user_says_and_its_share_of_the_memory():
 def run(requests_per_s: float, ttft: float, batch: float | None = 4.0, goodput: float | None = None) -> dict:
     latencies = {name: ttft for name in online.LESS_IS_BETTER}
     rates = {name: requests_per_s for name in online.MORE_IS_BETTER}
-    return {**rates, **latencies, "goodput_requests_per_s": goodput, "mean_batch": batch, "preemptions": 0}
+    others = {"duration_s": 12 / requests_per_s, "mean_batch": batch, "preemptions": 0}
+    return {**rates, **latencies, **others, "goodput_requests_per_s": goodput}
 
 
 def test_speedups_are_gains_of_the_pruned_model_whether_more_or_less_is_better():
@@ -150,6 +151,7 @@ def test_speedups_are_gains_of_the_pruned_model_whether_more_or_less_is_better()
     assert (speedups["requests_per_s"]["speedup_low"], speedups["requests_per_s"]["speedup_high"]) == (1.5, 1.5)
     assert speedups["goodput_requests_per_s"] is None and record["dense"]["median"]["goodput_requests_per_s"] is None
     assert record["dense"]["median"]["requests_per_s"] == 2 and len(record["pruned"]["runs"]) == 3
+    assert record["warnings"] == []
     assert 1 < record["ideal"]["decode_same_batch"] == record["ideal"]["decode"], "the batches are the same"
 
 
@@ -158,7 +160,8 @@ def test_a_figure_that_is_zero_or_missing_in_one_run_has_no_speedup():
     record = scenario_record(Scenario("saturation"), runs, (DENSE, PRUNED), [(10, 20)], element_bytes=2)
     assert record["speedups"]["goodput_requests_per_s"] is None
     unknown = {name: [run(2, 60, batch=None)] for name in ("dense", "pruned")}
-    assert scenario_record(Scenario("saturation"), unknown, (DENSE, PRUNED), [(10, 20)], 2)["ideal"] is None
+    record = scenario_record(Scenario("saturation"), unknown, (DENSE, PRUNED), [(10, 20)], 2)
+    assert record["ideal"] is None and record["warnings"] == ["1 repeat gives no interval: choose more --repeats"]
 
 
 def test_the_ideal_of_a_model_against_itself_is_one():

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,3 +114,10 @@ TWO_GPUS = """\
 )
 def test_a_log_says_how_long_the_phases_of_a_start_took(log, weights, compiled, init):
     assert start_times(log) == {"weights_load_s": weights, "compile_s": compiled, "init_engine_s": init}
+
+
+def test_gpu_memory_is_that_of_the_servers_processes(monkeypatch):
+    lines = "11, 500\n12, 250\n99, 4000\n"
+    monkeypatch.setattr(server_module.subprocess, "run", lambda *words, **options: SimpleNamespace(stdout=lines))
+    assert server_module._gpu_memory({11, 12, 13}) == 750 * 2**20
+    assert server_module._gpu_memory({13}) is None, "nvidia-smi does not see into this container"
