@@ -11,7 +11,7 @@ import pytest
 
 from bench import online_speedup
 from bench.pico import pico_model
-from bench.speed import online
+from bench.speed import online, plan
 from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
 from bench.speed.online import Contestant, compare, context_case, ideal_speedups, scenario_record, serve_arguments
@@ -96,12 +96,12 @@ def test_bad_input_is_refused_before_anything_is_written(options, message, model
     ],
 )
 def test_both_servers_get_one_dtype(stored, options, chosen):
-    assert online_speedup.choose_dtype([{"dtype": dtype} for dtype in stored], *options) == chosen
+    assert plan.choose_dtype([{"dtype": dtype} for dtype in stored], *options) == chosen
 
 
 def test_models_of_two_dtypes_need_an_option():
     with pytest.raises(InputError, match="--dense is stored in float16, --pruned in bfloat16; choose one with --dtype"):
-        online_speedup.choose_dtype([{"dtype": "float16"}, {"torch_dtype": "bfloat16"}], "auto", "auto")
+        plan.choose_dtype([{"dtype": "float16"}, {"torch_dtype": "bfloat16"}], "auto", "auto")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_models_of_two_dtypes_need_an_option():
     ],
 )
 def test_what_the_arguments_say_of_the_gpu(words, expected):
-    assert online_speedup.utilization(words) == expected
+    assert plan.utilization(words) == expected
 
 
 def test_a_server_gets_what_the_user_says_and_its_share_of_the_memory():
