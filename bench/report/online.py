@@ -21,8 +21,9 @@ PERCENTILES = ("p50", "p90", "p99")
 SIDES = ("dense", "pruned")
 GIB = 2**30
 IDEAL = (
-    "Ideal is a bracket of what a perfect runtime would gain, counted from sizes alone: bytes that decode steps read, "
-    "at the same batch and at the larger batch that the freed memory allows, and floating-point operations of prefill."
+    "Ideal is what a perfect runtime would gain, counted from sizes alone. It is a bracket: a server's time goes into "
+    "prompts, which cost floating-point operations, and into output tokens, which cost reading weights and KV cache; "
+    "how much into which depends on the machine. Bytes count at the batch that each server reached."
 )
 
 Scenario = Mapping[str, Any]
@@ -32,7 +33,8 @@ def online_chapter(result: Result, key: str) -> Chapter:
     """`key` begins the ids of its figures."""
     content = result.content
     scenarios = content["scenarios"]
-    warnings = [Warnings(content["warnings"])] if content.get("warnings") else []
+    doubts = [f"{scenario['name']}: {warning}" for scenario in scenarios for warning in scenario.get("warnings") or []]
+    warnings = [Warnings(doubts)] if doubts else []
     sections = [
         Section("Requests per second", [*warnings, *_throughput_blocks(scenarios, key)]),
         Section("Latency", _latency_blocks(scenarios, key)),
@@ -82,8 +84,8 @@ def _throughput_blocks(scenarios: Sequence[Scenario], key: str) -> list[Block]:
 
 def ideal_bracket(scenario: Scenario) -> tuple[float, float] | None:
     """From where to where the ideal lies; None where the result does not say."""
-    values = [value for value in (scenario.get("ideal") or {}).values() if value]
-    return (min(values), max(values)) if values else None
+    ideal = scenario.get("ideal")
+    return (min(ideal["prefill"], ideal["decode"]), max(ideal["prefill"], ideal["decode"])) if ideal else None
 
 
 def _runs(scenario: Scenario, side: str, figure: str) -> list[float]:
@@ -175,8 +177,8 @@ def _server_blocks(content: Mapping[str, Any]) -> list[Block]:
 
 STARTS = {
     "weights_load_s": "weights",
-    "model_load_s": "model",
     "compile_s": "compile",
+    "init_engine_s": "KV cache, compile, warm-up",
     "ready_s": "ready",
     "first_token_s": "first token",
 }

@@ -154,7 +154,8 @@ def test_a_sceptic_finds_what_online_measured(tmp_path):
     gain = content["scenarios"][0]["speedups"]["requests_per_s"]
     assert f"{gain['speedup']:.2f}x ({gain['speedup_low']:.2f} to {gain['speedup_high']:.2f})" in page.text
     assert (
-        "1.62 to 1.90x" in page.text
+        "1.70 to 1.90x" in page.text
+        and "rate:1: noisy: rate:1" in page.text
         and "54,321" in page.text
         and "77.7" in page.text
         and "vllm serve base" in page.text
