@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=positive_int, default=5, help="runs per case and engine after one warm-up; default: 5")
     add("--eager", action="store_true", help="no compilation; default: compiled, as vllm serve does")
     add("--dry-run", action="store_true", help="print cells, sizes, ideal speedups and the time needed, and stop")
-    add("--output-dir", type=Path, default=Path("results/sweep"), metavar="DIR", help="created; default: results/sweep")
+    add("--output-dir", type=Path, metavar="DIR", help="created; default: results/sweep, with --paper results/paper")
     return parser
 
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--paper has sparsities and widths of its own: leave --sparsities and --hidden-size out")
     if args.hidden_size and args.hidden_size % SMALLEST_HIDDEN_SIZE:
         parser.error(f"--hidden-size must be a multiple of {SMALLEST_HIDDEN_SIZE}, so that query groups come out even")
+    args.output_dir = args.output_dir or Path("results", "paper" if args.paper else "sweep")
     return run_command(parser.prog, lambda: _run(args, argv))
 
 
@@ -82,18 +83,18 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     )
     machine = plan.this_machine()
     cells = sweep_cells(args, machine)
-    if args.only:
-        cells = chosen(cells, args.only)
+    wanted = chosen(cells, args.only) if args.only else cells
     records = {} if args.dry_run else finished_cells(cells, setting, args.output_dir)
-    groups = plan.groups([cell for cell in cells if cell.name not in records], args.cases, machine.memory_bytes)
-    print_plan(cells, groups, setting, machine, done=records)
+    groups = plan.groups([cell for cell in wanted if cell.name not in records], args.cases, machine.memory_bytes)
+    print_plan(wanted, groups, setting, machine, done=records)
     if args.dry_run:
         return
     for group in groups:
         print(f"measuring {', '.join(cell.name for cell in group)}", flush=True)
         records |= measure_group(group, setting, args.output_dir)
     command = shlex.join(["python", "-m", "bench.sweep", *(sys.argv[1:] if argv is None else argv)])
-    _sum_up({"command": command, **summary(cells, records, args.align, args.paper)}, args.output_dir)
+    measured = [cell for cell in cells if cell.name in records]
+    _sum_up({"command": command, **summary(measured, records, args.align, args.paper)}, args.output_dir)
 
 
 def sweep_cells(args: argparse.Namespace, machine: plan.Machine) -> list[Cell]:
@@ -116,14 +117,12 @@ def print_plan(
     cells: Sequence[Cell], groups: Sequence[Sequence[Cell]], setting: Setting, machine: plan.Machine, done: dict
 ) -> None:
     """What will be measured, in which groups, and about how long it takes."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE, padding=0)
-    table.add_column("cell", no_wrap=True)
-    for header in ("layers", "dense", "pruned", *(f"ideal\n{case.name}" for case in setting.cases), "paper", "group"):
-        table.add_column(header, justify="right", no_wrap=True)
+    from bench.speed.report import numbers_table
+
+    ideals_of = [f"ideal\n{case.name}" for case in setting.cases]
+    table = numbers_table("cell", "layers", "dense", "pruned", *ideals_of, "paper", "group")
     numbers = {cell.name: str(number) for number, group in enumerate(groups, 1) for cell in group}
     for cell in cells:
         ideals = [ideal_speedup(cell.dense, cell.pruned, case, plan.ELEMENT_BYTES) for case in setting.cases]
@@ -149,10 +148,27 @@ def print_plan(
     print(f"about {total / 60:.0f} minutes in all, if this machine reaches {rates} per start of an engine", flush=True)
 
 
+def results_table(cells: Sequence[dict]):
+    """What was measured, a line for each cell and case."""
+    from bench.speed.report import numbers_table
+
+    table = numbers_table("cell", "case", "speedup", "95 %", "ideal", "of ideal", "ragged against\nuniform")
+    for cell in cells:
+        for case in cell["cases"]:
+            interval = f"{case['speedup_low']:.2f}-{case['speedup_high']:.2f}" if case["speedup_low"] else ""
+            against = f"{case['of_uniform']['speedup']:.2f}" if "of_uniform" in case else "-"
+            figures = f"{case['speedup']:.2f}x", interval, f"{case['ideal_speedup']:.2f}x", f"{case['of_ideal']:.2f}"
+            table.add_row(cell["name"], case["name"], *figures, against)
+    return table
+
+
 def _sum_up(results: dict, output_dir: Path) -> None:
+    from rich.console import Console
+
     from bench.report.reports import report_beside
     from bench.report.sweep import plot_sweep
 
+    Console(width=100).print(results_table(results["cells"]))
     path, plot_path = output_dir / "sweep.json", output_dir / "sweep.png"
     write_json(path, results)
     plot_sweep(results["cells"], plot_path)

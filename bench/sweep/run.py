@@ -1,5 +1,7 @@
 """Measures groups of cells, and keeps a JSON file of each cell so that a sweep can go on where it stopped."""
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -41,13 +43,13 @@ def finished_cells(cells: Sequence[Cell], setting: Setting, output_dir: Path) ->
 
 
 def plan_of(cell: Cell, setting: Setting) -> dict:
-    """All that decides what a cell measures, in values of JSON."""
+    """All that decides what a cell measures; a digest of both models' config.json."""
+    configs = json.dumps([cell.config, cell.pruned_config], sort_keys=True)
     return {
         "cases": [case.name for case in setting.cases],
         "repeats": setting.repeats,
         "compile": setting.compile,
-        "dense": cell.config,
-        "pruned": cell.pruned_config,
+        "configs": hashlib.sha256(configs.encode()).hexdigest()[:16],
     }
 
 

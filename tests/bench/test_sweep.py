@@ -215,7 +215,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(started, tmp_path, capsys):
     assert (tmp_path / "cells" / "mha_ragged_50.json").read_text() == first
     assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 9
     del started[:]
-    assert sweep(options) == 0 and started == []
+    assert sweep([*options, "--only", "moe_*"]) == 0 and started == []
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 9, "what others measured stays"
     assert "done" in capsys.readouterr().out
 
 
