@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from types import ModuleType, SimpleNamespace
 
@@ -11,6 +12,7 @@ from bench.speed import engines
 from bench.speed.engines import (
     engine_options,
     measure,
+    measure_in_rounds,
     probe_machine,
     random_prompts,
     running_engines,
@@ -110,6 +112,25 @@ def test_runs_are_interleaved_and_turn_round(monkeypatch):
     assert log == back + forth + back + forth
     # The first four runs warm up. Samples are by engine, whichever ran first.
     assert samples == {DECODE: [[4, 9, 12], [5, 8, 13]], PREFILL: [[6, 11, 14], [7, 10, 15]]}
+
+
+def test_rounds_start_engines_anew_in_the_opposite_order(monkeypatch):
+    log, clock = [], iter(range(100))
+
+    @contextmanager
+    def started(options):
+        log.append([engine["model"] for engine in options])
+        yield [engine["model"] for engine in options]
+
+    def run(names):
+        log.append(names)
+        return {DECODE: [[next(clock), next(clock)] for _ in names]}
+
+    monkeypatch.setattr(engines, "running_engines", started)
+    found = measure_in_rounds([{"model": "dense"}, {"model": "pruned"}], 3, run)
+    asked = ["dense", "pruned"]
+    assert log == [asked, asked, ["pruned", "dense"], asked, asked, asked], "who runs is who was asked for"
+    assert found == {DECODE: [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]}
 
 
 def test_prompts_are_the_same_for_every_engine():

@@ -51,12 +51,12 @@ def test_the_second_engine_is_slowed_for_the_second_half_alone(monkeypatch):
 
     def measured(engines, cases, vocab_size, repeats):
         log.append("measured")
-        return {CASE: times(1.1 if len(log) > 2 else 1.0, repeats=repeats)}
+        return {case: [[float(len(log))], [1.0]] for case in cases}
 
     monkeypatch.setattr(null_test, "measure", measured)
-    (record,) = null_test.null_test(engines, [CASE], 50, 7)
-    assert log == ["measured", (1, "probe_delay", SLOWDOWN), "measured", (1, "probe_delay", 0)]
-    assert record["passed"]
+    found = null_test.measure_equal_and_slowed(engines, [CASE], 50, 7)
+    assert log == ["measured", (1, "probe_delay", SLOWDOWN), "measured"]
+    assert found == {("equal", CASE): [[1.0], [1.0]], ("slowed", CASE): [[3.0], [1.0]]}
 
 
 def test_a_delayed_worker_does_the_same_and_waits_for_a_share_of_the_time_that_it_took(monkeypatch):
