@@ -99,8 +99,8 @@ def demo(output_dir: Path, sparsity: float, repeats: int) -> None:
     run(sys.executable, "-m", "bench.scale", output_dir / "out", output_dir / "scaled")
     directories = ["--dense", output_dir / "scaled" / "dense", "--pruned", output_dir / "scaled" / "pruned"]
     cases = ["--cases", "decode:1:32:64", "decode:8:32:64", "prefill:1:512"]
-    options = ["--load-format", "dummy", "--repeats", repeats, "--output-dir", output_dir / "results", *cases]
-    run(sys.executable, "-m", "bench.e2e_speedup", *directories, *options)
+    options = ["--load-format", "dummy", "--eager", "--repeats", repeats, "--output-dir", output_dir / "results"]
+    run(sys.executable, "-m", "bench.e2e_speedup", *directories, *options, *cases)
 
 
 def heading(text: str) -> None:
