@@ -11,7 +11,7 @@ from bench.report.results import Result
 SETTING_KEYS = ("models", "settings", "versions", "hardware")
 # What may differ between two results that are compared: where the files were, what is being worked on, and how long
 # was measured, which the intervals account for.
-HARMLESS = ("settings.repeats", "settings.confidence", "versions.pruned-vllm")
+HARMLESS = ("settings.repeats", "settings.rounds", "settings.confidence", "versions.pruned-vllm")
 LARGEST_MACHINE_CHANGE = 0.1  # of the rates that the machine itself was measured to reach
 MACHINE_RATES = {"bandwidth_gb_per_s": "memory bandwidth, GB/s", "gemm_tflop_per_s": "matrix products, TFLOP/s"}
 

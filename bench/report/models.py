@@ -104,6 +104,11 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """1 pair, 2 pairs"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def raw_section(result: Result) -> Section:
     name = result.name.replace("\\", "/").rsplit("/", 1)[-1]
     return Section("Raw result", [Raw(name, json.dumps(result.content, indent=1))])

@@ -7,7 +7,7 @@ from typing import Any
 from bench.report.comparison import Measure
 from bench.report.content import Block, Chapter, Figure, Fold, Section, Table, Text, Warnings
 from bench.report.figures import Gain, limits_figure, samples_figure, speedup_figure
-from bench.report.models import model_section, raw_section, setting_section
+from bench.report.models import counted, model_section, raw_section, setting_section
 from bench.report.results import Result, speedup_text, with_interval
 from bench.speed.statistics import median_interval, ratios
 
@@ -88,12 +88,14 @@ def all_warnings(content: Mapping[str, Any]) -> list[str]:
 
 
 def _method(content: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
-    repeats = len(cases[0]["dense"]["samples_s"])
+    pairs = counted(len(cases[0]["dense"]["samples_s"]), "pair")
     mode = "compiled, as vLLM serves by default" if content["settings"].get("compile") else "eager, without compilation"
+    rounds = content["settings"].get("rounds", 1)
+    again = f" All engines were started {rounds} times." if rounds > 1 else ""
     return (
         "Dense and pruned model were loaded into two vLLM engines on the same machine at the same time and ran the "
         f"same cases in turns ({mode}). Times are those of vLLM's engine core. A speedup is the median of the ratios "
-        f"of {repeats} pairs of neighbouring runs, so that a slow phase of the machine hits both sides."
+        f"of {pairs} of neighbouring runs, so that a slow phase of the machine hits both sides.{again}"
     )
 
 
@@ -127,7 +129,7 @@ def roofline_sections(content: Mapping[str, Any], cases: Sequence[Mapping[str, A
         for side, record in sides(case).items()
     ]
     header = ("case", "model", "step", "reads", "of bandwidth", "computes", "of GEMM rate")
-    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+    threads = counted(machine["threads"], "thread")
     limits = (
         f"This machine was measured to read {machine['bandwidth_gb_per_s']:,.1f} GB/s and to multiply "
         f"{machine['gemm_tflop_per_s']:,.3g} TFLOP/s in {machine['dtype']}, on {threads}, in the dense "
@@ -160,11 +162,12 @@ def _plugin_sections(cases: Sequence[Mapping[str, Any]]) -> list[Section]:
 def offline_measures(result: Result) -> list[Measure]:
     """The speedup of each case, and the time of each model in it."""
     found = []
+    rounds = result.content["settings"].get("rounds", 1)
     for case in map(with_interval, result.content["cases"]):
         low, high = case["speedup_low"], case["speedup_high"]
         found.append(Measure(f"{case['name']}, speedup", case["speedup"], "x", low, high, more_is_better=True))
         for side, record in sides(case).items():
             samples = [seconds * 1e3 for seconds in record["samples_s"]]
-            low, high = median_interval(samples) or (None, None)
+            low, high = median_interval(samples, rounds) or (None, None)
             found.append(Measure(f"{case['name']}, {side}", median(samples), "ms", low, high, more_is_better=False))
     return found

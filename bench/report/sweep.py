@@ -8,7 +8,7 @@ from typing import Any
 from bench.report.comparison import Measure
 from bench.report.content import Block, Chapter, Figure, Section, Table, Text, Warnings
 from bench.report.drawing import COLOURS, in_style, new_figure, to_svg
-from bench.report.models import raw_section, setting_section
+from bench.report.models import counted, raw_section, setting_section
 from bench.report.offline import IDEAL
 from bench.report.results import Result, speedup_text
 
@@ -155,11 +155,12 @@ def _paper_blocks(cells: Sequence[Cell], source: str) -> list[Block]:
 def _method(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
     mode = "compiled, as vLLM serves by default" if settings.get("compile") else "eager, without compilation"
+    pairs = counted(settings["repeats"] * settings["rounds"], "pair")
     return (
         "Several pruned models and their dense original were loaded into vLLM engines on the same machine at the "
-        f"same time and ran the same cases in turns ({mode}). A speedup is the median of the ratios of "
-        f"{settings['repeats']} pairs of neighbouring runs. Unpruned is the dense model through this project's class: "
-        "what it gains is no gain of pruning."
+        f"same time and ran the same cases in turns ({mode}). A speedup is the median of the ratios of {pairs} of "
+        "neighbouring runs. Unpruned is the dense model through this project's class: what it gains is no gain of "
+        "pruning."
     )
 
 

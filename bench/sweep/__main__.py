@@ -9,7 +9,8 @@
 Weights are random. Ragged keeps another share in every layer (bench/sweep/patterns.py); uniform has the same size and
 equal layers. At 0 % it is the dense model through the plugin's class, which tells what of a gain is not pruning. Each
 cell goes to a file in OUTPUT_DIR/cells as soon as its group of engines is done; the same command goes on where it was
-stopped. sweep.json, sweep.png, report.md and report.html sum up.
+stopped. sweep.json, sweep.png, report.md and report.html sum up. Two engines of one model differ by a few percent for
+as long as they live; --rounds starts all of them several times, and intervals then cover that.
 
 --paper keeps the real widths and cuts layers until the engines fit into memory; on a GPU that holds both models nothing
 is cut. The paper's figures are requests per second of ShareGPT prompts on its own GPU, ours are ratios of single cases.
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"decode:BATCH:INPUT:OUTPUT or prefill:BATCH:INPUT, in tokens; default: {' '.join(DEFAULT_CASES)}",
     )
     add("--repeats", type=positive_int, default=5, help="runs per case and engine after one warm-up; default: 5")
+    add("--rounds", type=positive_int, default=1, help="times that all engines are started anew; default: 1")
     add("--eager", action="store_true", help="no compilation; default: compiled, as vllm serve does")
     add("--dry-run", action="store_true", help="print cells, sizes, ideal speedups and the time needed, and stop")
     add("--output-dir", type=Path, metavar="DIR", help="created; default: results/sweep, with --paper results/paper")
@@ -79,7 +81,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     setting = Setting(
-        cases=args.cases, repeats=args.repeats, load_format="dummy", dtype="bfloat16", compile=not args.eager
+        cases=args.cases,
+        repeats=args.repeats,
+        rounds=args.rounds,
+        load_format="dummy",
+        dtype="bfloat16",
+        compile=not args.eager,
     )
     machine = plan.this_machine()
     cells = sweep_cells(args, machine)
@@ -138,7 +145,7 @@ def print_plan(
     Console(width=max(100, 60 + 16 * len(setting.cases))).print(table)
     total = 0.0
     for number, group in enumerate(groups, 1):
-        needed = plan.seconds(group, setting.cases, setting.repeats, setting.compile, machine)
+        needed = plan.seconds(group, setting, machine)
         total += needed
         memory = plan.group_bytes(group, setting.cases) / plan.GIB
         print(f"group {number}: {len(group) + 1} engines, {memory:.1f} GiB, about {needed / 60:.0f} minutes")

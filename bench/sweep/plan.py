@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bench.speed.engines import KV_BLOCK_TOKENS, SETTLE_SECONDS
 from bench.speed.ideal import Case, step_bytes, step_flops
+from bench.speed.setting import Setting
 from bench.sweep.cells import Cell
 from pruned_vllm.common.environment import cpu_features
 from pruned_vllm.common.errors import InputError
@@ -132,11 +133,12 @@ def _deepest(fits: Callable[[int], bool], full: int) -> int:
     return low
 
 
-def seconds(group: Sequence[Cell], cases: Sequence[Case], repeats: int, compile: bool, machine: Machine) -> float:
+def seconds(group: Sequence[Cell], setting: Setting, machine: Machine) -> float:
     """About how long a group takes."""
     geometries = [group[0].dense, *(cell.pruned for cell in group)]
-    run = sum(_case_seconds(geometry, case, machine) for geometry in geometries for case in cases)
-    return len(geometries) * machine.start_seconds[not compile] + run * (repeats + 1)
+    run = sum(_case_seconds(geometry, case, machine) for geometry in geometries for case in setting.cases)
+    starts = len(geometries) * machine.start_seconds[not setting.compile]
+    return setting.rounds * (starts + run * (setting.repeats + 1))
 
 
 def _case_seconds(geometry: ModelGeometry, case: Case, machine: Machine) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.speed.engines import measure, probe_machine, running_engines, through_plugin
+from bench.speed.engines import measure, measure_in_rounds, probe_machine, through_plugin
 from bench.speed.results import case_record, describe_model
 from bench.speed.setting import Setting
 from bench.sweep.cells import UNPRUNED, Cell
@@ -48,6 +48,7 @@ def plan_of(cell: Cell, setting: Setting) -> dict:
     return {
         "cases": [case.name for case in setting.cases],
         "repeats": setting.repeats,
+        "rounds": setting.rounds,
         "compile": setting.compile,
         "configs": hashlib.sha256(configs.encode()).hexdigest()[:16],
     }
@@ -56,12 +57,19 @@ def plan_of(cell: Cell, setting: Setting) -> dict:
 def measure_group(group: Sequence[Cell], setting: Setting, output_dir: Path) -> dict[str, dict]:
     """Runs a dense engine and one for each cell in turns; writes the cells' files and returns their records by name."""
     dense, started = group[0].dense, datetime.now(UTC).isoformat(timespec="seconds")
+    machine: dict = {}
+    dtypes: list = []
+
+    def run(engines: list) -> dict:
+        dtypes[:] = [engine.model_config.dtype for engine in engines]
+        if not machine:
+            machine.update(probe_machine(engines[0], dense, setting.cases))
+        return measure(engines, setting.cases, dense.vocab_size, setting.repeats)
+
     with tempfile.TemporaryDirectory() as directory:
         models = write_models(group, setting, Path(directory))
-        with running_engines(setting.engine_options(dense, models)) as engines:
-            dtype = engines[0].model_config.dtype
-            machine = probe_machine(engines[0], dense, setting.cases)
-            samples = measure(engines, setting.cases, dense.vocab_size, setting.repeats)
+        samples = measure_in_rounds(setting.engine_options(dense, models), setting.rounds, run)
+    dtype = dtypes[0]
     common = {**setting.describe(dtype), "machine": machine, "date": started}
     records = {}
     for number, cell in enumerate(group, 1):
@@ -73,6 +81,7 @@ def measure_group(group: Sequence[Cell], setting: Setting, output_dir: Path) -> 
                 geometries,
                 dtype.itemsize,
                 machine,
+                setting.rounds,
             )
             for case in setting.cases
         ]

@@ -39,7 +39,7 @@ def summary(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]], ali
             measured = {"name": case["name"], **{key: case[key] for key in COPIED}}
             measured["full_depth_ideal_speedup"] = full_depth_ideal(cell, Case.parse(case["name"]), align)
             if uniform is not None:
-                measured["of_uniform"] = of_uniform(case, uniform["cases"][index])
+                measured["of_uniform"] = of_uniform(case, uniform["cases"][index], record["settings"]["rounds"])
             cases.append(measured)
         dense, pruned = (record["models"][side]["parameters"] for side in ("dense", "pruned"))
         sizes = {"parameters": pruned, "dense_parameters": dense}
@@ -65,11 +65,11 @@ def _beside(record: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]])
     return other
 
 
-def of_uniform(ragged: Mapping[str, Any], uniform: Mapping[str, Any]) -> dict:
+def of_uniform(ragged: Mapping[str, Any], uniform: Mapping[str, Any], rounds: int) -> dict:
     """Speed of the ragged cell over that of the uniform one, as if they were of one size; pair by pair."""
     sizes = uniform["ideal_speedup"] / ragged["ideal_speedup"]
     as_large = [seconds * sizes for seconds in uniform["pruned"]["samples_s"]]
-    return speedup_statistics(as_large, ragged["pruned"]["samples_s"])
+    return speedup_statistics(as_large, ragged["pruned"]["samples_s"], rounds)
 
 
 def full_depth_ideal(cell: Cell, case: Case, align: int) -> float | None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench.speed import engines as engines_module
 from bench.speed import setting as setting_module
 from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.sweep import plan, run
@@ -152,7 +153,7 @@ def started(monkeypatch) -> list[list[str]]:
         return step_flops(geometry, case) / 1e11 * slower
 
     machine = {"bandwidth_gb_per_s": 10, "gemm_tflop_per_s": 0.1, "threads": 1, "dtype": "bfloat16"}
-    monkeypatch.setattr(run, "running_engines", running)
+    monkeypatch.setattr(engines_module, "running_engines", running)
     monkeypatch.setattr(run, "measure", measured)
     monkeypatch.setattr(run, "probe_machine", lambda *_: machine)
     monkeypatch.setattr(setting_module, "describe_hardware", lambda: {"cpu": "Imaginary 9000"})
@@ -190,7 +191,7 @@ KINDS = ("mha", "gqa", "moe")
 
 def test_nothing_removed_goes_through_the_plugins_class(started, tmp_path, monkeypatch):
     seen = {}
-    running = run.running_engines
+    running = engines_module.running_engines
 
     @contextmanager
     def watched(options):
@@ -198,7 +199,7 @@ def test_nothing_removed_goes_through_the_plugins_class(started, tmp_path, monke
             seen.update({run.Path(o["model"]).name: e.through for o, e in zip(options, engines, strict=True)})
             yield engines
 
-    monkeypatch.setattr(run, "running_engines", watched)
+    monkeypatch.setattr(engines_module, "running_engines", watched)
     assert sweep([*SMALL, "--only", "gqa_*", "--output-dir", str(tmp_path)]) == 0
     assert seen["dense"] == seen["gqa_uniform_50"] == "LlamaForCausalLM"
     assert seen["gqa_unpruned_0"] == seen["gqa_ragged_50"] == "PrunedLlamaForCausalLM"
@@ -225,10 +226,18 @@ def test_a_file_of_another_sweep_is_no_result_of_this_one(started, tmp_path, cap
     assert sweep(options) == 0
     before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
     del started[:]
-    for other in (["--repeats", "4"], ["--align", "16"], ["--eager"], ["--hidden-size", "512"]):
+    for other in (["--repeats", "4"], ["--rounds", "2"], ["--align", "16"], ["--eager"], ["--hidden-size", "512"]):
         assert sweep([*options, *other]) == 2
         assert "mha_ragged_50.json was measured with other sizes or settings" in capsys.readouterr().err
     assert started == [] and before == {path: path.read_text() for path in tmp_path.rglob("*.json")}
+
+
+def test_rounds_start_all_engines_anew_in_the_opposite_order(started, tmp_path):
+    options = [*SMALL, "--only", "mha_*_50", "--rounds", "2", "--output-dir", str(tmp_path)]
+    assert sweep(options) == 0
+    assert started == [["dense", "mha_uniform_50", "mha_ragged_50"], ["mha_ragged_50", "mha_uniform_50", "dense"]]
+    (case, _) = json.loads((tmp_path / "cells" / "mha_ragged_50.json").read_text())["cases"]
+    assert len(case["pruned"]["samples_s"]) == 6 and case["of_ideal"] == pytest.approx(1 / SLOWER)
 
 
 def test_a_dry_run_starts_and_writes_nothing(started, tmp_path, capsys):
