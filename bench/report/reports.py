@@ -1,6 +1,7 @@
 """Whole reports: a chapter for each result, or one result against another."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bench.report.agreement import agreement_chapters
@@ -43,9 +44,16 @@ def write_report(paths: Sequence[Path], directory: Path) -> tuple[Path, Path]:
 
 
 def report_beside(path: Path) -> tuple[Path, Path]:
-    """Writes the report of a new result into its directory, with those that other benchmarks have left there."""
-    others = [path.with_name(kind.file_name) for kind in KINDS.values()]
-    return write_report([path, *(other for other in others if other != path and other.exists())], path.parent)
+    """Writes the report of a new result into its directory, with those that other benchmarks have left there.
+
+    Of the others it takes what can be read: a file that is damaged must not spoil a measurement of hours.
+    """
+    results = read_results([path])
+    for kind in KINDS.values():
+        if kind.file_name != path.name:
+            with suppress(InputError):
+                results += read_results([path.with_name(kind.file_name)])
+    return write(results_report(results), path.parent)
 
 
 def comparison_report(first: Result, second: Result) -> tuple[Report, list[str]]:

@@ -255,6 +255,9 @@ def test_a_benchmark_reports_what_others_left_beside_it(tmp_path):
     assert markdown.parent == html.parent == tmp_path
     chapters = re.findall(r"^## (\w+)", markdown.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert chapters[:2] == ["Offline", "Online"], "its own first"
+    paths[0].write_text("{ half a fi")
+    markdown, _ = report_beside(paths[1])
+    assert "## Offline" in markdown.read_text(encoding="utf-8") and "Online" not in markdown.read_text(encoding="utf-8")
 
 
 def agreement(directory: Path, offline: float, online: float, saturation: float) -> list[str]:
