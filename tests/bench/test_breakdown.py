@@ -139,11 +139,14 @@ def test_an_operator_belongs_to_its_own_name_or_else_to_the_module_around_it():
     events += [event("aten::mul", norm), event("_C::rms_norm", forward), event("aten::view", attention, 0.25)]
     events += [event("_C::cpu_attn_reshape_and_cache", attention), event("aten::cat", forward)]
     events += [event("aten::mm", linear), event("aten::add"), event("aten::add", step)]
+    compiled = event("## Call CompiledFxGraph fmoexbmm ##", event("Torch-Compiled Region: 0/0", forward), 9)
+    events += [compiled, compiled.cpu_parent, event("graph_0_cpp_fused_add_rsqrt_3", compiled, 0.5)]
+    events += [event("aten::copy_", compiled, 0.5)]
     assert operator_seconds(events, "cpu") == {
         3: {
             "forward": {
-                **{"norms": 2.0, "attention op": 0.25, "KV-cache update": 1.0, "GEMMs": 1.5},
-                OTHER: 1.0,  # in no module; what is in no step or no phase does not count
+                **{"norms": 2.5, "attention op": 0.25, "KV-cache update": 1.0, "GEMMs": 1.5},
+                OTHER: 1.5,  # in no module; what is in no step or no phase does not count
             }
         }
     }
