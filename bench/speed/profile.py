@@ -168,8 +168,8 @@ def part_of(name: str) -> str | None:
 
 
 def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, dict[str, float]]]:
-    """Seconds of operators by step, phase and part; see PARTS. What phases, modules and calls take themselves is Python,
-    and not in it."""
+    """Seconds of operators by step, phase and part; see PARTS. What phases, modules and calls take themselves is
+    Python, and not in it."""
     found: dict[int, dict[str, dict[str, float]]] = {}
     for event in events:
         if event.name.startswith((STEP, PHASE, MODULE)) or CALLS.match(event.name):
