@@ -77,7 +77,7 @@ class Recorder:
 
     def stop(self) -> list[dict]:
         """Removes all timers. A record of each step: its "tokens", seconds by phase, and where it was profiled "ops":
-        {phase: {part: seconds}}."""
+        {phase: {part: {operator: seconds}}}."""
         for method in PHASES:
             self.runner.__dict__.pop(method, None)
         del self.runner.model.compute_logits
@@ -167,10 +167,10 @@ def part_of(name: str) -> str | None:
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
 
 
-def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, dict[str, float]]]:
-    """Seconds of operators by step, phase and part; see PARTS. What phases, modules and calls take themselves is
+def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, dict[str, dict[str, float]]]]:
+    """Seconds of operators by step, phase, part and name; see PARTS. What phases, modules and calls take themselves is
     Python, and not in it."""
-    found: dict[int, dict[str, dict[str, float]]] = {}
+    found: dict[int, dict[str, dict[str, dict[str, float]]]] = {}
     for event in events:
         if event.name.startswith((STEP, PHASE, MODULE)) or CALLS.match(event.name):
             continue
@@ -184,6 +184,7 @@ def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, 
             ancestor = ancestor.cpu_parent
         if ancestor is None or phase is None:
             continue
-        seconds = found.setdefault(int(ancestor.name.removeprefix(STEP)), {}).setdefault(phase, {})
-        seconds[part or OTHER] = seconds.get(part or OTHER, 0.0) + microseconds / 1e6
+        step = found.setdefault(int(ancestor.name.removeprefix(STEP)), {})
+        seconds = step.setdefault(phase, {}).setdefault(part or OTHER, {})
+        seconds[event.name] = seconds.get(event.name, 0.0) + microseconds / 1e6
     return found
