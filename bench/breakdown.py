@@ -135,8 +135,8 @@ def contestant_record(case: Case, runs: Sequence[Run], profiled_runs: Sequence[R
     step_s = seconds / case.num_steps
     phases = mean_of([step["phases"] for step in steps])
     profiled = [step for step in min(profiled_runs, key=lambda run: run[0])[1] if "ops" in step]
-    inside = [mean_of([step["ops"].get(phase, {}) for step in profiled]) for phase in ("forward", LOGITS)]
-    parts = {part: sum(ops.get(part, 0.0) for ops in inside) for part in (*PARTS, OTHER)}
+    operators = {part: operators_of(part, profiled) for part in (*PARTS, OTHER)}
+    parts = {part: sum(seconds.values()) for part, seconds in operators.items()}
     computed = phases.get("forward", 0.0) + phases.get(LOGITS, 0.0)
     parts[PYTHON] = computed - sum(parts.values())
     parts |= {phase: phases.get(phase, 0.0) for phase in WORKER_PHASES}
@@ -146,8 +146,16 @@ def contestant_record(case: Case, runs: Sequence[Run], profiled_runs: Sequence[R
         "step_s": step_s,
         "samples_s": [run_seconds / case.num_steps for run_seconds, _ in runs],
         "parts_s": parts,
+        "operators_s": {part: seconds for part, seconds in operators.items() if seconds},
         "profiled_forward_over_timed": (slow.get("forward", 0.0) + slow.get(LOGITS, 0.0)) / computed,
     }
+
+
+def operators_of(part: str, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of a step by operator of this part, the slowest first."""
+    inside = [mean_of([step["ops"].get(phase, {}).get(part, {}) for step in steps]) for phase in ("forward", LOGITS)]
+    seconds = {name: sum(phase.get(name, 0.0) for phase in inside) for phase in inside for name in phase}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def mean_of(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
