@@ -13,8 +13,9 @@ Prints a table for each case and writes breakdown.json to --output-dir. Columns 
 The parts of a step add up to it, since three of them are what is left: "scheduler, messages" is the engine's step
 without its worker, "rest of the worker" is the worker's time without the phases that are timed, and "Python and
 dispatch" the forward pass and the logits without operators. All but operators come from runs without a profiler;
-operators come from torch's, which makes small ones about a microsecond longer. Where Python and dispatch come out
-below 0, that much is unexplained. Compiled models are compiled with inductor's kernel profiling on.
+operators come from torch's, which makes small ones about a microsecond longer. Of --repeats runs of either kind the
+fastest counts. Where Python and dispatch come out below 0, that much is unexplained: then something else disturbed
+the machine. Compiled models are compiled with inductor's kernel profiling on.
 
 On a GPU, with --eager only, operators count with their time on the GPU, and every phase waits for the GPU. That has not
 been run.
@@ -43,6 +44,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 DEFAULT_CASES = ("decode:1:32:64", "prefill:1:512")
 ENGINE, PYTHON = "scheduler, messages", "Python and dispatch"
 WORKER_PHASES = ("input preparation", "attention metadata", "sampler", "rest of the worker")
+Run = tuple[float, list[dict]]  # seconds, as the engine times them, and the worker's records of the steps
 ROWS = (*PARTS, OTHER, PYTHON, *WORKER_PHASES, ENGINE)
 NARROW = 64  # hidden size and channels of the narrow model
 
@@ -101,17 +103,18 @@ def _check_platform(setting: Setting) -> None:
 def record_case(engines: Mapping[str, Any], case: Case, vocab_size: int, repeats: int) -> dict[str, dict]:
     """Times and profiles a case on all engines, in turns; by name see `contestant_record`."""
     prompts = random_prompts(case, vocab_size)
-    runs: dict[str, list[tuple[float, list[dict]]]] = {name: [] for name in engines}
+    runs: dict[str, list[Run]] = {name: [] for name in engines}
+    profiled: dict[str, list[Run]] = {name: [] for name in engines}
     for repeat in range(-1, repeats):  # -1 warms up
         for name in list(engines)[:: -1 if repeat % 2 else 1]:
-            run = _record(engines[name], case, prompts, profile=False)
+            found = [_record(engines[name], case, prompts, profile) for profile in (False, True)]
             if repeat >= 0:
-                runs[name].append(run)
-    profiles = {name: _record(engine, case, prompts, profile=True)[1] for name, engine in engines.items()}
-    return {name: contestant_record(case, runs[name], profiles[name]) for name in engines}
+                runs[name].append(found[0])
+                profiled[name].append(found[1])
+    return {name: contestant_record(case, runs[name], profiled[name]) for name in engines}
 
 
-def _record(engine: Any, case: Case, prompts: list[dict], profile: bool) -> tuple[float, list[dict]]:
+def _record(engine: Any, case: Case, prompts: list[dict], profile: bool) -> Run:
     """Seconds of a run, as the engine times it, and the worker's records of the steps that were timed."""
     first = 1 if case.kind == "decode" else 0  # before decode steps there is one that prefills
     engine.collective_rpc("probe_record", args=(profile, first))
@@ -122,21 +125,18 @@ def _record(engine: Any, case: Case, prompts: list[dict], profile: bool) -> tupl
     return seconds, [step for step in steps if step["tokens"]][first:]
 
 
-def contestant_record(
-    case: Case, runs: Sequence[tuple[float, list[dict]]], profiled: Sequence[Mapping[str, Any]]
-) -> dict:
+def contestant_record(case: Case, runs: Sequence[Run], profiled_runs: Sequence[Run]) -> dict:
     """What breakdown.json holds of a contestant: seconds of a step and its parts, which add up to it.
 
-    Args:
-        runs: seconds and steps of each run without profiler; the parts are those of the run of median length.
-        profiled: the steps of a run with profiler; those that have "ops" count.
+    The parts are those of the fastest run without profiler, their operators those of the fastest run with it, of the
+    steps that have "ops": parts of different runs belong together only where nothing else disturbed either.
     """
-    seconds, steps = sorted(runs, key=lambda run: run[0])[(len(runs) - 1) // 2]
+    seconds, steps = min(runs, key=lambda run: run[0])
     step_s = seconds / case.num_steps
     phases = mean_of([step["phases"] for step in steps])
-    profiled = [step for step in profiled if "ops" in step]
-    inside = [mean_of([step["ops"].get(phase, {}) for step in profiled]) for phase in ("forward", LOGITS)]
-    parts = {part: sum(ops.get(part, 0.0) for ops in inside) for part in (*PARTS, OTHER)}
+    profiled = [step for step in min(profiled_runs, key=lambda run: run[0])[1] if "ops" in step]
+    operators = {part: operators_of(part, profiled) for part in (*PARTS, OTHER)}
+    parts = {part: sum(seconds.values()) for part, seconds in operators.items()}
     computed = phases.get("forward", 0.0) + phases.get(LOGITS, 0.0)
     parts[PYTHON] = computed - sum(parts.values())
     parts |= {phase: phases.get(phase, 0.0) for phase in WORKER_PHASES}
@@ -146,8 +146,16 @@ def contestant_record(
         "step_s": step_s,
         "samples_s": [run_seconds / case.num_steps for run_seconds, _ in runs],
         "parts_s": parts,
+        "operators_s": {part: seconds for part, seconds in operators.items() if seconds},
         "profiled_forward_over_timed": (slow.get("forward", 0.0) + slow.get(LOGITS, 0.0)) / computed,
     }
+
+
+def operators_of(part: str, steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of a step by operator of this part, the slowest first."""
+    inside = [mean_of([step["ops"].get(phase, {}).get(part, {}) for step in steps]) for phase in ("forward", LOGITS)]
+    seconds = {name: sum(phase.get(name, 0.0) for phase in inside) for phase in inside for name in phase}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def mean_of(records: Sequence[Mapping[str, float]]) -> dict[str, float]:

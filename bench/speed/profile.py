@@ -49,6 +49,8 @@ PARTS = {
     "embedding": r"embedding|Embedding",
 }
 OTHER = "other operators"
+# Events around calls of what torch compiled: no operators, but Python and dispatch. Their names hold random letters.
+CALLS = re.compile(r"## Call |Torch-Compiled |TorchDynamo |Pregraph |AOTDispatcher ")
 
 
 class Recorder:
@@ -75,7 +77,7 @@ class Recorder:
 
     def stop(self) -> list[dict]:
         """Removes all timers. A record of each step: its "tokens", seconds by phase, and where it was profiled "ops":
-        {phase: {part: seconds}}."""
+        {phase: {part: {operator: seconds}}}."""
         for method in PHASES:
             self.runner.__dict__.pop(method, None)
         del self.runner.model.compute_logits
@@ -165,23 +167,24 @@ def part_of(name: str) -> str | None:
     return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
 
 
-def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, dict[str, float]]]:
-    """Seconds of operators by step, phase and part; see PARTS. What phases and modules take themselves is Python, and
-    not in it."""
-    found: dict[int, dict[str, dict[str, float]]] = {}
+def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, dict[str, dict[str, float]]]]:
+    """Seconds of operators by step, phase, part and name; see PARTS. What phases, modules and calls take themselves is
+    Python, and not in it."""
+    found: dict[int, dict[str, dict[str, dict[str, float]]]] = {}
     for event in events:
-        if event.name.startswith((STEP, PHASE, MODULE)):
+        if event.name.startswith((STEP, PHASE, MODULE)) or CALLS.match(event.name):
             continue
         microseconds = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         part, phase, ancestor = part_of(event.name), None, event.cpu_parent
         while ancestor is not None and not ancestor.name.startswith(STEP):
             if ancestor.name.startswith(PHASE):
                 phase = phase or ancestor.name.removeprefix(PHASE)
-            elif part is None:
+            elif part is None and not CALLS.match(ancestor.name):
                 part = part_of(ancestor.name.removeprefix(MODULE))
             ancestor = ancestor.cpu_parent
         if ancestor is None or phase is None:
             continue
-        seconds = found.setdefault(int(ancestor.name.removeprefix(STEP)), {}).setdefault(phase, {})
-        seconds[part or OTHER] = seconds.get(part or OTHER, 0.0) + microseconds / 1e6
+        step = found.setdefault(int(ancestor.name.removeprefix(STEP)), {})
+        seconds = step.setdefault(phase, {}).setdefault(part or OTHER, {})
+        seconds[event.name] = seconds.get(event.name, 0.0) + microseconds / 1e6
     return found

@@ -116,7 +116,7 @@ def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[s
     if (width := (high - low) / speedup) > WIDEST_INTERVAL:
         found.append(
             f"noisy: the 95 % interval of the speedup spans {width:.1%} of it, more than {WIDEST_INTERVAL:.0%}; stop "
-            f"other work on the machine, or choose more than {repeats} --repeats"
+            f"other work on the machine, or choose more --repeats than gave these {repeats} pairs"
         )
     trends = {f"times of {name}": values for name, values in samples.items()}
     trends["speedup"] = ratios(samples[first], samples[second])
@@ -124,7 +124,7 @@ def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[s
         change, p_value = drift(values)
         if abs(change) > LARGEST_DRIFT and p_value < DRIFT_P_VALUE:
             found.append(
-                f"drift: {name} changed by {change:+.1%} from the first to the last of {repeats} repeats; something "
+                f"drift: {name} changed by {change:+.1%} from the first to the last of {repeats} runs; something "
                 "warms up or throttles: wait until the machine is quiet and cool, then repeat"
             )
     return found

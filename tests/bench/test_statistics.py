@@ -87,7 +87,7 @@ def warnings_of(dense: list[float], pruned: list[float]) -> list[str]:
 def test_noise_is_called_noise(noise, words):
     found = warnings_of(*noisy_pairs(1.5, noise, 7))
     assert [warning.split(":")[0] for warning in found] == words
-    assert all("more than 7 --repeats" in warning for warning in found)
+    assert all("choose more --repeats than gave these 7 pairs" in warning for warning in found)
 
 
 @pytest.mark.parametrize(
