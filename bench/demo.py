@@ -8,24 +8,20 @@ about 0.5 billion parameters with random weights and the learned pattern of widt
 """
 
 import argparse
-import math
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from bench.commands import console, run, script
+from bench.served_text import served_perplexity
 from bench.speed.server import served
-from learner.model.perplexity import EVAL_BLOCK_SIZE
 from pruned_vllm.common.arguments import fraction, positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 
 SERVED_NAME = "pico-llama-pruned"
-console = Console(highlight=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,13 +48,16 @@ def demo(output_dir: Path, sparsity: float, repeats: int) -> None:
 
     heading("1. A small Llama, trained on the English that ships with Python")
     run(sys.executable, "-m", "bench.pico", "llama")
+    from transformers import AutoTokenizer
+
     from bench.pico import pico_model
+    from learner.data.reading import tokenize_files
 
     model = pico_model("llama")
 
     heading("2. Learn masks: DDP, and two baselines of the same budget")
     text, heldout = model / "train.txt", model / "heldout.txt"
-    learn = [command("learn-masks"), "--overwrite", model]
+    learn = [script("learn-masks"), "--overwrite", model]
     budget = ["--sparsity", sparsity, "--eval-data", heldout]
     # The paper takes 1000 steps. To meet the budget within 300, its multiplier must grow faster.
     small = ["--steps", 300, "--batch-size", 8, "--sequence-length", 128, "--lambda2-learning-rate", 1.6]
@@ -67,14 +66,15 @@ def demo(output_dir: Path, sparsity: float, repeats: int) -> None:
         run(*learn, output_dir / f"ckpt-{method}", *budget, "--method", method)
 
     heading("3. Convert: fold the masks into the weights, cut out what they remove")
-    run(command("convert-pruned"), output_dir / "ckpt", output_dir / "out", "--overwrite")
+    run(script("convert-pruned"), output_dir / "ckpt", output_dir / "out", "--overwrite")
 
     heading("4. Serve it: vllm serve, asked through the OpenAI client")
+    heldout_ids = tokenize_files(AutoTokenizer.from_pretrained(model), [heldout]).tolist()
     with served(output_dir / "out", output_dir / "server.log", SERVED_NAME) as client:
         prompt = "The built-in function open() returns a file object and"
         answer = client.completions.create(model=SERVED_NAME, prompt=prompt, max_tokens=40, temperature=0)
         console.print(f"[bold]{prompt}[/bold]{answer.choices[0].text}")
-        converted = served_perplexity(client, model, heldout)
+        converted = served_perplexity(client, SERVED_NAME, heldout_ids)
 
     heading("5. Perplexity on held-out text: the served model is the masked model")
     results = {name: learning_results(output_dir / f"ckpt{name}") for name in ("", "-magnitude", "-random")}
@@ -107,45 +107,8 @@ def heading(text: str) -> None:
     console.rule(f"[bold]{text}", align="left")
 
 
-def command(name: str) -> Path:
-    """A console script of this environment."""
-    return Path(sys.executable).with_name(name)
-
-
-def run(*arguments) -> None:
-    """Shows and runs a command. Raises InputError when it fails."""
-    words = [str(argument) for argument in arguments]
-    shown = ["python" if word == sys.executable else word for word in words]
-    shown[0] = Path(shown[0]).name
-    console.print(f"[bold cyan]$ {shlex.join(shown)}", soft_wrap=True)
-    if code := subprocess.run(words).returncode:
-        raise InputError(f"{shown[0]} ended with exit code {code}")
-
-
 def learning_results(checkpoint: Path) -> dict:
     return read_json(checkpoint / "learning.json")["results"]
-
-
-def served_perplexity(client, tokenizer_directory: Path, text: Path, name: str = SERVED_NAME) -> float:
-    """Perplexity by the server's prompt log-probabilities, over the blocks that `learn-masks --eval-data` scores."""
-    from transformers import AutoTokenizer
-
-    from learner.data.reading import tokenize_files
-
-    ids = tokenize_files(AutoTokenizer.from_pretrained(tokenizer_directory), [text]).tolist()
-    blocks = [
-        ids[start : start + EVAL_BLOCK_SIZE] for start in range(0, len(ids) - EVAL_BLOCK_SIZE + 1, EVAL_BLOCK_SIZE)
-    ]
-    total = count = 0
-    for start in range(0, len(blocks), 16):
-        answer = client.completions.create(
-            model=name, prompt=blocks[start : start + 16], max_tokens=1, extra_body={"prompt_logprobs": 0}
-        )
-        for choice, block in zip(answer.choices, blocks[start : start + 16], strict=True):
-            scores = choice.prompt_logprobs[1:]
-            total -= sum(score[str(token)]["logprob"] for score, token in zip(scores, block[1:], strict=True))
-            count += len(scores)
-    return math.exp(total / count)
 
 
 if __name__ == "__main__":
