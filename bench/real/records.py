@@ -47,7 +47,7 @@ class Records:
             kinds = dict.fromkeys(step.partition("-")[0] for step in planned)
             raise InputError(f"no step is called {', '.join(unknown)}; there are {', '.join([*kinds, *planned])}")
         self._forced = {step for step in planned if any(_fits(step, name) for name in force)}
-        self._expected_so_far = self._seconds_so_far = 0.0
+        self._expected_so_far = self._seconds_so_far = 120.0  # so that one short step does not overturn the plan
 
     def step(
         self,
@@ -105,7 +105,7 @@ class Records:
     def _announce(self, name: str) -> None:
         left = sum(seconds for step, seconds in self.planned.items() if step not in self.done)
         # The machine may be slower than the one that the plan was made on.
-        factor = self._seconds_so_far / self._expected_so_far if self._expected_so_far else 1.0
+        factor = self._seconds_so_far / self._expected_so_far
         here, all_left = (max(1, round(seconds * factor / 60)) for seconds in (self.planned[name], left))
         place = list(self.planned).index(name) + 1
         text = f"[bold]{place} of {len(self.planned)}: {name} (about {here} min; at most {all_left} min to the end)"
