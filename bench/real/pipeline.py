@@ -93,7 +93,7 @@ def _write_text(train: Path, heldout: Path) -> dict:
 
 def _digests(inputs: Inputs) -> list[str]:
     """Of the texts, as far as they are files: a changed text makes all results others."""
-    files = [Path(entry) for entry in (*inputs.data, *inputs.eval_data)]
+    files = [*map(Path, inputs.data), *inputs.eval_data]
     texts = [path.read_bytes() for path in files if path.is_file()]
     return [hashlib.sha256(text).hexdigest() for text in (*(text.encode() for text in corpus()), *texts)]
 

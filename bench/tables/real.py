@@ -30,8 +30,8 @@ def quality(measured: Mapping) -> str:
                 _minutes(model.get("learning", {})),
             )
         )
-    header = ("", "parameters", "heads removed", "channels removed")
-    header += ("perplexity in Transformers", "served by vLLM", "right answers", "minutes of learning")
+    header = ["", "parameters", "heads removed", "channels removed"]
+    header += ["perplexity in Transformers", "served by vLLM", "right answers", "minutes of learning"]
     return markdown_table(header, rows)
 
 
@@ -93,9 +93,9 @@ def summary(measured: Mapping) -> str:
     return "\n\n".join((quality(measured), answers(measured), speedups(measured)))
 
 
-def _removed(learning: Mapping) -> tuple[str, str]:
-    heads, channels = (learning.get(f"{kind}_sparsity") for kind in ("head", "channel"))
-    return tuple("" if share is None else percent(share) for share in (heads, channels))  # type: ignore[return-value]
+def _removed(learning: Mapping) -> list[str]:
+    shares = [learning.get(f"{kind}_sparsity") for kind in ("head", "channel")]
+    return ["" if share is None else percent(share) for share in shares]
 
 
 def _minutes(learning: Mapping) -> str:
