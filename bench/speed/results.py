@@ -23,11 +23,123 @@
   "versions": {"pruned-vllm", "vllm", "torch", "transformers", "python"},
   "hardware": {"device", "cpu", "cpu_features", "cpu_cores", "memory_gib", "environment"},
   "machine": what bench/speed/machine.py measured, in the dense model's engine while all were idle: {"device": "cpu" or
-    "cuda", "threads": OpenMP threads of the engine, "cores": [where they may run], "bandwidth_gb_per_s",
-    "bandwidth": [{"method", "gb_per_s"}], "gemm_tflop_per_s", "gemm": [{"tokens", "in_features", "out_features",
-    "tflop_per_s"}], "dtype"}
+    "cuda", "threads": OpenMP threads of the engine, "openmp": {variable: value} that bind them to cores, "dtype",
+    "bandwidth_gb_per_s": the most of "bandwidth": [{"method", "gb_per_s"}],
+    "gemm_tflop_per_s": the most of "gemm": [{"tokens", "in_features", "out_features", "tflop_per_s"}]}
 }
 
 Results from before 0.2 lack speedup_low, speedup_high, warnings, machine and all that is per step, and have
 settings.compile false where --compile was not given.
 """
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
+from bench.speed.statistics import noise_warnings, speedup_statistics
+from pruned_vllm.common.environment import cpu_features, cpu_name
+from pruned_vllm.formats.geometry import ModelGeometry
+
+GIB = 2**30
+CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
+
+
+def case_record(
+    case: Case,
+    samples: Mapping[str, Sequence[float]],
+    geometries: Mapping[str, ModelGeometry],
+    element_bytes: int,
+    machine: Mapping | None = None,
+) -> dict:
+    """The record of one case.
+
+    Args:
+        samples: seconds of each repeat by contestant: "dense", "pruned" and perhaps "plugin_dense".
+        geometries: of the same contestants.
+        machine: what `measure_machine` found; without it there are no shares of what the machine can do.
+    """
+    dense = samples["dense"]
+    statistics = speedup_statistics(dense, samples["pruned"])
+    ideal = ideal_speedup(geometries["dense"], geometries["pruned"], case, element_bytes)
+    record = {key: getattr(case, key) for key in CASE_KEYS}
+    for name, seconds in samples.items():
+        record[name] = timing_record(case, seconds, geometries[name], element_bytes, machine)
+    if "plugin_dense" in samples:
+        record["plugin_dense"] |= speedup_statistics(dense, samples["plugin_dense"])
+    return {
+        **record,
+        **statistics,
+        "ideal_speedup": ideal,
+        "of_ideal": statistics["speedup"] / ideal,
+        "warnings": noise_warnings(samples, statistics),
+    }
+
+
+def timing_record(
+    case: Case, seconds: Sequence[float], geometry: ModelGeometry, element_bytes: int, machine: Mapping | None
+) -> dict:
+    """What one contestant did in one case, and how near that is to what the machine can do."""
+    typical = median(seconds)
+    step = typical / case.num_steps
+    moved, operations = step_bytes(geometry, case, element_bytes), step_flops(geometry, case)
+    record = {
+        "median_latency_s": typical,
+        "throughput_tokens_per_s": case.num_timed_tokens / typical,
+        "samples_s": list(seconds),
+        "step_s": step,
+        "bytes_per_step": moved,
+        "flops_per_step": operations,
+        "gb_per_s": moved / step / 1e9,
+        "tflop_per_s": operations / step / 1e12,
+    }
+    if machine is not None:
+        record["of_bandwidth"] = record["gb_per_s"] / machine["bandwidth_gb_per_s"]
+        record["of_gemm_rate"] = record["tflop_per_s"] / machine["gemm_tflop_per_s"]
+    return record
+
+
+def describe_model(directory: Path, geometry: ModelGeometry, element_bytes: int) -> dict:
+    bytes_per_token = geometry.kv_cache_bytes_per_token(element_bytes)
+    return {
+        "path": str(directory),
+        "parameters": geometry.num_parameters,
+        "distinct_layer_shapes": len(set(geometry.layers)),
+        "kv_cache_bytes_per_token": bytes_per_token,
+        "kv_cache_tokens_per_gib": GIB // bytes_per_token,
+    }
+
+
+def describe_versions() -> dict:
+    import torch
+    import transformers
+    import vllm
+
+    return {
+        "pruned-vllm": importlib.metadata.version("pruned-vllm"),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_hardware() -> dict:
+    import psutil
+    from vllm.platforms import current_platform
+
+    return {
+        "device": current_platform.get_device_name(),
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "environment": {
+            name: os.environ[name]
+            for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS")
+            if name in os.environ
+        },
+    }

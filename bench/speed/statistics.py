@@ -5,8 +5,8 @@
 
 What is compared ran in turns, so that sample i of one side has sample i of the other for a neighbour. The interval is
 a percentile bootstrap of the median (scipy), widened for small samples as in Hesterberg, "What Teachers Should Know
-about the Bootstrap" (The American Statistician 69, 2015), section 5.3: the plain one holds the truth in 88 % of cases
-with 7 repeats. With fewer than 6 repeats no interval between measured values holds it in 95 %; it is then the whole range.
+about the Bootstrap" (The American Statistician 69, 2015): of 7 repeats the plain one holds the truth in 88 % of cases.
+With fewer than 6 repeats no interval between measured values holds it in 95 %; it is then the whole range.
 
 It covers what varies from run to run of the same engines. What differs for as long as two engines live (each got other
 memory, for example) is not in it: `bench/e2e_speedup.py --null-test` shows how much that is on a machine.

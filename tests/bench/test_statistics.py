@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say, and noise and drift are called so, on samples of known distribution."""
+"""Intervals hold the truth as often as they say; noise and drift are called so; on samples of known distribution."""
 
 import random
 from statistics import NormalDist, median
