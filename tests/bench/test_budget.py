@@ -14,8 +14,8 @@ from bench.speed.ideal import Case
 # 10^9 weights times tokens a second. bfloat16 with AVX-512 as the demo's results have it (bench/results/cpu_demo);
 # on AVX2 so that the whole comparison takes the half hour that it took there. The others are in proportion.
 AVX512 = {"bfloat16": Rates(5.5, 36, 84), "float32": Rates(2.8, 15, 40)}
-AVX2 = {"bfloat16": Rates(4.3, 4.5, 6), "float32": Rates(2.5, 9, 28)}
-HALF_AS_FAST = {"bfloat16": Rates(2.1, 2.2, 3), "float32": Rates(1.2, 4.5, 14)}
+AVX2 = {"bfloat16": Rates(4.3, 3.5, 4), "float32": Rates(2.5, 9, 28)}
+HALF_AS_FAST = {"bfloat16": Rates(2.1, 1.7, 2), "float32": Rates(1.2, 4.5, 14)}
 HOPELESS = {"bfloat16": Rates(0.1, 0.1, 0.1), "float32": Rates(0.1, 0.1, 0.1)}
 
 
