@@ -12,9 +12,10 @@ from bench.real import plan
 from bench.real.questions import QUESTIONS_FILE, accuracy, read_questions
 from bench.served_text import served_perplexity
 from bench.speed.server import served
-from learner.data.reading import read_tokens
+from learner.data.reading import tokenize_files
 from learner.model.masking import apply_masks
-from learner.model.perplexity import perplexity
+from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.hf import load_pruned
 
@@ -26,8 +27,16 @@ def questions_digest() -> str:
 
 
 def held_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Path]) -> torch.Tensor:
-    """Ids [plan.EVAL_TOKENS], or fewer, of what perplexity is measured on."""
-    return read_tokens(tokenizer, list(texts), limit=plan.EVAL_TOKENS, seed=0, show_progress=False)
+    """Ids [N] of what perplexity is measured on: plan.EVAL_BLOCKS blocks, or all that there are, from all of the text.
+
+    Documents differ more than models do, so blocks of one document would not do. Raises InputError for a short text.
+    """
+    ids = tokenize_files(tokenizer, list(texts))
+    blocks = ids[: len(ids) // EVAL_BLOCK_SIZE * EVAL_BLOCK_SIZE].view(-1, EVAL_BLOCK_SIZE)
+    if not len(blocks):
+        raise InputError(f"--eval-data has {len(ids)} tokens; perplexity needs {EVAL_BLOCK_SIZE}")
+    chosen = torch.linspace(0, len(blocks) - 1, min(plan.EVAL_BLOCKS, len(blocks))).round().long()
+    return blocks[chosen].flatten()
 
 
 def masked_perplexity(checkpoint: Path, texts: Sequence[Path]) -> float:

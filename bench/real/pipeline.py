@@ -163,7 +163,7 @@ def _examine(steps: Run, name: str, after: Sequence[str]) -> None:
 
     eval_data = list(steps.eval_data)
     inputs = ("model", "text", *after)
-    settings = {"questions": evaluation.questions_digest(), "eval_tokens": plan.EVAL_TOKENS}
+    settings = {"questions": evaluation.questions_digest(), "eval_blocks": plan.EVAL_BLOCKS}
     known = steps.records.step(f"know-{name}", settings, know, after=inputs)
     settings = {"chat": list(plan.CHAT), "chat_tokens": plan.CHAT_TOKENS}
     steps.records.step(f"serve-{name}", settings, serve, after=(f"know-{name}", *inputs))

@@ -50,7 +50,7 @@ def notes() -> str:
     questions = measured["models"]["dense"]["questions"]
     return paragraph(
         f"Perplexity over {measured['text']['tokens']:,} held-out tokens of Python's own documentation, in blocks of "
-        f"128, float32. The {questions['questions']} questions have four answers each, so guessing gets "
+        f"128 tokens, float32. The {questions['questions']} questions have four answers each, so guessing gets "
         f"{questions['questions'] / 4:.0f} right, and the standard error is "
         f"{questions['standard_error'] * questions['questions']:.1f} answers for the dense model: only large "
         f"differences count. The weights came from {measured['model']['source']}."

@@ -2,10 +2,26 @@
 
 import pytest
 from helpers.learning import run
+from transformers import AutoTokenizer
 
-from bench.real import evaluation
+from bench.real import evaluation, plan
 from converter.convert import convert
 from converter.plan import make_plan
+from pruned_vllm.common.errors import InputError
+
+
+def test_text_is_measured_in_blocks_from_all_of_it(word_model, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(word_model / "model")
+    text = word_model / "numbers.txt"
+    text.write_text(" ".join(str(place // 128) for place in range(7 * 128 + 50)))  # every block has its number
+    for count, expected in {3: [0, 3, 6], 7: list(range(7)), 100: list(range(7)), 1: [0]}.items():
+        monkeypatch.setattr(plan, "EVAL_BLOCKS", count)
+        ids = evaluation.held_out(tokenizer, [text])
+        assert ids.tolist() == [number for number in expected for _ in range(128)]
+    text.write_text(" ".join("1" * 127))
+    with pytest.raises(InputError, match="--eval-data has 127 tokens; perplexity needs 128"):
+        evaluation.held_out(tokenizer, [text])
+
 
 SHORT = ("--steps", 2, "--batch-size", 2, "--sequence-length", 32)
 
@@ -30,4 +46,3 @@ def test_a_converted_model_has_the_perplexity_of_the_masked_one(word_model, opti
     masked = evaluation.masked_perplexity(ckpt, [text])
     assert masked == pytest.approx(known["perplexity"], rel=1e-5)
     assert abs(masked / evaluation.knowledge(model, [text])["perplexity"] - 1) > 1e-3, "pruning did nothing"
-    assert known["tokens"] == len(text.read_text().split())
