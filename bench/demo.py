@@ -114,7 +114,7 @@ def compare_speed(output_dir: Path, choice: budget.Choice) -> None:
     layers = ["--num-hidden-layers", choice.num_hidden_layers]
     run(sys.executable, "-m", "bench.scale", output_dir / "out", output_dir / "scaled", *layers)
     directories = ["--dense", output_dir / "scaled" / "dense", "--pruned", output_dir / "scaled" / "pruned"]
-    options = ["--load-format", "dummy", "--dtype", choice.dtype, "--repeats", choice.repeats]
+    options = ["--load-format", "dummy", "--eager", "--dtype", choice.dtype, "--repeats", choice.repeats]
     options += ["--output-dir", output_dir / "results", "--cases", *budget.CASES]
     run(sys.executable, "-m", "bench.e2e_speedup", *directories, *options)
 

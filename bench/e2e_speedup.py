@@ -22,10 +22,11 @@ from pathlib import Path
 if not __package__:  # run as a script: search the repository root instead of bench/, as `python -m` does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.speed.engines import measure, probe_machine, running_engines, through_plugin
-from bench.speed.null_test import null_test, shown
+from bench.speed.engines import measure, measure_in_rounds, probe_machine, through_plugin
+from bench.speed.null_test import measure_equal_and_slowed, shown, verdict
 from bench.speed.results import case_record, describe_model
 from bench.speed.setting import Setting, add_setting_arguments, chosen_settings, read_models
+from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
@@ -49,17 +50,23 @@ def compare(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False, **
     if plugin_dense:
         geometries["plugin_dense"] = dense
         models["plugin_dense"] = models["dense"] | through_plugin(dense)
-    with running_engines(setting.engine_options(dense, list(models.values()))) as engines:
-        dtypes = [engine.model_config.dtype for engine in engines]
+    machine: dict = {}
+    dtypes: list = []
+
+    def run(engines: list) -> dict:
+        dtypes[:] = [engine.model_config.dtype for engine in engines]
         if dtypes[0] != dtypes[1]:
             raise InputError(f"--dense runs in {dtypes[0]}, --pruned in {dtypes[1]}; choose one with --dtype")
-        machine = probe_machine(engines[0], dense, setting.cases)
-        samples = measure(engines, setting.cases, dense.vocab_size, setting.repeats)
+        if not machine:
+            machine.update(probe_machine(engines[0], dense, setting.cases))
+        return measure(engines, setting.cases, dense.vocab_size, setting.repeats)
+
+    samples = measure_in_rounds(setting.engine_options(dense, list(models.values())), setting.rounds, run)
     element_bytes = dtypes[0].itemsize
     records = []
     for case in setting.cases:
         by_name = dict(zip(models, samples[case], strict=True))
-        records.append(case_record(case, by_name, geometries, element_bytes, machine))
+        records.append(case_record(case, by_name, geometries, element_bytes, machine, setting.rounds))
     return {
         "cases": records,
         "models": {
@@ -75,13 +82,19 @@ def trust(dense_dir: Path, **settings) -> dict:
     """Times a model against itself and returns what null_test.json holds, less the command."""
     setting = Setting(**settings)
     (dense,) = read_models({"--dense": dense_dir}, setting.context_length, setting.load_format)
-    with running_engines(setting.engine_options(dense, [{"model": str(dense_dir)}] * 2)) as engines:
-        dtype = engines[0].model_config.dtype
-        records = null_test(engines, setting.cases, dense.vocab_size, setting.repeats)
+    dtypes: list = []
+
+    def run(engines: list) -> dict:
+        dtypes[:] = [engine.model_config.dtype for engine in engines]
+        return measure_equal_and_slowed(engines, setting.cases, dense.vocab_size, setting.repeats)
+
+    samples = measure_in_rounds(setting.engine_options(dense, [{"model": str(dense_dir)}] * 2), setting.rounds, run)
     return {
-        "cases": records,
-        "models": {"dense": describe_model(dense_dir, dense, dtype.itemsize)},
-        **setting.describe(dtype),
+        "cases": [
+            verdict(case, samples["equal", case], samples["slowed", case], setting.rounds) for case in setting.cases
+        ],
+        "models": {"dense": describe_model(dense_dir, dense, dtypes[0].itemsize)},
+        **setting.describe(dtypes[0]),
     }
 
 
@@ -94,6 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pruned", type=Path, metavar="DIR", help="what convert-pruned made of it; not with --null-test")
     add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")
     add_setting_arguments(parser, DEFAULT_CASES)
+    add(
+        "--rounds",
+        type=positive_int,
+        default=1,
+        help="times that all engines are started, with --repeats each: engines of one model differ by a few percent, "
+        "which the interval then covers; default: 1",
+    )
     add(
         "--plugin-dense",
         action="store_true",
@@ -118,7 +138,9 @@ def _run(args: argparse.Namespace) -> None:
 
     from bench.speed.report import machine_table, models_table, plot_speedups, results_table, warnings_of
 
-    results = compare(args.dense, args.pruned, plugin_dense=args.plugin_dense, **chosen_settings(args))
+    results = compare(
+        args.dense, args.pruned, plugin_dense=args.plugin_dense, rounds=args.rounds, **chosen_settings(args)
+    )
     results["command"] = _command()
     console = Console()
     console.print(models_table(results["models"]), results_table(results["cases"]), machine_table(results))
@@ -133,7 +155,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _run_null_test(args: argparse.Namespace) -> None:
     """Writes null_test.json. Raises InputError when the machine does not pass."""
-    results = trust(args.dense, **chosen_settings(args))
+    results = trust(args.dense, rounds=args.rounds, **chosen_settings(args))
     results["command"] = _command()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "null_test.json"

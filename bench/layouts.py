@@ -95,8 +95,15 @@ def compare(what: str, rounds: int, repeats: int, compile: bool) -> dict:
     geometries = variants(what, dense)
     if compile:
         os.environ |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    settings = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 128}
-    options = engine_options(dense, CASES, **settings, compile=compile, num_engines=len(geometries))
+    options = engine_options(
+        dense,
+        CASES,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=128,
+        compile=compile,
+        num_engines=len(geometries),
+    )
     samples: dict[str, dict[Case, list[float]]] = {name: {case: [] for case in CASES} for name in geometries}
     start_seconds: dict[str, list[float]] = {name: [] for name in geometries}
     for number in range(rounds):

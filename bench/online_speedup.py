@@ -13,7 +13,11 @@ goes to both. The client is that of `vllm bench serve`; every request gets exact
 
 Runs of the two servers take turns, so a slow phase of the machine hits both. Both live at the same time, only one under
 load, if the machine's memory holds them; on a GPU that is where `--gpu-memory-utilization` is at most 0.48. Else one
-lives at a time and they are started in turns. Each starts with an empty compile cache.
+lives at a time and they are started in turns. The first start of each finds an empty compile cache. Start times are
+single measurements; the dense server, which starts first, also brings vLLM's libraries into memory.
+
+With one request at a time this measures what bench/e2e_speedup.py does, seen from the client: TPOT of
+`--workload 32:64 --no-saturation --concurrency 1` is its time of `--cases decode:1:32:64` over the 63 steps.
 
 Prints tables and writes online_speedup.json (bench/speed/online.py says what it holds) and the logs of the servers to
 --output-dir. bench/speed/workload.py says what is asked, bench/speed/traffic.py what is timed.

@@ -11,8 +11,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,6 +51,32 @@ def running_engines(options: Sequence[dict], start_seconds: list[float] | None =
             stack.callback(engine.llm_engine.engine_core.shutdown, timeout=SHUTDOWN_SECONDS)
             engines.append(engine)
         yield engines
+
+
+def measure_in_rounds(
+    options: Sequence[dict], rounds: int, run: Callable[[list], dict[Any, list[list[float]]]]
+) -> dict[Any, list[list[float]]]:
+    """Starts all engines anew for each round, in the opposite order of the round before, and runs `run` with them.
+
+    Two engines of the same model differ by a few percent for as long as they live, since each got other memory.
+
+    Args:
+        options: of each engine.
+        run: gets the engines in the order of `options`; returns lists of samples, by anything, for each engine.
+
+    Returns:
+        The lists of all rounds, one after the other.
+    """
+    found: dict[Any, list[list[float]]] = {}
+    for number in range(rounds):
+        order = range(len(options))[:: -1 if number % 2 else 1]
+        with running_engines([options[index] for index in order]) as started:
+            engines = dict(zip(order, started, strict=True))
+            for key, samples in run([engines[index] for index in range(len(options))]).items():
+                gathered = found.setdefault(key, [[] for _ in options])
+                for index, seconds in enumerate(samples):
+                    gathered[index] += seconds
+    return found
 
 
 def _exit(signal_number: int, frame) -> None:

@@ -21,9 +21,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, int, int]  # of a product: tokens, in_features, out_features
-
-SECONDS = 0.4  # that each way is tried for
+SECONDS = 0.3  # that each way is tried for
 SMALLEST_BUFFER, LARGEST_BUFFER = 256 * 2**20, 2 * 2**30  # bytes
 ROW = 4096  # elements of a row of the matrix that is read for the bandwidth
 SQUARE = {"cpu": 2048, "cuda": 8192}
@@ -31,8 +29,8 @@ OPENMP = ("OMP_", "GOMP_", "KMP_")  # variables that say where an engine's threa
 DEFAULT_TOKENS = 512  # of products, where no case is a prefill
 
 
-def matmul_shapes(geometry: ModelGeometry, cases: Iterable[Case]) -> list[Shape]:
-    """Products of the dense model's layers when the prefill cases run, each once; smallest first."""
+def matmul_shapes(geometry: ModelGeometry, cases: Iterable[Case]) -> list[tuple[int, int, int]]:
+    """Products of the dense model's layers when the prefill cases run, each once: tokens, in_features, out_features."""
     batches = {case.batch_size * case.input_len for case in cases if case.kind == "prefill"} or {DEFAULT_TOKENS}
     dense = geometry.with_layers(tuple(dict.fromkeys(geometry.dense_layers)))
     found = set()
@@ -44,17 +42,19 @@ def matmul_shapes(geometry: ModelGeometry, cases: Iterable[Case]) -> list[Shape]
     return sorted(found)
 
 
-def measure_machine(device: "torch.device", dtype: "torch.dtype", shapes: Sequence[Shape]) -> dict:
+def measure_machine(device: "torch.device", dtype: "torch.dtype", shapes: Iterable[Sequence[int]]) -> dict:
     """The record under "machine" in e2e_speedup.json (bench/speed/results.py). Products are those of `shapes`."""
     import torch
 
-    side = SQUARE.get(device.type, SQUARE["cuda"])
+    side = SQUARE[device.type]
     with torch.inference_mode():
-        bandwidth = [{"method": name, "gb_per_s": rate} for name, rate in bandwidths(device, dtype)]
-        gemm = [
+        bandwidth: list[dict[str, Any]] = [
+            {"method": name, "gb_per_s": rate} for name, rate in bandwidths(device, dtype)
+        ]
+        gemm: list[dict[str, Any]] = [
             dict(zip(("tokens", "in_features", "out_features"), shape, strict=True))
             | {"tflop_per_s": gemm_rate(shape, device, dtype)}
-            for shape in [*shapes, (side, side, side)]
+            for shape in (*shapes, (side, side, side))
         ]
     return {
         "device": device.type,
@@ -80,7 +80,7 @@ def bandwidths(device: "torch.device", dtype: "torch.dtype") -> Iterable[tuple[s
         yield f"one row by a matrix, {name}", rows * ROW * dtype.itemsize / fastest(multiply, device, row) / 1e9
 
 
-def gemm_rate(shape: Shape, device: "torch.device", dtype: "torch.dtype") -> float:
+def gemm_rate(shape: Sequence[int], device: "torch.device", dtype: "torch.dtype") -> float:
     """10^12 operations a second of the faster kernel, 2 operations for a multiplication and its addition."""
     import torch
 
@@ -118,7 +118,8 @@ def fastest(call: Callable, device: "torch.device", *arguments) -> float:
         return time.perf_counter() - started
 
     timed()
-    ends, times = time.perf_counter() + SECONDS, []
+    ends = time.perf_counter() + SECONDS
+    times: list[float] = []
     while len(times) < 3 or time.perf_counter() < ends:
         times.append(timed())
     return min(times)

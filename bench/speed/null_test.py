@@ -17,22 +17,22 @@ from bench.speed.statistics import noise_warnings, speedup_statistics
 SLOWDOWN = 0.1
 
 
-def null_test(engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: int) -> list[dict]:
-    """A record of each case, see `verdict`; `engines` are two of the same model, the second gets slowed."""
-    equal = measure(engines, cases, vocab_size, repeats)
+def measure_equal_and_slowed(
+    engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: int
+) -> dict[tuple[str, Case], list[list[float]]]:
+    """Seconds by "equal" or "slowed", case, engine and repeat; `engines` are two of the same model."""
+    found = {("equal", case): samples for case, samples in measure(engines, cases, vocab_size, repeats).items()}
     engines[1].collective_rpc("probe_delay", args=(SLOWDOWN,))
-    try:
-        slowed = measure(engines, cases, vocab_size, repeats)
-    finally:
-        engines[1].collective_rpc("probe_delay", args=(0,))
-    return [verdict(case, equal[case], slowed[case]) for case in cases]
+    slowed = measure(engines, cases, vocab_size, repeats)
+    return found | {("slowed", case): samples for case, samples in slowed.items()}
 
 
-def verdict(case: Case, equal: Sequence[Sequence[float]], slowed: Sequence[Sequence[float]]) -> dict:
+def verdict(case: Case, equal: Sequence[Sequence[float]], slowed: Sequence[Sequence[float]], rounds: int = 1) -> dict:
     """What null_test.json holds of one case.
 
     Args:
         equal, slowed: seconds of each repeat of the two engines, before and after the second was slowed.
+        rounds: that the samples come from.
 
     Returns:
         "name", "passed", "problems" (sentences), and under "equal" and "slowed" the statistics of the second engine's
@@ -40,8 +40,9 @@ def verdict(case: Case, equal: Sequence[Sequence[float]], slowed: Sequence[Seque
     """
     record: dict = {"name": case.name}
     for name, samples, expected in (("equal", equal, 1.0), ("slowed", slowed, 1 / (1 + SLOWDOWN))):
-        statistics = speedup_statistics(*samples)
-        warnings = noise_warnings(dict(zip(("first", "second"), samples, strict=True)), statistics)
+        first, second = samples
+        statistics = speedup_statistics(first, second, rounds)
+        warnings = noise_warnings({"first": first, "second": second}, statistics)
         record[name] = {**statistics, "expected": expected, "samples_s": list(samples), "warnings": warnings}
     problems = found_problems(record["equal"], record["slowed"])
     return {**record, "passed": not problems, "problems": problems}
@@ -53,7 +54,8 @@ def found_problems(equal: Mapping, slowed: Mapping) -> list[str]:
     problems = []
     if not equal["speedup_low"] <= 1 <= equal["speedup_high"]:
         problems.append(
-            f"two engines of the same model come out as different, {shown(equal)}: take smaller differences for noise"
+            f"two engines of the same model come out as different, {shown(equal)}: take smaller differences for "
+            "noise, or choose more --rounds, which start engines anew"
         )
     if slowed["speedup_high"] >= 1:
         problems.append(

@@ -36,6 +36,7 @@ the first answer of its health check) and first_token_s (to the first token of a
 The ideal is a bracket, not one figure; `ideal_speedups` says why.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -171,7 +172,8 @@ def compare(
             run = drive(server, requests, scenario, log=client_log, goodput_ms=goodput_ms, seed=seed + repeat)
             runs[scenario][name].append(run)
     lengths = [(request.input_len, request.output_len) for request in requests]
-    geometries = [contestant.geometry for contestant in contestants]
+    dense, pruned = contestants
+    geometries = (dense.geometry, pruned.geometry)
     return {
         "servers": {contestant.name: contestant.record() for contestant in contestants},
         "scenarios": [scenario_record(*item, geometries, lengths, element_bytes) for item in runs.items()],
@@ -182,46 +184,56 @@ def compare(
 def scenario_record(
     scenario: Scenario,
     runs: Mapping[str, Sequence[Run]],
-    geometries: Sequence[ModelGeometry],
+    geometries: tuple[ModelGeometry, ModelGeometry],
     lengths: Sequence[Lengths],
     element_bytes: int,
 ) -> dict:
     """An entry of "scenarios"; `runs` and `geometries` are those of the dense model and of the pruned one."""
     dense, pruned = runs.values()
     medians = {name: _median_run(of_name) for name, of_name in runs.items()}
-    batches = [run["mean_batch"] for run in medians.values()]
+    dense_batch, pruned_batch = (run["mean_batch"] for run in medians.values())
+    ideal = None
+    if dense_batch and pruned_batch:
+        ideal = ideal_speedups(*geometries, lengths, (dense_batch, pruned_batch), element_bytes)
     speedups = {name: _speedup(pruned, dense, name) for name in MORE_IS_BETTER}
     speedups |= {name: _speedup(dense, pruned, name) for name in LESS_IS_BETTER}
     # At a rate the arrival of requests decides how long a run takes.
     judged = "e2e_mean_ms" if scenario.kind == "rate" else "duration_s"
-    samples = {name: [run[judged] for run in of_name] for name, of_name in runs.items()}
+    samples = {name: [run[judged] or 0.0 for run in of_name] for name, of_name in runs.items()}
     return {
         "name": scenario.name,
         "kind": scenario.kind,
         "value": scenario.value,
         **{name: {"median": medians[name], "runs": list(of_name)} for name, of_name in runs.items()},
         "speedups": speedups,
-        "ideal": ideal_speedups(*geometries, lengths, batches, element_bytes) if all(batches) else None,
-        "warnings": noise_warnings(samples, speedup_statistics(*samples.values())),
+        "ideal": ideal,
+        "warnings": noise_warnings(samples, speedup_statistics(samples["dense"], samples["pruned"])),
     }
 
 
 def _speedup(before: Sequence[Run], after: Sequence[Run], name: str) -> dict | None:
     """What `speedup_statistics` says of one figure of paired runs; None where a run does not have it."""
-    sides = [[run[name] for run in side] for side in (before, after)]
-    return speedup_statistics(*sides) if all(all(side) for side in sides) else None
+    first, second = _figures(before, name), _figures(after, name)
+    return speedup_statistics(first, second) if first and second else None
+
+
+def _figures(runs: Sequence[Run], name: str) -> list[float] | None:
+    """One figure of each run; None where a run does not have it, or has 0."""
+    figures = [value for run in runs if (value := run[name])]
+    return figures if len(figures) == len(runs) else None
 
 
 def _median_run(runs: Sequence[Run]) -> Run:
-    values = {name: [run[name] for run in runs] for name in runs[0]}
-    return {name: None if None in of_name else median(of_name) for name, of_name in values.items()}
+    """The median of each figure; None where a run does not have it."""
+    values = {name: [value for run in runs if (value := run[name]) is not None] for name in runs[0]}
+    return {name: median(figures) if len(figures) == len(runs) else None for name, figures in values.items()}
 
 
 def ideal_speedups(
     dense: ModelGeometry,
     pruned: ModelGeometry,
     lengths: Sequence[Lengths],
-    batches: Sequence[float],
+    batches: tuple[float, float],
     element_bytes: int,
 ) -> dict[str, float]:
     """What a perfect runtime could gain on this workload, as the two figures between which its gain must lie.
@@ -245,8 +257,12 @@ def ideal_speedups(
         return sum(step_flops(geometry, Case("prefill", 1, input_len, 1)) for input_len, _ in lengths)
 
     def bytes_per_token(geometry: ModelGeometry, batch: float) -> float:
-        return step_bytes(geometry, context_case(lengths, batch), element_bytes) / batch
+        below = math.floor(batch)
+        steps = (Case("decode", size, context, 0) for size in (below, below + 1))
+        fewer, more = (step_bytes(geometry, step, element_bytes) for step in steps)
+        return (fewer + (more - fewer) * (batch - below)) / batch
 
+    context = mean_context(lengths)
     dense_batch, pruned_batch = batches
     dense_bytes = bytes_per_token(dense, dense_batch)
     return {
@@ -256,9 +272,7 @@ def ideal_speedups(
     }
 
 
-def context_case(lengths: Sequence[Lengths], batch: float) -> Case:
-    """A decode step of `batch` sequences, in the middle of answers as the workload's: a token of a long answer has as
-    much weight as any other."""
+def mean_context(lengths: Sequence[Lengths]) -> int:
+    """Tokens that an output token attends to on average; one of a long answer has as much weight as any other."""
     tokens = sum(output_len for _, output_len in lengths)
-    context = sum((input_len + output_len / 2) * output_len for input_len, output_len in lengths) / tokens
-    return Case("decode", batch, context, 0)
+    return round(sum((input_len + output_len / 2) * output_len for input_len, output_len in lengths) / tokens)

@@ -34,9 +34,7 @@ def _interval(record: Mapping) -> str:
 def machine_table(results: Mapping) -> Table:
     """How near to what the machine can do the contestants come, and what the plugin's class changes without pruning."""
     machine = results["machine"]
-    table = numbers_table(
-        "case", "model", "ms\na step", "GB\na step", "GB/s", "of\nlimit", "TFLOP/s", "of\nlimit", "speedup"
-    )
+    table = numbers_table("case", "model", "ms\na step", "GB/s", "of\nlimit", "TFLOP/s", "of\nlimit", "speedup")
     table.title = (
         f"this machine, {machine['threads']} threads: reads {machine['bandwidth_gb_per_s']:.1f} GB/s, multiplies "
         f"{machine['gemm_tflop_per_s']:.3f} TFLOP/s in {machine['dtype']}"
@@ -49,7 +47,6 @@ def machine_table(results: Mapping) -> Table:
                 case["name"] if name == "dense" else "",
                 name,
                 f"{record['step_s'] * 1e3:.2f}",
-                f"{record['bytes_per_step'] / 1e9:.3f}",
                 f"{record['gb_per_s']:.1f}",
                 f"{record['of_bandwidth']:.0%}",
                 f"{record['tflop_per_s']:.3f}",

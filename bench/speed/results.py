@@ -9,7 +9,7 @@
     "ideal_speedup", "of_ideal",
     "warnings": [what makes this case doubtful, in sentences],
     "dense", "pruned": {
-      "median_latency_s", "throughput_tokens_per_s", "samples_s": [one of each repeat],
+      "median_latency_s", "throughput_tokens_per_s", "samples_s": [one of each repeat, round after round],
       "step_s": median of one step, "bytes_per_step", "flops_per_step": as bench/speed/ideal.py counts them,
       "gb_per_s", "tflop_per_s": achieved (10^9 and 10^12 a second),
       "of_bandwidth", "of_gemm_rate": shares of what this machine was measured to do; the larger one tells what binds
@@ -19,7 +19,8 @@
   }],
   "models": {"dense", "pruned", "plugin_dense"?: {"path", "parameters", "distinct_layer_shapes",
     "kv_cache_bytes_per_token", "kv_cache_tokens_per_gib"}},
-  "settings": {"repeats", "load_format", "dtype", "max_model_len", "compile": false where eager, "confidence": 0.95},
+  "settings": {"repeats", "rounds", "load_format", "dtype", "max_model_len", "compile": false where eager,
+    "confidence": 0.95},
   "versions": {"pruned-vllm", "vllm", "torch", "transformers", "python"},
   "hardware": {"device", "cpu", "cpu_features", "cpu_cores", "memory_gib", "environment"},
   "machine": what bench/speed/machine.py measured, in the dense model's engine while all were idle: {"device": "cpu" or
@@ -54,6 +55,7 @@ def case_record(
     geometries: Mapping[str, ModelGeometry],
     element_bytes: int,
     machine: Mapping | None = None,
+    rounds: int = 1,
 ) -> dict:
     """The record of one case.
 
@@ -61,15 +63,16 @@ def case_record(
         samples: seconds of each repeat by contestant: "dense", "pruned" and perhaps "plugin_dense".
         geometries: of the same contestants.
         machine: what `measure_machine` found; without it there are no shares of what the machine can do.
+        rounds: that the samples come from, equally many from each.
     """
     dense = samples["dense"]
-    statistics = speedup_statistics(dense, samples["pruned"])
+    statistics = speedup_statistics(dense, samples["pruned"], rounds)
     ideal = ideal_speedup(geometries["dense"], geometries["pruned"], case, element_bytes)
     record = {key: getattr(case, key) for key in CASE_KEYS}
     for name, seconds in samples.items():
         record[name] = timing_record(case, seconds, geometries[name], element_bytes, machine)
     if "plugin_dense" in samples:
-        record["plugin_dense"] |= speedup_statistics(dense, samples["plugin_dense"])
+        record["plugin_dense"] |= speedup_statistics(dense, samples["plugin_dense"], rounds)
     return {
         **record,
         **statistics,

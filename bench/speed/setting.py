@@ -27,6 +27,7 @@ class Setting:
 
     cases: Sequence[Case]
     repeats: int = 7
+    rounds: int = 1
     load_format: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -65,6 +66,7 @@ class Setting:
         return {
             "settings": {
                 "repeats": self.repeats,
+                "rounds": self.rounds,
                 "load_format": self.load_format,
                 "dtype": str(dtype).removeprefix("torch."),
                 "max_model_len": self.context_length,

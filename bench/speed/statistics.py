@@ -8,14 +8,15 @@ a percentile bootstrap of the median (scipy), widened for small samples as in He
 about the Bootstrap" (The American Statistician 69, 2015): of 7 repeats the plain one holds the truth in 88 % of cases.
 With fewer than 6 repeats no interval between measured values holds it in 95 %; it is then the whole range.
 
-It covers what varies from run to run of the same engines. What differs for as long as two engines live (each got other
-memory, for example) is not in it: `bench/e2e_speedup.py --null-test` shows how much that is on a machine.
+With one round it covers what varies from run to run of the same engines. What differs for as long as two engines live
+(each got other memory, for example) it covers with several rounds, each with engines of its own; two or three rounds
+say little, so the interval is wide. `bench/e2e_speedup.py --null-test` shows how much that is on a machine.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -31,8 +32,13 @@ class Drift(NamedTuple):
     p_value: float
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Where the median lies with 95 % confidence; the same for the same values. None for a single one."""
+def median_interval(values: Sequence[float], rounds: int = 1) -> tuple[float, float] | None:
+    """Where the median lies with 95 % confidence; the same for the same values. None for a single one.
+
+    Args:
+        rounds: that the values come from, one after the other, equally many from each. Rounds are then what is drawn
+            first, and repeats from them: the interval covers what differs between rounds.
+    """
     if len(values) < 2:
         return None
     import numpy
@@ -40,18 +46,25 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
     if min(values) == max(values):
         return values[0], values[0]
-    count = len(values)
-    tail = (1 - CONFIDENCE) / 2
-    widened_tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf(tail, count - 1))
-    interval = stats.bootstrap(
-        (values,),
-        numpy.median,
-        confidence_level=1 - 2 * widened_tail,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=numpy.random.default_rng(0),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    count = rounds if rounds > 1 else len(values)
+    tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, count - 1))
+    rng = numpy.random.default_rng(0)
+    if rounds == 1:
+        interval = stats.bootstrap(
+            (values,),
+            numpy.median,
+            confidence_level=1 - 2 * tail,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=rng,
+        ).confidence_interval
+        return float(interval.low), float(interval.high)
+    by_round = numpy.reshape(values, (rounds, -1))  # scipy's bootstrap knows no rounds
+    repeats = by_round.shape[1]
+    drawn_rounds = rng.integers(rounds, size=(RESAMPLES, rounds, 1))
+    drawn = by_round[drawn_rounds, rng.integers(repeats, size=(RESAMPLES, rounds, repeats))]
+    low, high = numpy.quantile(numpy.median(drawn, axis=(1, 2)), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
@@ -59,19 +72,20 @@ def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
     return [first / second for first, second in zip(before, after, strict=True)]
 
 
-def speedup_statistics(before: Sequence[float], after: Sequence[float]) -> dict[str, float | None]:
+def speedup_statistics(before: Sequence[float], after: Sequence[float], rounds: int = 1) -> dict[str, Any]:
     """The median of the paired ratios before / after, its quartiles and its 95 % interval.
 
     Args:
         before, after: seconds of the dense and of the pruned model, in the order in which they ran. For something of
             which more is better (requests per second) pass the pruned model's first.
+        rounds: see `median_interval`.
 
     Returns:
         speedup, speedup_q1, speedup_q3, speedup_low, speedup_high; the last two are None for a single pair.
     """
     paired = ratios(before, after)
     q1, speedup, q3 = quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else paired * 3
-    low, high = median_interval(paired) or (None, None)
+    low, high = median_interval(paired, rounds) or (None, None)
     return {"speedup": speedup, "speedup_q1": q1, "speedup_q3": q3, "speedup_low": low, "speedup_high": high}
 
 
@@ -86,7 +100,7 @@ def drift(values: Sequence[float]) -> Drift:
     return Drift(float(slope) * (len(values) - 1) / median(values), float(stats.kendalltau(places, values).pvalue))
 
 
-def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[str, float | None]) -> list[str]:
+def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[str, Any]) -> list[str]:
     """What makes this speedup doubtful, with what to do about it; empty where nothing does.
 
     Args:
@@ -96,7 +110,7 @@ def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[s
     first, second = list(samples)[:2]
     repeats, speedup = len(samples[first]), statistics["speedup"]
     low, high = statistics["speedup_low"], statistics["speedup_high"]
-    if speedup is None or low is None or high is None:
+    if low is None:
         return [f"{repeats} repeat gives no interval: choose more --repeats"]
     found = []
     if (width := (high - low) / speedup) > WIDEST_INTERVAL:

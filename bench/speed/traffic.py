@@ -54,6 +54,14 @@ class Scenario:
     value: float | None = None
 
     @property
+    def request_rate(self) -> float:
+        return self.value if self.kind == "rate" and self.value is not None else float("inf")
+
+    @property
+    def max_concurrency(self) -> int | None:
+        return int(self.value) if self.kind == "concurrency" and self.value is not None else None
+
+    @property
     def name(self) -> str:
         return self.kind if self.value is None else f"{self.kind}:{self.value:g}"
 
@@ -120,7 +128,7 @@ async def _benchmark(
         tokenizer=None,  # the server counts the tokens
         input_requests=samples,
         logprobs=None,
-        request_rate=scenario.value if scenario.kind == "rate" else float("inf"),
+        request_rate=scenario.request_rate,
         burstiness=1.0,
         disable_tqdm=False,
         num_warmups=0,
@@ -129,7 +137,7 @@ async def _benchmark(
         selected_percentiles=[],
         ignore_eos=True,
         goodput_config_dict=dict(goodput_ms),
-        max_concurrency=int(scenario.value) if scenario.kind == "concurrency" else None,
+        max_concurrency=scenario.max_concurrency,
         lora_modules=None,
         extra_headers=None,
         extra_body={"temperature": 0},
@@ -222,8 +230,8 @@ def _summary(name: str, seconds: Sequence[float]) -> Run:
     """Mean and PERCENTILES in milliseconds; None of each where there are no values (one output token has no TPOT)."""
     import numpy
 
-    def value(of: float) -> float | None:
-        return float(of) * 1e3 if len(seconds) else None
-
-    summary: Run = {f"{name}_mean_ms": value(numpy.mean(seconds or 0))}
-    return summary | {f"{name}_p{p}_ms": value(numpy.percentile(seconds or 0, p)) for p in PERCENTILES}
+    figures = ["mean", *(f"p{percentile}" for percentile in PERCENTILES)]
+    if not len(seconds):
+        return {f"{name}_{figure}_ms": None for figure in figures}
+    values = [numpy.mean(seconds), *numpy.percentile(seconds, PERCENTILES)]
+    return {f"{name}_{figure}_ms": float(value) * 1e3 for figure, value in zip(figures, values, strict=True)}

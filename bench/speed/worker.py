@@ -16,11 +16,11 @@ class Probe:
     model_runner: Any
     device: Any
 
-    def probe_machine(self, shapes: Sequence[tuple[int, int, int]]) -> dict:
+    def probe_machine(self, shapes: Sequence[Sequence[int]]) -> dict:
         """What this machine can do at best; see `bench.speed.machine.measure_machine`."""
         from bench.speed.machine import measure_machine
 
-        return measure_machine(self.device, self.model_runner.dtype, [tuple(shape) for shape in shapes])
+        return measure_machine(self.device, self.model_runner.dtype, shapes)
 
     def probe_delay(self, share: float) -> None:
         """From now on every step lasts this share of its own time longer; 0 ends that.
@@ -46,3 +46,13 @@ class Probe:
             return result
 
         runner.execute_model = delayed
+
+    def probe_record(self, profile: bool, skip: int) -> None:
+        """Starts to record the steps of this worker; see `bench.speed.profile.Recorder`."""
+        from bench.speed.profile import Recorder
+
+        self._recorder = Recorder(self.model_runner, profile, skip)
+
+    def probe_steps(self) -> list[dict]:
+        """Ends the recording and returns its steps."""
+        return self._recorder.stop()

@@ -90,3 +90,16 @@ def test_a_model_is_as_fast_as_itself_and_slower_than_a_smaller_one(text, dense,
 def test_bad_cases_are_refused(text):
     with pytest.raises(ValueError, match=text):
         Case.parse(text)
+
+
+def test_decode_counts_multiplications():
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100)
+    attention = 4 * 2 * 4 * 16 * 64  # every head attends to 64 tokens
+    assert step_flops(DENSE, Case.parse("decode:8:32:64")) == 8 * (2 * weights + attention + 2 * 64000)
+
+
+def test_prefill_moves_weights_once_and_writes_the_cache():
+    case = Case.parse("prefill:3:10")
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100 + 2 * 64
+    cache = 30 * 2 * 2 * 2 * 16 * 2
+    assert step_bytes(DENSE, case, 2) == (2 * layer + 64 + 64000 + 30 * 64) * 2 + cache

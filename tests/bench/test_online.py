@@ -14,7 +14,7 @@ from bench.pico import pico_model
 from bench.speed import online, plan
 from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
-from bench.speed.online import Contestant, compare, context_case, ideal_speedups, scenario_record, serve_arguments
+from bench.speed.online import Contestant, compare, ideal_speedups, mean_context, scenario_record, serve_arguments
 from bench.speed.online_tables import scenarios_table, servers_table
 from bench.speed.traffic import Scenario
 from bench.speed.workload import Request
@@ -169,18 +169,20 @@ def test_the_ideal_of_a_model_against_itself_is_one():
 
 
 def test_the_ideal_is_the_cost_of_prompts_and_of_tokens():
-    lengths, batches = [(10, 20), (30, 60)], (2.0, 5.0)
+    lengths, batches = [(10, 20), (30, 60)], (2.0, 5.25)
     ideal = ideal_speedups(DENSE, PRUNED, lengths, batches, 2)
     prompts = [Case("prefill", 1, 10, 1), Case("prefill", 1, 30, 1)]
     costs = [sum(step_flops(geometry, case) for case in prompts) for geometry in (DENSE, PRUNED)]
     assert ideal["prefill"] == costs[0] / costs[1] > 1
     # Of 80 output tokens 20 belong to an answer whose middle is at 10 + 10 tokens, 60 to one at 30 + 30.
-    assert context_case(lengths, 2.0) == Case("decode", 2.0, (20 * 20 + 60 * 60) / 80, 0)
-    dense, same, larger = (
-        step_bytes(geometry, context_case(lengths, batch), 2) / batch
-        for geometry, batch in ((DENSE, 2.0), (PRUNED, 2.0), (PRUNED, 5.0))
+    assert mean_context(lengths) == (20 * 20 + 60 * 60) / 80
+    dense, same, five, six = (
+        step_bytes(geometry, Case("decode", batch, 50, 0), 2)
+        for geometry, batch in ((DENSE, 2), (PRUNED, 2), (PRUNED, 5), (PRUNED, 6))
     )
-    assert ideal["decode_same_batch"] == dense / same and ideal["decode"] == dense / larger > dense / same
+    assert ideal["decode_same_batch"] == pytest.approx(dense / same)
+    assert ideal["decode"] == pytest.approx(dense / 2 / ((0.75 * five + 0.25 * six) / 5.25))
+    assert ideal["decode"] > ideal["decode_same_batch"], "a larger batch shares the weights"
 
 
 def test_everything_about_both_servers_and_their_runs_is_recorded(tmp_path, monkeypatch):

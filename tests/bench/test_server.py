@@ -1,9 +1,12 @@
 """A server is started on a free port, waited for, and gone afterwards, with commands that only play `vllm serve`."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +70,33 @@ def test_a_server_answers_and_is_gone_afterwards_with_its_children(play, tmp_pat
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from bench.speed import server
+from pruned_vllm.common.command import run_command
+directory = Path(sys.argv[1])
+sys.executable = str(directory / "python")
+def body():
+    with server.running_server("model", [], directory / "log"):
+        raise SystemExit("came up")
+sys.exit(run_command("test", body))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_a_server_starts_leaves_none(number, play, tmp_path):
+    play("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    words = [sys.orig_argv[0], "-c", INTERRUPTED, str(tmp_path)]
+    command = subprocess.Popen(words, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "log", time.monotonic() + 60
+    while not (log.exists() and log.read_text().strip()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    command.send_signal(number)
+    assert "test: interrupted" in command.communicate(timeout=60)[1] and command.returncode == 130
+    assert not alive(int(log.read_text()))
 
 
 @pytest.mark.parametrize(
