@@ -181,5 +181,5 @@ def served(model: Path, log: Path, name: str):
         {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     )
     options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", name]
-    with running_server(model, options, log, environment=environment, timeout=300) as server:
+    with running_server(model, options, log, environment=environment) as server:
         yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
