@@ -7,9 +7,9 @@
 Both engines live at the same time, each in processes of its own, and take turns; the speedup is the median of the
 ratios of neighbouring runs, so a slow phase of the machine hits both sides. Before that the memory bandwidth and the
 rate of products that this machine reaches are measured, and results say how near to them both models come. Prints
-tables and writes e2e_speedup.json and e2e_speedup.png to --output-dir. The machine needs memory for both models.
-bench/speed/engines.py says what is timed, bench/speed/ideal.py what the ideal speedup counts, bench/speed/statistics.py
-what the intervals hold, bench/speed/results.py what is in the JSON file.
+tables and writes e2e_speedup.json, e2e_speedup.png and a report (report.html, report.md) to --output-dir. The machine
+needs memory for both models. bench/speed/engines.py says what is timed, bench/speed/ideal.py what the ideal speedup
+counts, bench/speed/statistics.py what the intervals hold, bench/speed/results.py what is in the JSON file.
 
 On CPU, vLLM gives the engine all cores but one, which its scheduler needs; VLLM_CPU_OMP_THREADS_BIND says otherwise.
 """
@@ -136,6 +136,7 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from bench.report.reports import report_beside
     from bench.speed.report import machine_table, models_table, plot_speedups, results_table, warnings_of
 
     results = compare(
@@ -150,7 +151,7 @@ def _run(args: argparse.Namespace) -> None:
     json_path, plot_path = (args.output_dir / f"e2e_speedup.{suffix}" for suffix in ("json", "png"))
     write_json(json_path, results)
     plot_speedups(results["cases"], plot_path)
-    console.print(f"written: {json_path}, {plot_path}")
+    console.print(f"written: {', '.join(map(str, [json_path, plot_path, *report_beside(json_path)]))}")
 
 
 def _run_null_test(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def results_table(cases: Sequence[Mapping]) -> Table:
-    table = _table(
+    table = numbers_table(
         "case", "dense\nms", "pruned\nms", "dense\ntok/s", "pruned\ntok/s", "speedup", "95 %", "ideal", "of\nideal"
     )
     for case in cases:
@@ -34,7 +34,7 @@ def _interval(record: Mapping) -> str:
 def machine_table(results: Mapping) -> Table:
     """How near to what the machine can do the contestants come, and what the plugin's class changes without pruning."""
     machine = results["machine"]
-    table = _table("case", "model", "ms\na step", "GB/s", "of\nlimit", "TFLOP/s", "of\nlimit", "speedup")
+    table = numbers_table("case", "model", "ms\na step", "GB/s", "of\nlimit", "TFLOP/s", "of\nlimit", "speedup")
     table.title = (
         f"this machine, {machine['threads']} threads: reads {machine['bandwidth_gb_per_s']:.1f} GB/s, multiplies "
         f"{machine['gemm_tflop_per_s']:.3f} TFLOP/s in {machine['dtype']}"
@@ -62,7 +62,7 @@ def warnings_of(cases: Sequence[Mapping]) -> list[str]:
 
 
 def models_table(models: Mapping[str, Mapping]) -> Table:
-    table = _table("model", "parameters", "KV bytes\nper token", "KV tokens\nper GiB")
+    table = numbers_table("model", "parameters", "KV bytes\nper token", "KV tokens\nper GiB")
     for name, model in models.items():
         table.add_row(
             name,
@@ -73,7 +73,7 @@ def models_table(models: Mapping[str, Mapping]) -> Table:
     return table
 
 
-def _table(name: str, *numbers: str) -> Table:
+def numbers_table(name: str, *numbers: str) -> Table:
     table = Table(box=box.SIMPLE, padding=0)
     table.add_column(name, no_wrap=True)
     for header in numbers:

@@ -18,7 +18,8 @@
       that start with "speedup", over "dense": what of the gain is not pruning
   }],
   "models": {"dense", "pruned", "plugin_dense"?: {"path", "parameters", "distinct_layer_shapes",
-    "kv_cache_bytes_per_token", "kv_cache_tokens_per_gib"}},
+    "kv_cache_bytes_per_token", "kv_cache_tokens_per_gib",
+    "layers": [{"num_attention_heads", "num_key_value_heads", "intermediate_size", "expert_intermediate_sizes"?}]}},
   "settings": {"repeats", "rounds", "load_format", "dtype", "max_model_len", "compile": false where eager,
     "confidence": 0.95},
   "versions": {"pruned-vllm", "vllm", "torch", "transformers", "python"},
@@ -29,7 +30,7 @@
     "gemm_tflop_per_s": the most of "gemm": [{"tokens", "in_features", "out_features", "tflop_per_s"}]}
 }
 
-Results from before 0.2 lack speedup_low, speedup_high, warnings, machine and all that is per step, and have
+Results from before 0.2 lack speedup_low, speedup_high, warnings, machine, layers and all that is per step, and have
 settings.compile false where --compile was not given.
 """
 
@@ -39,11 +40,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 GIB = 2**30
 CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
@@ -113,7 +116,20 @@ def describe_model(directory: Path, geometry: ModelGeometry, element_bytes: int)
         "distinct_layer_shapes": len(set(geometry.layers)),
         "kv_cache_bytes_per_token": bytes_per_token,
         "kv_cache_tokens_per_gib": GIB // bytes_per_token,
+        "layers": [describe_layer(layer) for layer in geometry.layers],
     }
+
+
+def describe_layer(layer: LayerGeometry) -> dict:
+    """Heads and widths of one layer; experts only where there are some."""
+    described: dict[str, Any] = {
+        "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "intermediate_size": layer.intermediate_size,
+    }
+    if layer.expert_intermediate_sizes:
+        described["expert_intermediate_sizes"] = list(layer.expert_intermediate_sizes)
+    return described
 
 
 def describe_versions() -> dict:

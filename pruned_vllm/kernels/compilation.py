@@ -1,8 +1,9 @@
 """Compiles C++ on first use and keeps the library for the next process, where nobody else could have put another one.
 
-It lies in ${XDG_CACHE_HOME:-~/.cache}/pruned-vllm/kernels. Its name changes with whatever changes its code: the source,
-the compiler with its version, the flags, and the CPU, which -march=native asks for. A directory that other users can
-write, or that cannot be written, is not used: the library is compiled in a temporary directory then, at every start.
+It lies in ${XDG_CACHE_HOME:-~/.cache}/pruned-vllm/kernels. Its name changes with whatever changes its code: the source
+and the headers beside it, the compiler with its version, the flags, and the CPU, which -march=native asks for. A
+directory that other users can write, or that cannot be written, is not used: the library is compiled in a temporary
+directory then, at every start.
 """
 
 import ctypes
@@ -64,7 +65,8 @@ def _compile(command: Sequence[str], source: Path, library: Path) -> None:
 def _digest(source: Path, command: Sequence[str]) -> str:
     """Of all that the compiled code depends on."""
     version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout
-    code = "\0".join((shlex.join(command), version, _cpu())).encode() + source.read_bytes()
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    code = "\0".join((shlex.join(command), version, _cpu(), *(path.read_text() for path in files))).encode()
     return hashlib.sha256(code).hexdigest()[:16]
 
 

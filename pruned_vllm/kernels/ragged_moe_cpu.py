@@ -1,12 +1,16 @@
 """Mixture-of-experts feed-forward on a CPU where every expert has its own width and nothing is padded to the widest.
 
 `ragged_moe` takes what the Triton kernel takes. The work is done by ragged_moe_cpu.cpp, which is compiled on first
-use, in a few seconds, for the instructions that PyTorch uses on this CPU, and kept (see compilation.py). It needs a
+use, in some ten seconds, for the instructions that PyTorch uses on this CPU, and kept (see compilation.py). It needs a
 C++ compiler (c++, or what CXX names) with OpenMP, as torch.compile does on a CPU; tested with GCC 12. Without one a
 warning says so, and each expert is three matrix products.
 
+Where the CPU multiplies bfloat16 numbers (AVX-512 BF16) these are not widened, and what enters the down projection is
+rounded to bfloat16, as vLLM's own op does. AMX is not used.
+
 Why not vLLM's own `cpu_fused_moe`: it wants all experts equally wide. One call for every class of similar widths, with
-as many classes as are best, came to 0.8 of the ideal speedup.
+as many classes as are best, came to 0.8 of the ideal speedup. Why not PyTorch's matrix products for experts with many
+tokens: they repack weights at every call, and are slow for bfloat16 without AVX-512, and for float16.
 """
 
 import ctypes
@@ -26,8 +30,12 @@ logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging confi
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# By what torch.backends.cpu.get_cpu_capability() says; other CPUs get what the compiler takes for granted.
-INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
+# By what PyTorch says of this CPU; others get what the compiler takes for granted.
+INSTRUCTIONS = {
+    "AVX512_BF16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "AVX512": ("-march=x86-64-v4",),
+    "AVX2": ("-march=x86-64-v3",),
+}
 FUNCTIONS = {
     torch.float32: "ragged_moe_float32",
     torch.bfloat16: "ragged_moe_bfloat16",
@@ -88,10 +96,18 @@ def _matrix_products(
     return out.to(x.dtype)
 
 
+def _capability() -> str:
+    """A key of INSTRUCTIONS, or something else."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "AVX512_BF16"
+    return capability
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled functions; None, with a warning, where they cannot be compiled."""
-    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    flags = (*FLAGS, *INSTRUCTIONS.get(_capability(), ()))
     try:
         library = load_library(SOURCE, flags)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:

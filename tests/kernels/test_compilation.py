@@ -59,11 +59,13 @@ def test_a_library_is_compiled_once_for_this_user_alone(source, tmp_path, compil
         assert mode(directory) == 0o700, directory
 
 
-@pytest.mark.parametrize("what", ["source", "flags", "compiler", "version", "cpu", "nothing"])
+@pytest.mark.parametrize("what", ["source", "header", "flags", "compiler", "version", "cpu", "nothing"])
 def test_the_name_changes_with_what_changes_the_code(source, tmp_path, compilations, monkeypatch, what):
     load_library(source, FLAGS)
     if what == "source":
         source.write_text('extern "C" int seven() { return 8; }')
+    elif what == "header":
+        (tmp_path / "eight.h").touch()
     elif what == "compiler":
         monkeypatch.setenv("CXX", f"{COMPILER} -march=native")
     elif what == "cpu":

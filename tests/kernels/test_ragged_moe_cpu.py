@@ -10,13 +10,16 @@ from helpers.ragged_moe import CASES, DTYPES, Case, check, random_inputs
 from pruned_vllm.kernels import ragged_moe_cpu
 from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
 
-# What passes over weights more than once, ends within a vector, or has rows that are no multiple of a cache line.
+# What passes over weights more than once, ends within a vector or a panel, or has rows that are no multiple of a cache
+# line.
 MORE_CASES = (
     Case(9, 1056, (31, 0, 64, 33), 1, "one"),
     Case(40, 2048, (70, 5), 2),
     Case(3, 33, (1, 2, 3, 4, 5, 6, 7, 8), 8),
     Case(64, 96, (100,), 1),
     Case(5, 1, (1, 1), 1, "any"),
+    Case(131, 130, (3, 259), 2),
+    Case(150, 197, (300, 0, 131, 1), 2, "any"),
 )
 TABLE = [
     pytest.param(case, dtype, id=f"{index}-{str(dtype)[6:]}")
@@ -60,12 +63,14 @@ def test_matrix_products_against_float64(without_a_compiler, case, dtype):
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("instructions", ((), ("-march=x86-64-v3",)), ids=("fewest", "AVX2"))
-def test_instructions_of_other_processors(instructions, tmp_path, monkeypatch):
-    """Vectors are of another length there."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("needs an x86-64 CPU with AVX2")
-    monkeypatch.setattr(ragged_moe_cpu, "INSTRUCTIONS", dict.fromkeys(("AVX2", "AVX512"), instructions))
+@pytest.mark.parametrize("capability", ("fewest", "AVX2", "AVX512"))
+def test_instructions_of_other_processors(capability, tmp_path, monkeypatch):
+    """Vectors are of another length there, or bfloat16 numbers are not multiplied as they are."""
+    capabilities = ["fewest", *reversed(ragged_moe_cpu.INSTRUCTIONS)]
+    mine = ragged_moe_cpu._capability()
+    if mine not in capabilities or capabilities.index(capability) >= capabilities.index(mine):
+        pytest.skip(f"needs a CPU that can more than {capability}")
+    monkeypatch.setattr(ragged_moe_cpu, "_capability", lambda: capability)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = ragged_moe_cpu._library.__wrapped__()
     assert library is not None
@@ -93,6 +98,18 @@ def test_any_number_of_threads_gives_the_same_bits(threads, dtype):
         threads(number)
         outputs.append(ragged_moe(*inputs))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_tokens_do_not_change_the_bits_of_one(dtype):
+    """Few tokens of an expert take another path than many."""
+    inputs = random_inputs(Case(90, 1100, (270, 3, 0, 130, 41), 2), dtype, 0, "cpu")
+    together = ragged_moe(*inputs)
+    for start, end in ((0, 1), (1, 3), (3, 10), (10, 90)):
+        names = ("x", "topk_weights", "topk_ids")
+        apart = inputs._replace(**{name: getattr(inputs, name)[start:end] for name in names})
+        assert torch.equal(ragged_moe(*apart), together[start:end]), f"tokens {start} to {end}"
 
 
 @pytest.mark.usefixtures("compiled")
