@@ -36,8 +36,8 @@ PHASES = {
 }
 LOGITS = "logits"  # model.compute_logits
 
-# What operators, compiled kernels and modules are, by the first pattern that their name matches. Of a kernel that
-# inductor fused, the name lists what it was made of. Operators that match none count as the module around them.
+# What operators and modules are, by the first pattern that their name matches. Operators that match none count as the
+# module around them.
 PARTS = {
     "experts": r"moe|expert|MoE|Expert",
     "KV-cache update": r"reshape_and_cache|cache_kernel|kv_cache_update",
@@ -48,6 +48,9 @@ PARTS = {
     "rotary": r"rotary|Rotary|_cos|_sin",
     "embedding": r"embedding|Embedding",
 }
+# The same for kernels that inductor fused: their names list what they were made of, and operators next to them.
+FUSED = re.compile(r"cpp_fused|^triton_")
+FUSED_PARTS = {"norms": r"rsqrt", "activation": r"silu|gelu|sigmoid", "rotary": r"index_select.*_sub|_cos|_sin"}
 OTHER = "other operators"
 # Events around calls of what torch compiled: no operators, but Python and dispatch. Their names hold random letters.
 CALLS = re.compile(r"## Call |Torch-Compiled |TorchDynamo |Pregraph |AOTDispatcher ")
@@ -164,7 +167,8 @@ class Recorder:
 
 def part_of(name: str) -> str | None:
     """The part that an operator, a compiled kernel or a module of this name belongs to."""
-    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
+    patterns = FUSED_PARTS if FUSED.search(name) else PARTS
+    return next((part for part, pattern in patterns.items() if re.search(pattern, name)), None)
 
 
 def operator_seconds(events: Iterable[Any], device: str) -> dict[int, dict[str, dict[str, dict[str, float]]]]:
