@@ -2,19 +2,19 @@
 
     python bench/e2e_speedup.py --dense MODEL --pruned out/
     python bench/e2e_speedup.py --dense scaled/dense --pruned scaled/pruned --load-format dummy --cases decode:1:32:64
+    python bench/e2e_speedup.py --dense MODEL --null-test      # can figures of this machine be trusted?
 
 Both engines live at the same time, each in processes of its own, and take turns; the speedup is the median of the
-ratios of neighbouring runs, so a slow phase of the machine hits both sides. Prints a table and writes
-e2e_speedup.json and e2e_speedup.png to --output-dir. The machine needs memory for both models. bench/speed/engines.py
-says what is timed, bench/speed/ideal.py what the ideal speedup counts.
+ratios of neighbouring runs, so a slow phase of the machine hits both sides. Before that the memory bandwidth and the
+rate of products that this machine reaches are measured, and results say how near to them both models come. Prints
+tables and writes e2e_speedup.json, e2e_speedup.png and a report (report.html, report.md) to --output-dir. The machine
+needs memory for both models. bench/speed/engines.py says what is timed, bench/speed/ideal.py what the ideal speedup
+counts, bench/speed/statistics.py what the intervals hold, bench/speed/results.py what is in the JSON file.
 
 On CPU, vLLM gives the engine all cores but one, which its scheduler needs; VLLM_CPU_OMP_THREADS_BIND says otherwise.
 """
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -22,152 +22,80 @@ from pathlib import Path
 if not __package__:  # run as a script: search the repository root instead of bench/, as `python -m` does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.speed.engines import engine_options, measure, running_engines, summarise
-from bench.speed.ideal import Case, ideal_speedup
+from bench.speed.engines import measure, measure_in_rounds, probe_machine, through_plugin
+from bench.speed.null_test import measure_equal_and_slowed, shown, verdict
+from bench.speed.results import case_record, describe_model
+from bench.speed.setting import Setting, add_setting_arguments, chosen_settings, read_models
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
-from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import read_headers
+from pruned_vllm.common.files import write_json
 
 DEFAULT_CASES = ("decode:1:32:64", "decode:8:32:64", "prefill:1:512", "prefill:4:512")
-GIB = 2**30
 
 
-def read_models(
-    dense_dir: Path, pruned_dir: Path, max_model_len: int, load_format: str
-) -> tuple[ModelGeometry, ModelGeometry]:
-    """Both geometries.
+def compare(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False, **settings) -> dict:
+    """Times the cases on both models and returns what e2e_speedup.json holds, less the command.
 
-    Raises:
-        InputError: a directory is no model, the two cannot be compared, or a case does not fit into their context.
+    Args:
+        plugin_dense: time the dense model through the plugin's class, too.
+        settings: see `Setting`.
     """
-    problems, geometries = [], []
-    for option, directory in (("--dense", dense_dir), ("--pruned", pruned_dir)):
-        try:
-            config = read_json(directory / "config.json")
-            geometries.append(ModelGeometry.from_config(config))
-            longest = config.get("max_position_embeddings") or max_model_len
-            if longest < max_model_len:
-                problems.append(
-                    f"{option} {directory}: max_position_embeddings is {longest} but {max_model_len} tokens of context "
-                    "are needed; choose shorter --cases or a smaller --max-model-len"
-                )
-            if load_format == "auto":
-                read_headers(directory)
-        except (OSError, ValueError) as error:
-            problems.append(f"{option} {directory}: {error}")
-    if len(geometries) == 2:
-        dense, pruned = geometries
-        if dense.vocab_size != pruned.vocab_size:
-            problems.append(f"--dense has vocab_size {dense.vocab_size}, --pruned has {pruned.vocab_size}")
-        if dense.family != pruned.family:
-            problems.append(f"--dense is a {dense.family.model_type}, --pruned a {pruned.family.model_type} model")
-    if problems:
-        raise InputError("These models cannot be timed against each other:", problems)
-    return dense, pruned
-
-
-def describe_model(directory: Path, geometry: ModelGeometry, element_bytes: int) -> dict:
-    bytes_per_token = geometry.kv_cache_bytes_per_token(element_bytes)
-    return {
-        "path": str(directory),
-        "parameters": geometry.num_parameters,
-        "distinct_layer_shapes": len(set(geometry.layers)),
-        "kv_cache_bytes_per_token": bytes_per_token,
-        "kv_cache_tokens_per_gib": GIB // bytes_per_token,
-    }
-
-
-def describe_versions() -> dict:
-    import torch
-    import transformers
-    import vllm
-
-    return {
-        "pruned-vllm": importlib.metadata.version("pruned-vllm"),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def describe_hardware() -> dict:
-    import psutil
-    from vllm.platforms import current_platform
-
-    return {
-        "device": current_platform.get_device_name(),
-        "cpu": cpu_name(),
-        "cpu_features": cpu_features(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "environment": {
-            name: os.environ[name]
-            for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS")
-            if name in os.environ
-        },
-    }
-
-
-def compare(
-    dense_dir: Path,
-    pruned_dir: Path,
-    *,
-    cases: list[Case],
-    repeats: int = 7,
-    load_format: str = "auto",
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    compile: bool = False,
-) -> dict:
-    """Times `cases` on both models and returns what e2e_speedup.json holds, less the command."""
-    needed = max(case.input_len + case.output_len for case in cases)
-    max_model_len = max_model_len or needed
-    if max_model_len < needed:
-        raise InputError(f"--max-model-len {max_model_len} is too small: the longest of the --cases needs {needed}")
-    dense, pruned = read_models(dense_dir, pruned_dir, max_model_len, load_format)
-    options = engine_options(
-        dense, cases, load_format=load_format, dtype=dtype, max_model_len=max_model_len, compile=compile
+    setting = Setting(**settings)
+    dense, pruned = read_models(
+        {"--dense": dense_dir, "--pruned": pruned_dir}, setting.context_length, setting.load_format
     )
-    with running_engines([str(dense_dir), str(pruned_dir)], options) as engines:
-        dtypes = [engine.model_config.dtype for engine in engines]
+    geometries = {"dense": dense, "pruned": pruned}
+    models: dict[str, dict] = {"dense": {"model": str(dense_dir)}, "pruned": {"model": str(pruned_dir)}}
+    if plugin_dense:
+        geometries["plugin_dense"] = dense
+        models["plugin_dense"] = models["dense"] | through_plugin(dense)
+    machine: dict = {}
+    dtypes: list = []
+
+    def run(engines: list) -> dict:
+        dtypes[:] = [engine.model_config.dtype for engine in engines]
         if dtypes[0] != dtypes[1]:
             raise InputError(f"--dense runs in {dtypes[0]}, --pruned in {dtypes[1]}; choose one with --dtype")
-        element_bytes = dtypes[0].itemsize
-        setting = {
-            "models": {
-                "dense": describe_model(dense_dir, dense, element_bytes),
-                "pruned": describe_model(pruned_dir, pruned, element_bytes),
-            },
-            "settings": {
-                "repeats": repeats,
-                "load_format": load_format,
-                "dtype": str(dtypes[0]).removeprefix("torch."),
-                "max_model_len": max_model_len,
-                "compile": compile,
-            },
-            "versions": describe_versions(),
-            "hardware": describe_hardware(),
-        }
-        samples = measure(engines, cases, dense.vocab_size, repeats)
-    ideals = {case: ideal_speedup(dense, pruned, case, element_bytes) for case in cases}
+        if not machine:
+            machine.update(probe_machine(engines[0], dense, setting.cases))
+        return measure(engines, setting.cases, dense.vocab_size, setting.repeats)
+
+    samples = measure_in_rounds(setting.engine_options(dense, list(models.values())), setting.rounds, run)
+    element_bytes = dtypes[0].itemsize
     records = []
-    for case in cases:
-        dense_seconds, pruned_seconds = samples[case]
-        records.append(summarise(case, dense_seconds, pruned_seconds, ideals[case]))
-    return {"cases": records, **setting}
+    for case in setting.cases:
+        by_name = dict(zip(models, samples[case], strict=True))
+        records.append(case_record(case, by_name, geometries, element_bytes, machine, setting.rounds))
+    return {
+        "cases": records,
+        "models": {
+            name: describe_model(Path(model["model"]), geometries[name], element_bytes)
+            for name, model in models.items()
+        },
+        **setting.describe(dtypes[0]),
+        "machine": machine,
+    }
 
 
-def case(text: str) -> Case:
-    """Type of a command line argument."""
-    try:
-        return Case.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def trust(dense_dir: Path, **settings) -> dict:
+    """Times a model against itself and returns what null_test.json holds, less the command."""
+    setting = Setting(**settings)
+    (dense,) = read_models({"--dense": dense_dir}, setting.context_length, setting.load_format)
+    dtypes: list = []
+
+    def run(engines: list) -> dict:
+        dtypes[:] = [engine.model_config.dtype for engine in engines]
+        return measure_equal_and_slowed(engines, setting.cases, dense.vocab_size, setting.repeats)
+
+    samples = measure_in_rounds(setting.engine_options(dense, [{"model": str(dense_dir)}] * 2), setting.rounds, run)
+    return {
+        "cases": [
+            verdict(case, samples["equal", case], samples["slowed", case], setting.rounds) for case in setting.cases
+        ],
+        "models": {"dense": describe_model(dense_dir, dense, dtypes[0].itemsize)},
+        **setting.describe(dtypes[0]),
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -176,61 +104,74 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--dense", type=Path, required=True, metavar="DIR", help="the model before pruning")
-    add("--pruned", type=Path, required=True, metavar="DIR", help="what convert-pruned made of it")
+    add("--pruned", type=Path, metavar="DIR", help="what convert-pruned made of it; not with --null-test")
     add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")
+    add_setting_arguments(parser, DEFAULT_CASES)
     add(
-        "--cases",
-        type=case,
-        nargs="+",
-        default=[Case.parse(text) for text in DEFAULT_CASES],
-        metavar="CASE",
-        help=f"decode:BATCH:INPUT:OUTPUT or prefill:BATCH:INPUT, in tokens; default: {' '.join(DEFAULT_CASES)}",
-    )
-    add("--repeats", type=positive_int, default=7, help="runs per case and engine after one warm-up; default: 7")
-    add(
-        "--load-format",
-        choices=("auto", "dummy"),
-        default="auto",
-        help="dummy: random weights, the directories need a config.json only (see bench/scale.py); default: auto",
+        "--rounds",
+        type=positive_int,
+        default=1,
+        help="times that all engines are started, with --repeats each: engines of one model differ by a few percent, "
+        "which the interval then covers; default: 1",
     )
     add(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="default: auto (as config.json says), bfloat16 with --load-format dummy",
+        "--plugin-dense",
+        action="store_true",
+        help="time the dense model through the plugin's class, too: what of a gain is not pruning; a third engine",
     )
-    add("--max-model-len", type=positive_int, metavar="TOKENS", help="default: what the longest case needs")
-    add("--compile", action="store_true", help="let vLLM compile (CUDA graphs on a GPU); default: eager for both")
+    add("--null-test", action="store_true", help="can this machine be trusted? --dense against itself, then slowed")
     return parser
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    return run_command("e2e_speedup", lambda: _run(args))
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.null_test == bool(args.pruned):
+        parser.error("give either --pruned or --null-test")
+    if args.null_test and args.plugin_dense:
+        parser.error("--plugin-dense does not go with --null-test")
+    return run_command("e2e_speedup", lambda: (_run_null_test if args.null_test else _run)(args))
 
 
 def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bench.speed.report import models_table, plot_speedups, results_table
+    from bench.report.reports import report_beside
+    from bench.speed.report import machine_table, models_table, plot_speedups, results_table, warnings_of
 
     results = compare(
-        args.dense,
-        args.pruned,
-        cases=args.cases,
-        repeats=args.repeats,
-        load_format=args.load_format,
-        dtype=args.dtype or ("bfloat16" if args.load_format == "dummy" else "auto"),
-        max_model_len=args.max_model_len,
-        compile=args.compile,
+        args.dense, args.pruned, plugin_dense=args.plugin_dense, rounds=args.rounds, **chosen_settings(args)
     )
-    results["command"] = shlex.join(["python", "bench/e2e_speedup.py", *sys.argv[1:]])
+    results["command"] = _command()
     console = Console()
-    console.print(models_table(results["models"]), results_table(results["cases"]))
+    console.print(models_table(results["models"]), results_table(results["cases"]), machine_table(results))
+    for warning in warnings_of(results["cases"]):
+        console.print(warning)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     json_path, plot_path = (args.output_dir / f"e2e_speedup.{suffix}" for suffix in ("json", "png"))
     write_json(json_path, results)
     plot_speedups(results["cases"], plot_path)
-    console.print(f"written: {json_path}, {plot_path}")
+    console.print(f"written: {', '.join(map(str, [json_path, plot_path, *report_beside(json_path)]))}")
+
+
+def _run_null_test(args: argparse.Namespace) -> None:
+    """Writes null_test.json. Raises InputError when the machine does not pass."""
+    results = trust(args.dense, rounds=args.rounds, **chosen_settings(args))
+    results["command"] = _command()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "null_test.json"
+    write_json(path, results)
+    for record in results["cases"]:
+        print(f"{record['name']}: the same {shown(record['equal'])}, 10 % slower {shown(record['slowed'])}")
+    print(f"written: {path}")
+    problems = [f"{record['name']}: {problem}" for record in results["cases"] for problem in record["problems"]]
+    if problems:
+        raise InputError("This machine does not pass the null test:", problems)
+    print("passed: equal engines come out as equal, and one that is 10 % slower as slower")
+
+
+def _command() -> str:
+    return shlex.join(["python", "bench/e2e_speedup.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ import tempfile
 from pathlib import Path
 from statistics import median, quantiles
 
-from bench.e2e_speedup import describe_hardware, describe_versions
 from bench.speed.engines import engine_options, measure, running_engines
-from bench.speed.ideal import Case, decode_step_bytes
+from bench.speed.ideal import Case, step_bytes
+from bench.speed.results import describe_hardware, describe_versions
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
@@ -95,7 +95,15 @@ def compare(what: str, rounds: int, repeats: int, compile: bool) -> dict:
     geometries = variants(what, dense)
     if compile:
         os.environ |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    options = engine_options(dense, CASES, load_format="dummy", dtype="bfloat16", max_model_len=128, compile=compile)
+    options = engine_options(
+        dense,
+        CASES,
+        load_format="dummy",
+        dtype="bfloat16",
+        max_model_len=128,
+        compile=compile,
+        num_engines=len(geometries),
+    )
     samples: dict[str, dict[Case, list[float]]] = {name: {case: [] for case in CASES} for name in geometries}
     start_seconds: dict[str, list[float]] = {name: [] for name in geometries}
     for number in range(rounds):
@@ -132,8 +140,8 @@ def _measure_round(geometries: dict[str, ModelGeometry], options: dict, repeats:
             # Equal layers would be written for the stock class, but this compares shapes, not classes.
             config = converted_config(geometry, CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
             write_json(model / "config.json", config)
-        models = [str(Path(directory, name)) for name in geometries]
-        with running_engines(models, options, started) as engines:
+        engines_options = [{**options, "model": str(Path(directory, name))} for name in geometries]
+        with running_engines(engines_options, started) as engines:
             seconds = measure(engines, CASES, ModelGeometry.from_config(CONFIG).vocab_size, repeats)
     for number, name in enumerate(geometries):
         start_seconds[name].append(started[number])
@@ -146,7 +154,7 @@ def _case_record(
 ) -> dict:
     ratios = [before / after for before, after in zip(reference_s, samples_s, strict=True)]
     q1, _, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    ideal = decode_step_bytes(reference, case, ELEMENT_BYTES) / decode_step_bytes(geometry, case, ELEMENT_BYTES)
+    ideal = step_bytes(reference, case, ELEMENT_BYTES) / step_bytes(geometry, case, ELEMENT_BYTES)
     return {
         "case": case.name,
         "tokens_per_s": case.num_timed_tokens / median(samples_s),

@@ -60,7 +60,13 @@ def test_options_exist(name, capsys):
     lines = re.findall(r"^ {4}(?:convert-pruned|learn-masks|finetune-pruned) .*", text_of(name), flags=re.MULTILINE)
     named = {option for line in lines for option in re.findall(r"--[\w-]+", line.split("#")[0])}
     named |= set(re.findall(r"`(?:convert-pruned |learn-masks |finetune-pruned )?(--[\w-]+)", text_of(name)))
-    elsewhere = {"--enable-lora", "--enable-expert-parallel", "--hf-overrides"}  # vLLM's
+    elsewhere = {
+        "--enable-lora",
+        "--enable-expert-parallel",
+        "--hf-overrides",
+        "--nnodes",
+        "--data-parallel-size",
+    }  # vLLM's
     elsewhere |= {"--output-dir"}  # the benchmarks'
     assert named - known - elsewhere == set()
 

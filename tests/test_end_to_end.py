@@ -72,7 +72,7 @@ def test_speedup_benchmark_on_converted_model(learned, pico):
     results = learned / "results"
     run(
         *(sys.executable, Path("bench") / "e2e_speedup.py", "--dense", pico, "--pruned", learned / "out"),
-        *("--output-dir", results, "--repeats", 1, "--cases", "decode:2:8:4", "prefill:1:16"),
+        *("--output-dir", results, "--eager", "--repeats", 1, "--cases", "decode:2:8:4", "prefill:1:16"),
         cwd=Path(__file__).parents[1],
     )
     report = json.loads((results / "e2e_speedup.json").read_text())
@@ -88,8 +88,63 @@ def test_speedup_benchmark_on_converted_model(learned, pico):
         assert case["ideal_speedup"] > 1 and case["speedup"] > 0
         for side in ("dense", "pruned"):
             assert case[side]["median_latency_s"] > 0 and case[side]["throughput_tokens_per_s"] > 0
+            assert 0 < case[side]["of_bandwidth"] < 1 and 0 < case[side]["of_gemm_rate"] < 1, "a limit that is passed"
+        assert "1 repeat gives no interval" in case["warnings"][0]
+    assert report["machine"]["threads"] >= 1 and report["settings"]["compile"] is False
     models = report["models"]
     assert models["pruned"]["kv_cache_tokens_per_gib"] > models["dense"]["kv_cache_tokens_per_gib"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_timed_through_the_stock_and_the_plugins_class(learned, pico, tmp_path):
+    """As users serve; what it says of times is not tested."""
+    run(
+        *(sys.executable, "-m", "bench.e2e_speedup", "--dense", pico, "--pruned", learned / "out", "--plugin-dense"),
+        *("--output-dir", tmp_path, "--repeats", 2, "--cases", "decode:2:8:4"),
+        cwd=Path(__file__).parents[1],
+    )
+    results = json.loads((tmp_path / "e2e_speedup.json").read_text())
+    assert results["settings"]["compile"] is True and set(results["models"]) == {"dense", "pruned", "plugin_dense"}
+    (case,) = results["cases"]
+    assert (
+        case["plugin_dense"]["speedup"] > 0
+        and case["plugin_dense"]["bytes_per_step"] == case["dense"]["bytes_per_step"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [[], ["--eager"]], ids=["compiled", "eager"])
+def test_a_breakdown_names_the_parts_of_a_step(learned, pico, tmp_path, mode):
+    run(
+        *(sys.executable, "-m", "bench.breakdown", "--dense", pico, "--pruned", learned / "out", *mode),
+        *("--output-dir", tmp_path, "--repeats", 2, "--cases", "decode:2:8:8", "prefill:2:32"),
+        cwd=Path(__file__).parents[1],
+    )
+    for case in json.loads((tmp_path / "breakdown.json").read_text())["cases"]:
+        assert set(case["contestants"]) == {"dense", "pruned", "narrow"}
+        for contestant in case["contestants"].values():
+            parts = contestant["parts_s"]
+            assert sum(parts.values()) == pytest.approx(contestant["step_s"])
+            named = ("GEMMs", "attention op", "KV-cache update", "norms", "input preparation", "attention metadata")
+            assert all(parts[name] > 0 for name in (*named, "sampler", "scheduler, messages")), parts
+
+
+@pytest.mark.slow
+def test_a_null_test_says_whether_the_machine_can_be_trusted(pico, tmp_path):
+    """On a machine that is shared it may say no; but it must say so of both halves."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "bench.e2e_speedup", "--dense", str(pico), "--null-test", "--eager"),
+            *("--output-dir", str(tmp_path), "--repeats", "3", "--cases", "decode:2:8:16"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    (case,) = json.loads((tmp_path / "null_test.json").read_text())["cases"]
+    assert (done.returncode, "passed: equal engines" in done.stdout) == ((0, True) if case["passed"] else (2, False))
+    assert len(case["equal"]["samples_s"]) == len(case["slowed"]["samples_s"]) == 2
+    assert all(problem in done.stderr for problem in case["problems"])
 
 
 def test_learned_pattern_can_be_scaled_up(learned, tmp_path):

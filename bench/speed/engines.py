@@ -1,4 +1,4 @@
-"""Two vLLM engines that live side by side and run the same cases in turns.
+"""vLLM engines that live side by side and run the same cases in turns.
 
 Each engine is a `vllm.LLM` with its engine core in processes of its own, and only one of them works at a time. Times
 are taken by the engine core: RequestOutput.metrics carries its monotonic clock at the moment a batch was scheduled
@@ -11,13 +11,15 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from statistics import median, quantiles
+from typing import Any
 
 from tqdm import tqdm
 
 from bench.speed.ideal import Case
+from bench.speed.machine import matmul_shapes
+from bench.speed.worker import PROBE
 from pruned_vllm.common.signals import handled
 from pruned_vllm.formats.geometry import ModelGeometry
 
@@ -28,10 +30,8 @@ KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; smaller on GPUs
 
 
 @contextmanager
-def running_engines(
-    models: Sequence[str], engine_options: dict, start_seconds: list[float] | None = None
-) -> Iterator[list]:
-    """Starts one `vllm.LLM` per model directory and shuts all of them down at the end, also after Ctrl-C.
+def running_engines(options: Sequence[dict], start_seconds: list[float] | None = None) -> Iterator[list]:
+    """Starts a `vllm.LLM` with each of these options and shuts all of them down at the end, also after Ctrl-C.
 
     `start_seconds` gets how long each took to start.
     """
@@ -43,14 +43,40 @@ def running_engines(
         # Not KeyboardInterrupt: while an engine starts, vLLM swallows it and waits ten minutes for the dead engine.
         stack.enter_context(handled((signal.SIGINT, signal.SIGTERM), _exit))
         engines = []
-        for model in tqdm(models, desc="starting engines", unit="engine"):
+        for engine_options in tqdm(options, desc="starting engines", unit="engine"):
             started = time.monotonic()
-            engine = LLM(model=model, **engine_options)
+            engine = LLM(**engine_options)
             if start_seconds is not None:
                 start_seconds.append(time.monotonic() - started)
             stack.callback(engine.llm_engine.engine_core.shutdown, timeout=SHUTDOWN_SECONDS)
             engines.append(engine)
         yield engines
+
+
+def measure_in_rounds(
+    options: Sequence[dict], rounds: int, run: Callable[[list], dict[Any, list[list[float]]]]
+) -> dict[Any, list[list[float]]]:
+    """Starts all engines anew for each round, in the opposite order of the round before, and runs `run` with them.
+
+    Two engines of the same model differ by a few percent for as long as they live, since each got other memory.
+
+    Args:
+        options: of each engine.
+        run: gets the engines in the order of `options`; returns lists of samples, by anything, for each engine.
+
+    Returns:
+        The lists of all rounds, one after the other.
+    """
+    found: dict[Any, list[list[float]]] = {}
+    for number in range(rounds):
+        order = range(len(options))[:: -1 if number % 2 else 1]
+        with running_engines([options[index] for index in order]) as started:
+            engines = dict(zip(order, started, strict=True))
+            for key, samples in run([engines[index] for index in range(len(options))]).items():
+                gathered = found.setdefault(key, [[] for _ in options])
+                for index, seconds in enumerate(samples):
+                    gathered[index] += seconds
+    return found
 
 
 def _exit(signal_number: int, frame) -> None:
@@ -59,9 +85,17 @@ def _exit(signal_number: int, frame) -> None:
 
 
 def engine_options(
-    dense: ModelGeometry, cases: Sequence[Case], *, load_format: str, dtype: str, max_model_len: int, compile: bool
+    dense: ModelGeometry,
+    cases: Sequence[Case],
+    *,
+    load_format: str,
+    dtype: str,
+    max_model_len: int,
+    compile: bool,
+    num_engines: int = 2,
 ) -> dict:
-    """Arguments of `vllm.LLM` for both engines: room for the largest case, a prefill of any case in one step."""
+    """Arguments of `vllm.LLM` for all engines, less the model: room for the largest case, a prefill of any case in one
+    step."""
     largest_batch = max(case.batch_size for case in cases)
     # One sequence more than needed, each rounded up to whole blocks. Four bytes per element hold any dtype.
     kv_cache_tokens = (largest_batch + 1) * (max_model_len + 2 * KV_BLOCK_TOKENS)
@@ -73,12 +107,24 @@ def engine_options(
         "max_num_seqs": largest_batch,
         "max_num_batched_tokens": max(max_model_len, *(case.batch_size * case.input_len for case in cases)),
         "kv_cache_memory_bytes": kv_cache_tokens * dense.kv_cache_bytes_per_token(4),
-        "gpu_memory_utilization": 0.45,  # two engines share a GPU; on CPU the line above counts
+        "gpu_memory_utilization": 0.9 / num_engines,  # they share a GPU; on CPU the line above counts
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,  # without statistics RequestOutput.metrics is None
         "seed": 0,
+        "worker_extension_cls": PROBE,
     }
+
+
+def through_plugin(geometry: ModelGeometry) -> dict:
+    """Arguments of `vllm.LLM` that load a dense model through the plugin's class: the same weights and sizes."""
+    return {"hf_overrides": {"architectures": [geometry.family.pruned_architecture]}}
+
+
+def probe_machine(engine, geometry: ModelGeometry, cases: Sequence[Case]) -> dict:
+    """What this machine can do at best, measured by the engine's worker, while all engines are idle."""
+    time.sleep(SETTLE_SECONDS)
+    return engine.collective_rpc("probe_machine", args=(matmul_shapes(geometry, cases),))[0]
 
 
 def random_prompts(case: Case, vocab_size: int, seed: int = 0) -> list[dict]:
@@ -121,31 +167,3 @@ def measure(engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: 
                         samples[case][index].append(seconds)
                     progress.update()
     return samples
-
-
-def summarise(case: Case, dense_seconds: list[float], pruned_seconds: list[float], ideal: float) -> dict:
-    """The record of one case for e2e_speedup.json. Speedups are taken pair by pair."""
-    ratios = [dense / pruned for dense, pruned in zip(dense_seconds, pruned_seconds, strict=True)]
-    q1, speedup, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-
-    def engine_record(seconds: list[float]) -> dict:
-        return {
-            "median_latency_s": median(seconds),
-            "throughput_tokens_per_s": case.num_timed_tokens / median(seconds),
-            "samples_s": seconds,
-        }
-
-    return {
-        "name": case.name,
-        "kind": case.kind,
-        "batch_size": case.batch_size,
-        "input_len": case.input_len,
-        "output_len": case.output_len,
-        "dense": engine_record(dense_seconds),
-        "pruned": engine_record(pruned_seconds),
-        "speedup": speedup,
-        "speedup_q1": q1,
-        "speedup_q3": q3,
-        "ideal_speedup": ideal,
-        "of_ideal": speedup / ideal,
-    }

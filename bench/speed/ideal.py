@@ -1,4 +1,4 @@
-"""What a pruned model could gain at best: the bytes a decode step reads, the FLOPs of a prefill. Pure Python.
+"""What a step must read and compute, and what a pruned model could gain at best. Pure Python.
 
 Decode is bound by memory: a step reads every weight once and the keys and values of every sequence in the batch.
 Prefill is bound by arithmetic. The ideal speedup of a case is the dense model's cost over the pruned model's; it
@@ -54,29 +54,59 @@ class Case:
         return f"{sizes}:{self.output_len}" if self.kind == "decode" else sizes
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the timed part."""
+        return self.output_len - 1 if self.kind == "decode" else 1
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens that the average decode step attends to: step k of them to the input and k generated tokens."""
+        return self.input_len + self.output_len / 2
+
+    @property
     def num_timed_tokens(self) -> int:
         """Tokens of the batch in the timed part: generated ones in decode, those of the prompts in prefill."""
-        return self.batch_size * (self.output_len - 1 if self.kind == "decode" else self.input_len)
+        return self.batch_size * (self.num_steps if self.kind == "decode" else self.input_len)
 
 
 def ideal_speedup(dense: ModelGeometry, pruned: ModelGeometry, case: Case, element_bytes: int) -> float:
     """Cost of the dense model over that of the pruned one; `element_bytes` is 2 for bfloat16."""
     if case.kind == "decode":
-        return decode_step_bytes(dense, case, element_bytes) / decode_step_bytes(pruned, case, element_bytes)
-    return prefill_flops(dense, case) / prefill_flops(pruned, case)
+        return step_bytes(dense, case, element_bytes) / step_bytes(pruned, case, element_bytes)
+    return step_flops(dense, case) / step_flops(pruned, case)
 
 
-def decode_step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
-    """Bytes that the average decode step reads: layers, of routed experts those that some token is sent to, final norm,
-    lm_head, one embedding row and the KV cache of each sequence."""
-    unread = routed_weights(geometry) * (1 - chosen_share(geometry)) ** case.batch_size
+def step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
+    """Bytes that the average step of the timed part moves: layers, of routed experts those that some token is sent to,
+    final norm, lm_head, an embedding row a token, and the KV cache: in decode what a step reads of every sequence, in
+    prefill what it writes."""
+    decode = case.kind == "decode"
+    tokens = case.batch_size * (1 if decode else case.input_len)
+    unread = routed_weights(geometry) * (1 - chosen_share(geometry)) ** tokens
     layers = geometry.num_layer_parameters - unread
     lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
-    embedding_rows = case.batch_size * geometry.hidden_size
-    # Step k of output_len - 1 attends to the input and k generated tokens.
-    mean_context = case.input_len + case.output_len / 2
-    kv_cache = case.batch_size * mean_context * geometry.kv_cache_bytes_per_token(element_bytes)
+    embedding_rows = tokens * geometry.hidden_size
+    kv_tokens = case.batch_size * (case.mean_context if decode else case.input_len)
+    kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
     return (layers + geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
+
+
+def step_flops(geometry: ModelGeometry, case: Case) -> float:
+    """Floating-point operations of the average step of the timed part: 2 per token and weight, of routed experts those
+    that the token is sent to, causal attention, and lm_head for the last position of each sequence only, which is all
+    that vLLM computes."""
+    heads, weights = 0, -routed_weights(geometry) * (1 - chosen_share(geometry))
+    for index, layer in enumerate(geometry.layers):
+        shapes = geometry.layer_tensor_shapes(index).values()
+        weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        heads += layer.num_attention_heads
+    if case.kind == "decode":
+        tokens, attended_pairs = 1, case.mean_context
+    else:
+        tokens, attended_pairs = case.input_len, case.input_len * (case.input_len + 1) // 2
+    attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
+    lm_head = 2 * geometry.vocab_size * geometry.hidden_size
+    return case.batch_size * (2 * weights * tokens + attention + lm_head)
 
 
 def routed_weights(geometry: ModelGeometry) -> int:
@@ -88,18 +118,3 @@ def chosen_share(geometry: ModelGeometry) -> float:
     """The share of a layer's routed experts that one token is sent to; 1 in a model without experts."""
     experts = geometry.experts
     return experts.num_experts_per_tok / experts.num_experts if experts else 1.0
-
-
-def prefill_flops(geometry: ModelGeometry, case: Case) -> float:
-    """Floating-point operations that prefill the batch: 2 per token and weight, of routed experts those that the token
-    is sent to, causal attention, and lm_head for the last position of each sequence only, which is all that vLLM
-    computes."""
-    heads, weights = 0, -routed_weights(geometry) * (1 - chosen_share(geometry))
-    for index, layer in enumerate(geometry.layers):
-        shapes = geometry.layer_tensor_shapes(index).values()
-        weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-        heads += layer.num_attention_heads
-    attended_pairs = case.input_len * (case.input_len + 1) // 2
-    attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
-    lm_head = 2 * geometry.vocab_size * geometry.hidden_size
-    return case.batch_size * (2 * weights * case.input_len + attention + lm_head)

@@ -8,8 +8,8 @@ from rich.table import Table
 
 
 def results_table(cases: Sequence[Mapping]) -> Table:
-    table = _table(
-        "case", "dense\nms", "pruned\nms", "dense\ntok/s", "pruned\ntok/s", "speedup", "quartiles", "ideal", "of\nideal"
+    table = numbers_table(
+        "case", "dense\nms", "pruned\nms", "dense\ntok/s", "pruned\ntok/s", "speedup", "95 %", "ideal", "of\nideal"
     )
     for case in cases:
         dense, pruned = case["dense"], case["pruned"]
@@ -20,15 +20,49 @@ def results_table(cases: Sequence[Mapping]) -> Table:
             f"{dense['throughput_tokens_per_s']:.1f}",
             f"{pruned['throughput_tokens_per_s']:.1f}",
             f"{case['speedup']:.2f}x",
-            f"{case['speedup_q1']:.2f}-{case['speedup_q3']:.2f}",
+            _interval(case),
             f"{case['ideal_speedup']:.2f}x",
             f"{case['of_ideal']:.2f}",
         )
     return table
 
 
+def _interval(record: Mapping) -> str:
+    return "" if record["speedup_low"] is None else f"{record['speedup_low']:.2f}-{record['speedup_high']:.2f}"
+
+
+def machine_table(results: Mapping) -> Table:
+    """How near to what the machine can do the contestants come, and what the plugin's class changes without pruning."""
+    machine = results["machine"]
+    table = numbers_table("case", "model", "ms\na step", "GB/s", "of\nlimit", "TFLOP/s", "of\nlimit", "speedup")
+    table.title = (
+        f"this machine, {machine['threads']} threads: reads {machine['bandwidth_gb_per_s']:.1f} GB/s, multiplies "
+        f"{machine['gemm_tflop_per_s']:.3f} TFLOP/s in {machine['dtype']}"
+    )
+    for case in results["cases"]:
+        for name in results["models"]:
+            record = case[name]
+            speedup = case if name == "pruned" else record
+            table.add_row(
+                case["name"] if name == "dense" else "",
+                name,
+                f"{record['step_s'] * 1e3:.2f}",
+                f"{record['gb_per_s']:.1f}",
+                f"{record['of_bandwidth']:.0%}",
+                f"{record['tflop_per_s']:.3f}",
+                f"{record['of_gemm_rate']:.0%}",
+                f"{speedup['speedup']:.2f}x {_interval(speedup)}" if "speedup" in speedup else "",
+            )
+    return table
+
+
+def warnings_of(cases: Sequence[Mapping]) -> list[str]:
+    """What makes results doubtful, a line each."""
+    return [f"{case['name']}: {warning}" for case in cases for warning in case["warnings"]]
+
+
 def models_table(models: Mapping[str, Mapping]) -> Table:
-    table = _table("model", "parameters", "KV bytes\nper token", "KV tokens\nper GiB")
+    table = numbers_table("model", "parameters", "KV bytes\nper token", "KV tokens\nper GiB")
     for name, model in models.items():
         table.add_row(
             name,
@@ -39,7 +73,7 @@ def models_table(models: Mapping[str, Mapping]) -> Table:
     return table
 
 
-def _table(name: str, *numbers: str) -> Table:
+def numbers_table(name: str, *numbers: str) -> Table:
     table = Table(box=box.SIMPLE, padding=0)
     table.add_column(name, no_wrap=True)
     for header in numbers:

@@ -201,11 +201,15 @@ class _Layers:
         if len(per_layer) > self._num_layers:
             self._problems.add(f"per_layer_config has {len(per_layer):,} layers, the model {self._num_layers:,}")
             return {}
-        known = {str(index): index for index in range(self._num_layers)}
+        # Transformers pads the indices with zeros to the length of the largest when it writes a config.
+        lengths = range(1, len(str(self._num_layers - 1)) + 1)
+        known = {str(index).zfill(length): index for index in range(self._num_layers) for length in lengths}
         for key, sizes in per_layer.items():
             where = f"per_layer_config[{shown(key)}]"
             if str(key) not in known:
                 self._problems.add(f"{where}: not a layer index; the model has layers 0 to {self._num_layers - 1}")
+            elif known[str(key)] in overrides:
+                self._problems.add(f"{where}: layer {known[str(key)]} is there twice")
             elif not isinstance(sizes, Mapping | None):
                 self._problems.add(f"{where}: {shown(sizes)} is no mapping of sizes")
             else:

@@ -2,15 +2,40 @@
 
 import signal
 import sys
+from contextlib import contextmanager
+from pkgutil import resolve_name
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from bench.speed import engines
-from bench.speed.engines import engine_options, measure, random_prompts, running_engines, summarise, time_case
+from bench.speed.engines import (
+    engine_options,
+    measure,
+    measure_in_rounds,
+    probe_machine,
+    random_prompts,
+    running_engines,
+    through_plugin,
+    time_case,
+)
 from bench.speed.ideal import Case
+from bench.speed.machine import matmul_shapes
+from bench.speed.worker import Probe
 from pruned_vllm.formats.geometry import ModelGeometry
 
+GEOMETRY = ModelGeometry.from_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "vocab_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 100,
+    }
+)
 DECODE, PREFILL = Case.parse("decode:2:3:5"), Case.parse("prefill:2:3")
 
 
@@ -89,20 +114,23 @@ def test_runs_are_interleaved_and_turn_round(monkeypatch):
     assert samples == {DECODE: [[4, 9, 12], [5, 8, 13]], PREFILL: [[6, 11, 14], [7, 10, 15]]}
 
 
-def test_speedups_are_medians_of_neighbouring_runs():
-    """The machine halves its speed in the second repeat: pairs do not notice, a ratio of medians would."""
-    record = summarise(DECODE, [4.0, 8.0, 6.0], [2.0, 4.0, 2.0], ideal=2.5)
-    assert (record["speedup"], record["speedup_q1"], record["speedup_q3"]) == (2.0, 2.0, 2.5)
-    assert record["of_ideal"] == 0.8 and record["ideal_speedup"] == 2.5
-    assert record["dense"] == {
-        "median_latency_s": 6.0,
-        "throughput_tokens_per_s": 2 * 4 / 6,  # the first token of each sequence belongs to the prefill
-        "samples_s": [4.0, 8.0, 6.0],
-    }
-    assert summarise(PREFILL, [3.0], [2.0], 1.5)["pruned"]["throughput_tokens_per_s"] == 2 * 3 / 2
-    assert summarise(PREFILL, [3.0], [2.0], 1.5)["speedup_q3"] == 1.5
-    with pytest.raises(ValueError):
-        summarise(DECODE, [1.0, 2.0], [1.0], 2.0)
+def test_rounds_start_engines_anew_in_the_opposite_order(monkeypatch):
+    log, clock = [], iter(range(100))
+
+    @contextmanager
+    def started(options):
+        log.append([engine["model"] for engine in options])
+        yield [engine["model"] for engine in options]
+
+    def run(names):
+        log.append(names)
+        return {DECODE: [[next(clock), next(clock)] for _ in names]}
+
+    monkeypatch.setattr(engines, "running_engines", started)
+    found = measure_in_rounds([{"model": "dense"}, {"model": "pruned"}], 3, run)
+    asked = ["dense", "pruned"]
+    assert log == [asked, asked, ["pruned", "dense"], asked, asked, asked], "who runs is who was asked for"
+    assert found == {DECODE: [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]}
 
 
 def test_prompts_are_the_same_for_every_engine():
@@ -112,24 +140,28 @@ def test_prompts_are_the_same_for_every_engine():
     assert all(0 <= token < 50 for prompt in prompts for token in prompt["prompt_token_ids"])
 
 
+def test_the_machine_is_measured_by_an_idle_engine_at_the_models_shapes(monkeypatch):
+    log = []
+    monkeypatch.setattr(engines.time, "sleep", lambda seconds: log.append(seconds))
+    engine = SimpleNamespace(collective_rpc=lambda name, args: log.append((name, args)) or [{"threads": 3}])
+    assert probe_machine(engine, GEOMETRY, [PREFILL]) == {"threads": 3}
+    assert log == [engines.SETTLE_SECONDS, ("probe_machine", (matmul_shapes(GEOMETRY, [PREFILL]),))]
+
+
+def test_a_dense_model_goes_through_the_plugin_by_its_architecture():
+    assert through_plugin(GEOMETRY) == {"hf_overrides": {"architectures": ["PrunedLlamaForCausalLM"]}}
+
+
 def test_engines_have_room_for_the_largest_case():
-    geometry = ModelGeometry.from_config(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": 64,
-            "vocab_size": 100,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 100,
-        }
-    )
     cases = [Case.parse("decode:8:32:64"), Case.parse("prefill:4:512")]
-    options = engine_options(geometry, cases, load_format="dummy", dtype="bfloat16", max_model_len=512, compile=False)
+    options = engine_options(GEOMETRY, cases, load_format="dummy", dtype="bfloat16", max_model_len=512, compile=False)
     assert options["max_num_seqs"] == 8 and options["max_num_batched_tokens"] == 4 * 512
-    assert options["kv_cache_memory_bytes"] >= 8 * 512 * geometry.kv_cache_bytes_per_token(4)
+    assert options["kv_cache_memory_bytes"] >= 8 * 512 * GEOMETRY.kv_cache_bytes_per_token(4)
     assert options["enforce_eager"] and not options["enable_prefix_caching"] and not options["disable_log_stats"]
+    settings = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 512}
+    compiled = engine_options(GEOMETRY, cases, **settings, compile=True, num_engines=3)
+    assert not compiled["enforce_eager"] and compiled["gpu_memory_utilization"] == pytest.approx(0.3)
+    assert resolve_name(compiled["worker_extension_cls"]) is Probe, "vLLM imports it by name"
 
 
 def test_all_engines_are_shut_down_whatever_happens(fake_vllm):
@@ -142,10 +174,13 @@ def test_all_engines_are_shut_down_whatever_happens(fake_vllm):
         return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core), options=options)
 
     fake_vllm.LLM, seconds = llm, []
-    with pytest.raises(RuntimeError), running_engines(["dense", "broken"], {}):
+    with pytest.raises(RuntimeError), running_engines([{"model": "dense"}, {"model": "broken"}]):
         pytest.fail("started")
-    with pytest.raises(ZeroDivisionError), running_engines(["dense", "pruned"], {"seed": 0}, seconds) as started:
-        assert [engine.options for engine in started] == [{"seed": 0}] * 2 and len(seconds) == 2
+    with (
+        pytest.raises(ZeroDivisionError),
+        running_engines([{"model": "dense", "seed": 0}, {"model": "pruned", "seed": 1}], seconds) as started,
+    ):
+        assert [engine.options for engine in started] == [{"seed": 0}, {"seed": 1}] and len(seconds) == 2
         assert signal.getsignal(signal.SIGTERM) is engines._exit
         raise ZeroDivisionError
     assert log == [(name, engines.SHUTDOWN_SECONDS) for name in ("dense", "pruned", "dense")]

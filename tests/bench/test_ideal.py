@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.speed.ideal import Case, decode_step_bytes, ideal_speedup, prefill_flops
+from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
 from pruned_vllm.formats.geometry import ModelGeometry
 
 CONFIG = {
@@ -43,14 +43,14 @@ def test_decode_counts_bytes_of_weights_and_cache():
     case = Case.parse("decode:8:32:64")
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100 + 2 * 64
     cache = 8 * (32 + 32) * 2 * 2 * 2 * 16 * 2
-    assert decode_step_bytes(DENSE, case, 2) == (2 * layer + 64 + 64000 + 8 * 64) * 2 + cache
+    assert step_bytes(DENSE, case, 2) == (2 * layer + 64 + 64000 + 8 * 64) * 2 + cache
 
 
 def test_prefill_counts_multiplications():
     case = Case.parse("prefill:3:10")
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100)
     attention = 4 * 2 * 4 * 16 * 55  # 55 pairs of a query and a key that it sees
-    assert prefill_flops(DENSE, case) == 3 * (2 * weights * 10 + attention + 2 * 64000)
+    assert step_flops(DENSE, case) == 3 * (2 * weights * 10 + attention + 2 * 64000)
 
 
 @pytest.mark.parametrize(("geometry", "channels"), [(MOE, 160), (RAGGED, 80)])
@@ -59,20 +59,20 @@ def test_decode_reads_the_experts_that_tokens_are_sent_to(geometry, channels, ba
     case = Case.parse(f"decode:{batch_size}:32:64")
     cache = batch_size * (32 + 32) * 2 * 2 * 2 * 16 * 2
     weights = MOE_UNROUTED + MOE_VECTORS + read * 3 * 64 * channels + 64 + 64000 + batch_size * 64
-    assert decode_step_bytes(geometry, case, 2) == weights * 2 + cache
+    assert step_bytes(geometry, case, 2) == weights * 2 + cache
 
 
 @pytest.mark.parametrize(("geometry", "channels"), [(MOE, 160), (RAGGED, 80)])
 def test_prefill_passes_the_chosen_experts(geometry, channels):
     weights = MOE_UNROUTED + 3 * 64 * channels // 4
     attention = 4 * 2 * 4 * 16 * 55
-    assert prefill_flops(geometry, Case.parse("prefill:3:10")) == 3 * (2 * weights * 10 + attention + 2 * 64000)
+    assert step_flops(geometry, Case.parse("prefill:3:10")) == 3 * (2 * weights * 10 + attention + 2 * 64000)
 
 
 def test_large_batches_read_all_experts():
     case = Case.parse("decode:1000:32:64")
     everything = MOE.num_layer_parameters + 64 + 64000 + 1000 * 64
-    assert decode_step_bytes(MOE, case, 2) == pytest.approx(everything * 2 + 1000 * 64 * 2 * 2 * 2 * 16 * 2)
+    assert step_bytes(MOE, case, 2) == pytest.approx(everything * 2 + 1000 * 64 * 2 * 2 * 2 * 16 * 2)
 
 
 @pytest.mark.parametrize(("dense", "pruned"), [(DENSE, PRUNED), (MOE, RAGGED)])
@@ -90,3 +90,16 @@ def test_a_model_is_as_fast_as_itself_and_slower_than_a_smaller_one(text, dense,
 def test_bad_cases_are_refused(text):
     with pytest.raises(ValueError, match=text):
         Case.parse(text)
+
+
+def test_decode_counts_multiplications():
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100)
+    attention = 4 * 2 * 4 * 16 * 64  # every head attends to 64 tokens
+    assert step_flops(DENSE, Case.parse("decode:8:32:64")) == 8 * (2 * weights + attention + 2 * 64000)
+
+
+def test_prefill_moves_weights_once_and_writes_the_cache():
+    case = Case.parse("prefill:3:10")
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100 + 2 * 64
+    cache = 30 * 2 * 2 * 2 * 16 * 2
+    assert step_bytes(DENSE, case, 2) == (2 * layer + 64 + 64000 + 30 * 64) * 2 + cache

@@ -122,6 +122,22 @@ def test_sizes():
     assert ours.num_parameters == sum(map(ours.layer_parameters, range(3))) + 96 + 2 * 256 * 96
 
 
+@pytest.mark.parametrize("num_layers", [3, 10, 11, 101])
+def test_what_transformers_writes_of_a_pruned_model_reads_the_same(num_layers):
+    """Transformers pads layer indices with zeros, from eleven layers on."""
+    pruned = {str(index): {"intermediate_size": 7 + index} for index in range(num_layers)}
+    config = LLAMA | {"num_hidden_layers": num_layers, "head_dim": 16, "per_layer_config": pruned}
+    written = AutoConfig.for_model(**config).to_dict() | {"architectures": LLAMA["architectures"]}
+    assert all(len(key) == len(str(num_layers - 1)) for key in written["per_layer_config"])
+    assert ModelGeometry.from_config(written) == ModelGeometry.from_config(config)
+
+
+def test_a_layer_that_is_there_twice_is_refused():
+    twice = {"1": {"intermediate_size": 7}, "01": {"intermediate_size": 8}}
+    with pytest.raises(InputError, match=r"per_layer_config\['01'\]: layer 1 is there twice"):
+        geometry(num_hidden_layers=11, per_layer_config=twice)
+
+
 groups = st.lists(st.integers(1, 5), min_size=0, max_size=6).map(tuple)
 layers = st.builds(LayerGeometry, groups, st.integers(0, 300))
 

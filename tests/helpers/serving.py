@@ -154,6 +154,7 @@ GEOMETRIES = {
     "llama nothing at all": Geometry((NONE,) * 3, (0, 0, 0)),
     "llama biases survive the first layer": Geometry((NONE, *MHA[1:]), (0, 51, 99), config=BIASES),
     "llama biases survive everywhere": Geometry((MHA[0], NONE, NONE), (0, 51, 0), config=BIASES),
+    "llama more than ten layers": Geometry(MHA * 4, ODD * 4),
     "mistral ragged": Geometry(MHA, ODD, "mistral", config={"sliding_window": None}),
     "mistral gqa, sliding window": Geometry(GQA, ODD, "mistral", 2, config={"sliding_window": 8}),
     "mistral uneven groups, sliding window": Geometry(UNEVEN, ODD, "mistral", 4, config={"sliding_window": 8}),

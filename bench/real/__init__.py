@@ -1,0 +1,1 @@
+"""A real pretrained model through everything: learn, convert, recover, serve, ask, time."""

@@ -1,0 +1,83 @@
+"""What a model knows, in float32: in Transformers, masked and converted, and served by vLLM."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from bench.real import plan
+from bench.real.questions import QUESTIONS_FILE, accuracy, read_questions
+from bench.served_text import served_perplexity
+from bench.speed.server import served
+from learner.data.reading import tokenize_files
+from learner.model.masking import apply_masks
+from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
+from pruned_vllm.hf import load_pruned
+
+SERVED_NAME = "real"
+
+
+def questions_digest() -> str:
+    return hashlib.sha256(QUESTIONS_FILE.read_bytes()).hexdigest()
+
+
+def held_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Path]) -> torch.Tensor:
+    """Ids [N] of what perplexity is measured on: plan.EVAL_BLOCKS blocks, or all that there are, from all of the text.
+
+    Documents differ more than models do, so blocks of one document would not do. Raises InputError for a short text.
+    """
+    ids = tokenize_files(tokenizer, list(texts))
+    blocks = ids[: len(ids) // EVAL_BLOCK_SIZE * EVAL_BLOCK_SIZE].view(-1, EVAL_BLOCK_SIZE)
+    if not len(blocks):
+        raise InputError(f"--eval-data has {len(ids)} tokens; perplexity needs {EVAL_BLOCK_SIZE}")
+    chosen = torch.linspace(0, len(blocks) - 1, min(plan.EVAL_BLOCKS, len(blocks))).round().long()
+    return blocks[chosen].flatten()
+
+
+def masked_perplexity(checkpoint: Path, texts: Sequence[Path]) -> float:
+    """Perplexity of the dense model under the masks of `checkpoint`, which is what a served model is held to."""
+    info = PruningInfo.read(checkpoint)
+    directory = info.base_model or checkpoint
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if info.lora_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, checkpoint / info.lora_adapter).merge_and_unload()
+    ids = held_out(AutoTokenizer.from_pretrained(directory), texts)
+    with apply_masks(model, load_file(checkpoint / MASKS_FILE), info.channel_mask_site):
+        return perplexity(model.eval(), ids, title="masked perplexity", show_progress=True)
+
+
+def knowledge(directory: Path, texts: Sequence[Path]) -> dict:
+    """Of a converted model, or of a dense one: "perplexity", and what `accuracy` says."""
+    model = load_pruned(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = held_out(tokenizer, texts)
+    found = accuracy(model, tokenizer, read_questions())
+    return {"tokens": len(ids), "perplexity": perplexity(model, ids, show_progress=True), **found}
+
+
+def ask_served(directory: Path, texts: Sequence[Path], log: Path) -> dict:
+    """Of `vllm serve DIRECTORY`, through the OpenAI client: "perplexity", and "chat": prompts with answers."""
+    ids = held_out(AutoTokenizer.from_pretrained(directory), texts).tolist()
+    with served(directory, log, SERVED_NAME) as client:
+        answers = [
+            client.chat.completions.create(
+                model=SERVED_NAME,
+                messages=[{"role": "user", "content": prompt}],
+                max_tokens=plan.CHAT_TOKENS,
+                temperature=0,
+            )
+            for prompt in plan.CHAT
+        ]
+        found = served_perplexity(client, SERVED_NAME, ids)
+    chat = [
+        {"prompt": prompt, "answer": answer.choices[0].message.content}
+        for prompt, answer in zip(plan.CHAT, answers, strict=True)
+    ]
+    return {"perplexity": found, "chat": chat}

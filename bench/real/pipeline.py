@@ -1,0 +1,201 @@
+"""The steps of `make real`: each is a public command that a user would type, or what a user would ask of its output."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.commands import run, script
+from bench.pico import corpus
+from bench.real import plan
+from bench.real.records import Records
+from bench.real.smollm2 import smollm2, source
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import FINETUNING_FILE, read_json
+from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.geometry import ModelGeometry
+
+ROUNDING = 2e-3  # of a perplexity: converted weights were folded in float32, then rounded to the model's bfloat16
+SAME_WEIGHTS = 1e-4  # of a perplexity: Transformers and vLLM in float32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user chose.
+
+    Attributes:
+        data: sources for `learn-masks --data`; empty takes the English that ships with Python.
+        eval_data: text files to measure perplexity on; empty takes documents of the same that are held out.
+    """
+
+    data: tuple[str, ...] = ()
+    eval_data: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in a directory.
+
+    Attributes:
+        work: where everything lies.
+        model: directory of the dense model.
+        data, eval_data: see Inputs.
+    """
+
+    records: Records
+    work: Path
+    model: Path
+    data: tuple[str, ...]
+    eval_data: tuple[Path, ...]
+
+    def directory(self, kind: str, name: str) -> Path:
+        """Of "ckpt", "out" or "speed"; `name` is "dense", "ddp-20" or "recovered-20"."""
+        return self.model if name == "dense" else self.work / name / kind
+
+
+def run_steps(inputs: Inputs, work: Path, records: Records) -> None:
+    """All steps of plan.planned(). Raises InputError when one fails, or a served model is not the masked one."""
+    model = records.step("model", {}, lambda _: _model())
+    text = {"data": list(inputs.data), "eval_data": list(map(str, inputs.eval_data)), "digests": _digests(inputs)}
+    texts = (work / "train.txt", work / "heldout.txt")
+    records.step("text", text, lambda _: _write_text(*texts), outputs=texts)
+    data = inputs.data or (str(texts[0]),)
+    steps = Run(records, work, Path(model["directory"]), data, inputs.eval_data or (texts[1],))
+
+    _examine(steps, "dense", ())
+    for method in plan.METHODS:
+        for sparsity in plan.SPARSITIES:
+            _prune(steps, method, sparsity)
+    for sparsity in plan.SPARSITIES:
+        _recover(steps, sparsity)
+    for sparsity in plan.SPARSITIES:
+        _time(steps, sparsity)
+
+
+def best(records: Records, sparsity: float) -> str:
+    """The pruned model of the lowest perplexity on held-out text."""
+    candidates = [f"{method}-{plan.percent(sparsity)}" for method in plan.METHODS]
+    return min(candidates, key=lambda name: records.done[f"know-{name}"]["result"]["perplexity"])
+
+
+def _model() -> dict:
+    directory = smollm2()
+    return {"directory": str(directory.resolve()), "source": source(directory), **_sizes(directory)}
+
+
+def _write_text(train: Path, heldout: Path) -> dict:
+    texts = corpus()
+    for path, text in zip((train, heldout), texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    return {path.name: {"characters": len(text)} for path, text in zip((train, heldout), texts, strict=True)}
+
+
+def _digests(inputs: Inputs) -> list[str]:
+    """Of the texts, as far as they are files: a changed text makes all results others."""
+    files = [*map(Path, inputs.data), *inputs.eval_data]
+    texts = [path.read_bytes() for path in files if path.is_file()]
+    return [hashlib.sha256(text).hexdigest() for text in (*(text.encode() for text in corpus()), *texts)]
+
+
+def _prune(steps: Run, method: str, sparsity: float) -> None:
+    """Masks by `method`, the converted model, and what it can do."""
+    name = f"{method}-{plan.percent(sparsity)}"
+    checkpoint, out = steps.directory("ckpt", name), steps.directory("out", name)
+    data = [] if method == "magnitude" else ["--data", *steps.data]
+    budget = ["--sparsity", str(sparsity), "--device", "cpu", "--dtype", plan.DTYPE]
+    options = [*budget, "--method", method, *plan.OPTIONS[method], *data]
+
+    def learn(resume: bool) -> dict:
+        how = _how(checkpoint, resume)
+        command = run(script("learn-masks"), steps.model, checkpoint, *options, how)
+        return {"command": command, **read_json(checkpoint / "learning.json")["results"]}
+
+    def convert(resume: bool) -> dict:
+        return {"command": run(script("convert-pruned"), checkpoint, out, "--overwrite"), **_sizes(out)}
+
+    records = steps.records
+    records.step(f"learn-{name}", {"options": options}, learn, after=("model", "text"), outputs=(checkpoint,))
+    records.step(f"convert-{name}", {}, convert, after=(f"learn-{name}",), outputs=(out,))
+    _examine(steps, name, (f"convert-{name}",))
+
+
+def _recover(steps: Run, sparsity: float) -> None:
+    """Trains the best model of this sparsity further, distilled from the dense one."""
+    name, pruned = f"recovered-{plan.percent(sparsity)}", best(steps.records, sparsity)
+    out = steps.directory("out", name)
+    options = [*plan.RECOVERY, "--dtype", plan.DTYPE, "--device", "cpu", "--data", *steps.data]
+
+    def recover(resume: bool) -> dict:
+        teacher = ["--teacher", steps.model]
+        before = steps.directory("out", pruned)
+        command = run(script("finetune-pruned"), before, out, *options, *teacher, _how(out, resume))
+        return {"command": command, "from": pruned, **read_json(out / FINETUNING_FILE)["results"], **_sizes(out)}
+
+    step = f"recover-{plan.percent(sparsity)}"
+    settings = {"options": options, "from": pruned}
+    steps.records.step(step, settings, recover, after=(f"convert-{pruned}",), outputs=(out,))
+    _examine(steps, name, (step,))
+
+
+def _how(output: Path, resume: bool) -> str:
+    """The option that goes on with an interrupted command, or that begins anew."""
+    return "--resume" if resume and not output.exists() else "--overwrite"
+
+
+def _examine(steps: Run, name: str, after: Sequence[str]) -> None:
+    """Perplexity in Transformers and served, questions, and what the served model says in a chat."""
+    from bench.real import evaluation
+
+    directory = steps.directory("out", name)
+    checkpoint = steps.directory("ckpt", name) if f"learn-{name}" in steps.records.planned else None
+
+    def know(resume: bool) -> dict:
+        found = evaluation.knowledge(directory, eval_data)
+        if checkpoint is not None:
+            found["masked_perplexity"] = evaluation.masked_perplexity(checkpoint, eval_data)
+        return found
+
+    def serve(resume: bool) -> dict:
+        served = evaluation.ask_served(directory, eval_data, steps.work / f"server-{name}.log")
+        check_same(name, known, served["perplexity"])
+        return served
+
+    eval_data = list(steps.eval_data)
+    inputs = ("model", "text", *after)
+    settings = {"questions": evaluation.questions_digest(), "eval_blocks": plan.EVAL_BLOCKS}
+    known = steps.records.step(f"know-{name}", settings, know, after=inputs)
+    settings = {"chat": list(plan.CHAT), "chat_tokens": plan.CHAT_TOKENS}
+    steps.records.step(f"serve-{name}", settings, serve, after=(f"know-{name}", *inputs))
+
+
+def check_same(name: str, known: dict, served: float) -> None:
+    """Raises InputError unless the model that is served is the one that was masked."""
+    converted, problems = known["perplexity"], []
+    masked = known.get("masked_perplexity", converted)
+    if not abs(converted / masked - 1) <= ROUNDING:
+        problems.append(f"converted {converted:.4f}, masked {masked:.4f}: more than rounding ({ROUNDING:.1%})")
+    if not abs(served / converted - 1) <= SAME_WEIGHTS:
+        problems.append(f"served by vLLM {served:.4f}, in Transformers {converted:.4f}: more than {SAME_WEIGHTS:.2%}")
+    if problems:
+        raise InputError(f"{name}: perplexities differ that must not:", problems)
+
+
+def _time(steps: Run, sparsity: float) -> None:
+    """The best model of this sparsity against the dense one, on vLLM."""
+    pruned = best(steps.records, sparsity)
+    out = steps.work / f"speed-{plan.percent(sparsity)}"
+    directories = ["--dense", str(steps.model), "--pruned", str(steps.directory("out", pruned))]
+    options = ["--dtype", plan.DTYPE, "--repeats", str(plan.SPEED_REPEATS), "--cases", *plan.SPEED_CASES]
+
+    def speed(resume: bool) -> dict:
+        command = run(sys.executable, "-m", "bench.e2e_speedup", *directories, "--output-dir", out, *options)
+        return {"pruned": pruned, **read_json(out / "e2e_speedup.json"), "command": command}
+
+    step = f"speed-{plan.percent(sparsity)}"
+    steps.records.step(step, {"pruned": pruned, "options": options}, speed, after=(f"convert-{pruned}",))
+
+
+def _sizes(directory: Path) -> dict:
+    geometry = ModelGeometry.from_config(read_config(directory))
+    return {"parameters": geometry.num_parameters, "kv_cache_bytes_per_token": geometry.kv_cache_bytes_per_token(2)}

@@ -1,0 +1,69 @@
+"""Can this machine be trusted? A model against itself must come out as fast as itself, and a tenth slower as slower.
+
+Two engines of one model run the cases in turns, as dense and pruned do. Then one of them is slowed: its worker spins
+after each step for a tenth of the time that the step took, and the same cases run again. The first speedup must have
+1.00 in its 95 % interval, the second must have it outside, on the right side. So a machine that passes tells 10 % from
+nothing, and what its two engines differ by is at most the interval.
+
+One in twenty intervals misses the truth by chance, on the best of machines: with several cases, expect that.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from bench.speed.engines import measure
+from bench.speed.ideal import Case
+from bench.speed.statistics import noise_warnings, speedup_statistics
+
+SLOWDOWN = 0.1
+
+
+def measure_equal_and_slowed(
+    engines: Sequence, cases: Sequence[Case], vocab_size: int, repeats: int
+) -> dict[tuple[str, Case], list[list[float]]]:
+    """Seconds by "equal" or "slowed", case, engine and repeat; `engines` are two of the same model."""
+    found = {("equal", case): samples for case, samples in measure(engines, cases, vocab_size, repeats).items()}
+    engines[1].collective_rpc("probe_delay", args=(SLOWDOWN,))
+    slowed = measure(engines, cases, vocab_size, repeats)
+    return found | {("slowed", case): samples for case, samples in slowed.items()}
+
+
+def verdict(case: Case, equal: Sequence[Sequence[float]], slowed: Sequence[Sequence[float]], rounds: int = 1) -> dict:
+    """What null_test.json holds of one case.
+
+    Args:
+        equal, slowed: seconds of each repeat of the two engines, before and after the second was slowed.
+        rounds: that the samples come from.
+
+    Returns:
+        "name", "passed", "problems" (sentences), and under "equal" and "slowed" the statistics of the second engine's
+        speed over the first's, the expected speedup, the samples and warnings about noise.
+    """
+    record: dict = {"name": case.name}
+    for name, samples, expected in (("equal", equal, 1.0), ("slowed", slowed, 1 / (1 + SLOWDOWN))):
+        first, second = samples
+        statistics = speedup_statistics(first, second, rounds)
+        warnings = noise_warnings({"first": first, "second": second}, statistics)
+        record[name] = {**statistics, "expected": expected, "samples_s": list(samples), "warnings": warnings}
+    problems = found_problems(record["equal"], record["slowed"])
+    return {**record, "passed": not problems, "problems": problems}
+
+
+def found_problems(equal: Mapping, slowed: Mapping) -> list[str]:
+    if equal["speedup_low"] is None:
+        return ["one repeat gives no interval: choose more --repeats"]
+    problems = []
+    if not equal["speedup_low"] <= 1 <= equal["speedup_high"]:
+        problems.append(
+            f"two engines of the same model come out as different, {shown(equal)}: take smaller differences for "
+            "noise, or choose more --rounds, which start engines anew"
+        )
+    if slowed["speedup_high"] >= 1:
+        problems.append(
+            f"an engine that was made {SLOWDOWN:.0%} slower does not come out as slower, {shown(slowed)}: choose more "
+            "--repeats or a quieter machine"
+        )
+    return problems
+
+
+def shown(statistics: Mapping) -> str:
+    return f"{statistics['speedup']:.3f}x ({statistics['speedup_low']:.3f} to {statistics['speedup_high']:.3f})"

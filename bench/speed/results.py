@@ -1,0 +1,164 @@
+"""What e2e_speedup.json holds, and where its parts come from. Times in seconds, sizes in bytes.
+
+{
+  "command": "python bench/e2e_speedup.py ...",
+  "cases": [{
+    "name": "decode:8:32:64", "kind": "decode" or "prefill", "batch_size", "input_len", "output_len",
+    "speedup": median of the paired ratios, "speedup_q1", "speedup_q3": their quartiles,
+    "speedup_low", "speedup_high": 95 % interval of the median (null with one repeat),
+    "ideal_speedup", "of_ideal",
+    "warnings": [what makes this case doubtful, in sentences],
+    "dense", "pruned": {
+      "median_latency_s", "throughput_tokens_per_s", "samples_s": [one of each repeat, round after round],
+      "step_s": median of one step, "bytes_per_step", "flops_per_step": as bench/speed/ideal.py counts them,
+      "gb_per_s", "tflop_per_s": achieved (10^9 and 10^12 a second),
+      "of_bandwidth", "of_gemm_rate": shares of what this machine was measured to do; the larger one tells what binds
+    },
+    "plugin_dense" (with --plugin-dense): the dense weights through the plugin's class: the keys of "dense", and those
+      that start with "speedup", over "dense": what of the gain is not pruning
+  }],
+  "models": {"dense", "pruned", "plugin_dense"?: {"path", "parameters", "distinct_layer_shapes",
+    "kv_cache_bytes_per_token", "kv_cache_tokens_per_gib",
+    "layers": [{"num_attention_heads", "num_key_value_heads", "intermediate_size", "expert_intermediate_sizes"?}]}},
+  "settings": {"repeats", "rounds", "load_format", "dtype", "max_model_len", "compile": false where eager,
+    "confidence": 0.95},
+  "versions": {"pruned-vllm", "vllm", "torch", "transformers", "python"},
+  "hardware": {"device", "cpu", "cpu_features", "cpu_cores", "memory_gib", "environment"},
+  "machine": what bench/speed/machine.py measured, in the dense model's engine while all were idle: {"device": "cpu" or
+    "cuda", "threads": OpenMP threads of the engine, "openmp": {variable: value} that bind them to cores, "dtype",
+    "bandwidth_gb_per_s": the most of "bandwidth": [{"method", "gb_per_s"}],
+    "gemm_tflop_per_s": the most of "gemm": [{"tokens", "in_features", "out_features", "tflop_per_s"}]}
+}
+
+Results from before 0.2 lack speedup_low, speedup_high, warnings, machine, layers and all that is per step, and have
+settings.compile false where --compile was not given.
+"""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
+from bench.speed.statistics import noise_warnings, speedup_statistics
+from pruned_vllm.common.environment import cpu_features, cpu_name
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
+
+GIB = 2**30
+CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
+
+
+def case_record(
+    case: Case,
+    samples: Mapping[str, Sequence[float]],
+    geometries: Mapping[str, ModelGeometry],
+    element_bytes: int,
+    machine: Mapping | None = None,
+    rounds: int = 1,
+) -> dict:
+    """The record of one case.
+
+    Args:
+        samples: seconds of each repeat by contestant: "dense", "pruned" and perhaps "plugin_dense".
+        geometries: of the same contestants.
+        machine: what `measure_machine` found; without it there are no shares of what the machine can do.
+        rounds: that the samples come from, equally many from each.
+    """
+    dense = samples["dense"]
+    statistics = speedup_statistics(dense, samples["pruned"], rounds)
+    ideal = ideal_speedup(geometries["dense"], geometries["pruned"], case, element_bytes)
+    record = {key: getattr(case, key) for key in CASE_KEYS}
+    for name, seconds in samples.items():
+        record[name] = timing_record(case, seconds, geometries[name], element_bytes, machine)
+    if "plugin_dense" in samples:
+        record["plugin_dense"] |= speedup_statistics(dense, samples["plugin_dense"], rounds)
+    return {
+        **record,
+        **statistics,
+        "ideal_speedup": ideal,
+        "of_ideal": statistics["speedup"] / ideal,
+        "warnings": noise_warnings(samples, statistics),
+    }
+
+
+def timing_record(
+    case: Case, seconds: Sequence[float], geometry: ModelGeometry, element_bytes: int, machine: Mapping | None
+) -> dict:
+    """What one contestant did in one case, and how near that is to what the machine can do."""
+    typical = median(seconds)
+    step = typical / case.num_steps
+    moved, operations = step_bytes(geometry, case, element_bytes), step_flops(geometry, case)
+    record = {
+        "median_latency_s": typical,
+        "throughput_tokens_per_s": case.num_timed_tokens / typical,
+        "samples_s": list(seconds),
+        "step_s": step,
+        "bytes_per_step": moved,
+        "flops_per_step": operations,
+        "gb_per_s": moved / step / 1e9,
+        "tflop_per_s": operations / step / 1e12,
+    }
+    if machine is not None:
+        record["of_bandwidth"] = record["gb_per_s"] / machine["bandwidth_gb_per_s"]
+        record["of_gemm_rate"] = record["tflop_per_s"] / machine["gemm_tflop_per_s"]
+    return record
+
+
+def describe_model(directory: Path, geometry: ModelGeometry, element_bytes: int) -> dict:
+    bytes_per_token = geometry.kv_cache_bytes_per_token(element_bytes)
+    return {
+        "path": str(directory),
+        "parameters": geometry.num_parameters,
+        "distinct_layer_shapes": len(set(geometry.layers)),
+        "kv_cache_bytes_per_token": bytes_per_token,
+        "kv_cache_tokens_per_gib": GIB // bytes_per_token,
+        "layers": [describe_layer(layer) for layer in geometry.layers],
+    }
+
+
+def describe_layer(layer: LayerGeometry) -> dict:
+    """Heads and widths of one layer; experts only where there are some."""
+    described: dict[str, Any] = {
+        "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "intermediate_size": layer.intermediate_size,
+    }
+    if layer.expert_intermediate_sizes:
+        described["expert_intermediate_sizes"] = list(layer.expert_intermediate_sizes)
+    return described
+
+
+def describe_versions() -> dict:
+    import torch
+    import transformers
+    import vllm
+
+    return {
+        "pruned-vllm": importlib.metadata.version("pruned-vllm"),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_hardware() -> dict:
+    import psutil
+    from vllm.platforms import current_platform
+
+    return {
+        "device": current_platform.get_device_name(),
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "environment": {
+            name: os.environ[name]
+            for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS")
+            if name in os.environ
+        },
+    }

@@ -1,0 +1,112 @@
+"""What `make real` measured: a real pretrained model, pruned by every method, recovered, served, asked and timed."""
+
+from collections.abc import Mapping
+
+from bench.tables.markdown import case_name, markdown_table, millions, paragraph, percent, results, with_quartiles
+
+REAL = "real/real.json"
+TITLES = {"ddp": "DDP", "tyr": "Tyr", "maskprune": "MaskPrune", "wanda": "Wanda", "magnitude": "magnitude"}
+
+
+def table() -> str:
+    """Perplexity, masked and served, and right answers of every model."""
+    return quality(results(REAL))
+
+
+def quality(measured: Mapping) -> str:
+    models = measured["models"]
+    rows = []
+    for name, model in models.items():
+        perplexity, questions = model["perplexity"], model["questions"]
+        masked = perplexity.get("masked", perplexity["converted"])
+        rows.append(
+            (
+                title(name, models),
+                millions(model["parameters"]),
+                *_removed(model["learning"] if "method" in model else {}),
+                f"{masked:.2f}",
+                f"{perplexity['served']:.2f}",
+                f"{questions['right']} of {questions['questions']}",
+                _minutes(model.get("learning", {})),
+            )
+        )
+    header = ["", "parameters", "heads removed", "channels removed"]
+    header += ["perplexity in Transformers", "served by vLLM", "right answers", "minutes of learning"]
+    return markdown_table(header, rows)
+
+
+def title(name: str, models: Mapping) -> str:
+    """DDP, 20 %; DDP, 20 %, recovered"""
+    if name == "dense":
+        return name
+    recovered_from = models[name].get("from")
+    method, _, share = (recovered_from or name).partition("-")
+    return f"{TITLES[method]}, {share} %" + (", recovered" if recovered_from else "")
+
+
+def notes() -> str:
+    """What the table's figures are worth."""
+    measured = results(REAL)
+    questions = measured["models"]["dense"]["questions"]
+    return paragraph(
+        f"Perplexity over {measured['text']['tokens']:,} held-out tokens of Python's own documentation, in blocks of "
+        f"128 tokens, float32. The {questions['questions']} questions have four answers each, so guessing gets "
+        f"{questions['questions'] / 4:.0f} right, and the standard error is "
+        f"{questions['standard_error'] * questions['questions']:.1f} answers for the dense model: only large "
+        f"differences count. The weights came from {measured['model']['source']}."
+    )
+
+
+def speed() -> str:
+    """The best model of each sparsity against the dense one, on vLLM."""
+    return speedups(results(REAL))
+
+
+def speedups(measured: Mapping) -> str:
+    rows = []
+    for found in measured["speed"].values():
+        name = title(found["pruned"], measured["models"])
+        for case in found["cases"]:
+            about = name if case is found["cases"][0] else ""
+            ideal = f"{case['ideal_speedup']:.2f}x"
+            rows.append((about, case_name(case), with_quartiles(case), ideal, f"{case['of_ideal']:.2f}"))
+    return markdown_table(("model", "case", "speedup (quartiles)", "ideal", "of ideal"), rows)
+
+
+def chat() -> str:
+    """What the served models answered."""
+    return answers(results(REAL))
+
+
+def answers(measured: Mapping) -> str:
+    models = measured["models"]
+    shown = ["dense"]
+    for share, found in measured["speed"].items():
+        shown += [found["pruned"], f"recovered-{share}"]
+    header = ("", *(_cell(turn["prompt"]) for turn in models["dense"]["chat"]))
+    rows = [(title(name, models), *(_cell(turn["answer"]) for turn in models[name]["chat"])) for name in shown]
+    return markdown_table(header, rows)
+
+
+def summary(measured: Mapping) -> str:
+    """All of it, for a terminal."""
+    return "\n\n".join((quality(measured), answers(measured), speedups(measured)))
+
+
+def _removed(learning: Mapping) -> list[str]:
+    shares = [learning.get(f"{kind}_sparsity") for kind in ("head", "channel")]
+    return ["" if share is None else percent(share) for share in shares]
+
+
+def _minutes(learning: Mapping) -> str:
+    seconds = learning.get("learning_seconds", learning.get("training_seconds"))
+    if seconds is None:
+        return ""
+    return f"{seconds / 60:.0f}" if seconds >= 60 else "below 1"
+
+
+def _cell(text: str) -> str:
+    """On one line, and without what ends a cell or is Markdown."""
+    for character, escaped in {"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "`": "\\`", "_": "\\_"}.items():
+        text = text.replace(character, escaped)
+    return " ".join(text.split())

@@ -1,0 +1,297 @@
+"""`make real`: which steps are done again, what must agree, how questions are scored, and what the tables say."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.real import evaluation, pipeline, plan
+from bench.real.__main__ import main
+from bench.real.pipeline import check_same
+from bench.real.questions import PROMPT, QUESTIONS_FILE, Question, accuracy, log_likelihoods, read_questions
+from bench.real.records import Records
+from bench.tables import real as tables
+from pruned_vllm.common.errors import InputError
+
+PLANNED = {"text": 1.0, "learn-a": 60.0, "learn-b": 60.0, "serve-a": 1.0}
+
+
+class Fakes:
+    """Three steps that build on each other, and what of them was run."""
+
+    def __init__(self, directory):
+        self.directory, self.runs = directory, []
+
+    def run(self, force=(), settings=0, failing=None):
+        """Names of the steps that were run, not taken from records."""
+        self.runs.clear()
+        records = Records(self.directory, PLANNED, force)
+        for name, after in {"text": (), "learn-a": ("text",), "learn-b": ("text",), "serve-a": ("learn-a",)}.items():
+            chosen = {"value": settings if name == "learn-a" else 0}
+            result = records.step(name, chosen, self._action(name, failing), after=after, outputs=(self.output(name),))
+            assert result == {"of": name}
+        return [name for name, _ in self.runs]
+
+    def output(self, name):
+        return self.directory / f"{name}.out"
+
+    def _action(self, name, failing):
+        def action(resume):
+            self.runs.append((name, resume))
+            if name == failing:
+                raise KeyboardInterrupt
+            self.output(name).touch()
+            return {"of": name}
+
+        return action
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    fakes = Fakes(tmp_path)
+    assert fakes.run() == list(PLANNED)
+    return fakes
+
+
+def test_what_was_done_is_not_done_again(fakes):
+    assert fakes.run() == []
+
+
+def test_other_settings_do_a_step_again_and_what_builds_on_it(fakes):
+    assert fakes.run(settings=1) == ["learn-a", "serve-a"]
+    assert fakes.run(settings=1) == []
+
+
+def test_a_lost_output_is_made_again(fakes):
+    fakes.output("learn-b").unlink()
+    assert fakes.run() == ["learn-b"]
+
+
+@pytest.mark.parametrize(
+    ("force", "expected"),
+    [
+        (["serve"], ["serve-a"]),
+        (["learn-b"], ["learn-b"]),
+        (["learn"], ["learn-a", "learn-b", "serve-a"]),
+        (["text"], list(PLANNED)),
+    ],
+)
+def test_forced_steps_are_done_again_and_what_builds_on_them(fakes, force, expected):
+    assert fakes.run(force) == expected
+
+
+def test_a_forced_step_that_does_not_exist_is_refused(fakes):
+    with pytest.raises(InputError, match="no step is called lear, learn-c; there are text, learn, serve, text"):
+        fakes.run(["lear", "learn-c", "learn"])
+
+
+def test_an_interrupted_step_is_told_so_unless_its_settings_changed(tmp_path):
+    fakes = Fakes(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fakes.run(failing="learn-a")
+    with pytest.raises(KeyboardInterrupt):
+        fakes.run(failing="learn-a", settings=1)
+    assert fakes.runs == [("learn-a", False)]
+    fakes.run(settings=1)
+    assert fakes.runs[0] == ("learn-a", True)
+    assert not any(resume for _, resume in fakes.runs[1:])
+
+
+def test_settings_are_compared_as_a_file_holds_them(tmp_path):
+    for expected in (1, 0):
+        runs = []
+        Records(tmp_path, PLANNED).step("text", {"names": ("a", 0.5)}, lambda resume, runs=runs: runs.append(1) or {})
+        assert len(runs) == expected
+
+
+@pytest.mark.parametrize(
+    ("known", "served", "complaints"),
+    [
+        ({"perplexity": 52.78}, 52.7801, []),
+        ({"perplexity": 52.78}, 52.80, ["served by vLLM 52.8000, in Transformers 52.7800"]),
+        ({"perplexity": 52.78, "masked_perplexity": 52.75}, 52.78, []),
+        ({"perplexity": 52.78, "masked_perplexity": 50.0}, 52.78, ["converted 52.7800, masked 50.0000"]),
+        ({"perplexity": 52.78, "masked_perplexity": 50.0}, 40.0, ["converted", "served"]),
+        ({"perplexity": 52.78}, float("nan"), ["served"]),
+    ],
+)
+def test_perplexities_that_must_agree(known, served, complaints):
+    if not complaints:
+        check_same("ddp-20", known, served)
+        return
+    with pytest.raises(InputError) as error:
+        check_same("ddp-20", known, served)
+    assert len(error.value.problems) == len(complaints)
+    assert all(problem.startswith(text) for problem, text in zip(error.value.problems, complaints, strict=True))
+
+
+def test_questions_are_scored_by_the_likelihood_of_their_answers(word_model):
+    """As without padding, one answer at a time."""
+    model = AutoModelForCausalLM.from_pretrained(word_model / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(word_model / "model")
+    prompt, answers = "5 17 33", ["3", "8 9 250", "77 1"]
+    expected = []
+    for answer in answers:
+        ids = torch.tensor([[int(word) for word in f"{prompt} {answer}".split()]])
+        scores = model(input_ids=ids).logits.log_softmax(-1)[0]
+        expected.append(sum(scores[place - 1, ids[0, place]].item() for place in range(3, ids.shape[1])))
+    assert log_likelihoods(model, tokenizer, prompt, answers) == pytest.approx(expected, abs=1e-4)
+
+    template = PROMPT.format(question="7")
+    scores = log_likelihoods(model, tokenizer, template, answers)
+    found = [Question("7", tuple(answers), index) for index in (scores.index(max(scores)), scores.index(min(scores)))]
+    assert accuracy(model, tokenizer, found) == {
+        "right": 1,
+        "questions": 2,
+        "accuracy": 0.5,
+        "standard_error": pytest.approx(0.3536, abs=1e-4),
+    }
+
+
+def test_the_committed_questions():
+    questions = read_questions()
+    assert len(questions) == 40
+    assert {len(question.answers) for question in questions} == {4}
+    assert len({question.question for question in questions}) == 40
+    assert {question.right for question in questions} == {0, 1, 2, 3}
+
+
+def test_questions_with_the_same_answer_twice_are_refused(tmp_path):
+    entries = json.loads(QUESTIONS_FILE.read_text())
+    entries[2]["answers"] = [entries[2]["right"]] * 4
+    (tmp_path / "questions.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="question 3: an answer stands twice"):
+        read_questions(tmp_path / "questions.json")
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "hidden_act": "silu",
+}
+PERPLEXITIES = {"ddp": 60.0, "tyr": 70.0, "maskprune": 80.0, "wanda": 50.0, "magnitude": 200.0}
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The whole run with commands that write what the real ones write, in no time. Returns what was called."""
+    called = []
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.setattr(pipeline, "smollm2", lambda: model)
+    monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
+
+    def run(program, *arguments):
+        name = getattr(program, "name", "python")
+        words = list(map(str, arguments))
+        called.append((name, *words))
+        if name == "python":
+            out = SimpleNamespace(path=tmp_path / "real" / words[words.index("--output-dir") + 1].rsplit("/")[-1])
+            result, file = {"command": "x", "models": {}, "cases": [SPEED_CASE]}, "e2e_speedup.json"
+        else:
+            out = SimpleNamespace(path=tmp_path / "real" / "/".join(words[1].rsplit("/")[-2:]))
+            result = {"results": {"head_sparsity": 0.5, "channel_sparsity": 0.5, "learning_seconds": 90.0}}
+            file = {"learn-masks": "learning.json", "finetune-pruned": "finetuning.json"}.get(name, "config.json")
+        out.path.mkdir(parents=True, exist_ok=True)
+        (out.path / "config.json").write_text(json.dumps(CONFIG))
+        if file != "config.json":
+            (out.path / file).write_text(json.dumps(result))
+        return " ".join((name, *words))
+
+    def knowledge(directory, texts):
+        assert [text.read_text() for text in texts] == ["held out"]
+        perplexity = PERPLEXITIES.get(directory.parent.name.split("-")[0], 40.0)
+        return {"tokens": 9, "perplexity": perplexity, "right": 20, "questions": 40, "accuracy": 0.5} | {
+            "standard_error": 0.08
+        }
+
+    def ask_served(directory, texts, log):
+        chat = [{"prompt": prompt, "answer": f"{directory.parent.name} | *says*\n{prompt}"} for prompt in plan.CHAT]
+        return {"perplexity": knowledge(directory, texts)["perplexity"], "chat": chat}
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(evaluation, "knowledge", knowledge)
+    monkeypatch.setattr(
+        evaluation, "masked_perplexity", lambda checkpoint, _: PERPLEXITIES[checkpoint.parent.name.split("-")[0]]
+    )
+    monkeypatch.setattr(evaluation, "ask_served", ask_served)
+    return called
+
+
+SPEED_CASE = {"kind": "decode", "batch_size": 1, "input_len": 32, "output_len": 64, "speedup": 1.12} | {
+    "speedup_q1": 1.1,
+    "speedup_q3": 1.15,
+    "ideal_speedup": 1.17,
+    "of_ideal": 0.96,
+}
+
+
+def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "real"
+    assert main(["--output-dir", str(out)]) == 0
+    assert f"about 1 min; at most {round(sum(plan.planned().values()) / 60)} min" in capsys.readouterr().out
+    measured = json.loads((out / "real.json").read_text())
+    assert (out / "real.png").stat().st_size > 10_000
+    assert list(measured["steps"]) == list(plan.planned())
+    assert list(measured["models"]) == ["dense", *plan.names(), *plan.recovered_names()]
+    assert str(tmp_path) not in json.dumps(measured), "paths of this machine"
+    assert measured["models"]["recovered-50"]["from"] == measured["speed"]["50"]["pruned"] == "wanda-50"
+    learned = measured["models"]["ddp-20"]["commands"]["learn"]
+    assert learned.startswith("learn-masks SmolLM2-135M-Instruct real/ddp-20/ckpt --sparsity 0.2 ")
+
+    monkeypatch.setattr(tables, "results", lambda name: measured)
+    rows = tables.table().splitlines()
+    assert rows[2] == "| dense | 0M | | | 40.00 | 40.00 | 20 of 40 | |"
+    assert rows[4] == "| DDP, 50 % | 0M | 50.0 % | 50.0 % | 60.00 | 60.00 | 20 of 40 | 2 |"
+    assert rows[-1].startswith("| Wanda, 50 %, recovered | 0M | | | 40.00 | 40.00 | 20 of 40 |")
+    assert tables.speed().splitlines()[2] == (
+        "| Wanda, 20 % | decode, batch 1, 32 + 64 tokens | 1.12x (1.10 to 1.15) | 1.17x | 0.96 |"
+    )
+    assert r"wanda-50 \| \*says\* What is the capital" in tables.chat()
+    assert "9 held-out tokens" in tables.notes() and "3.2 answers" in tables.notes()
+
+    first = len(commands)
+    assert main(["--output-dir", str(out)]) == 0
+    assert len(commands) == first, "all was done before"
+    assert main(["--output-dir", str(out), "--force", "speed"]) == 0
+    assert [name for name, *_ in commands[first:]] == ["python", "python"]
+
+
+def test_a_run_that_is_interrupted_goes_on(commands, tmp_path, monkeypatch):
+    """The command that was interrupted gets --resume, those before are not run again."""
+    run, interrupted = pipeline.run, []
+
+    def interrupted_run(program, *arguments):
+        if "maskprune" in arguments and not interrupted:
+            interrupted.append(arguments)
+            raise KeyboardInterrupt
+        return run(program, *arguments)
+
+    monkeypatch.setattr(pipeline, "run", interrupted_run)
+    assert main(["--output-dir", str(tmp_path / "real")]) == 130
+    done = len(commands)
+    assert main(["--output-dir", str(tmp_path / "real")]) == 0
+    assert "maskprune" in commands[done] and commands[done][-1] == "--resume"
+    assert all("--resume" not in command for command in commands[:done] + commands[done + 1 :])
+
+
+def test_a_served_model_that_differs_fails_the_command(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "ask_served", lambda *_: {"perplexity": 40.1, "chat": []})
+    assert main(["--output-dir", str(tmp_path / "real")]) == 2
+    assert "dense: perplexities differ that must not" in capsys.readouterr().err
+
+
+def test_eval_data_must_be_files(tmp_path, capsys):
+    assert main(["--output-dir", str(tmp_path / "real"), "--eval-data", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt" in capsys.readouterr().err
+    assert not (tmp_path / "real").exists()

@@ -1,0 +1,78 @@
+"""What e2e_speedup.json holds of a case, worked out by hand."""
+
+import pytest
+
+from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
+from bench.speed.report import machine_table, results_table, warnings_of
+from bench.speed.results import case_record
+from pruned_vllm.formats.geometry import ModelGeometry
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "vocab_size": 1000,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 100,
+}
+DENSE = ModelGeometry.from_config(CONFIG)
+PRUNED = ModelGeometry.from_config(CONFIG | {"per_layer_config": {"1": {"intermediate_size": 10}}})
+GEOMETRIES = {"dense": DENSE, "pruned": PRUNED, "plugin_dense": DENSE}
+DECODE, PREFILL = Case.parse("decode:2:3:5"), Case.parse("prefill:2:3")
+MACHINE = {"bandwidth_gb_per_s": 20.0, "gemm_tflop_per_s": 0.2, "threads": 1, "dtype": "bfloat16"}
+SAMPLES = {"dense": [4.0, 8.0, 6.0], "pruned": [2.0, 4.0, 2.0], "plugin_dense": [4.0, 8.0, 5.0]}
+
+
+def record(case: Case = DECODE, machine: dict | None = MACHINE, samples: dict = SAMPLES) -> dict:
+    return case_record(case, samples, GEOMETRIES, 2, machine)
+
+
+def test_speedups_are_those_of_pairs_against_the_ideal():
+    found, ideal = record(), ideal_speedup(DENSE, PRUNED, DECODE, 2)
+    assert (found["speedup"], found["speedup_q1"], found["speedup_q3"]) == (2.0, 2.0, 2.5)
+    assert (found["speedup_low"], found["speedup_high"]) == (2.0, 3.0)
+    assert found["ideal_speedup"] == ideal and found["of_ideal"] == 2.0 / ideal
+    assert [found[key] for key in ("name", "kind", "batch_size", "input_len", "output_len")] == [
+        *("decode:2:3:5", "decode", 2, 3, 5)
+    ]
+
+
+def test_what_is_not_pruning_is_said():
+    plugin_dense = record()["plugin_dense"]
+    assert (plugin_dense["speedup"], plugin_dense["speedup_high"]) == (1.0, 1.2)
+    assert "speedup" not in record()["dense"]
+    assert "plugin_dense" not in record(samples={name: SAMPLES[name] for name in ("dense", "pruned")})
+
+
+@pytest.mark.parametrize(("case", "steps", "tokens"), [(DECODE, 4, 2 * 4), (PREFILL, 1, 2 * 3)])
+def test_what_a_step_moves_and_computes_is_compared_with_the_machine(case, steps, tokens):
+    dense = record(case)["dense"]
+    assert dense["median_latency_s"] == 6.0 and dense["samples_s"] == [4.0, 8.0, 6.0]
+    assert dense["throughput_tokens_per_s"] == tokens / 6  # the first token of each sequence belongs to the prefill
+    assert dense["step_s"] == 6 / steps
+    assert (dense["bytes_per_step"], dense["flops_per_step"]) == (step_bytes(DENSE, case, 2), step_flops(DENSE, case))
+    assert dense["gb_per_s"] == pytest.approx(step_bytes(DENSE, case, 2) * steps / 6 / 1e9)
+    assert dense["of_bandwidth"] == pytest.approx(dense["gb_per_s"] / 20)
+    assert dense["tflop_per_s"] == pytest.approx(step_flops(DENSE, case) * steps / 6 / 1e12)
+    assert dense["of_gemm_rate"] == pytest.approx(dense["tflop_per_s"] / 0.2)
+    assert "of_bandwidth" not in record(case, machine=None)["dense"]
+
+
+def test_noise_goes_into_the_record():
+    (warning,) = record()["warnings"]
+    assert warning.startswith("noisy: the 95 % interval of the speedup spans 50.0%")
+    quiet = {"dense": [2.0, 2.01, 2.02, 2.01], "pruned": [1.0, 1.0, 1.01, 1.0], "plugin_dense": [2.0] * 4}
+    assert record(samples=quiet)["warnings"] == []
+    assert warnings_of([record()]) == [f"decode:2:3:5: {warning}"]
+
+
+def test_tables_show_every_contestant():
+    results = {"cases": [record(), record(PREFILL)], "machine": MACHINE, "models": GEOMETRIES}
+    table = machine_table(results)
+    assert list(table.columns[1].cells) == ["dense", "pruned", "plugin_dense"] * 2
+    assert "20.0 GB/s" in table.title and "0.200 TFLOP/s" in table.title
+    assert list(results_table(results["cases"]).columns[6].cells) == ["2.00-3.00"] * 2
+    single = record(samples={name: [1.0] for name in SAMPLES})
+    assert list(results_table([single]).columns[6].cells) == [""], "one repeat gives no interval"
