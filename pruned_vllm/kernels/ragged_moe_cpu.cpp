@@ -26,7 +26,6 @@ namespace {
 
 constexpr int64_t FEW = 4;        // tokens, for which an expert's weights are read in the order of memory
 constexpr int CHANNELS = 24;      // of gate and up are one task of a thread
-constexpr int64_t GROUP = 64;     // tokens of a task whose inputs stay in a cache
 constexpr int ROWS = 4;           // of down are added at once for few tokens
 constexpr int STEPS = 64;         // of one or two rows of down are added at once for more
 constexpr size_t CACHE_LINE = 64;
@@ -232,40 +231,37 @@ class Layer {
   }
 
   void gate_and_up(const Task& task) {
-    const int64_t first = starts_[task.expert], last = starts_[task.expert + 1];
-    for (int64_t i = first; i < last; i += GROUP)
-      if (last - first <= FEW)
-        gate_and_up<1>(task, i, last);
-      else
-        gate_and_up<DOT_CHANNELS>(task, i, std::min(i + GROUP, last));
+    if (starts_[task.expert + 1] - starts_[task.expert] > FEW)
+      gate_and_up<DOT_CHANNELS>(task);
+    else
+      gate_and_up<1>(task);
   }
 
-  // The same for choices from `first` to `last`, C channels a step.
+  // The same, C channels a step.
   template <int C>
-  void gate_and_up(const Task& task, int64_t first, int64_t last) {
+  void gate_and_up(const Task& task) {
     const T* gate = gate_ + (offsets_[task.expert] + task.start) * hidden_size_;
     const T* up = up_ + (offsets_[task.expert] + task.start) * hidden_size_;
-    const int64_t channels = task.end - task.start;
-    float gates[GROUP][CHANNELS], ups[GROUP][CHANNELS];
-    int64_t c = 0;
-    const auto multiply = [&](auto count) {
-      for (int64_t i = first; i < last; i += DOT_TOKENS)
-        with_constant<DOT_TOKENS>(last - i, [&](auto M) {
-          const Word* inputs[M.value];
-          for (int m = 0; m < M.value; ++m) inputs[m] = inputs_.get() + choices_[i + m].token * input_size_;
+    const int64_t channels = task.end - task.start, last = starts_[task.expert + 1];
+    for (int64_t i = starts_[task.expert]; i < last; i += DOT_TOKENS)
+      with_constant<DOT_TOKENS>(last - i, [&](auto M) {
+        const Word* inputs[M.value];
+        for (int m = 0; m < M.value; ++m) inputs[m] = inputs_.get() + choices_[i + m].token * input_size_;
+        float gates[M.value][CHANNELS], ups[M.value][CHANNELS];
+        int64_t c = 0;
+        const auto multiply = [&](auto count) {
           dot<M.value, count.value>(inputs, gate + c * hidden_size_, up + c * hidden_size_, hidden_size_,
-                                    reinterpret_cast<Sums*>(&gates[i - first][c]),
-                                    reinterpret_cast<Sums*>(&ups[i - first][c]));
-        });
-      c += count.value;
-    };
-    while (c + C <= channels) multiply(std::integral_constant<int, C>());
-    while (c < channels) multiply(std::integral_constant<int, 1>());
-    for (int64_t i = first; i < last; ++i) {
-      float *g = gates[i - first], *h = ups[i - first];
-      for (c = 0; c < channels; ++c) h[c] *= choices_[i].weight * g[c] / (1.0f + exponential(-g[c]));
-      write_words<T>(h, channels, choices_[i].hidden + task.start / NUMBERS<T>);
-    }
+                                    reinterpret_cast<Sums*>(&gates[0][c]), reinterpret_cast<Sums*>(&ups[0][c]));
+          c += count.value;
+        };
+        while (c + C <= channels) multiply(std::integral_constant<int, C>());
+        while (c < channels) multiply(std::integral_constant<int, 1>());
+        for (int m = 0; m < M.value; ++m) {
+          float *g = gates[m], *h = ups[m];
+          for (c = 0; c < channels; ++c) h[c] *= choices_[i + m].weight * g[c] / (1.0f + exponential(-g[c]));
+          write_words<T>(h, channels, choices_[i + m].hidden + task.start / NUMBERS<T>);
+        }
+      });
   }
 
   // Adds the expert's outputs in columns from `first` to `last`.
@@ -304,12 +300,15 @@ class Layer {
     int64_t row = 0;
     const auto add_steps = [&](auto steps) {
       constexpr int64_t rows = steps.value * NUMBERS<T>;
-      for (int64_t column = first; column < last; column += PAIR) {
+      const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
-        pack<1>(down + row * hidden_size_ + column, width(e) - row, hidden_size_, last - column, rows * hidden_size_,
+        pack<1>(down + row * hidden_size_ + column, width(e) - row, hidden_size_, count, rows * hidden_size_,
                 steps.value, panel);
         add<1, T>(hidden, panel, steps.value, outputs, column);
-      }
+      };
+      int64_t column = first;
+      for (; column + PAIR <= last; column += PAIR) add_columns(column, PAIR);
+      if (column < last) add_columns(column, last - column);
       for (auto& channels : hidden) channels += steps.value;
       row += rows;
     };
