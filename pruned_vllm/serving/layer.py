@@ -69,6 +69,9 @@ class PrunedDecoderLayer(nn.Module):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What stock layers do, sublayer by sublayer; `residual` is None until the first norm has seen one."""
+        if residual is None and not torch.compiler.is_compiling():
+            # The caller's own: EAGLE-3 may keep it as an auxiliary hidden state, and norms overwrite the residual.
+            hidden_states = hidden_states.clone()
         if self.input_layernorm is None:
             hidden_states = self.self_attn(hidden_states)
         else:
@@ -99,11 +102,12 @@ def _has_fused_norm(norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.
 
     vLLM itself lists that op for GPUs only (`vllm/kernels/vllm_c.py`), so that --ir-op-priority cannot choose it, and
     runs some ten ops of PyTorch instead: 30 microseconds for one token, not 4. Inductor, which fuses the ten, makes
-    them faster than the op.
+    them faster than the op. The op refuses rows that are not whole vectors of 8 (`csrc/cpu/layernorm.cpp`).
     """
     return (
         not torch.compiler.is_compiling()
         and hidden_states.is_cpu
+        and hidden_states.shape[-1] % 8 == 0
         and norm.has_weight
         and norm.variance_size_override is None
         and hidden_states.dtype == residual.dtype == norm.weight.dtype

@@ -1,12 +1,15 @@
 """The norm between sublayers: one op of vLLM's CPU build where that can compute it, else the stock one."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
-from pruned_vllm.serving.layer import _add_and_norm
+from pruned_vllm.serving.layer import PrunedDecoderLayer, Removed, _add_and_norm
 
 HIDDEN_SIZE = 96
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,9 +22,9 @@ def kernels():
         pytest.skip("this build of vLLM has no op for it")
 
 
-def make_norm(dtype: torch.dtype, **options) -> RMSNorm:
+def make_norm(dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE, **options) -> RMSNorm:
     with set_current_vllm_config(VllmConfig()):
-        norm = RMSNorm(HIDDEN_SIZE, eps=1e-5, dtype=dtype, **options)
+        norm = RMSNorm(hidden_size, eps=1e-5, dtype=dtype, **options)
     norm.weight.data.uniform_(0.5, 1.5)
     return norm.requires_grad_(False)
 
@@ -39,7 +42,7 @@ def errors(outputs: tuple[torch.Tensor, torch.Tensor], norm: RMSNorm, inputs: tu
     return [(output.double() - value).abs().mean().item() for output, value in zip(outputs, expected, strict=True)]
 
 
-@pytest.mark.parametrize("tokens", (1, 64))
+@pytest.mark.parametrize("tokens", (0, 1, 64))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounds_no_worse_than_the_stock_norm(dtype, tokens):
     norm, inputs = make_norm(dtype), make_inputs(dtype, tokens)
@@ -47,8 +50,10 @@ def test_rounds_no_worse_than_the_stock_norm(dtype, tokens):
     mine = tuple(value.clone() for value in inputs)
     outputs = _add_and_norm(norm, *mine)
     assert outputs[0] is mine[0] and outputs[1] is mine[1], "the op works in place"
-    for error, stock_error in zip(errors(outputs, norm, inputs), errors(stock, norm, inputs), strict=True):
-        assert error <= 1.25 * stock_error + 1e-7
+    assert outputs[0].shape == outputs[1].shape == (tokens, HIDDEN_SIZE)
+    if tokens:
+        for error, stock_error in zip(errors(outputs, norm, inputs), errors(stock, norm, inputs), strict=True):
+            assert error <= 1.25 * stock_error + 1e-7
 
 
 def strided(value: torch.Tensor) -> torch.Tensor:
@@ -63,6 +68,14 @@ def strided(value: torch.Tensor) -> torch.Tensor:
         pytest.param({}, lambda x, residual: (x.double(), residual), id="two dtypes"),
         pytest.param({"var_hidden_size": 32}, lambda x, residual: (x, residual), id="variance of a part"),
         pytest.param({"has_weight": False}, lambda x, residual: (x, residual), id="no weight"),
+        *(
+            pytest.param(
+                {"hidden_size": size},
+                lambda x, residual, size=size: (x[:, :size].contiguous(), residual[:, :size].contiguous()),
+                id=f"{size} columns",
+            )
+            for size in (1, 7, 12, 95)
+        ),
     ],
 )
 def test_what_the_op_cannot_compute_is_left_to_the_stock_norm(options, change):
@@ -85,3 +98,26 @@ def test_compiled_it_is_the_stock_norm():
     outputs = compiled(*(value.clone() for value in inputs))
     assert len(graphs) == 1 and "_C.fused_add_rms_norm" not in graphs[0]
     assert max(errors(outputs, norm, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("removed", list(product((False, True), repeat=4)), ids=str)
+def test_a_models_input_is_not_overwritten(removed):
+    """Whoever called the model may keep it: EAGLE-3 does, as an auxiliary hidden state.
+
+    There are two layers, because the second overwrites what a first one without sublayers hands on.
+    """
+    hidden_states, _ = make_inputs(torch.float32)
+    before = hidden_states.clone()
+
+    def sublayer(hidden_states, positions=None):
+        return 2 * hidden_states
+
+    state = (hidden_states, None)
+    for is_removed in (removed[:2], removed[2:]):
+        norms = [None if gone else make_norm(torch.float32) for gone in is_removed]
+        attention, mlp = (Removed("", HIDDEN_SIZE, False) if gone else sublayer for gone in is_removed)
+        layer = SimpleNamespace(
+            input_layernorm=norms[0], self_attn=attention, post_attention_layernorm=norms[1], mlp=mlp
+        )
+        state = PrunedDecoderLayer.forward(layer, None, *state)
+    assert torch.equal(hidden_states, before)
