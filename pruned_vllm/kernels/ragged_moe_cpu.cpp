@@ -2,121 +2,34 @@
 //
 //   out[t] = sum over the experts e that token t chose of  weight[t, e] * down_e(silu(gate_e(x[t])) * up_e(x[t]))
 //
-// Weights are read where they lie: gate_up [2, rows, hidden_size] and down [rows, hidden_size], row by row one channel,
-// expert e from row offsets[e] to offsets[e + 1]. Nothing is padded or copied as a whole.
+// Weights are gate_up [2, rows, hidden_size] and down [rows, hidden_size]. A row is one channel, and expert e has the
+// rows from offsets[e] to offsets[e + 1]. They are read where they lie: nothing is padded, no whole matrix is copied.
 //
-// An expert with few tokens takes the time of reading its weights. So both products walk its rows in the order of
-// memory, and ask for every line one step ahead: what the hardware foresees by itself ends at each page, and a row is
-// about one. An expert with more tokens (FEW is where the two were as fast) takes that of multiplying: as many tokens and channels, or columns, share a
-// step as there are registers for their sums.
+// This file sorts tokens by expert and divides the work among threads; ragged_moe_products.h multiplies. There are two
+// ways, because what takes the time differs:
 //
-// Sums are float32, in an order that depends neither on the number of threads nor on the other tokens.
+// - An expert with at most FEW tokens takes as long as reading its weights does. So its rows are read in the order in
+//   which they lie in memory. Lines of memory are asked for one step ahead, since the CPU by itself stops looking ahead
+//   at the end of each 4 KiB page, and a row is about one page.
+// - An expert with more tokens takes as long as multiplying does. So a step has several tokens and several channels or
+//   columns: as many as there are registers for their sums. What a step has loaded is used several times.
+//
+// Sums are float32. Their order depends neither on the number of threads nor on the other tokens, so a token's output
+// has the same bits in every batch.
 
 #include <omp.h>
 
-#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <vector>
 
-#include "ragged_moe_vectors.h"
+#include "ragged_moe_products.h"
 
 namespace {
 
-constexpr int64_t FEW = 4;        // tokens, for which an expert's weights are read in the order of memory
-constexpr int CHANNELS = 24;      // of gate and up are one task of a thread
-constexpr int ROWS = 4;           // of down are added at once for few tokens
-constexpr int STEPS = 64;         // of one or two rows of down are added at once for more
-constexpr size_t CACHE_LINE = 64;
-
-// What shares a step: sums take up most of the 32 registers of AVX-512, or half and more of the 16 of others.
-#ifdef __AVX512F__
-constexpr int DOT_TOKENS = 4, DOT_CHANNELS = 3, ADD_TOKENS = 6, ADD_PAIRS = 2;
-#else
-constexpr int DOT_TOKENS = 4, DOT_CHANNELS = 1, ADD_TOKENS = 6, ADD_PAIRS = 1;
-#endif
-
-using Word = uint32_t;
-using Sums = float[CHANNELS];
-
-// Gate and up of C channels for M tokens: sums over all columns.
-template <int M, int C, typename T>
-inline void dot(const Word* const* x, const T* gate, const T* up, int64_t columns, Sums* gates, Sums* ups) {
-  Floats sums[2 * C][M] = {};
-  const T* rows[2 * C];
-  for (int c = 0; c < C; ++c) rows[2 * c] = gate + c * columns, rows[2 * c + 1] = up + c * columns;
-  const Word* inputs[M];
-  std::copy_n(x, M, inputs);
-  const auto step = [&](int64_t k, const auto& weights) {
-    for (int vector = 0; vector < VECTORS<T>; ++vector) {
-      Words weight[2 * C];
-      for (int row = 0; row < 2 * C; ++row) weight[row] = words(weights(row), vector);
-      for (int m = 0; m < M; ++m) {
-        const Words input = load_words(inputs[m] + k / NUMBERS<T> + vector * LANES);
-        for (int row = 0; row < 2 * C; ++row) sums[row][m] = multiply_add<T>(sums[row][m], input, weight[row]);
-      }
-    }
-  };
-  int64_t k = 0;
-  for (; k + PAIR <= columns; k += PAIR) {
-    for (int row = 0; row < 2 * C; ++row) __builtin_prefetch(rows[row] + k + C * columns);
-    step(k, [&](int row) { return rows[row] + k; });
-  }
-  if (k < columns) {
-    T ends[2 * C][PAIR] = {};
-    for (int row = 0; row < 2 * C; ++row) std::memcpy(ends[row], rows[row] + k, (columns - k) * sizeof(T));
-    step(k, [&](int row) { return ends[row]; });
-  }
-  for (int row = 0; row < 2 * C; ++row)
-    for (int m = 0; m < M; ++m) (row % 2 ? ups : gates)[m][row / 2] = sum(sums[row][m]);
-}
-
-// Rows of down in P pairs of columns, words of a step next to each other.
-template <int P>
-using Panel = Columns[P];
-
-// Fills `steps` steps of a panel: rows from `down` on, of which `rows` are there, and `count` of their columns.
-template <int P, typename T>
-inline void pack(const T* down, int64_t rows, int64_t row_size, int64_t count, int64_t ahead, int steps,
-                 Panel<P>* panel) {
-  for (int step = 0; step < steps; ++step) {
-    const T* row = down + step * NUMBERS<T> * row_size;
-    const bool is_last = step * NUMBERS<T> + 1 >= rows;
-    const T* next = is_last ? nullptr : row + row_size;
-    for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(row + p * PAIR + ahead);
-      if (NUMBERS<T> == 2 && next) __builtin_prefetch(next + p * PAIR + ahead);
-      if (count >= (p + 1) * PAIR) {
-        panel[step][p] = columns(row + p * PAIR, next ? next + p * PAIR : nullptr);
-      } else {
-        T ends[2][PAIR] = {};
-        std::memcpy(ends[0], row + p * PAIR, (count - p * PAIR) * sizeof(T));
-        if (next) std::memcpy(ends[1], next + p * PAIR, (count - p * PAIR) * sizeof(T));
-        panel[step][p] = columns<T>(ends[0], next ? ends[1] : nullptr);
-      }
-    }
-  }
-}
-
-// outputs[m] += hidden[m] times the panel, for M tokens and P pairs of columns from `column` on
-template <int P, typename T, size_t M>
-inline void add(const std::array<const Word*, M>& hidden, const Panel<P>* panel, int steps,
-                const std::array<float*, M>& outputs, int64_t column) {
-  Pair sums[M][P];
-  for (size_t m = 0; m < M; ++m)
-    for (int p = 0; p < P; ++p) sums[m][p] = load(outputs[m] + column + p * PAIR);
-  for (int step = 0; step < steps; ++step)
-    for (size_t m = 0; m < M; ++m) {
-      const Words word = Words{} + hidden[m][step];
-      for (int p = 0; p < P; ++p) {
-        sums[m][p].first = multiply_add<T>(sums[m][p].first, word, panel[step][p].first);
-        sums[m][p].second = multiply_add<T>(sums[m][p].second, word, panel[step][p].second);
-      }
-    }
-  for (size_t m = 0; m < M; ++m)
-    for (int p = 0; p < P; ++p) store(outputs[m] + column + p * PAIR, sums[m][p]);
-}
+constexpr int64_t FEW = 4;         // at this number of tokens both ways were equally fast
+constexpr size_t CACHE_LINE = 64;  // bytes
 
 // Calls `call` with a number, 1 to MOST, as a constant.
 template <int MOST, typename Call>
@@ -126,7 +39,7 @@ inline void with_constant(int64_t number, Call call) {
   call(std::integral_constant<int, MOST>());
 }
 
-// Uninitialised memory whose vectors do not straddle cache lines, which nearly halves the speed of `dot`.
+// Uninitialised memory that begins with a cache line. Vectors that straddle two lines nearly halve the speed of `dot`.
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -145,7 +58,7 @@ Buffer<N> allocate(int64_t count) {
 struct Choice {
   int64_t token;
   float weight;
-  Word* hidden;  // of the expert's channels: weight * silu(gate) * up
+  Word* hidden;  // weight * silu(gate) * up of each of the expert's channels
 };
 
 template <typename T>
@@ -189,7 +102,8 @@ class Layer {
   // Words of a token's channels.
   int64_t words_of(int64_t channels) const { return (channels + NUMBERS<T> - 1) / NUMBERS<T>; }
 
-  // Sorts choices by expert. An id that is no expert, such as -1, and an expert without channels add nothing.
+  // Sorts choices by expert, those of one expert by token. An id that is no expert, such as -1, adds nothing, and
+  // neither does an expert without channels.
   void sort(const float* topk_weights, const int32_t* topk_ids, int64_t count, int64_t top_k) {
     const auto exists = [&](int32_t id) { return id >= 0 && id < num_experts_ && width(id) > 0; };
     starts_.assign(num_experts_ + 1, 0);
@@ -247,34 +161,40 @@ class Layer {
       with_constant<DOT_TOKENS>(last - i, [&](auto M) {
         const Word* inputs[M.value];
         for (int m = 0; m < M.value; ++m) inputs[m] = inputs_.get() + choices_[i + m].token * input_size_;
-        float gates[M.value][CHANNELS], ups[M.value][CHANNELS];
+        float gates[M.value * CHANNELS], ups[M.value * CHANNELS];
         int64_t c = 0;
         const auto multiply = [&](auto count) {
           dot<M.value, count.value>(inputs, gate + c * hidden_size_, up + c * hidden_size_, hidden_size_,
-                                    reinterpret_cast<Sums*>(&gates[0][c]), reinterpret_cast<Sums*>(&ups[0][c]));
+                                    gates + c, ups + c);
           c += count.value;
         };
         while (c + C <= channels) multiply(std::integral_constant<int, C>());
         while (c < channels) multiply(std::integral_constant<int, 1>());
         for (int m = 0; m < M.value; ++m) {
-          float *g = gates[m], *h = ups[m];
+          float *g = gates + m * CHANNELS, *h = ups + m * CHANNELS;
           for (c = 0; c < channels; ++c) h[c] *= choices_[i + m].weight * g[c] / (1.0f + exponential(-g[c]));
           write_words<T>(h, channels, choices_[i + m].hidden + task.start / NUMBERS<T>);
         }
       });
   }
 
-  // Adds the expert's outputs in columns from `first` to `last`.
+  // Adds the expert's outputs in columns from `first` to `last`. Both ways take the same rows before the next, so that
+  // a token that chose the expert twice gets its sums in the same order.
   void add_down(int64_t e, int64_t first, int64_t last) {
-    if (starts_[e + 1] - starts_[e] > FEW)
-      for (int64_t row = 0; row < width(e); row += STEPS * NUMBERS<T>)
-        add_rows(e, row, std::min<int64_t>(STEPS * NUMBERS<T>, width(e) - row), first, last);
-    else
-      for_choices<FEW>(e, 0, [&](const auto& hidden, const auto& outputs) { add_few(e, hidden, outputs, first, last); });
+    const bool is_few = starts_[e + 1] - starts_[e] <= FEW;
+    for (int64_t row = 0; row < width(e); row += STEPS * NUMBERS<T>) {
+      const int64_t rows = std::min<int64_t>(STEPS * NUMBERS<T>, width(e) - row);
+      if (is_few)
+        for_choices<FEW>(e, row, [&](const auto& hidden, const auto& outputs) {
+          add_few(down_ + (offsets_[e] + row) * hidden_size_, rows, hidden, outputs, first, last);
+        });
+      else
+        add_rows(e, row, rows, first, last);
+    }
   }
 
-  // Calls `call` with as many of the expert's choices at a time as share a step: the channels of each from `row` on,
-  // and where its token's outputs are. A token that chose the expert twice has outputs that a step can add to once.
+  // Calls `call` with up to MOST of the expert's choices at a time: where the channels of each are, from `row` on, and
+  // where its token's outputs are. A token that chose the expert twice comes in two calls, as `add` needs.
   template <int MOST, typename Call>
   void for_choices(int64_t e, int64_t row, Call call) const {
     for (int64_t i = starts_[e], count; i < starts_[e + 1]; i += count) {
@@ -292,28 +212,25 @@ class Layer {
     }
   }
 
-  // A few rows at a time, all columns of each.
+  // A few of the rows from `down` on at a time, all columns of each.
   template <size_t M>
-  void add_few(int64_t e, std::array<const Word*, M> hidden, const std::array<float*, M>& outputs, int64_t first,
-               int64_t last) const {
-    const T* down = down_ + offsets_[e] * hidden_size_;
-    int64_t row = 0;
+  void add_few(const T* down, int64_t rows, std::array<const Word*, M> hidden, const std::array<float*, M>& outputs,
+               int64_t first, int64_t last) const {
     const auto add_steps = [&](auto steps) {
-      constexpr int64_t rows = steps.value * NUMBERS<T>;
+      constexpr int64_t taken = steps.value * NUMBERS<T>;
       const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
-        pack<1>(down + row * hidden_size_ + column, width(e) - row, hidden_size_, count, rows * hidden_size_,
-                steps.value, panel);
+        pack<1>(down + column, rows, hidden_size_, count, taken * hidden_size_, steps.value, panel);
         add<1, T>(hidden, panel, steps.value, outputs, column);
       };
       int64_t column = first;
       for (; column + PAIR <= last; column += PAIR) add_columns(column, PAIR);
       if (column < last) add_columns(column, last - column);
       for (auto& channels : hidden) channels += steps.value;
-      row += rows;
+      down += taken * hidden_size_, rows -= taken;
     };
-    while (row + ROWS <= width(e)) add_steps(std::integral_constant<int, ROWS / NUMBERS<T>>());
-    while (row < width(e)) add_steps(std::integral_constant<int, 1>());
+    while (rows >= ROWS) add_steps(std::integral_constant<int, ROWS / NUMBERS<T>>());
+    while (rows > 0) add_steps(std::integral_constant<int, 1>());
   }
 
   // As many rows as a panel has, a few columns at a time.

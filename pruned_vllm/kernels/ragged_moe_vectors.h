@@ -107,14 +107,6 @@ inline void store(Float16* p, Pair values) {
   *reinterpret_cast<WordsAt*>(p) = to_float16(values.first) | to_float16(values.second) << 16;
 }
 
-// The last elements of a row, fewer than PAIR, and zeros.
-template <typename T>
-inline Pair load_end(const T* p, int64_t count) {
-  T elements[PAIR] = {};
-  std::memcpy(elements, p, count * sizeof(T));
-  return load(elements);
-}
-
 template <typename T>
 constexpr int NUMBERS = 1;  // of a word in a product
 #ifdef __AVX512BF16__
