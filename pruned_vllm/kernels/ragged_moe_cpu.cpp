@@ -178,19 +178,19 @@ class Layer {
       });
   }
 
-  // Adds the expert's outputs in columns from `first` to `last`. Both ways take the same rows before the next, so that
-  // a token that chose the expert twice gets its sums in the same order.
+  // Adds the expert's outputs in columns from `first` to `last`. Both ways finish a block of rows for all tokens before
+  // the next block. So a token that chose the expert twice gets its sums in the same order from both.
   void add_down(int64_t e, int64_t first, int64_t last) {
-    const bool is_few = starts_[e + 1] - starts_[e] <= FEW;
-    for (int64_t row = 0; row < width(e); row += STEPS * NUMBERS<T>) {
-      const int64_t rows = std::min<int64_t>(STEPS * NUMBERS<T>, width(e) - row);
-      if (is_few)
+    constexpr int64_t block = STEPS * NUMBERS<T>;
+    if (starts_[e + 1] - starts_[e] > FEW)
+      for (int64_t row = 0; row < width(e); row += block)
+        add_rows(e, row, std::min(block, width(e) - row), first, last);
+    else
+      for (int64_t row = 0; row < width(e); row += block)
         for_choices<FEW>(e, row, [&](const auto& hidden, const auto& outputs) {
-          add_few(down_ + (offsets_[e] + row) * hidden_size_, rows, hidden, outputs, first, last);
+          const T* down = down_ + (offsets_[e] + row) * hidden_size_;
+          add_few(down, std::min(block, width(e) - row), hidden, outputs, first, last);
         });
-      else
-        add_rows(e, row, rows, first, last);
-    }
   }
 
   // Calls `call` with up to MOST of the expert's choices at a time: where the channels of each are, from `row` on, and

@@ -48,9 +48,11 @@ inline void dot(const Word* const* x, const T* gate, const T* up, int64_t column
     for (int row = 0; row < 2 * C; ++row) std::memcpy(ends[row], rows[row] + k, (columns - k) * sizeof(T));
     step(k, [&](int row) { return ends[row]; });
   }
-  float* const results[] = {gates, ups};
-  for (int row = 0; row < 2 * C; ++row)
-    for (int m = 0; m < M; ++m) results[row % 2][m * CHANNELS + row / 2] = sum(sums[row][m]);
+  for (int c = 0; c < C; ++c)
+    for (int m = 0; m < M; ++m) {
+      gates[m * CHANNELS + c] = sum(sums[2 * c][m]);
+      ups[m * CHANNELS + c] = sum(sums[2 * c + 1][m]);
+    }
 }
 
 // A step of down: one row, or two that share words, in P pairs of columns.
