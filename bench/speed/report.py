@@ -6,6 +6,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from bench.speed.statistics import interval_text
+
 
 def results_table(cases: Sequence[Mapping]) -> Table:
     table = numbers_table(
@@ -20,15 +22,11 @@ def results_table(cases: Sequence[Mapping]) -> Table:
             f"{dense['throughput_tokens_per_s']:.1f}",
             f"{pruned['throughput_tokens_per_s']:.1f}",
             f"{case['speedup']:.2f}x",
-            _interval(case),
+            interval_text(case, "-"),
             f"{case['ideal_speedup']:.2f}x",
             f"{case['of_ideal']:.2f}",
         )
     return table
-
-
-def _interval(record: Mapping) -> str:
-    return "" if record["speedup_low"] is None else f"{record['speedup_low']:.2f}-{record['speedup_high']:.2f}"
 
 
 def machine_table(results: Mapping) -> Table:
@@ -51,7 +49,7 @@ def machine_table(results: Mapping) -> Table:
                 f"{record['of_bandwidth']:.0%}",
                 f"{record['tflop_per_s']:.3f}",
                 f"{record['of_gemm_rate']:.0%}",
-                f"{speedup['speedup']:.2f}x {_interval(speedup)}" if "speedup" in speedup else "",
+                f"{speedup['speedup']:.2f}x {interval_text(speedup, '-')}" if "speedup" in speedup else "",
             )
     return table
 

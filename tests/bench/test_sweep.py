@@ -156,8 +156,9 @@ def started(monkeypatch) -> list[list[str]]:
     monkeypatch.setattr(engines_module, "running_engines", running)
     monkeypatch.setattr(run, "measure", measured)
     monkeypatch.setattr(run, "probe_machine", lambda *_: machine)
-    monkeypatch.setattr(setting_module, "describe_hardware", lambda: {"cpu": "Imaginary 9000"})
-    monkeypatch.setattr(setting_module, "describe_versions", lambda: {"vllm": "0.32.0"})
+    for module in (setting_module, run):
+        monkeypatch.setattr(module, "describe_hardware", lambda: {"cpu": "Imaginary 9000"})
+        monkeypatch.setattr(module, "describe_versions", lambda: {"vllm": "0.32.0"})
     monkeypatch.setattr(plan, "this_machine", lambda: plan.Machine(20 * plan.GIB, 20, 0.15, (80, 30)))
     return log
 
@@ -221,14 +222,27 @@ def test_a_stopped_sweep_goes_on_where_it_was(started, tmp_path, capsys):
     assert "done" in capsys.readouterr().out
 
 
-def test_a_file_of_another_sweep_is_no_result_of_this_one(started, tmp_path, capsys):
+def test_a_file_of_another_sweep_is_no_result_of_this_one(started, tmp_path, monkeypatch, capsys):
+    """Nor one of another machine, or of other libraries: cells of a sweep are set beside each other."""
     options = [*SMALL, "--output-dir", str(tmp_path), "--only", "mha_*"]
     assert sweep(options) == 0
     before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
     del started[:]
-    for other in (["--repeats", "4"], ["--rounds", "2"], ["--align", "16"], ["--eager"], ["--hidden-size", "512"]):
+    for *other, words in (
+        ("--repeats", "4", "repeats"),
+        ("--rounds", "2", "rounds"),
+        ("--align", "16", "configs"),
+        ("--eager", "compile"),
+        ("--hidden-size", "512", "configs"),
+        ("--cases", "decode:8:32:16", "cases"),
+    ):
         assert sweep([*options, *other]) == 2
-        assert "mha_ragged_50.json was measured with other sizes or settings" in capsys.readouterr().err
+        assert f"mha_ragged_50.json was measured with other {words}:" in capsys.readouterr().err
+    for name, there in (("hardware", {"cpu": "Another"}), ("versions", {"vllm": "0.33.0"})):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(run, f"describe_{name}", lambda there=there: there)
+            assert sweep(options) == 2
+        assert f"mha_ragged_50.json was measured with other {name}:" in capsys.readouterr().err
     assert started == [] and before == {path: path.read_text() for path in tmp_path.rglob("*.json")}
 
 
