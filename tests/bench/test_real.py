@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.real import evaluation, pipeline, plan
+from bench.real import evaluation, pipeline, plan, records, results
 from bench.real.__main__ import main
 from bench.real.pipeline import check_same
 from bench.real.questions import PROMPT, QUESTIONS_FILE, Question, accuracy, log_likelihoods, read_questions
@@ -188,6 +189,7 @@ def commands(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"model.norm.weight": torch.ones(64)}, model / "model.safetensors")
     monkeypatch.setattr(pipeline, "smollm2", lambda: model)
     monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
 
@@ -265,6 +267,29 @@ def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, c
     assert len(commands) == first, "all was done before"
     assert main(["--output-dir", str(out), "--force", "speed"]) == 0
     assert [name for name, *_ in commands[first:]] == ["python", "python"]
+
+
+def test_a_run_does_not_go_on_with_another_model(commands, tmp_path, capsys):
+    assert main(["--output-dir", str(tmp_path / "real")]) == 0
+    first = len(commands)
+    save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "model" / "model.safetensors")
+    assert main(["--output-dir", str(tmp_path / "real"), "--force", "speed"]) == 2
+    assert "holds another model than the one that this run began with" in capsys.readouterr().err
+    assert len(commands) == first, "nothing was done with it"
+    assert main(["--output-dir", str(tmp_path / "real"), "--force", "model"]) == 0
+    assert len(commands) == 2 * first, "all of it again"
+
+
+def test_results_say_with_which_versions_each_step_was_done(commands, tmp_path, monkeypatch):
+    out = tmp_path / "real"
+    for version, force in (("1", []), ("2", ["--force", "speed"])):
+        for module in (records, results):
+            monkeypatch.setattr(module, "library_versions", lambda _, version=version: {"vllm": version})
+        assert main(["--output-dir", str(out), *force]) == 0
+    measured = json.loads((out / "real.json").read_text())
+    found = {name: step["versions"]["vllm"] for name, step in measured["steps"].items()}
+    assert measured["versions"] == {"vllm": "2"}
+    assert {name for name, version in found.items() if version == "2"} == {"speed-20", "speed-50"}
 
 
 def test_a_run_that_is_interrupted_goes_on(commands, tmp_path, monkeypatch):
