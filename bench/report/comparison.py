@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.report.content import Block, Chapter, Section, Table, Text, Warnings
+from bench.report.content import Block, Chapter, Section, Table, Text, Warnings, significant
 from bench.report.models import flattened, shown
 from bench.report.results import Result
 from bench.speed.statistics import CONFIDENCE, interval_confidence
@@ -37,13 +37,10 @@ class Measure:
 
     @property
     def text(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({_short(self.low)} to {_short(self.high)})"
-        return f"{_short(self.value)} {self.unit}{interval}"
-
-
-def _short(value: float) -> str:
-    """Three digits or more."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        text = f"{significant(self.value)} {self.unit}"
+        if self.low is None or self.high is None:
+            return text
+        return f"{text} ({significant(self.low)} to {significant(self.high)})"
 
 
 def verdict(before: Measure, after: Measure) -> str:
@@ -84,7 +81,8 @@ def _machine_differences(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     for key, name in MACHINE_RATES.items():
         first, second = ((content.get("machine") or {}).get(key) for content in (before, after))
         if first and second and abs(second / first - 1) > LARGEST_MACHINE_CHANGE:
-            found.append(f"the machine itself was measured at {first:.3g} in A, {second:.3g} in B ({name})")
+            rates = f"{significant(first)} in A, {significant(second)} in B"
+            found.append(f"the machine itself was measured at {rates} ({name})")
     return found
 
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from bench.speed.memory import GIB
 from bench.speed.report import numbers_table
 from bench.speed.statistics import interval_text
 
-GIB = 2**30
 # What a row of a scenario shows: its label, its key in RUN, its format.
 ROWS = (
     ("requests/s", "requests_per_s", ".2f"),

@@ -94,7 +94,7 @@ def plot_speedups(cases: Sequence[Mapping], path: Path, metadata: Mapping[str, s
     above = [case["speedup_q3"] - case["speedup"] for case in cases]
     positions = range(len(cases))
     figure, axes = pyplot.subplots(figsize=(2.2 + 1.5 * len(cases), 4.2), layout="constrained")
-    axes.bar([x - 0.2 for x in positions], speedups, 0.38, yerr=[below, above], capsize=4, label="measured")
+    axes.bar([x - 0.2 for x in positions], speedups, 0.38, yerr=[below, above], capsize=4, label="measured, quartiles")
     axes.bar([x + 0.2 for x in positions], ideals, 0.38, color="lightgrey", label="ideal")
     for x, speedup, ideal in zip(positions, speedups, ideals, strict=True):
         axes.text(x - 0.2, 0.05, f"{speedup:.2f}", ha="center", color="white")

@@ -43,12 +43,12 @@ from statistics import median
 from typing import Any
 
 from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
+from bench.speed.memory import GIB
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
-GIB = 2**30
 CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
 
 

@@ -53,6 +53,11 @@ def test_one_repeat_is_shown_without_an_interval():
     assert shown(verdict(CASE, [[2.0] * 7, [1.0] * 7], times(1.1))["equal"]) == "2.000x (2.000 to 2.000)"
 
 
+def test_the_verdict_counts_rounds_and_not_repeats():
+    found = verdict(CASE, times(repeats=6), times(1.1, repeats=6), rounds=2)
+    assert found["equal"]["speedup_confidence"] == found["slowed"]["speedup_confidence"] == 0.5
+
+
 def test_the_second_engine_is_slowed_for_the_second_half_alone(monkeypatch):
     log = []
     engines = [SimpleNamespace(collective_rpc=lambda name, args, i=i: log.append((i, name, *args))) for i in range(2)]

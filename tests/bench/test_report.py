@@ -10,6 +10,7 @@ import pytest
 from helpers import speed_results
 
 from bench.report.__main__ import main as report
+from bench.report.content import significant
 from bench.report.markdown import escaped
 from bench.report.reports import report_beside, write_report
 
@@ -153,7 +154,7 @@ def test_a_sceptic_finds_what_online_measured(tmp_path):
     page, _ = page_of(tmp_path, result=content)
     gain = content["scenarios"][0]["speedups"]["requests_per_s"]
     assert f"{gain['speedup']:.2f}x ({gain['speedup_low']:.2f} to {gain['speedup_high']:.2f}, 75 %)" in page.text
-    assert "a shorter first start is no gain of pruning" in page.text
+    assert "A shorter first start is no gain of pruning" in page.text
     assert (
         "1.70 to 1.90x" in page.text
         and "rate:1: noisy: rate:1" in page.text
@@ -242,6 +243,23 @@ def test_what_voids_a_comparison_is_said_loudly(change, words, tmp_path, capsys)
         assert not error and "Warning" not in markdown and "Also different: " in markdown
     else:
         assert words in error and f"> **Warning:** {words}" in markdown
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        *[(999.7, 3, "1,000"), (12345.6, 3, "12,346"), (0.01234, 3, "0.0123"), (25.5, 3, "25.5"), (20.0, 3, "20")],
+        *[
+            (20000.0, 4, "20,000"),
+            (0.0, 3, "0"),
+            (float("nan"), 3, "nan"),
+            (-1.239, 3, "-1.24"),
+            (2e-6, 3, "0.000002"),
+        ],
+    ],
+)
+def test_numbers_keep_their_digits_and_have_no_exponent(value, digits, text):
+    assert significant(value, digits) == text
 
 
 def test_other_requests_void_a_comparison_of_servers(tmp_path, capsys):

@@ -39,6 +39,14 @@ def test_speedups_are_those_of_pairs_against_the_ideal():
     ]
 
 
+def test_rounds_count_and_not_repeats():
+    """Of 12 pairs from 2 rounds the interval is that of 2 rounds, for the plugin's class as well."""
+    samples = {name: [*seconds, *seconds] * 2 for name, seconds in SAMPLES.items()}
+    found = case_record(DECODE, samples, GEOMETRIES, 2, MACHINE, rounds=2)
+    assert found["speedup_confidence"] == found["plugin_dense"]["speedup_confidence"] == 0.5
+    assert case_record(DECODE, samples, GEOMETRIES, 2, MACHINE)["speedup_confidence"] == 0.95
+
+
 def test_what_is_not_pruning_is_said():
     plugin_dense = record()["plugin_dense"]
     assert (plugin_dense["speedup"], plugin_dense["speedup_high"]) == (1.0, 1.2)

@@ -252,6 +252,9 @@ def test_rounds_start_all_engines_anew_in_the_opposite_order(started, tmp_path):
     assert started == [["dense", "mha_uniform_50", "mha_ragged_50"], ["mha_ragged_50", "mha_uniform_50", "dense"]]
     (case, _) = json.loads((tmp_path / "cells" / "mha_ragged_50.json").read_text())["cases"]
     assert len(case["pruned"]["samples_s"]) == 6 and case["of_ideal"] == pytest.approx(1 / SLOWER)
+    summed_up = {cell["name"]: cell for cell in json.loads((tmp_path / "sweep.json").read_text())["cells"]}
+    (case, _) = summed_up["mha_ragged_50"]["cases"]
+    assert case["speedup_confidence"] == case["of_uniform"]["speedup_confidence"] == 0.5, "of two rounds"
 
 
 def test_a_dry_run_starts_and_writes_nothing(started, tmp_path, capsys):
