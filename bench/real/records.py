@@ -83,6 +83,7 @@ class Records:
         unfinished, begun = path.with_suffix(".unfinished"), {"settings": settings, "inputs": inputs}
         was_interrupted = unfinished.is_file() and read_json(unfinished) == begun
         write_json(unfinished, begun)
+        path.unlink(missing_ok=True)  # of a step that is done again: should it fail, the old result is not the answer
         started = time.time()
         result = dict(action(was_interrupted))
         finished = time.time()

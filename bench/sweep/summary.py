@@ -61,9 +61,10 @@ def _beside(record: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]])
     """The uniform cell of a ragged one, if they ran side by side."""
     cell = record["cell"]
     other = records.get(cell["name"].replace("_ragged_", "_uniform_"))
-    if cell["pattern"] != "ragged" or other is None or other["date"] != record["date"]:
+    if cell["pattern"] != "ragged" or other is None:
         return None
-    return other
+    together = (other["cell"]["measured_with"], other["date"]) == (cell["measured_with"], record["date"])
+    return other if together else None
 
 
 def of_uniform(ragged: Mapping[str, Any], uniform: Mapping[str, Any], rounds: int) -> dict:

@@ -83,6 +83,13 @@ def test_forced_steps_are_done_again_and_what_builds_on_them(fakes, force, expec
     assert fakes.run(force) == expected
 
 
+def test_a_forced_step_that_fails_is_not_done(fakes):
+    """Its old record is of a result that was to be replaced."""
+    with pytest.raises(KeyboardInterrupt):
+        fakes.run(force=["serve"], failing="serve-a")
+    assert fakes.run() == ["serve-a"]
+
+
 def test_a_forced_step_that_does_not_exist_is_refused(fakes):
     with pytest.raises(InputError, match="no step is called lear, learn-c; there are text, learn, serve, text"):
         fakes.run(["lear", "learn-c", "learn"])

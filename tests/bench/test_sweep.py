@@ -206,6 +206,15 @@ def test_nothing_removed_goes_through_the_plugins_class(started, tmp_path, monke
     assert seen["gqa_unpruned_0"] == seen["gqa_ragged_50"] == "PrunedLlamaForCausalLM"
 
 
+def test_ragged_is_set_against_uniform_only_where_both_ran_side_by_side(started, tmp_path):
+    options = [*SMALL, "--output-dir", str(tmp_path)]
+    assert sweep([*options, "--only", "mha_uniform_50"]) == 0
+    assert sweep([*options, "--only", "mha_ragged_50"]) == 0
+    cells = {cell["name"]: cell for cell in json.loads((tmp_path / "sweep.json").read_text())["cells"]}
+    assert set(cells) == {"mha_uniform_50", "mha_ragged_50"}
+    assert not any("of_uniform" in case for case in cells["mha_ragged_50"]["cases"])
+
+
 def test_a_stopped_sweep_goes_on_where_it_was(started, tmp_path, capsys):
     """After the first group; what it measured is kept, and the rest is added."""
     options = [*SMALL, "--output-dir", str(tmp_path)]
@@ -272,6 +281,8 @@ def test_the_papers_models_are_set_beside_its_figures(started, tmp_path):
     assert cell["paper"]["speedup"] == 2.20 and cell["num_hidden_layers"] < 32 == cell["full_num_hidden_layers"]
     case = cell["cases"][0]
     assert 1.8 < case["ideal_speedup"] < case["full_depth_ideal_speedup"] < 2, "lm_head weighs more in fewer layers"
+    (case,) = cells["llama-7b_ragged_20"]["cases"]
+    assert 1.1 < case["ideal_speedup"] < case["full_depth_ideal_speedup"] < 1.3
     assert cells["llama-7b_ragged_40"]["paper"] is None
     markdown = (tmp_path / "report.md").read_text()
     assert "| 2.20x, RTX 5090, Table 7 |" in markdown and "DDP (arXiv 2603.08065v1)" in markdown
