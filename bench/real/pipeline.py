@@ -106,10 +106,16 @@ def _write_text(train: Path, heldout: Path) -> dict:
 
 
 def _digests(inputs: Inputs) -> list[str]:
-    """Of the texts, as far as they are files: a changed text makes all results others."""
-    files = [*map(Path, inputs.data), *inputs.eval_data]
-    texts = [path.read_bytes() for path in files if path.is_file()]
-    return [hashlib.sha256(text).hexdigest() for text in (*(text.encode() for text in corpus()), *texts)]
+    """Of the texts, as far as they are files here: a changed text makes all results others."""
+    files = [path for source in (*inputs.data, *map(str, inputs.eval_data)) for path in _files(source)]
+    texts = (*(text.encode() for text in corpus()), *(path.read_bytes() for path in files))
+    return [hashlib.sha256(text).hexdigest() for text in texts]
+
+
+def _files(source: str) -> list[Path]:
+    """Of a source for `learn-masks --data`: a file, or those of a directory; none of a data set on the hub."""
+    path = Path(source)
+    return [path] if path.is_file() else sorted(inside for inside in path.rglob("*") if inside.is_file())
 
 
 def _prune(steps: Run, method: str, sparsity: float) -> None:
