@@ -12,7 +12,9 @@ from helpers import speed_results
 from bench.report.__main__ import main as report
 from bench.report.content import significant
 from bench.report.markdown import escaped
+from bench.report.offline import offline_measures
 from bench.report.reports import report_beside, write_report
+from bench.report.results import Result
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 VOID_TAGS = {"meta", "link", "br", "img", "input", "hr"}
@@ -262,6 +264,26 @@ def test_numbers_keep_their_digits_and_have_no_exponent(value, digits, text):
     assert significant(value, digits) == text
 
 
+def test_a_server_that_answers_later_is_worse_and_one_that_answers_more_is_better(tmp_path, capsys):
+    after = speed_results.online()
+    for scenario in after["scenarios"]:
+        for run in scenario["pruned"]["runs"]:
+            run.update({figure: 2 * run[figure] for figure in ("requests_per_s", "ttft_p50_ms")})
+    verdicts = rows_of(compared(tmp_path, speed_results.online(), after, capsys)[0])
+    assert verdicts["saturation, pruned ttft_p50_ms"] == "WORSE"
+    assert verdicts["saturation, pruned requests_per_s"] == "better"
+    assert verdicts["saturation, dense ttft_p50_ms"] == "within the intervals"
+
+
+def test_memory_is_that_of_pruned_over_dense(tmp_path):
+    content = speed_results.online()
+    content["servers"]["pruned"] = content["servers"]["dense"] | {"kv_cache_tokens": 3 * 54_321, "weights_bytes": 2**29}
+    _, markdown = page_of(tmp_path, result=content)
+    rows = {row.split(" | ")[0].strip("| "): row for row in markdown.splitlines() if row.startswith("| ")}
+    assert rows["KV cache, tokens"] == "| KV cache, tokens | 54,321 | 162,963 | 3.00 |"
+    assert rows["weights"] == "| weights | 1.00 GiB | 0.50 GiB | 0.50 |"
+
+
 def test_other_requests_void_a_comparison_of_servers(tmp_path, capsys):
     after = speed_results.online()
     after["workload"].update(name="long-context")
@@ -280,6 +302,20 @@ def test_a_comparison_says_where_intervals_are_no_95_percent_intervals(tmp_path,
         for side in ("dense", "pruned", "plugin_dense"):
             del case[side]["samples_s"][6:]
     assert "hold the median in 50% of cases only" in compared(tmp_path, enough, again, capsys)[0]
+
+
+def test_intervals_of_times_are_those_of_rounds():
+    content = speed_results.offline()
+    for case in content["cases"]:
+        for side in ("dense", "pruned", "plugin_dense"):
+            case[side]["samples_s"] = [1.0, 1.01, 1.02] * 2 + [2.0, 2.01, 2.02] * 2
+    found = {}
+    for rounds in (1, 2):
+        content["settings"]["rounds"] = rounds
+        measures = {measure.name: measure for measure in offline_measures(Result("x", "offline", content))}
+        found[rounds] = measures["decode:8:32:64, pruned"]
+    assert (found[2].low, found[2].high) == (1000, 2020), "one of two rounds alone is a draw that is likely"
+    assert found[2].low < found[1].low and found[1].high < found[2].high
 
 
 def test_a_limit_is_named_for_each_model_where_they_differ(tmp_path):
