@@ -184,7 +184,8 @@ def test_a_sweep_is_measured_summed_up_and_reported(started, tmp_path):
         all((tmp_path / f"report.{suffix}").exists() for suffix in ("md", "html")) and (tmp_path / "sweep.png").exists()
     )
     markdown = (tmp_path / "report.md").read_text().replace("\\", "")
-    assert "| gqa_ragged_50 | decode:8:32:16 |" in markdown and f"| {1 / SLOWER:.2f} (" in markdown
+    removed = 1 - cells["gqa_ragged_50"]["parameters"] / cells["gqa_ragged_50"]["dense_parameters"]
+    assert f"| gqa_ragged_50 | decode:8:32:16 | {removed:.1%} |" in markdown and f"| {1 / SLOWER:.2f} (" in markdown
 
 
 KINDS = ("mha", "gqa", "moe")
