@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from bench.demo import command, served, served_perplexity
+from bench.commands import script
 from bench.pico import pico_model
+from bench.served_text import served_perplexity
+from bench.speed.server import served
+from learner.data.reading import tokenize_files
 
 NAME = "pruned"
 
@@ -32,8 +36,8 @@ def learned(pico, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("end_to_end")
     text = ["--data", pico / "train.txt", "--eval-data", pico / "heldout.txt"]
     small = ["--steps", 40, "--batch-size", 4, "--sequence-length", 64]
-    run(command("learn-masks"), pico, directory / "ckpt", "--sparsity", 0.4, *text, *small)
-    run(command("convert-pruned"), directory / "ckpt", directory / "out")
+    run(script("learn-masks"), pico, directory / "ckpt", "--sparsity", 0.4, *text, *small)
+    run(script("convert-pruned"), directory / "ckpt", directory / "out")
     return directory
 
 
@@ -59,7 +63,8 @@ def test_server_answers_through_the_openai_client(client):
 
 def test_served_perplexity_is_the_masked_perplexity(client, learned, pico):
     masked = json.loads((learned / "ckpt" / "learning.json").read_text())["results"]["masked_perplexity"]
-    converted = served_perplexity(client, pico, pico / "heldout.txt", NAME)
+    ids = tokenize_files(AutoTokenizer.from_pretrained(pico), [pico / "heldout.txt"]).tolist()
+    converted = served_perplexity(client, NAME, ids)
     assert math.isfinite(converted) and converted == pytest.approx(masked, rel=1e-3)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from bench.real.smollm2 import smollm2, source
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, read_json
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 
 ROUNDING = 2e-3  # of a perplexity: converted weights were folded in float32, then rounded to the model's bfloat16
@@ -57,6 +58,7 @@ class Run:
 def run_steps(inputs: Inputs, work: Path, records: Records) -> None:
     """All steps of plan.planned(). Raises InputError when one fails, or a served model is not the masked one."""
     model = records.step("model", {}, lambda _: _model())
+    check_model(model)
     text = {"data": list(inputs.data), "eval_data": list(map(str, inputs.eval_data)), "digests": _digests(inputs)}
     texts = (work / "train.txt", work / "heldout.txt")
     records.step("text", text, lambda _: _write_text(*texts), outputs=texts)
@@ -81,7 +83,19 @@ def best(records: Records, sparsity: float) -> str:
 
 def _model() -> dict:
     directory = smollm2()
-    return {"directory": str(directory.resolve()), "source": source(directory), **_sizes(directory)}
+    fingerprint = str(Fingerprint.from_directory(directory))
+    where = {"directory": str(directory.resolve()), "source": source(directory)}
+    return {**where, "fingerprint": fingerprint, **_sizes(directory)}
+
+
+def check_model(model: Mapping) -> None:
+    """Raises InputError where the model's directory holds other weights than when its step, `model`, was done."""
+    directory, before = Path(model["directory"]), model.get("fingerprint")  # runs begun before 0.2 lack it
+    if before and before != str(Fingerprint.from_directory(directory)):
+        raise InputError(
+            f"{directory} holds another model than the one that this run began with: choose another --output-dir, or "
+            "--force model, which does everything again"
+        )
 
 
 def _write_text(train: Path, heldout: Path) -> dict:
@@ -92,10 +106,16 @@ def _write_text(train: Path, heldout: Path) -> dict:
 
 
 def _digests(inputs: Inputs) -> list[str]:
-    """Of the texts, as far as they are files: a changed text makes all results others."""
-    files = [*map(Path, inputs.data), *inputs.eval_data]
-    texts = [path.read_bytes() for path in files if path.is_file()]
-    return [hashlib.sha256(text).hexdigest() for text in (*(text.encode() for text in corpus()), *texts)]
+    """Of the texts, as far as they are files here: a changed text makes all results others."""
+    files = [path for source in (*inputs.data, *map(str, inputs.eval_data)) for path in _files(source)]
+    texts = (*(text.encode() for text in corpus()), *(path.read_bytes() for path in files))
+    return [hashlib.sha256(text).hexdigest() for text in texts]
+
+
+def _files(source: str) -> list[Path]:
+    """Of a source for `learn-masks --data`: a file, or those of a directory; none of a data set on the hub."""
+    path = Path(source)
+    return [path] if path.is_file() else sorted(inside for inside in path.rglob("*") if inside.is_file())
 
 
 def _prune(steps: Run, method: str, sparsity: float) -> None:

@@ -1,4 +1,6 @@
-"""Multiple-choice questions, scored as lm-evaluation-harness does: the answer that the model finds likeliest counts.
+"""Multiple-choice questions, scored as lm-evaluation-harness does for its figure `acc`: the answer that the model finds
+likeliest counts. The log-probabilities of an answer's tokens are summed up, not divided by its length (`acc_norm`), and
+the prompt is plain text without the chat template, as there by default.
 
 questions.json has 40 easy ones, written for this project, each with four answers. So few tell a model that knows from
 one that guesses, and no more: at 20 right answers the standard error is 8 points, and a guess is right in 25 %.

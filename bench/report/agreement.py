@@ -8,7 +8,8 @@ the server reached; memory that pruning frees makes room for larger batches, whi
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.report.content import Block, Chapter, Section, Table, Text
+from bench.report.comparison import differences
+from bench.report.content import Block, Chapter, Section, Table, Text, Warnings
 from bench.report.results import Result, speedup_text, with_interval
 
 SAME_BATCH = (
@@ -35,11 +36,25 @@ def agreement_chapters(results: Sequence[Result]) -> list[Chapter]:
         return []
     header = ("online", "gain (95 % interval)", "offline", "speedup (95 % interval)", "verdict")
     blocks: list[Block] = [Text(SAME_BATCH), Text(SATURATED), Table(header, rows)]
+    if apart := _conditions(offline, online):
+        blocks.insert(0, Warnings(["Offline (A) and online (B) were not measured under the same conditions.", *apart]))
     return [Chapter("Do online and offline agree?", [Section("Gains side by side", blocks)])]
 
 
 def _sizes(content: Mapping[str, Any]) -> list[int]:
     return [content["models"][side]["parameters"] for side in ("dense", "pruned")]
+
+
+def _conditions(offline: Mapping[str, Any], online: Mapping[str, Any]) -> list[str]:
+    """What differs between the two besides what they measure: machine, versions, dtype, compilation; sentences."""
+
+    def conditions(content: Mapping[str, Any], compiled: bool) -> dict:
+        settings = {key: content["settings"].get(key) for key in ("dtype", "load_format")} | {"compile": compiled}
+        return {key: content.get(key) for key in ("versions", "hardware")} | {"settings": settings}
+
+    eager = "--enforce-eager" in (online["settings"].get("serve_arguments") or [])
+    void, _ = differences(conditions(offline, bool(offline["settings"].get("compile"))), conditions(online, not eager))
+    return void
 
 
 def _row(scenario: Mapping[str, Any], decode: Mapping[int, Mapping[str, Any]]) -> tuple[str, ...] | None:

@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.report.content import Block, Chapter, Section, Table, Text, Warnings
+from bench.report.content import Block, Chapter, Section, Table, Text, Warnings, significant
 from bench.report.models import flattened, shown
 from bench.report.results import Result
+from bench.speed.statistics import CONFIDENCE, interval_confidence
 
-SETTING_KEYS = ("models", "settings", "versions", "hardware")
+SETTING_KEYS = ("models", "settings", "workload", "versions", "hardware")
 # What may differ between two results that are compared: where the files were, what is being worked on, and how long
 # was measured, which the intervals account for.
-HARMLESS = ("settings.repeats", "settings.rounds", "settings.confidence", "versions.pruned-vllm")
+HARMLESS = ("settings.repeats", "settings.rounds", "versions.pruned-vllm")
 LARGEST_MACHINE_CHANGE = 0.1  # of the rates that the machine itself was measured to reach
 MACHINE_RATES = {"bandwidth_gb_per_s": "memory bandwidth, GB/s", "gemm_tflop_per_s": "matrix products, TFLOP/s"}
 
@@ -36,13 +37,10 @@ class Measure:
 
     @property
     def text(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({_short(self.low)} to {_short(self.high)})"
-        return f"{_short(self.value)} {self.unit}{interval}"
-
-
-def _short(value: float) -> str:
-    """Three digits or more."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        text = f"{significant(self.value)} {self.unit}"
+        if self.low is None or self.high is None:
+            return text
+        return f"{text} ({significant(self.low)} to {significant(self.high)})"
 
 
 def verdict(before: Measure, after: Measure) -> str:
@@ -83,7 +81,8 @@ def _machine_differences(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     for key, name in MACHINE_RATES.items():
         first, second = ((content.get("machine") or {}).get(key) for content in (before, after))
         if first and second and abs(second / first - 1) > LARGEST_MACHINE_CHANGE:
-            found.append(f"the machine itself was measured at {first:.3g} in A, {second:.3g} in B ({name})")
+            rates = f"{significant(first)} in A, {significant(second)} in B"
+            found.append(f"the machine itself was measured at {rates} ({name})")
     return found
 
 
@@ -99,14 +98,31 @@ def comparison_chapter(
     if harmless:
         blocks.append(Text("Also different: " + "; ".join(harmless) + "."))
     if not void:
-        blocks.append(Text("Models, settings, versions and hardware are the same as far as both results say."))
-    changes = Section("What changed", _change_blocks(before, after))
+        blocks.append(
+            Text("Models, settings, workload, versions and hardware are the same as far as both results say.")
+        )
+    changes = Section("What changed", [*_doubts(first, second), *_change_blocks(before, after)])
     title = f"{second.name} against {first.name}"
     return Chapter(title, [Section("Is this a fair comparison?", blocks), changes]), void
 
 
 def _name_row(letter: str, result: Result) -> tuple[str, str, str]:
     return letter, result.name, str(result.content.get("command", "not said"))
+
+
+def _doubts(*results: Result) -> list[Block]:
+    """A sentence where intervals are no 95 % intervals, so that equal results have some that are apart."""
+    counts = [result.content["settings"] for result in results]
+    confidences = [interval_confidence(found["repeats"], found.get("rounds", 1)) for found in counts]
+    least = min((confidence for confidence in confidences if confidence), default=CONFIDENCE)
+    if least >= CONFIDENCE:
+        return []
+    return [
+        Text(
+            f"Intervals hold the median in {least:.0%} of cases only, as there are too few repeats for 95 %: expect "
+            "some figures that are called changed and are not."
+        )
+    ]
 
 
 def _change_blocks(before: Sequence[Measure], after: Sequence[Measure]) -> list[Block]:
@@ -122,7 +138,7 @@ def _change_blocks(before: Sequence[Measure], after: Sequence[Measure]) -> list[
     blocks: list[Block] = [
         Text(
             f"{len(changed)} of {len(rows)} figures changed beyond their intervals. A figure counts as changed where "
-            "the 95 % intervals of A and B have nothing in common."
+            "the intervals of A and B have nothing in common."
         ),
         Table(("figure", "A", "B", "change", "verdict"), [*changed, *(row for row in rows if row not in changed)]),
     ]

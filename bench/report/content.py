@@ -4,8 +4,18 @@ A report has chapters, one for each result; a chapter has sections; a section ha
 whoever writes them escapes them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """So many digits at least, and never an exponent: 1,234 and 0.0123, where Python's "g" makes 1e+03 of 999.7."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if places else text
 
 
 @dataclass(frozen=True)

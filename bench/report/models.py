@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bench.report.content import Block, Code, Figure, Fold, Raw, Section, Table, Text
+from bench.report.content import Block, Code, Figure, Fold, Raw, Section, Table, Text, significant
 from bench.report.figures import expert_widths_figure, units_figure
 from bench.report.results import Result
 
@@ -100,7 +100,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(shown, value))
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return significant(value, 4)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

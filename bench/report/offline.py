@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from bench.report.comparison import Measure
-from bench.report.content import Block, Chapter, Figure, Fold, Section, Table, Text, Warnings
+from bench.report.content import Block, Chapter, Figure, Fold, Section, Table, Text, Warnings, significant
 from bench.report.figures import Gain, limits_figure, samples_figure, speedup_figure
 from bench.report.models import counted, model_section, raw_section, setting_section
 from bench.report.results import Result, speedup_text, with_interval
@@ -102,7 +102,7 @@ def _method(content: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> s
 def _samples(cases: Sequence[Mapping[str, Any]], key: str) -> list[Block]:
     caption = "Every run of both models; each model's own spread shows how quiet the machine was."
     rows = [
-        (f"{case['name']}, {side}", ", ".join(f"{seconds:.4g}" for seconds in case[side]["samples_s"]))
+        (f"{case['name']}, {side}", ", ".join(significant(seconds, 4) for seconds in case[side]["samples_s"]))
         for case in cases
         for side in ("dense", "pruned")
     ]
@@ -122,7 +122,7 @@ def roofline_sections(content: Mapping[str, Any], cases: Sequence[Mapping[str, A
             f"{record['step_s'] * 1e3:,.2f} ms",
             f"{record['gb_per_s']:,.1f} GB/s",
             f"{record['of_bandwidth']:.0%}",
-            f"{record['tflop_per_s']:,.3g} TFLOP/s",
+            f"{significant(record['tflop_per_s'])} TFLOP/s",
             f"{record['of_gemm_rate']:.0%}",
         )
         for case in cases
@@ -132,7 +132,7 @@ def roofline_sections(content: Mapping[str, Any], cases: Sequence[Mapping[str, A
     threads = counted(machine["threads"], "thread")
     limits = (
         f"This machine was measured to read {machine['bandwidth_gb_per_s']:,.1f} GB/s and to multiply "
-        f"{machine['gemm_tflop_per_s']:,.3g} TFLOP/s in {machine['dtype']}, on {threads}, in the dense "
+        f"{significant(machine['gemm_tflop_per_s'])} TFLOP/s in {machine['dtype']}, on {threads}, in the dense "
         "model's engine while nothing else ran. The larger share tells what binds; what both models lack to 100 % is "
         "time that the runtime loses, whatever the widths."
     )

@@ -5,10 +5,11 @@ from statistics import median
 from typing import Any
 
 from bench.report.comparison import Measure
-from bench.report.content import Block, Chapter, Code, Figure, Section, Table, Text, Warnings
+from bench.report.content import Block, Chapter, Code, Figure, Section, Table, Text, Warnings, significant
 from bench.report.figures import Gain, latency_figure, speedup_figure
 from bench.report.models import model_section, raw_section, setting_section, shown
 from bench.report.results import Result, speedup_text
+from bench.speed.memory import GIB
 from bench.speed.statistics import median_interval, ratios
 
 LATENCIES = {
@@ -19,11 +20,15 @@ LATENCIES = {
 }
 PERCENTILES = ("p50", "p90", "p99")
 SIDES = ("dense", "pruned")
-GIB = 2**30
 IDEAL = (
     "Ideal is what a perfect runtime would gain, counted from sizes alone. It is a bracket: a server's time goes into "
     "prompts, which cost floating-point operations, and into output tokens, which cost reading weights and KV cache; "
     "how much into which depends on the machine. Bytes count at the batch that each server reached."
+)
+START_NOTE = (
+    "Every start is a single measurement. The dense server started first, so its first start also brought vLLM's "
+    "libraries into memory, and the pruned one's found them there; whose weights lay in the page cache is not known. A "
+    "shorter first start is no gain of pruning."
 )
 
 Scenario = Mapping[str, Any]
@@ -93,9 +98,9 @@ def _runs(scenario: Scenario, side: str, figure: str) -> list[float]:
     return [run[figure] for run in scenario[side]["runs"] if run.get(figure) is not None]
 
 
-def _of(scenario: Scenario, side: str, figure: str, form: str = ",.3g") -> str:
+def _of(scenario: Scenario, side: str, figure: str) -> str:
     value = scenario[side]["median"].get(figure)
-    return "-" if value is None else f"{value:,.0f}" if value >= 1000 else format(value, form)
+    return "-" if value is None else significant(value)
 
 
 def _latency_blocks(scenarios: Sequence[Scenario], key: str) -> list[Block]:
@@ -135,7 +140,7 @@ def _method(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
     turns = settings.get("turns", "in turns")
     return (
-        "vllm serve ran once with the dense and once with the pruned model, each with the same total memory, so that "
+        "vllm serve ran with the dense and with the pruned model, each with the same total memory, so that "
         f"what pruning saves became KV cache. vLLM's own benchmark client sent both the same requests in turns "
         f"({turns}), {settings.get('repeats', 'several')} times each scenario. A gain is the median of the ratios of "
         "neighbouring runs; above 1 is the pruned model's, also where less is better."
@@ -171,7 +176,7 @@ def _server_blocks(content: Mapping[str, Any]) -> list[Block]:
         for start in servers[side].get("starts") or []
     ]
     if starts:
-        blocks.append(Table(("start, seconds", *STARTS.values()), starts))
+        blocks += [Table(("start, seconds", *STARTS.values()), starts), Text(START_NOTE)]
     return [*blocks, *(Code(servers[side]["command"]) for side in SIDES if servers[side].get("command"))]
 
 

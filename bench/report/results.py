@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.speed.statistics import speedup_statistics
+from bench.speed.statistics import interval_text, speedup_statistics
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 
@@ -81,7 +81,6 @@ def with_interval(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def speedup_text(case: Mapping[str, Any]) -> str:
-    """1.65x (1.57 to 1.77)"""
-    if case.get("speedup_low") is None:
-        return f"{case['speedup']:.2f}x"
-    return f"{case['speedup']:.2f}x ({case['speedup_low']:.2f} to {case['speedup_high']:.2f})"
+    """1.65x (1.57 to 1.77), or 1.65x (1.57 to 1.77, 75 %) where that is no 95 % interval."""
+    interval = interval_text(case)
+    return f"{case['speedup']:.2f}x" + (f" ({interval})" if interval else "")

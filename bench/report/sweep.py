@@ -17,7 +17,9 @@ SHIFTS = {"unpruned": 0, "uniform": -0.6, "ragged": 0.6}  # percent, so that mar
 PATTERN_COLOURS = {"unpruned": "ink", "uniform": "dense", "ragged": "pruned"}
 OF_UNIFORM = (
     "Ragged against uniform: the speed of the ragged model over that of the uniform one beside it, run by run, less "
-    "what their sizes differ by. 1.00 means that widths of all kinds cost no more than equal ones."
+    "what their ideals differ by, since equal widths cannot have exactly the same size. 1.00 means that widths of all "
+    "kinds cost no more than equal ones. A uniform model is served by vLLM's own class, a ragged one by this "
+    "project's: what that alone makes is in the cell that is unpruned."
 )
 
 Cell = Mapping[str, Any]
@@ -159,7 +161,7 @@ def _method(content: Mapping[str, Any]) -> str:
     return (
         "Several pruned models and their dense original were loaded into vLLM engines on the same machine at the "
         f"same time and ran the same cases in turns ({mode}). A speedup is the median of the ratios of {pairs} of "
-        "neighbouring runs. Unpruned is the dense model through this project's class: what it gains is no gain of "
+        "runs of the same turn. Unpruned is the dense model through this project's class: what it gains is no gain of "
         "pruning."
     )
 

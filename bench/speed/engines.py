@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bench.speed.ideal import Case
 from bench.speed.machine import matmul_shapes
+from bench.speed.memory import KV_BLOCK_TOKENS
 from bench.speed.worker import PROBE
 from pruned_vllm.common.signals import handled
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -26,7 +27,6 @@ from pruned_vllm.formats.geometry import ModelGeometry
 # A vLLM worker spins on its core for one second after its last message; the other engine must not be timed meanwhile.
 SETTLE_SECONDS = 1.2
 SHUTDOWN_SECONDS = 30  # an engine on CPU takes about six; after five vLLM kills it by default
-KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; smaller on GPUs
 
 
 @contextmanager

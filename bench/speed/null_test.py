@@ -2,8 +2,9 @@
 
 Two engines of one model run the cases in turns, as dense and pruned do. Then one of them is slowed: its worker spins
 after each step for a tenth of the time that the step took, and the same cases run again. The first speedup must have
-1.00 in its 95 % interval, the second must have it outside, on the right side. So a machine that passes tells 10 % from
-nothing, and what its two engines differ by is at most the interval.
+1.00 in its 95 % interval, the second must have it outside, on the right side. The first interval must also be narrower
+than that tenth: a wide one holds 1.00 whatever the engines do, and proves nothing. So a machine that passes tells 10 %
+from nothing, and what its two engines differ by is at most the interval.
 
 One in twenty intervals misses the truth by chance, on the best of machines: with several cases, expect that.
 """
@@ -12,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 from bench.speed.engines import measure
 from bench.speed.ideal import Case
-from bench.speed.statistics import noise_warnings, speedup_statistics
+from bench.speed.statistics import interval_text, noise_warnings, speedup_statistics
 
 SLOWDOWN = 0.1
+WIDEST_INTERVAL = SLOWDOWN  # of the speedup of equal engines
 
 
 def measure_equal_and_slowed(
@@ -57,6 +59,11 @@ def found_problems(equal: Mapping, slowed: Mapping) -> list[str]:
             f"two engines of the same model come out as different, {shown(equal)}: take smaller differences for "
             "noise, or choose more --rounds, which start engines anew"
         )
+    if (width := (equal["speedup_high"] - equal["speedup_low"]) / equal["speedup"]) >= WIDEST_INTERVAL:
+        problems.append(
+            f"the interval of two engines of the same model, {shown(equal)}, spans {width:.1%}, which could hide "
+            f"{WIDEST_INTERVAL:.0%}: choose more --repeats or a quieter machine"
+        )
     if slowed["speedup_high"] >= 1:
         problems.append(
             f"an engine that was made {SLOWDOWN:.0%} slower does not come out as slower, {shown(slowed)}: choose more "
@@ -66,4 +73,4 @@ def found_problems(equal: Mapping, slowed: Mapping) -> list[str]:
 
 
 def shown(statistics: Mapping) -> str:
-    return f"{statistics['speedup']:.3f}x ({statistics['speedup_low']:.3f} to {statistics['speedup_high']:.3f})"
+    return f"{statistics['speedup']:.3f}x ({interval_text(statistics, digits=3) or 'no interval'})"

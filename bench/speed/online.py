@@ -16,7 +16,8 @@
       "scenarios": [{"name": "saturation", "kind": "saturation", "value": null,
                      "dense": {"median": RUN, "runs": [RUN, ...]}, "pruned": {...},
                      "speedups": {"requests_per_s": {"speedup", "speedup_q1", "speedup_q3", "speedup_low",
-                                                     "speedup_high"}, "ttft_p50_ms": {...}, ...},
+                                                     "speedup_high", "speedup_confidence": of the interval},
+                                  "ttft_p50_ms": {...}, ...},
                      "ideal": {"prefill", "decode", "decode_same_batch"}, "warnings": ["noisy: ...", ...]}, ...],
       "versions": {...}, "hardware": {...}
     }

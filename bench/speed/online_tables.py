@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from bench.speed.memory import GIB
 from bench.speed.report import numbers_table
+from bench.speed.statistics import interval_text
 
-GIB = 2**30
 # What a row of a scenario shows: its label, its key in RUN, its format.
 ROWS = (
     ("requests/s", "requests_per_s", ".2f"),
@@ -57,8 +58,7 @@ def scenarios_table(scenarios: Sequence[Mapping]) -> Table:
 def _interval(speedup: Mapping | None) -> tuple[str, str]:
     if speedup is None:
         return "", ""
-    low, high = speedup["speedup_low"], speedup["speedup_high"]
-    return f"{speedup['speedup']:.2f}x", "" if low is None else f"{low:.2f}-{high:.2f}"
+    return f"{speedup['speedup']:.2f}x", interval_text(speedup, "-")
 
 
 def _number(value: float | None, number_format: str) -> str:

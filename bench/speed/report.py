@@ -6,6 +6,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from bench.speed.statistics import interval_text
+
 
 def results_table(cases: Sequence[Mapping]) -> Table:
     table = numbers_table(
@@ -20,15 +22,11 @@ def results_table(cases: Sequence[Mapping]) -> Table:
             f"{dense['throughput_tokens_per_s']:.1f}",
             f"{pruned['throughput_tokens_per_s']:.1f}",
             f"{case['speedup']:.2f}x",
-            _interval(case),
+            interval_text(case, "-"),
             f"{case['ideal_speedup']:.2f}x",
             f"{case['of_ideal']:.2f}",
         )
     return table
-
-
-def _interval(record: Mapping) -> str:
-    return "" if record["speedup_low"] is None else f"{record['speedup_low']:.2f}-{record['speedup_high']:.2f}"
 
 
 def machine_table(results: Mapping) -> Table:
@@ -51,7 +49,7 @@ def machine_table(results: Mapping) -> Table:
                 f"{record['of_bandwidth']:.0%}",
                 f"{record['tflop_per_s']:.3f}",
                 f"{record['of_gemm_rate']:.0%}",
-                f"{speedup['speedup']:.2f}x {_interval(speedup)}" if "speedup" in speedup else "",
+                f"{speedup['speedup']:.2f}x {interval_text(speedup, '-')}" if "speedup" in speedup else "",
             )
     return table
 
@@ -96,7 +94,7 @@ def plot_speedups(cases: Sequence[Mapping], path: Path, metadata: Mapping[str, s
     above = [case["speedup_q3"] - case["speedup"] for case in cases]
     positions = range(len(cases))
     figure, axes = pyplot.subplots(figsize=(2.2 + 1.5 * len(cases), 4.2), layout="constrained")
-    axes.bar([x - 0.2 for x in positions], speedups, 0.38, yerr=[below, above], capsize=4, label="measured")
+    axes.bar([x - 0.2 for x in positions], speedups, 0.38, yerr=[below, above], capsize=4, label="measured, quartiles")
     axes.bar([x + 0.2 for x in positions], ideals, 0.38, color="lightgrey", label="ideal")
     for x, speedup, ideal in zip(positions, speedups, ideals, strict=True):
         axes.text(x - 0.2, 0.05, f"{speedup:.2f}", ha="center", color="white")

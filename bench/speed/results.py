@@ -5,7 +5,8 @@
   "cases": [{
     "name": "decode:8:32:64", "kind": "decode" or "prefill", "batch_size", "input_len", "output_len",
     "speedup": median of the paired ratios, "speedup_q1", "speedup_q3": their quartiles,
-    "speedup_low", "speedup_high": 95 % interval of the median (null with one repeat),
+    "speedup_low", "speedup_high": interval of the median (null with one repeat), which holds it with
+    "speedup_confidence": 0.95, or less with fewer than 6 repeats (or rounds, where there are several),
     "ideal_speedup", "of_ideal",
     "warnings": [what makes this case doubtful, in sentences],
     "dense", "pruned": {
@@ -20,8 +21,7 @@
   "models": {"dense", "pruned", "plugin_dense"?: {"path", "parameters", "distinct_layer_shapes",
     "kv_cache_bytes_per_token", "kv_cache_tokens_per_gib",
     "layers": [{"num_attention_heads", "num_key_value_heads", "intermediate_size", "expert_intermediate_sizes"?}]}},
-  "settings": {"repeats", "rounds", "load_format", "dtype", "max_model_len", "compile": false where eager,
-    "confidence": 0.95},
+  "settings": {"repeats", "rounds", "load_format", "dtype", "max_model_len", "compile": false where eager},
   "versions": {"pruned-vllm", "vllm", "torch", "transformers", "python"},
   "hardware": {"device", "cpu", "cpu_features", "cpu_cores", "memory_gib", "environment"},
   "machine": what bench/speed/machine.py measured, in the dense model's engine while all were idle: {"device": "cpu" or
@@ -43,12 +43,12 @@ from statistics import median
 from typing import Any
 
 from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
+from bench.speed.memory import GIB
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
-GIB = 2**30
 CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
 
 

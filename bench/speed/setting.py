@@ -9,7 +9,6 @@ from pathlib import Path
 from bench.speed.engines import engine_options
 from bench.speed.ideal import Case
 from bench.speed.results import describe_hardware, describe_versions
-from bench.speed.statistics import CONFIDENCE
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
@@ -71,7 +70,6 @@ class Setting:
                 "dtype": str(dtype).removeprefix("torch."),
                 "max_model_len": self.context_length,
                 "compile": self.compile,
-                "confidence": CONFIDENCE,
             },
             "versions": describe_versions(),
             "hardware": describe_hardware(),

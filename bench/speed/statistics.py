@@ -6,11 +6,13 @@
 What is compared ran in turns, so that sample i of one side has sample i of the other for a neighbour. The interval is
 a percentile bootstrap of the median (scipy), widened for small samples as in Hesterberg, "What Teachers Should Know
 about the Bootstrap" (The American Statistician 69, 2015): of 7 repeats the plain one holds the truth in 88 % of cases.
-With fewer than 6 repeats no interval between measured values holds it in 95 %; it is then the whole range.
+With fewer than 6 repeats no interval between measured values holds it in 95 %; it is then the whole range, and
+`interval_confidence` says in how many cases that holds it: 75 % of those with 3 repeats. Results and reports say so.
 
 With one round it covers what varies from run to run of the same engines. What differs for as long as two engines live
-(each got other memory, for example) it covers with several rounds, each with engines of its own; two or three rounds
-say little, so the interval is wide. `bench/e2e_speedup.py --null-test` shows how much that is on a machine.
+(each got other memory, for example) it covers with several rounds, each with engines of its own. Rounds then count as
+repeats do otherwise: two or three say little, and their interval is no 95 % interval either.
+`bench/e2e_speedup.py --null-test` shows how much engines differ on a machine.
 """
 
 import math
@@ -32,8 +34,31 @@ class Drift(NamedTuple):
     p_value: float
 
 
+def interval_confidence(repeats: int, rounds: int = 1) -> float | None:
+    """How often an interval of so many values, `repeats` from each round, holds the median; None for a single one.
+
+    The least and the largest of n values miss their median where all n lie on one side of it: in 2 of 2^n cases.
+    """
+    count = rounds if rounds > 1 else repeats
+    return min(CONFIDENCE, 1 - 2.0 ** (1 - count)) if count > 1 else None
+
+
+def interval_text(statistics: Mapping[str, Any], between: str = " to ", digits: int = 2) -> str:
+    """How tables of 95 % intervals show this one: "1.57 to 1.77", or "1.57 to 1.77, 75 %" with fewer than 6 repeats.
+
+    "" where there is none. Results from before 0.2 do not say how sure an interval is; they had enough repeats.
+    """
+    low, high = statistics.get("speedup_low"), statistics.get("speedup_high")
+    if low is None or high is None:
+        return ""
+    confidence = statistics.get("speedup_confidence") or CONFIDENCE
+    note = f", {100 * confidence:.0f} %" if confidence < CONFIDENCE else ""
+    return f"{low:.{digits}f}{between}{high:.{digits}f}{note}"
+
+
 def median_interval(values: Sequence[float], rounds: int = 1) -> tuple[float, float] | None:
-    """Where the median lies with 95 % confidence; the same for the same values. None for a single one.
+    """Where the median lies, with the confidence of `interval_confidence`; the same for the same values. None for a
+    single one.
 
     Args:
         rounds: that the values come from, one after the other, equally many from each. Rounds are then what is drawn
@@ -81,12 +106,20 @@ def speedup_statistics(before: Sequence[float], after: Sequence[float], rounds: 
         rounds: see `median_interval`.
 
     Returns:
-        speedup, speedup_q1, speedup_q3, speedup_low, speedup_high; the last two are None for a single pair.
+        speedup, speedup_q1, speedup_q3, speedup_low, speedup_high and speedup_confidence, which is 0.95 or less (see
+        `interval_confidence`); the last three are None for a single pair.
     """
     paired = ratios(before, after)
     q1, speedup, q3 = quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else paired * 3
     low, high = median_interval(paired, rounds) or (None, None)
-    return {"speedup": speedup, "speedup_q1": q1, "speedup_q3": q3, "speedup_low": low, "speedup_high": high}
+    return {
+        "speedup": speedup,
+        "speedup_q1": q1,
+        "speedup_q3": q3,
+        "speedup_low": low,
+        "speedup_high": high,
+        "speedup_confidence": interval_confidence(len(paired) // rounds, rounds) if low is not None else None,
+    }
 
 
 def drift(values: Sequence[float]) -> Drift:
@@ -115,7 +148,7 @@ def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[s
     found = []
     if (width := (high - low) / speedup) > WIDEST_INTERVAL:
         found.append(
-            f"noisy: the 95 % interval of the speedup spans {width:.1%} of it, more than {WIDEST_INTERVAL:.0%}; stop "
+            f"noisy: the interval of the speedup spans {width:.1%} of it, more than {WIDEST_INTERVAL:.0%}; stop "
             f"other work on the machine, or choose more --repeats than gave these {repeats} pairs"
         )
     trends = {f"times of {name}": values for name, values in samples.items()}

@@ -8,6 +8,8 @@ without a tokenizer. Its per-request times become percentiles here by its own de
 - TPOT, time per output token: the rest of the request's time over its other tokens. One figure a request.
 - ITL, inter-token latency: between two tokens of a request. One figure a token.
 - E2E: from sending a request to its last token.
+- Requests per second: requests over the time from sending the first to the last token of the last. At saturation that
+  has an end in which the longest answers run almost alone; more --num-prompts make it a smaller part.
 
 What the server did meanwhile is the difference of its own counters (/metrics).
 """

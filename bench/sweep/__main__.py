@@ -6,10 +6,11 @@
     python -m bench.sweep --only 'gqa_*_50' --cases decode:8:32:64
     python -m bench.sweep --paper                   # the DDP paper's models at 20, 40, 50 and 60 %
 
-Weights are random. Ragged keeps another share in every layer (bench/sweep/patterns.py); uniform has the same size and
-equal layers. At 0 % it is the dense model through the plugin's class, which tells what of a gain is not pruning. Each
-cell goes to a file in OUTPUT_DIR/cells as soon as its group of engines is done; the same command goes on where it was
-stopped. sweep.json, sweep.png, report.md and report.html sum up. Two engines of one model differ by a few percent for
+Weights are random. Ragged keeps another share in every layer (bench/sweep/patterns.py); uniform has equal layers and
+the nearest size that steps of --align allow (experts of few channels: up to 9 % apart). At 0 % it is the dense model
+through the plugin's class, which tells what of a gain is not pruning. Each cell goes to a file in OUTPUT_DIR/cells as
+soon as its group of engines is done; the same command goes on where it was stopped, on the same machine with the same
+libraries. sweep.json, sweep.png, report.md and report.html sum up. Two engines of one model differ by a few percent for
 as long as they live; --rounds starts all of them several times, and intervals then cover that.
 
 --paper keeps the real widths and cuts layers until the engines fit into memory; on a GPU that holds both models nothing
@@ -158,11 +159,12 @@ def print_plan(
 def results_table(cells: Sequence[dict]):
     """What was measured, a line for each cell and case."""
     from bench.speed.report import numbers_table
+    from bench.speed.statistics import interval_text
 
     table = numbers_table("cell", "case", "speedup", "95 %", "ideal", "of ideal", "ragged against\nuniform")
     for cell in cells:
         for case in cell["cases"]:
-            interval = f"{case['speedup_low']:.2f}-{case['speedup_high']:.2f}" if case["speedup_low"] else ""
+            interval = interval_text(case, "-")
             against = f"{case['of_uniform']['speedup']:.2f}" if "of_uniform" in case else "-"
             figures = f"{case['speedup']:.2f}x", interval, f"{case['ideal_speedup']:.2f}x", f"{case['of_ideal']:.2f}"
             table.add_row(cell["name"], case["name"], *figures, against)

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from bench.speed.engines import KV_BLOCK_TOKENS, SETTLE_SECONDS
+from bench.speed.engines import SETTLE_SECONDS
 from bench.speed.ideal import Case, step_bytes, step_flops
+from bench.speed.memory import GIB, KV_BLOCK_TOKENS
 from bench.speed.setting import Setting
 from bench.sweep.cells import Cell
 from pruned_vllm.common.environment import cpu_features
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 
-GIB = 2**30
 ELEMENT_BYTES = 2  # bfloat16
 ENGINE_BYTES = 1.25 * GIB  # of an engine, whatever its model: two processes with their libraries, compiled code
 USABLE = 0.8  # of the machine's memory, which should be quiet; the same at every start, so that sweeps go on

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench.speed.engines import measure, measure_in_rounds, probe_machine, through_plugin
-from bench.speed.results import case_record, describe_model
+from bench.speed.results import case_record, describe_hardware, describe_model, describe_versions
 from bench.speed.setting import Setting
 from bench.sweep.cells import UNPRUNED, Cell
 from bench.sweep.plan import kv_cache_bytes
@@ -25,7 +25,8 @@ def finished_cells(cells: Sequence[Cell], setting: Setting, output_dir: Path) ->
     """Records of the cells that were measured before, by name.
 
     Raises:
-        InputError: a file holds what was measured with other sizes or settings.
+        InputError: a file holds what was measured with other sizes or settings, on another machine, or with other
+            versions of the libraries; cells are set beside each other, so all must have the same.
     """
     found, problems = {}, []
     for cell in cells:
@@ -33,17 +34,20 @@ def finished_cells(cells: Sequence[Cell], setting: Setting, output_dir: Path) ->
         if not path.exists():
             continue
         record = read_json(path)
-        if record.get("plan") == plan_of(cell, setting):
-            found[cell.name] = record
+        now = {**plan_of(cell, setting), "versions": describe_versions(), "hardware": describe_hardware()}
+        then = {**record.get("plan", {}), **{key: record.get(key) for key in ("versions", "hardware")}}
+        if others := [key for key in now if then.get(key) != now[key]]:
+            advice = "remove it, or use another --output-dir"
+            problems.append(f"{path} was measured with other {', '.join(others)}: {advice}")
         else:
-            problems.append(f"{path} was measured with other sizes or settings: remove it, or use another --output-dir")
+            found[cell.name] = record
     if problems:
         raise InputError("This sweep does not continue what is in --output-dir:", problems)
     return found
 
 
 def plan_of(cell: Cell, setting: Setting) -> dict:
-    """All that decides what a cell measures; a digest of both models' config.json."""
+    """All that decides what a cell measures: settings, and a digest of both models' config.json."""
     configs = json.dumps([cell.config, cell.pruned_config], sort_keys=True)
     return {
         "cases": [case.name for case in setting.cases],

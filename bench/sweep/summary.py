@@ -3,7 +3,8 @@
     {"cells": [{"name", "model", "pattern": "ragged", "uniform" or "unpruned", "sparsity": percent,
                 "num_hidden_layers", "full_num_hidden_layers", "measured_with": [names of cells], "parameters",
                 "dense_parameters",
-                "cases": [{"name", "speedup", "speedup_low", "speedup_high", "ideal_speedup", "of_ideal", "warnings",
+                "cases": [{"name", "speedup", "speedup_low", "speedup_high", "speedup_confidence", "ideal_speedup",
+                           "of_ideal", "warnings",
                            "full_depth_ideal_speedup": of the model with all its layers,
                            "of_uniform": {"speedup", "speedup_low", "speedup_high", ...}: of ragged cells}],
                 "paper": {"source", "where", "device", "speedup"} or null}],
@@ -25,7 +26,7 @@ from bench.sweep.plan import ELEMENT_BYTES
 from bench.sweep.shapes import PAPER, PRINTED
 from pruned_vllm.formats.geometry import ModelGeometry
 
-COPIED = ("speedup", "speedup_low", "speedup_high", "ideal_speedup", "of_ideal", "warnings")
+COPIED = ("speedup", "speedup_low", "speedup_high", "speedup_confidence", "ideal_speedup", "of_ideal", "warnings")
 
 
 def summary(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]], align: int, paper: bool) -> dict:
@@ -60,9 +61,10 @@ def _beside(record: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]])
     """The uniform cell of a ragged one, if they ran side by side."""
     cell = record["cell"]
     other = records.get(cell["name"].replace("_ragged_", "_uniform_"))
-    if cell["pattern"] != "ragged" or other is None or other["date"] != record["date"]:
+    if cell["pattern"] != "ragged" or other is None:
         return None
-    return other
+    together = (other["cell"]["measured_with"], other["date"]) == (cell["measured_with"], record["date"])
+    return other if together else None
 
 
 def of_uniform(ragged: Mapping[str, Any], uniform: Mapping[str, Any], rounds: int) -> dict:

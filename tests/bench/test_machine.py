@@ -6,6 +6,7 @@ import torch
 from bench.speed import machine
 from bench.speed.ideal import Case
 from bench.speed.machine import (
+    bandwidths,
     buffer_bytes,
     fastest,
     gemm_rate,
@@ -94,6 +95,19 @@ def test_the_record_holds_the_best_of_all_ways(monkeypatch):
     shapes = [(way["tokens"], way["in_features"], way["out_features"]) for way in found["gemm"]]
     assert shapes == [(4, 8, 16), (32, 32, 32)]
     assert found["gemm_tflop_per_s"] == max(way["tflop_per_s"] for way in found["gemm"]) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bandwidth_is_the_bytes_of_what_is_read_in_10_to_the_9_a_second(dtype, monkeypatch):
+    """The whole buffer, in bytes whatever the dtype: 2**20 of them in 2 ms."""
+    monkeypatch.setattr(machine, "buffer_bytes", lambda device: 2**20)
+    read = []
+    monkeypatch.setattr(machine, "linears", lambda weight: read.append(weight) or [("a", None)])
+    monkeypatch.setattr(machine, "fastest", lambda call, device, x: read.append(x) or 2e-3)
+    rates = [rate for _, rate in bandwidths(CPU, dtype)]
+    assert rates == pytest.approx([2**20 / 2e-3 / 1e9] * 2)
+    summed_up, matrix, row = read
+    assert summed_up.nbytes == matrix.nbytes == 2**20 and row.shape[1] == matrix.shape[1]
 
 
 def test_a_product_counts_two_operations_for_each_weight_and_token(monkeypatch):

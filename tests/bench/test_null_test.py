@@ -7,7 +7,7 @@ import pytest
 
 from bench.speed import null_test
 from bench.speed.ideal import Case
-from bench.speed.null_test import SLOWDOWN, verdict
+from bench.speed.null_test import SLOWDOWN, shown, verdict
 from bench.speed.worker import Probe
 
 CASE = Case.parse("decode:1:32:64")
@@ -33,16 +33,29 @@ def test_a_machine_that_tells_a_tenth_from_nothing_passes():
     [
         (times(1.05), times(1.15), ["come out as different"]),
         (times(), times(1.0), ["does not come out as slower"]),
-        (times(noise=0.3), times(1.1, noise=0.3), ["does not come out as slower"]),
+        (times(noise=0.3), times(1.1, noise=0.3), ["spans", "does not come out as slower"]),
+        (times(noise=0.3), times(1.1), ["which could hide 10%"]),
+        ([[1.0] * 7, [1.0, 1.0, 1.0, 0.951, 1.05, 0.95, 1.052]], times(1.1), ["spans 10.2%, which could hide 10%"]),
         (times(0.9), times(0.9), ["come out as different", "does not come out as slower"]),
         (times(repeats=1), times(1.1, repeats=1), ["choose more --repeats"]),
     ],
-    ids=["engines that differ", "no slowdown", "noise hides it", "faster", "one repeat"],
+    ids=["engines differ", "no slowdown", "noise", "noise in the first", "a little too wide", "faster", "one repeat"],
 )
 def test_a_machine_that_does_not_is_told_why(equal, slowed, words):
     found = verdict(CASE, equal, slowed)
     assert not found["passed"] and len(found["problems"]) == len(words)
     assert all(word in problem for word, problem in zip(words, found["problems"], strict=True))
+
+
+def test_one_repeat_is_shown_without_an_interval():
+    found = verdict(CASE, [[2.0], [1.0]], [[2.0], [1.0]])
+    assert shown(found["equal"]) == "2.000x (no interval)"
+    assert shown(verdict(CASE, [[2.0] * 7, [1.0] * 7], times(1.1))["equal"]) == "2.000x (2.000 to 2.000)"
+
+
+def test_the_verdict_counts_rounds_and_not_repeats():
+    found = verdict(CASE, times(repeats=6), times(1.1, repeats=6), rounds=2)
+    assert found["equal"]["speedup_confidence"] == found["slowed"]["speedup_confidence"] == 0.5
 
 
 def test_the_second_engine_is_slowed_for_the_second_half_alone(monkeypatch):

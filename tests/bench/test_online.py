@@ -134,6 +134,23 @@ def test_a_server_gets_what_the_user_says_and_its_share_of_the_memory():
     assert not {"--load-format", "--skip-tokenizer-init", "--kv-cache-memory-bytes", "--enforce-eager"} & set(plain)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("float32", 4)])
+def test_what_pruning_saves_in_weights_becomes_kv_cache_and_nothing_else(dtype, size, models, tmp_path):
+    """Weights and cache are the same number of bytes for either server, by the sizes of either model."""
+    dense, pruned = models
+    options = {"load_format": "dummy", "num_prompts": 2, "memory": 0.25, "dtype": dtype}
+    made = plan.make_plan(plan.Options(dense, pruned, tmp_path / "out", **options))
+    shares = {contestant.name: contestant.share for contestant in made.contestants}
+    assert {name: share.weights_bytes for name, share in shares.items()} == {
+        "dense": size * DENSE.num_parameters,
+        "pruned": size * PRUNED.num_parameters,
+    }
+    assert [sum((share.weights_bytes, share.kv_cache_bytes)) for share in shares.values()] == [2**28] * 2
+    for contestant in made.contestants:
+        cache = str(shares[contestant.name].kv_cache_bytes)
+        assert cache == contestant.serve_arguments[contestant.serve_arguments.index("--kv-cache-memory-bytes") + 1]
+
+
 def run(requests_per_s: float, ttft: float, batch: float | None = 4.0, goodput: float | None = None) -> dict:
     latencies = {name: ttft for name in online.LESS_IS_BETTER}
     rates = {name: requests_per_s for name in online.MORE_IS_BETTER}

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.real import evaluation, pipeline, plan
+from bench.real import evaluation, pipeline, plan, records, results
 from bench.real.__main__ import main
 from bench.real.pipeline import check_same
 from bench.real.questions import PROMPT, QUESTIONS_FILE, Question, accuracy, log_likelihoods, read_questions
@@ -15,6 +16,7 @@ from bench.real.records import Records
 from bench.tables import real as tables
 from pruned_vllm.common.errors import InputError
 
+KINDS = ("model", "text", "learn", "convert", "know", "serve", "recover", "speed")
 PLANNED = {"text": 1.0, "learn-a": 60.0, "learn-b": 60.0, "serve-a": 1.0}
 
 
@@ -80,6 +82,13 @@ def test_a_lost_output_is_made_again(fakes):
 )
 def test_forced_steps_are_done_again_and_what_builds_on_them(fakes, force, expected):
     assert fakes.run(force) == expected
+
+
+def test_a_forced_step_that_fails_is_not_done(fakes):
+    """Its old record is of a result that was to be replaced."""
+    with pytest.raises(KeyboardInterrupt):
+        fakes.run(force=["serve"], failing="serve-a")
+    assert fakes.run() == ["serve-a"]
 
 
 def test_a_forced_step_that_does_not_exist_is_refused(fakes):
@@ -188,6 +197,7 @@ def commands(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"model.norm.weight": torch.ones(64)}, model / "model.safetensors")
     monkeypatch.setattr(pipeline, "smollm2", lambda: model)
     monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
 
@@ -217,12 +227,12 @@ def commands(tmp_path, monkeypatch):
 
     def ask_served(directory, texts, log):
         chat = [{"prompt": prompt, "answer": f"{directory.parent.name} | *says*\n{prompt}"} for prompt in plan.CHAT]
-        return {"perplexity": knowledge(directory, texts)["perplexity"], "chat": chat}
+        return {"perplexity": 1.00005 * knowledge(directory, texts)["perplexity"], "chat": chat}
 
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(evaluation, "knowledge", knowledge)
     monkeypatch.setattr(
-        evaluation, "masked_perplexity", lambda checkpoint, _: PERPLEXITIES[checkpoint.parent.name.split("-")[0]]
+        evaluation, "masked_perplexity", lambda ckpt, _: 1.0001 * PERPLEXITIES[ckpt.parent.name.split("-")[0]]
     )
     monkeypatch.setattr(evaluation, "ask_served", ask_served)
     return called
@@ -252,7 +262,8 @@ def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, c
     monkeypatch.setattr(tables, "results", lambda name: measured)
     rows = tables.table().splitlines()
     assert rows[2] == "| dense | 0M | | | 40.00 | 40.00 | 20 of 40 | |"
-    assert rows[4] == "| DDP, 50 % | 0M | 50.0 % | 50.0 % | 60.00 | 60.00 | 20 of 40 | 2 |"
+    assert rows[4] == "| DDP, 50 % | 0M | 50.0 % | 50.0 % | 60.01 | 60.00 | 20 of 40 | 2 |"
+    assert rows[-3] == "| magnitude, 50 % | 0M | 50.0 % | 50.0 % | 200.02 | 200.01 | 20 of 40 | 2 |"
     assert rows[-1].startswith("| Wanda, 50 %, recovered | 0M | | | 40.00 | 40.00 | 20 of 40 |")
     assert tables.speed().splitlines()[2] == (
         "| Wanda, 20 % | decode, batch 1, 32 + 64 tokens | 1.12x (1.10 to 1.15) | 1.17x | 0.96 |"
@@ -265,6 +276,77 @@ def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, c
     assert len(commands) == first, "all was done before"
     assert main(["--output-dir", str(out), "--force", "speed"]) == 0
     assert [name for name, *_ in commands[first:]] == ["python", "python"]
+
+
+def test_a_run_does_not_go_on_with_another_model(commands, tmp_path, capsys):
+    assert main(["--output-dir", str(tmp_path / "real")]) == 0
+    first = len(commands)
+    save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "model" / "model.safetensors")
+    assert main(["--output-dir", str(tmp_path / "real"), "--force", "speed"]) == 2
+    assert "holds another model than the one that this run began with" in capsys.readouterr().err
+    assert len(commands) == first, "nothing was done with it"
+    assert main(["--output-dir", str(tmp_path / "real"), "--force", "model"]) == 0
+    assert len(commands) == 2 * first, "all of it again"
+
+
+def test_results_say_with_which_versions_each_step_was_done(commands, tmp_path, monkeypatch):
+    out = tmp_path / "real"
+    for version, force in (("1", []), ("2", ["--force", "speed"])):
+        for module in (records, results):
+            monkeypatch.setattr(module, "library_versions", lambda _, version=version: {"vllm": version})
+        assert main(["--output-dir", str(out), *force]) == 0
+    measured = json.loads((out / "real.json").read_text())
+    found = {name: step["versions"]["vllm"] for name, step in measured["steps"].items()}
+    assert measured["versions"] == {"vllm": "2"}
+    assert {name for name, version in found.items() if version == "2"} == {"speed-20", "speed-50"}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "again"),
+    [
+        (plan, "EVAL_BLOCKS", 5, {"know", "serve"}),
+        (evaluation, "questions_digest", lambda: "others", {"know", "serve"}),
+        (plan, "CHAT", ("Who are you?",), {"serve"}),
+        (plan, "SPEED_REPEATS", 9, {"speed"}),
+        (plan, "RECOVERY", ("--steps", "1"), {"recover", "know", "serve"}),
+        (plan, "DTYPE", "float16", {"learn", "convert", "know", "serve", "recover", "speed"}),
+        (pipeline, "corpus", lambda: ("other", "held out"), set(KINDS) - {"model"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_decides_a_result_does_its_steps_again(owner, name, value, again, commands, tmp_path, monkeypatch):
+    before = steps_of(tmp_path)
+    monkeypatch.setattr(owner, name, value)
+    after = steps_of(tmp_path)
+    changed = {step.partition("-")[0] for step in after if after[step] != before[step]}
+    assert changed == again
+
+
+def steps_of(directory) -> dict[str, float]:
+    """When each step of a run was finished."""
+    assert main(["--output-dir", str(directory / "real")]) == 0
+    paths = (directory / "real" / "records").glob("*.json")
+    return {path.stem: json.loads(path.read_text())["finished"] for path in paths}
+
+
+def test_a_changed_text_is_noticed_in_a_file_and_in_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
+    (tmp_path / "texts").mkdir()
+    text = tmp_path / "texts" / "a.txt"
+    for source in (str(text), str(tmp_path / "texts")):
+        found = []
+        for content in ("one", "two", "two"):
+            text.write_text(content)
+            found.append(pipeline._digests(pipeline.Inputs(data=(source,))))
+        assert found[0] != found[1] == found[2] and len(found[0]) == 3, source
+    assert len(pipeline._digests(pipeline.Inputs(data=("owner/name",)))) == 2
+
+
+def test_a_converted_model_that_is_not_the_masked_one_fails_the_command(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "masked_perplexity", lambda checkpoint, _: 1.01 * 60.0)
+    assert main(["--output-dir", str(tmp_path / "real")]) == 2
+    assert "ddp-20: perplexities differ that must not" in capsys.readouterr().err
+    assert not (tmp_path / "real" / "records" / "serve-ddp-20.json").exists()
 
 
 def test_a_run_that_is_interrupted_goes_on(commands, tmp_path, monkeypatch):

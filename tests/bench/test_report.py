@@ -10,8 +10,11 @@ import pytest
 from helpers import speed_results
 
 from bench.report.__main__ import main as report
+from bench.report.content import significant
 from bench.report.markdown import escaped
+from bench.report.offline import offline_measures
 from bench.report.reports import report_beside, write_report
+from bench.report.results import Result
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 VOID_TAGS = {"meta", "link", "br", "img", "input", "hr"}
@@ -152,7 +155,8 @@ def test_a_sceptic_finds_what_online_measured(tmp_path):
     content = speed_results.online()
     page, _ = page_of(tmp_path, result=content)
     gain = content["scenarios"][0]["speedups"]["requests_per_s"]
-    assert f"{gain['speedup']:.2f}x ({gain['speedup_low']:.2f} to {gain['speedup_high']:.2f})" in page.text
+    assert f"{gain['speedup']:.2f}x ({gain['speedup_low']:.2f} to {gain['speedup_high']:.2f}, 75 %)" in page.text
+    assert "A shorter first start is no gain of pruning" in page.text
     assert (
         "1.70 to 1.90x" in page.text
         and "rate:1: noisy: rate:1" in page.text
@@ -243,6 +247,85 @@ def test_what_voids_a_comparison_is_said_loudly(change, words, tmp_path, capsys)
         assert words in error and f"> **Warning:** {words}" in markdown
 
 
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        *[(999.7, 3, "1,000"), (12345.6, 3, "12,346"), (0.01234, 3, "0.0123"), (25.5, 3, "25.5"), (20.0, 3, "20")],
+        *[
+            (20000.0, 4, "20,000"),
+            (0.0, 3, "0"),
+            (float("nan"), 3, "nan"),
+            (-1.239, 3, "-1.24"),
+            (2e-6, 3, "0.000002"),
+        ],
+    ],
+)
+def test_numbers_keep_their_digits_and_have_no_exponent(value, digits, text):
+    assert significant(value, digits) == text
+
+
+def test_a_server_that_answers_later_is_worse_and_one_that_answers_more_is_better(tmp_path, capsys):
+    after = speed_results.online()
+    for scenario in after["scenarios"]:
+        for run in scenario["pruned"]["runs"]:
+            run.update({figure: 2 * run[figure] for figure in ("requests_per_s", "ttft_p50_ms")})
+    verdicts = rows_of(compared(tmp_path, speed_results.online(), after, capsys)[0])
+    assert verdicts["saturation, pruned ttft_p50_ms"] == "WORSE"
+    assert verdicts["saturation, pruned requests_per_s"] == "better"
+    assert verdicts["saturation, dense ttft_p50_ms"] == "within the intervals"
+
+
+def test_memory_is_that_of_pruned_over_dense(tmp_path):
+    content = speed_results.online()
+    content["servers"]["pruned"] = content["servers"]["dense"] | {"kv_cache_tokens": 3 * 54_321, "weights_bytes": 2**29}
+    _, markdown = page_of(tmp_path, result=content)
+    rows = {row.split(" | ")[0].strip("| "): row for row in markdown.splitlines() if row.startswith("| ")}
+    assert rows["KV cache, tokens"] == "| KV cache, tokens | 54,321 | 162,963 | 3.00 |"
+    assert rows["weights"] == "| weights | 1.00 GiB | 0.50 GiB | 0.50 |"
+
+
+def test_other_requests_void_a_comparison_of_servers(tmp_path, capsys):
+    after = speed_results.online()
+    after["workload"].update(name="long-context")
+    markdown, error = compared(tmp_path, speed_results.online(), after, capsys)
+    words = "workload.name is chat in A, long-context in B"
+    assert words in error and f"> **Warning:** {words}" in markdown
+
+
+def test_a_comparison_says_where_intervals_are_no_95_percent_intervals(tmp_path, capsys):
+    few, enough = speed_results.online(), speed_results.offline()
+    assert "hold the median in 75% of cases only" in compared(tmp_path, few, few, capsys)[0]
+    assert "of cases only" not in compared(tmp_path, enough, enough, capsys)[0]
+    again = speed_results.offline()
+    again["settings"].update(repeats=3, rounds=2)
+    for case in again["cases"]:
+        for side in ("dense", "pruned", "plugin_dense"):
+            del case[side]["samples_s"][6:]
+    assert "hold the median in 50% of cases only" in compared(tmp_path, enough, again, capsys)[0]
+
+
+def test_intervals_of_times_are_those_of_rounds():
+    content = speed_results.offline()
+    for case in content["cases"]:
+        for side in ("dense", "pruned", "plugin_dense"):
+            case[side]["samples_s"] = [1.0, 1.01, 1.02] * 2 + [2.0, 2.01, 2.02] * 2
+    found = {}
+    for rounds in (1, 2):
+        content["settings"]["rounds"] = rounds
+        measures = {measure.name: measure for measure in offline_measures(Result("x", "offline", content))}
+        found[rounds] = measures["decode:8:32:64, pruned"]
+    assert (found[2].low, found[2].high) == (1000, 2020), "one of two rounds alone is a draw that is likely"
+    assert found[2].low < found[1].low and found[1].high < found[2].high
+
+
+def test_a_limit_is_named_for_each_model_where_they_differ(tmp_path):
+    content = speed_results.offline()
+    content["cases"][0]["pruned"].update(of_bandwidth=0.41, of_gemm_rate=0.43)
+    assert "83% of memory / 43% of arithmetic" in page_of(tmp_path, result=content)[0].text
+    content["cases"][0]["pruned"].update(of_bandwidth=0.51)
+    assert "83% / 51% of memory" in page_of(tmp_path, result=content)[0].text
+
+
 def test_other_kinds_are_not_compared(tmp_path, capsys):
     paths = map(str, write(tmp_path, a=speed_results.offline(), b=speed_results.online()))
     assert report(["--compare", *paths, "--output-dir", str(tmp_path / "report")]) == 2
@@ -281,3 +364,23 @@ def test_online_and_offline_are_set_side_by_side(tmp_path):
     other["models"]["dense"]["parameters"] += 1
     _, markdown = page_of(tmp_path, offline=speed_results.offline(), online=other)
     assert "agree?" not in markdown, "other models"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda offline, online: online["hardware"].update(cpu="Other"), "hardware.cpu is Imaginary 9000 in A"),
+        (lambda offline, online: online["versions"].update(vllm="0.33.0"), "versions.vllm is 0.32.0 in A"),
+        (lambda offline, online: online["settings"].update(dtype="float32"), "settings.dtype is bfloat16 in A"),
+        (lambda offline, online: offline["settings"].update(compile=False), "settings.compile is no in A, yes in B"),
+        (lambda offline, online: online["settings"]["serve_arguments"].append("--enforce-eager"), "yes in A, no in B"),
+        (lambda offline, online: None, None),
+    ],
+)
+def test_what_was_not_measured_alike_does_not_silently_agree(change, words, tmp_path):
+    offline, online = speed_results.offline(), speed_results.online()
+    change(offline, online)
+    _, markdown = page_of(tmp_path, offline=offline, online=online)
+    chapter = markdown.partition("Do online and offline agree?")[2].replace("\\", "")
+    assert chapter and ("not measured under the same conditions" in chapter) == (words is not None)
+    assert words is None or words in chapter

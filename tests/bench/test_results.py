@@ -39,6 +39,14 @@ def test_speedups_are_those_of_pairs_against_the_ideal():
     ]
 
 
+def test_rounds_count_and_not_repeats():
+    """Of 12 pairs from 2 rounds the interval is that of 2 rounds, for the plugin's class as well."""
+    samples = {name: [*seconds, *seconds] * 2 for name, seconds in SAMPLES.items()}
+    found = case_record(DECODE, samples, GEOMETRIES, 2, MACHINE, rounds=2)
+    assert found["speedup_confidence"] == found["plugin_dense"]["speedup_confidence"] == 0.5
+    assert case_record(DECODE, samples, GEOMETRIES, 2, MACHINE)["speedup_confidence"] == 0.95
+
+
 def test_what_is_not_pruning_is_said():
     plugin_dense = record()["plugin_dense"]
     assert (plugin_dense["speedup"], plugin_dense["speedup_high"]) == (1.0, 1.2)
@@ -62,7 +70,7 @@ def test_what_a_step_moves_and_computes_is_compared_with_the_machine(case, steps
 
 def test_noise_goes_into_the_record():
     (warning,) = record()["warnings"]
-    assert warning.startswith("noisy: the 95 % interval of the speedup spans 50.0%")
+    assert warning.startswith("noisy: the interval of the speedup spans 50.0%")
     quiet = {"dense": [2.0, 2.01, 2.02, 2.01], "pruned": [1.0, 1.0, 1.01, 1.0], "plugin_dense": [2.0] * 4}
     assert record(samples=quiet)["warnings"] == []
     assert warnings_of([record()]) == [f"decode:2:3:5: {warning}"]
@@ -73,6 +81,6 @@ def test_tables_show_every_contestant():
     table = machine_table(results)
     assert list(table.columns[1].cells) == ["dense", "pruned", "plugin_dense"] * 2
     assert "20.0 GB/s" in table.title and "0.200 TFLOP/s" in table.title
-    assert list(results_table(results["cases"]).columns[6].cells) == ["2.00-3.00"] * 2
+    assert list(results_table(results["cases"]).columns[6].cells) == ["2.00-3.00, 75 %"] * 2
     single = record(samples={name: [1.0] for name in SAMPLES})
     assert list(results_table([single]).columns[6].cells) == [""], "one repeat gives no interval"

@@ -6,7 +6,14 @@ from statistics import NormalDist, median
 import pytest
 
 from bench.speed import statistics
-from bench.speed.statistics import drift, median_interval, noise_warnings, speedup_statistics
+from bench.speed.statistics import (
+    CONFIDENCE,
+    drift,
+    interval_text,
+    median_interval,
+    noise_warnings,
+    speedup_statistics,
+)
 
 SHAPES = {"normal": lambda chance: chance.gauss(0, 1), "skewed": lambda chance: chance.expovariate(1)}
 MEDIANS = {"normal": 0.0, "skewed": 0.6931}
@@ -45,6 +52,22 @@ def test_rounds_cover_what_differs_between_engines(rounds, monkeypatch):
         low, high = median_interval(values[:5])
         held_without += low <= 1 <= high
     assert held / 100 >= {3: 0.65, 6: 0.9}[rounds] and held_without / 100 < 0.3
+
+
+@pytest.mark.parametrize(("repeats", "rounds"), [(2, 1), (3, 1), (5, 1), (6, 1), (7, 1), (5, 2), (5, 3), (2, 6)])
+def test_an_interval_says_how_sure_it_is(repeats, rounds, monkeypatch):
+    """What it says is what it holds, in 300 trials: three standard errors are 8 points. Rounds count, not repeats."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
+    chance, held, trials = random.Random(10 * repeats + rounds), 0, 300
+    for _ in range(trials):
+        engines = [1 + (chance.gauss(0, 0.03) if rounds > 1 else 0) for _ in range(rounds)]
+        values = [engine + chance.gauss(0, 0.001) for engine in engines for _ in range(repeats)]
+        found = speedup_statistics(values, [1.0] * len(values), rounds)
+        held += found["speedup_low"] <= 1 <= found["speedup_high"]
+    said = found["speedup_confidence"]
+    assert held / trials == pytest.approx(said, abs=0.08)
+    assert (said == CONFIDENCE) == ((rounds if rounds > 1 else repeats) >= 6)
+    assert interval_text(found, digits=3).endswith(f", {100 * said:.0f} %") == (said < CONFIDENCE)
 
 
 def test_more_repeats_narrow_the_interval():

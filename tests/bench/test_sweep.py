@@ -156,8 +156,9 @@ def started(monkeypatch) -> list[list[str]]:
     monkeypatch.setattr(engines_module, "running_engines", running)
     monkeypatch.setattr(run, "measure", measured)
     monkeypatch.setattr(run, "probe_machine", lambda *_: machine)
-    monkeypatch.setattr(setting_module, "describe_hardware", lambda: {"cpu": "Imaginary 9000"})
-    monkeypatch.setattr(setting_module, "describe_versions", lambda: {"vllm": "0.32.0"})
+    for module in (setting_module, run):
+        monkeypatch.setattr(module, "describe_hardware", lambda: {"cpu": "Imaginary 9000"})
+        monkeypatch.setattr(module, "describe_versions", lambda: {"vllm": "0.32.0"})
     monkeypatch.setattr(plan, "this_machine", lambda: plan.Machine(20 * plan.GIB, 20, 0.15, (80, 30)))
     return log
 
@@ -183,7 +184,8 @@ def test_a_sweep_is_measured_summed_up_and_reported(started, tmp_path):
         all((tmp_path / f"report.{suffix}").exists() for suffix in ("md", "html")) and (tmp_path / "sweep.png").exists()
     )
     markdown = (tmp_path / "report.md").read_text().replace("\\", "")
-    assert "| gqa_ragged_50 | decode:8:32:16 |" in markdown and f"| {1 / SLOWER:.2f} (" in markdown
+    removed = 1 - cells["gqa_ragged_50"]["parameters"] / cells["gqa_ragged_50"]["dense_parameters"]
+    assert f"| gqa_ragged_50 | decode:8:32:16 | {removed:.1%} |" in markdown and f"| {1 / SLOWER:.2f} (" in markdown
 
 
 KINDS = ("mha", "gqa", "moe")
@@ -205,6 +207,15 @@ def test_nothing_removed_goes_through_the_plugins_class(started, tmp_path, monke
     assert seen["gqa_unpruned_0"] == seen["gqa_ragged_50"] == "PrunedLlamaForCausalLM"
 
 
+def test_ragged_is_set_against_uniform_only_where_both_ran_side_by_side(started, tmp_path):
+    options = [*SMALL, "--output-dir", str(tmp_path)]
+    assert sweep([*options, "--only", "mha_uniform_50"]) == 0
+    assert sweep([*options, "--only", "mha_ragged_50"]) == 0
+    cells = {cell["name"]: cell for cell in json.loads((tmp_path / "sweep.json").read_text())["cells"]}
+    assert set(cells) == {"mha_uniform_50", "mha_ragged_50"}
+    assert not any("of_uniform" in case for case in cells["mha_ragged_50"]["cases"])
+
+
 def test_a_stopped_sweep_goes_on_where_it_was(started, tmp_path, capsys):
     """After the first group; what it measured is kept, and the rest is added."""
     options = [*SMALL, "--output-dir", str(tmp_path)]
@@ -221,14 +232,27 @@ def test_a_stopped_sweep_goes_on_where_it_was(started, tmp_path, capsys):
     assert "done" in capsys.readouterr().out
 
 
-def test_a_file_of_another_sweep_is_no_result_of_this_one(started, tmp_path, capsys):
+def test_a_file_of_another_sweep_is_no_result_of_this_one(started, tmp_path, monkeypatch, capsys):
+    """Nor one of another machine, or of other libraries: cells of a sweep are set beside each other."""
     options = [*SMALL, "--output-dir", str(tmp_path), "--only", "mha_*"]
     assert sweep(options) == 0
     before = {path: path.read_text() for path in tmp_path.rglob("*.json")}
     del started[:]
-    for other in (["--repeats", "4"], ["--rounds", "2"], ["--align", "16"], ["--eager"], ["--hidden-size", "512"]):
+    for *other, words in (
+        ("--repeats", "4", "repeats"),
+        ("--rounds", "2", "rounds"),
+        ("--align", "16", "configs"),
+        ("--eager", "compile"),
+        ("--hidden-size", "512", "configs"),
+        ("--cases", "decode:8:32:16", "cases"),
+    ):
         assert sweep([*options, *other]) == 2
-        assert "mha_ragged_50.json was measured with other sizes or settings" in capsys.readouterr().err
+        assert f"mha_ragged_50.json was measured with other {words}:" in capsys.readouterr().err
+    for name, there in (("hardware", {"cpu": "Another"}), ("versions", {"vllm": "0.33.0"})):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(run, f"describe_{name}", lambda there=there: there)
+            assert sweep(options) == 2
+        assert f"mha_ragged_50.json was measured with other {name}:" in capsys.readouterr().err
     assert started == [] and before == {path: path.read_text() for path in tmp_path.rglob("*.json")}
 
 
@@ -238,6 +262,9 @@ def test_rounds_start_all_engines_anew_in_the_opposite_order(started, tmp_path):
     assert started == [["dense", "mha_uniform_50", "mha_ragged_50"], ["mha_ragged_50", "mha_uniform_50", "dense"]]
     (case, _) = json.loads((tmp_path / "cells" / "mha_ragged_50.json").read_text())["cases"]
     assert len(case["pruned"]["samples_s"]) == 6 and case["of_ideal"] == pytest.approx(1 / SLOWER)
+    summed_up = {cell["name"]: cell for cell in json.loads((tmp_path / "sweep.json").read_text())["cells"]}
+    (case, _) = summed_up["mha_ragged_50"]["cases"]
+    assert case["speedup_confidence"] == case["of_uniform"]["speedup_confidence"] == 0.5, "of two rounds"
 
 
 def test_a_dry_run_starts_and_writes_nothing(started, tmp_path, capsys):
@@ -255,6 +282,8 @@ def test_the_papers_models_are_set_beside_its_figures(started, tmp_path):
     assert cell["paper"]["speedup"] == 2.20 and cell["num_hidden_layers"] < 32 == cell["full_num_hidden_layers"]
     case = cell["cases"][0]
     assert 1.8 < case["ideal_speedup"] < case["full_depth_ideal_speedup"] < 2, "lm_head weighs more in fewer layers"
+    (case,) = cells["llama-7b_ragged_20"]["cases"]
+    assert 1.1 < case["ideal_speedup"] < case["full_depth_ideal_speedup"] < 1.3
     assert cells["llama-7b_ragged_40"]["paper"] is None
     markdown = (tmp_path / "report.md").read_text()
     assert "| 2.20x, RTX 5090, Table 7 |" in markdown and "DDP (arXiv 2603.08065v1)" in markdown

@@ -1,11 +1,16 @@
 """Times of requests, as vLLM's benchmark returns them, become the figures of a run; a bad run is an error."""
 
 import argparse
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 
-from bench.speed.traffic import Scenario, check_answers, goodput_target, parse_counters, run_metrics
+from bench.speed import traffic
+from bench.speed.traffic import Scenario, check_answers, drive, goodput_target, parse_counters, run_metrics
 from bench.speed.workload import Request
 from pruned_vllm.common.errors import InputError
 
@@ -83,3 +88,38 @@ def test_names():
     assert goodput_target("e2el:1500") == ("e2el", 1500.0)
     scenarios = [Scenario("saturation"), Scenario("rate", 0.5), Scenario("concurrency", 4.0)]
     assert [scenario.name for scenario in scenarios] == ["saturation", "rate:0.5", "concurrency:4"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "rate", "at_once"),
+    [
+        (Scenario("saturation"), float("inf"), None),
+        (Scenario("rate", 2.0), 2.0, None),
+        (Scenario("concurrency", 4.0), float("inf"), 4),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_every_run_begins_without_a_prefix_cache_and_asks_for_exact_lengths(scenario, rate, at_once, monkeypatch):
+    """What vLLM's benchmark is told, with arrival times that depend on the seed alone."""
+    log, told = [], []
+
+    async def benchmark(**options):
+        log.append("run")
+        told.append((options, float(numpy.random.random())))
+        return RESULT
+
+    fakes = {"datasets": SimpleNamespace(SampleRequest=lambda *values, **named: (*values, named["request_id"]))}
+    fakes["serve"] = SimpleNamespace(benchmark=benchmark, TaskType=SimpleNamespace(GENERATION="generation"))
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, f"vllm.benchmarks.{name}", fake)
+    monkeypatch.setattr(traffic, "reset_prefix_cache", lambda server: log.append("reset"))
+    monkeypatch.setattr(traffic, "read_counters", lambda server: log.append("read") or BEFORE)
+    server = SimpleNamespace(url="http://x", log="server.log")
+    for seed in (3, 3, 4):
+        drive(server, REQUESTS, scenario, log=Path(os.devnull), goodput_ms={"ttft": 5.0}, seed=seed)
+    assert log == ["reset", "read", "run", "read"] * 3
+    (options, first), (_, again), (_, other) = told
+    assert first == again != other
+    assert (options["request_rate"], options["max_concurrency"], options["burstiness"]) == (rate, at_once, 1.0)
+    assert options["ignore_eos"] and not options["num_warmups"] and options["goodput_config_dict"] == {"ttft": 5.0}
+    assert options["input_requests"] == [([1], 1, tokens, f"bench-{i}") for i, tokens in enumerate((5, 3, 1))]

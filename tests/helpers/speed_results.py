@@ -78,7 +78,8 @@ def online() -> dict:
             {"cold": False, "init_engine_s": 9.5, "compile_s": None, "ready_s": 33.3, "first_token_s": 34.0},
         ],
     }
-    settings = {"repeats": 3, "turns": "both servers live", "goodput_ms": None, "serve_arguments": ["--dtype", "auto"]}
+    settings = {"repeats": 3, "turns": "both servers live", "goodput_ms": None, "serve_arguments": ["--seed", "1"]}
+    settings |= {"dtype": "bfloat16", "load_format": "auto"}
     workload = {"name": "chat", "num_prompts": 24, "input_tokens": {"mean": 221.5, "p50": 160}}
     found = {"scenarios": scenarios, "models": models(), "settings": settings, "workload": workload}
     return copy.deepcopy({**found, "servers": {"dense": server, "pruned": server}, "date": "2026-01-31", **WHERE})
