@@ -72,9 +72,11 @@ def test_a_server_answers_and_is_gone_afterwards_with_its_children(play, tmp_pat
     assert not any(map(alive, pids))
 
 
+# What runs in the background of a shell ignores Ctrl-C, and so would this: hence the handler.
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from bench.speed import server
 from pruned_vllm.common.command import run_command
 directory = Path(sys.argv[1])
