@@ -22,10 +22,17 @@ from pathlib import Path
 if not __package__:  # run as a script: search the repository root instead of bench/, as `python -m` does
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.speed.engines import measure, measure_in_rounds, probe_machine, through_plugin
+from bench.speed.engines import through_plugin
 from bench.speed.null_test import measure_equal_and_slowed, shown, verdict
 from bench.speed.results import case_record, describe_model
-from bench.speed.setting import Setting, add_setting_arguments, chosen_settings, read_models
+from bench.speed.setting import (
+    Setting,
+    add_setting_arguments,
+    chosen_settings,
+    read_models,
+    run_in_rounds,
+    time_models,
+)
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
@@ -50,19 +57,8 @@ def compare(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False, **
     if plugin_dense:
         geometries["plugin_dense"] = dense
         models["plugin_dense"] = models["dense"] | through_plugin(dense)
-    machine: dict = {}
-    dtypes: list = []
-
-    def run(engines: list) -> dict:
-        dtypes[:] = [engine.model_config.dtype for engine in engines]
-        if dtypes[0] != dtypes[1]:
-            raise InputError(f"--dense runs in {dtypes[0]}, --pruned in {dtypes[1]}; choose one with --dtype")
-        if not machine:
-            machine.update(probe_machine(engines[0], dense, setting.cases))
-        return measure(engines, setting.cases, dense.vocab_size, setting.repeats)
-
-    samples = measure_in_rounds(setting.engine_options(dense, list(models.values())), setting.rounds, run)
-    element_bytes = dtypes[0].itemsize
+    samples, dtype, machine = time_models(setting, dense, list(models.values()))
+    element_bytes = dtype.itemsize
     records = []
     for case in setting.cases:
         by_name = dict(zip(models, samples[case], strict=True))
@@ -73,7 +69,7 @@ def compare(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False, **
             name: describe_model(Path(model["model"]), geometries[name], element_bytes)
             for name, model in models.items()
         },
-        **setting.describe(dtypes[0]),
+        **setting.describe(dtype),
         "machine": machine,
     }
 
@@ -82,19 +78,17 @@ def trust(dense_dir: Path, **settings) -> dict:
     """Times a model against itself and returns what null_test.json holds, less the command."""
     setting = Setting(**settings)
     (dense,) = read_models({"--dense": dense_dir}, setting.context_length, setting.load_format)
-    dtypes: list = []
 
     def run(engines: list) -> dict:
-        dtypes[:] = [engine.model_config.dtype for engine in engines]
         return measure_equal_and_slowed(engines, setting.cases, dense.vocab_size, setting.repeats)
 
-    samples = measure_in_rounds(setting.engine_options(dense, [{"model": str(dense_dir)}] * 2), setting.rounds, run)
+    samples, dtype = run_in_rounds(setting, dense, [{"model": str(dense_dir)}] * 2, run)
     return {
         "cases": [
             verdict(case, samples["equal", case], samples["slowed", case], setting.rounds) for case in setting.cases
         ],
-        "models": {"dense": describe_model(dense_dir, dense, dtypes[0].itemsize)},
-        **setting.describe(dtypes[0]),
+        "models": {"dense": describe_model(dense_dir, dense, dtype.itemsize)},
+        **setting.describe(dtype),
     }
 
 

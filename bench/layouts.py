@@ -20,11 +20,12 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
-from bench.speed.engines import engine_options, measure, running_engines
+from bench.speed.engines import engine_options, measure, measure_in_rounds
 from bench.speed.ideal import Case, step_bytes
 from bench.speed.results import describe_hardware, describe_versions
+from bench.speed.statistics import quartiles, ratios
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
@@ -104,12 +105,16 @@ def compare(what: str, rounds: int, repeats: int, compile: bool) -> dict:
         compile=compile,
         num_engines=len(geometries),
     )
-    samples: dict[str, dict[Case, list[float]]] = {name: {case: [] for case in CASES} for name in geometries}
-    start_seconds: dict[str, list[float]] = {name: [] for name in geometries}
-    for number in range(rounds):
-        order = list(geometries)[:: -1 if number % 2 else 1]
-        _measure_round({name: geometries[name] for name in order}, options, repeats, samples, start_seconds)
-    first, reference = next(iter(geometries.items()))
+    start_seconds: list[list[float]] = [[] for _ in geometries]
+    with tempfile.TemporaryDirectory() as directory:
+        models = write_models(geometries, Path(directory))
+        samples = measure_in_rounds(
+            [{**options, "model": str(model)} for model in models],
+            rounds,
+            lambda engines: measure(engines, CASES, dense.vocab_size, repeats),
+            start_seconds,
+        )
+    reference = next(iter(geometries.values()))
     return {
         "what": what,
         "settings": {"rounds": rounds, "repeats": repeats, "compile": compile, "dtype": "bfloat16"},
@@ -118,47 +123,38 @@ def compare(what: str, rounds: int, repeats: int, compile: bool) -> dict:
                 "name": name,
                 "parameters": geometry.num_parameters,
                 "distinct_layer_shapes": len(set(geometry.layers)),
-                "start_seconds": start_seconds[name],
+                "start_seconds": start_seconds[number],
                 "cases": [
-                    _case_record(case, samples[first][case], samples[name][case], geometry, reference) for case in CASES
+                    _case_record(case, samples[case][0], samples[case][number], geometry, reference) for case in CASES
                 ],
             }
-            for name, geometry in geometries.items()
+            for number, (name, geometry) in enumerate(geometries.items())
         ],
         "versions": describe_versions(),
         "hardware": describe_hardware(),
     }
 
 
-def _measure_round(geometries: dict[str, ModelGeometry], options: dict, repeats: int, samples, start_seconds) -> None:
-    """Starts an engine for each geometry, in this order, and adds what it measures to `samples` and `start_seconds`."""
-    started: list[float] = []
-    with tempfile.TemporaryDirectory() as directory:
-        for name, geometry in geometries.items():
-            model = Path(directory, name)
-            model.mkdir()
-            # Equal layers would be written for the stock class, but this compares shapes, not classes.
-            config = converted_config(geometry, CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
-            write_json(model / "config.json", config)
-        engines_options = [{**options, "model": str(Path(directory, name))} for name in geometries]
-        with running_engines(engines_options, started) as engines:
-            seconds = measure(engines, CASES, ModelGeometry.from_config(CONFIG).vocab_size, repeats)
-    for number, name in enumerate(geometries):
-        start_seconds[name].append(started[number])
-        for case in CASES:
-            samples[name][case] += seconds[case][number]
+def write_models(geometries: dict[str, ModelGeometry], directory: Path) -> list[Path]:
+    """Writes config.json of each and returns their directories."""
+    models = [directory / name for name in geometries]
+    for model, geometry in zip(models, geometries.values(), strict=True):
+        model.mkdir()
+        # Equal layers would be written for the stock class, but this compares shapes, not classes.
+        config = converted_config(geometry, CONFIG) | {"architectures": [geometry.family.pruned_architecture]}
+        write_json(model / "config.json", config)
+    return models
 
 
 def _case_record(
     case: Case, reference_s: list[float], samples_s: list[float], geometry: ModelGeometry, reference: ModelGeometry
 ) -> dict:
-    ratios = [before / after for before, after in zip(reference_s, samples_s, strict=True)]
-    q1, _, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    q1, speed, q3 = quartiles(ratios(reference_s, samples_s))
     ideal = step_bytes(reference, case, ELEMENT_BYTES) / step_bytes(geometry, case, ELEMENT_BYTES)
     return {
         "case": case.name,
         "tokens_per_s": case.num_timed_tokens / median(samples_s),
-        "speed": median(ratios),
+        "speed": speed,
         "speed_q1": q1,
         "speed_q3": q3,
         "ideal_speed": ideal,

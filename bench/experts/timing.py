@@ -5,12 +5,13 @@ record = time_case(contestants(RandomExperts(layer, "cpu")), x, layer, repeats=1
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 
 from bench.experts.contestants import Contestant
 from bench.experts.layers import Layer
+from bench.speed.statistics import quartiles, ratios
 from pruned_vllm.common.errors import InputError
 
 SHORT_CASE_SECONDS, MOST_REPEATS = 1.0, 200  # on CPU, short cases repeat for this long
@@ -112,16 +113,16 @@ def summarise(
             "samples_s": durations,
         }
     for contestant, durations in zip(others, seconds[1:], strict=True):
-        ratios = [other_s / ragged_s for other_s, ragged_s in zip(durations, seconds[0], strict=True)]
+        speedups = ratios(durations, seconds[0])
         # Where all chosen experts are empty nothing is read; count one channel, so as not to divide by zero.
         ideals = [_channels(contestant, set(ids)) / max(1, _channels(ragged, set(ids))) for ids in chosen]
-        q1, speedup, q3 = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        q1, speedup, q3 = quartiles(speedups)
         records[contestant.name] |= {
             "speedup_of_ragged": speedup,
             "speedup_q1": q1,
             "speedup_q3": q3,
             "ideal_speedup": sum(contestant.widths) / sum(ragged.widths),
-            "of_ideal": median(ratio / ideal for ratio, ideal in zip(ratios, ideals, strict=True)),
+            "of_ideal": median(ratio / ideal for ratio, ideal in zip(speedups, ideals, strict=True)),
         }
     return {"repeats": len(chosen), "contestants": records}
 

@@ -54,7 +54,10 @@ def running_engines(options: Sequence[dict], start_seconds: list[float] | None =
 
 
 def measure_in_rounds(
-    options: Sequence[dict], rounds: int, run: Callable[[list], dict[Any, list[list[float]]]]
+    options: Sequence[dict],
+    rounds: int,
+    run: Callable[[list], dict[Any, list[list[float]]]],
+    start_seconds: Sequence[list[float]] | None = None,
 ) -> dict[Any, list[list[float]]]:
     """Starts all engines anew for each round, in the opposite order of the round before, and runs `run` with them.
 
@@ -63,6 +66,7 @@ def measure_in_rounds(
     Args:
         options: of each engine.
         run: gets the engines in the order of `options`; returns lists of samples, by anything, for each engine.
+        start_seconds: a list for each engine, which gets how long it took to start in each round.
 
     Returns:
         The lists of all rounds, one after the other.
@@ -70,12 +74,16 @@ def measure_in_rounds(
     found: dict[Any, list[list[float]]] = {}
     for number in range(rounds):
         order = range(len(options))[:: -1 if number % 2 else 1]
-        with running_engines([options[index] for index in order]) as started:
+        taken: list[float] = []
+        with running_engines([options[index] for index in order], taken) as started:
             engines = dict(zip(order, started, strict=True))
             for key, samples in run([engines[index] for index in range(len(options))]).items():
                 gathered = found.setdefault(key, [[] for _ in options])
                 for index, seconds in enumerate(samples):
                     gathered[index] += seconds
+        if start_seconds is not None:
+            for index, seconds_to_start in zip(order, taken, strict=True):
+                start_seconds[index].append(seconds_to_start)
     return found
 
 

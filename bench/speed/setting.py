@@ -2,11 +2,12 @@
 
 import argparse
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from bench.speed.engines import engine_options
+from bench.speed.engines import engine_options, measure, measure_in_rounds, probe_machine
 from bench.speed.ideal import Case
 from bench.speed.results import describe_hardware, describe_versions
 from pruned_vllm.common.arguments import positive_int
@@ -74,6 +75,56 @@ class Setting:
             "versions": describe_versions(),
             "hardware": describe_hardware(),
         }
+
+
+class Timing(NamedTuple):
+    """What engines took in turns.
+
+    Attributes:
+        samples: seconds by case, engine and repeat, round after round.
+        dtype: the torch.dtype that the engines chose.
+        machine: what this machine can do (bench/speed/machine.py), measured before the first round.
+    """
+
+    samples: dict[Case, list[list[float]]]
+    dtype: Any
+    machine: dict
+
+
+def time_models(setting: Setting, dense: ModelGeometry, models: Sequence[dict]) -> Timing:
+    """Times the cases on an engine of each model, the dense one first. Raises InputError as `run_in_rounds` does."""
+    machine: dict = {}
+
+    def run(engines: list) -> dict:
+        if not machine:
+            machine.update(probe_machine(engines[0], dense, setting.cases))
+        return measure(engines, setting.cases, dense.vocab_size, setting.repeats)
+
+    samples, dtype = run_in_rounds(setting, dense, models, run)
+    return Timing(samples, dtype, machine)
+
+
+def run_in_rounds(
+    setting: Setting, dense: ModelGeometry, models: Sequence[dict], run: Callable[[list], dict]
+) -> tuple[dict, Any]:
+    """What `measure_in_rounds` gathers from `run`, and the torch.dtype that the engines chose.
+
+    Args:
+        models: what differs between the engines' arguments, as in `Setting.engine_options`.
+
+    Raises:
+        InputError: the second engine chose another dtype than the first.
+    """
+    dtypes: list = []
+
+    def checked(engines: list) -> dict:
+        dtypes[:] = [engine.model_config.dtype for engine in engines]
+        if dtypes[0] != dtypes[1]:
+            raise InputError(f"--dense runs in {dtypes[0]}, --pruned in {dtypes[1]}; choose one with --dtype")
+        return run(engines)
+
+    samples = measure_in_rounds(setting.engine_options(dense, models), setting.rounds, checked)
+    return samples, dtypes[0]
 
 
 def read_models(directories: Mapping[str, Path], max_model_len: int, load_format: str) -> list[ModelGeometry]:

@@ -97,6 +97,12 @@ def ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
     return [first / second for first, second in zip(before, after, strict=True)]
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first quartile, the median and the third; three times the same of a single value."""
+    q1, middle, q3 = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return q1, middle, q3
+
+
 def speedup_statistics(before: Sequence[float], after: Sequence[float], rounds: int = 1) -> dict[str, Any]:
     """The median of the paired ratios before / after, its quartiles and its 95 % interval.
 
@@ -110,7 +116,7 @@ def speedup_statistics(before: Sequence[float], after: Sequence[float], rounds: 
         `interval_confidence`); the last three are None for a single pair.
     """
     paired = ratios(before, after)
-    q1, speedup, q3 = quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else paired * 3
+    q1, speedup, q3 = quartiles(paired)
     low, high = median_interval(paired, rounds) or (None, None)
     return {
         "speedup": speedup,

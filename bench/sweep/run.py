@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.speed.engines import measure, measure_in_rounds, probe_machine, through_plugin
+from bench.speed.engines import through_plugin
 from bench.speed.results import case_record, describe_hardware, describe_model, describe_versions
-from bench.speed.setting import Setting
+from bench.speed.setting import Setting, time_models
 from bench.sweep.cells import UNPRUNED, Cell
 from bench.sweep.plan import kv_cache_bytes
 from pruned_vllm.common.errors import InputError
@@ -28,14 +28,14 @@ def finished_cells(cells: Sequence[Cell], setting: Setting, output_dir: Path) ->
         InputError: a file holds what was measured with other sizes or settings, on another machine, or with other
             versions of the libraries; cells are set beside each other, so all must have the same.
     """
-    found, problems = {}, []
-    for cell in cells:
-        path = cell_path(output_dir, cell)
-        if not path.exists():
-            continue
+    found: dict[str, dict] = {}
+    problems = []
+    written = [(cell, path) for cell in cells if (path := cell_path(output_dir, cell)).exists()]
+    where = {"versions": describe_versions(), "hardware": describe_hardware()} if written else {}
+    for cell, path in written:
         record = read_json(path)
-        now = {**plan_of(cell, setting), "versions": describe_versions(), "hardware": describe_hardware()}
-        then = {**record.get("plan", {}), **{key: record.get(key) for key in ("versions", "hardware")}}
+        now = {**plan_of(cell, setting), **where}
+        then = {**record.get("plan", {}), **{key: record.get(key) for key in where}}
         if others := [key for key in now if then.get(key) != now[key]]:
             advice = "remove it, or use another --output-dir"
             problems.append(f"{path} was measured with other {', '.join(others)}: {advice}")
@@ -61,19 +61,9 @@ def plan_of(cell: Cell, setting: Setting) -> dict:
 def measure_group(group: Sequence[Cell], setting: Setting, output_dir: Path) -> dict[str, dict]:
     """Runs a dense engine and one for each cell in turns; writes the cells' files and returns their records by name."""
     dense, started = group[0].dense, datetime.now(UTC).isoformat(timespec="seconds")
-    machine: dict = {}
-    dtypes: list = []
-
-    def run(engines: list) -> dict:
-        dtypes[:] = [engine.model_config.dtype for engine in engines]
-        if not machine:
-            machine.update(probe_machine(engines[0], dense, setting.cases))
-        return measure(engines, setting.cases, dense.vocab_size, setting.repeats)
-
     with tempfile.TemporaryDirectory() as directory:
         models = write_models(group, setting, Path(directory))
-        samples = measure_in_rounds(setting.engine_options(dense, models), setting.rounds, run)
-    dtype = dtypes[0]
+        samples, dtype, machine = time_models(setting, dense, models)
     common = {**setting.describe(dtype), "machine": machine, "date": started}
     records = {}
     for number, cell in enumerate(group, 1):

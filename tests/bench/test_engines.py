@@ -118,8 +118,9 @@ def test_rounds_start_engines_anew_in_the_opposite_order(monkeypatch):
     log, clock = [], iter(range(100))
 
     @contextmanager
-    def started(options):
+    def started(options, seconds):
         log.append([engine["model"] for engine in options])
+        seconds += [float(engine["model"] == "dense") for engine in options]
         yield [engine["model"] for engine in options]
 
     def run(names):
@@ -127,10 +128,12 @@ def test_rounds_start_engines_anew_in_the_opposite_order(monkeypatch):
         return {DECODE: [[next(clock), next(clock)] for _ in names]}
 
     monkeypatch.setattr(engines, "running_engines", started)
-    found = measure_in_rounds([{"model": "dense"}, {"model": "pruned"}], 3, run)
+    start_seconds = [], []
+    found = measure_in_rounds([{"model": "dense"}, {"model": "pruned"}], 3, run, start_seconds)
     asked = ["dense", "pruned"]
     assert log == [asked, asked, ["pruned", "dense"], asked, asked, asked], "who runs is who was asked for"
     assert found == {DECODE: [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]}
+    assert start_seconds == ([1.0] * 3, [0.0] * 3), "of each engine, whichever started first"
 
 
 def test_prompts_are_the_same_for_every_engine():

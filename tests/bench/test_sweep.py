@@ -131,7 +131,8 @@ def started(monkeypatch) -> list[list[str]]:
     dtype = SimpleNamespace(itemsize=2, __str__=lambda self: "torch.bfloat16")
 
     @contextmanager
-    def running(options):
+    def running(options, start_seconds):
+        start_seconds += [0.0] * len(options)
         configs = [json.loads((run.Path(option["model"]) / "config.json").read_text()) for option in options]
         log.append([run.Path(option["model"]).name for option in options])
         engines = []
@@ -154,8 +155,8 @@ def started(monkeypatch) -> list[list[str]]:
 
     machine = {"bandwidth_gb_per_s": 10, "gemm_tflop_per_s": 0.1, "threads": 1, "dtype": "bfloat16"}
     monkeypatch.setattr(engines_module, "running_engines", running)
-    monkeypatch.setattr(run, "measure", measured)
-    monkeypatch.setattr(run, "probe_machine", lambda *_: machine)
+    monkeypatch.setattr(setting_module, "measure", measured)
+    monkeypatch.setattr(setting_module, "probe_machine", lambda *_: machine)
     for module in (setting_module, run):
         monkeypatch.setattr(module, "describe_hardware", lambda: {"cpu": "Imaginary 9000"})
         monkeypatch.setattr(module, "describe_versions", lambda: {"vllm": "0.32.0"})
@@ -196,8 +197,8 @@ def test_nothing_removed_goes_through_the_plugins_class(started, tmp_path, monke
     running = engines_module.running_engines
 
     @contextmanager
-    def watched(options):
-        with running(options) as engines:
+    def watched(options, start_seconds):
+        with running(options, start_seconds) as engines:
             seen.update({run.Path(o["model"]).name: e.through for o, e in zip(options, engines, strict=True)})
             yield engines
 
