@@ -7,7 +7,6 @@ from a long run would add the noise of two prefills and of the processes between
 """
 
 import os
-import random
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ from bench.speed.ideal import Case
 from bench.speed.machine import matmul_shapes
 from bench.speed.memory import KV_BLOCK_TOKENS
 from bench.speed.worker import PROBE
+from bench.speed.workload import random_requests
 from pruned_vllm.common.signals import handled
 from pruned_vllm.formats.geometry import ModelGeometry
 
@@ -137,10 +137,8 @@ def probe_machine(engine, geometry: ModelGeometry, cases: Sequence[Case]) -> dic
 
 def random_prompts(case: Case, vocab_size: int, seed: int = 0) -> list[dict]:
     """Prompts of random token ids, the same for every engine and repeat."""
-    ids = random.Random(seed)
-    return [
-        {"prompt_token_ids": [ids.randrange(vocab_size) for _ in range(case.input_len)]} for _ in range(case.batch_size)
-    ]
+    lengths = [(case.input_len, case.output_len)] * case.batch_size
+    return [{"prompt_token_ids": request.prompt} for request in random_requests(lengths, vocab_size, seed)]
 
 
 def time_case(engine, case: Case, prompts: list[dict]) -> float:
