@@ -33,6 +33,7 @@ from bench.speed.setting import (
     run_in_rounds,
     time_models,
 )
+from bench.speed.statistics import named_warnings
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
@@ -131,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from bench.report.reports import report_beside
-    from bench.speed.report import machine_table, models_table, plot_speedups, results_table, warnings_of
+    from bench.speed.report import machine_table, models_table, plot_speedups, results_table
 
     results = compare(
         args.dense, args.pruned, plugin_dense=args.plugin_dense, rounds=args.rounds, **chosen_settings(args)
@@ -139,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
     results["command"] = _command()
     console = Console()
     console.print(models_table(results["models"]), results_table(results["cases"]), machine_table(results))
-    for warning in warnings_of(results["cases"]):
+    for warning in named_warnings(results["cases"]):
         console.print(warning)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     json_path, plot_path = (args.output_dir / f"e2e_speedup.{suffix}" for suffix in ("json", "png"))

@@ -36,6 +36,8 @@ from bench.speed.online import compare
 from bench.speed.online_tables import scenarios_table, servers_table
 from bench.speed.plan import ELEMENT_BYTES, PROMPTS, SHAREGPT_PROMPTS, Options, make_plan
 from bench.speed.server import console
+from bench.speed.setting import add_load_format_argument
+from bench.speed.statistics import named_warnings
 from bench.speed.traffic import goodput_target
 from bench.speed.workload import workload
 from pruned_vllm.common.arguments import positive_float, positive_int, seed
@@ -104,12 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         "on a GPU: what vLLM takes (--gpu-memory-utilization)",
     )
     add("--max-model-len", type=positive_int, metavar="TOKENS", help="default: the models', at most 2048")
-    add(
-        "--load-format",
-        choices=("auto", "dummy"),
-        default="auto",
-        help="dummy: random weights, the directories need a config.json only (see bench/scale.py); default: auto",
-    )
+    add_load_format_argument(parser)
     add(
         "--dtype",
         choices=("auto", *ELEMENT_BYTES),
@@ -137,9 +134,8 @@ def run(options: Options, command: str) -> None:
     )
     results = {"command": command, **plan.describe(), **measured}
     console.print(servers_table(results["servers"]), scenarios_table(results["scenarios"]))
-    for scenario in results["scenarios"]:
-        for warning in scenario["warnings"]:
-            console.print(f"{scenario['name']}: {warning}")
+    for warning in named_warnings(results["scenarios"]):
+        console.print(warning)
     path = options.output_dir / "online_speedup.json"
     write_json(path, results)
     from bench.report.reports import report_beside  # here, so that --help and bad input need not wait for matplotlib

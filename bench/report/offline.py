@@ -9,7 +9,7 @@ from bench.report.content import Block, Chapter, Figure, Fold, Section, Table, T
 from bench.report.figures import Gain, limits_figure, samples_figure, speedup_figure
 from bench.report.models import counted, model_section, raw_section, setting_section
 from bench.report.results import Result, speedup_text, with_interval
-from bench.speed.statistics import median_interval, ratios
+from bench.speed.statistics import median_interval, named_warnings, ratios
 
 SIDES = {"dense": "dense", "dense, our class": "plugin_dense", "pruned": "pruned"}  # keys of a case by their names
 
@@ -38,7 +38,8 @@ def offline_chapter(result: Result, key: str) -> Chapter:
 
 def _speedup_blocks(content: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], key: str) -> list[Block]:
     blocks: list[Block] = [Text(_summary(cases))]
-    if warnings := all_warnings(content):
+    # Those of the whole result, then those of its cases.
+    if warnings := [*(content.get("warnings") or []), *named_warnings(content["cases"])]:
         blocks.append(Warnings(warnings))
     if content["settings"].get("load_format") == "dummy":
         blocks.append(Text("Weights are random: they take as long as trained ones of these shapes."))
@@ -79,23 +80,20 @@ def _summary(cases: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def all_warnings(content: Mapping[str, Any]) -> list[str]:
-    """Those of the whole result, then those of its cases, which are named."""
-    found = list(content.get("warnings") or [])
-    for case in content["cases"]:
-        found += [f"{case['name']}: {warning}" for warning in case.get("warnings") or []]
-    return found
+def mode(settings: Mapping[str, Any]) -> str:
+    """How the engines of a result ran."""
+    return "compiled, as vLLM serves by default" if settings.get("compile") else "eager, without compilation"
 
 
 def _method(content: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
     pairs = counted(len(cases[0]["dense"]["samples_s"]), "pair")
-    mode = "compiled, as vLLM serves by default" if content["settings"].get("compile") else "eager, without compilation"
     rounds = content["settings"].get("rounds", 1)
     again = f" All engines were started {rounds} times." if rounds > 1 else ""
     return (
         "Dense and pruned model were loaded into two vLLM engines on the same machine at the same time and ran the "
-        f"same cases in turns ({mode}). Times are those of vLLM's engine core. A speedup is the median of the ratios "
-        f"of {pairs} of neighbouring runs, so that a slow phase of the machine hits both sides.{again}"
+        f"same cases in turns ({mode(content['settings'])}). Times are those of vLLM's engine core. A speedup is the "
+        f"median of the ratios of {pairs} of neighbouring runs, so that a slow phase of the machine hits both "
+        f"sides.{again}"
     )
 
 

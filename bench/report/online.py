@@ -10,7 +10,7 @@ from bench.report.figures import Gain, latency_figure, speedup_figure
 from bench.report.models import model_section, raw_section, setting_section, shown
 from bench.report.results import Result, speedup_text
 from bench.speed.memory import GIB
-from bench.speed.statistics import median_interval, ratios
+from bench.speed.statistics import median_interval, named_warnings, ratios
 
 LATENCIES = {
     "ttft": "time to first token",
@@ -38,7 +38,7 @@ def online_chapter(result: Result, key: str) -> Chapter:
     """`key` begins the ids of its figures."""
     content = result.content
     scenarios = content["scenarios"]
-    doubts = [f"{scenario['name']}: {warning}" for scenario in scenarios for warning in scenario.get("warnings") or []]
+    doubts = named_warnings(scenarios)
     warnings = [Warnings(doubts)] if doubts else []
     sections = [
         Section("Requests per second", [*warnings, *_throughput_blocks(scenarios, key)]),

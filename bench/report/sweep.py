@@ -9,8 +9,9 @@ from bench.report.comparison import Measure
 from bench.report.content import Block, Chapter, Figure, Section, Table, Text, Warnings
 from bench.report.drawing import COLOURS, in_style, new_figure, to_svg
 from bench.report.models import counted, raw_section, setting_section
-from bench.report.offline import IDEAL
+from bench.report.offline import IDEAL, mode
 from bench.report.results import Result, speedup_text
+from bench.speed.statistics import named_warnings
 
 MARKERS = {"unpruned": "s", "uniform": "o", "ragged": "D"}
 SHIFTS = {"unpruned": 0, "uniform": -0.6, "ragged": 0.6}  # percent, so that marks do not hide each other
@@ -41,12 +42,7 @@ def sweep_chapter(result: Result, key: str) -> Chapter:
 
 
 def _speedup_blocks(cells: Sequence[Cell], key: str) -> list[Block]:
-    warnings = [
-        f"{cell['name']}, {case['name']}: {warning}"
-        for cell in cells
-        for case in cell["cases"]
-        for warning in case.get("warnings") or []
-    ]
+    warnings = [warning for cell in cells for warning in named_warnings(cell["cases"], f"{cell['name']}, ")]
     blocks: list[Block] = [Warnings(warnings)] if warnings else []
     blocks.append(Text("Weights are random: they take as long as trained ones of these shapes."))
     for number, (model, of_model) in enumerate(_by_model(cells)):
@@ -156,13 +152,12 @@ def _paper_blocks(cells: Sequence[Cell], source: str) -> list[Block]:
 
 def _method(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
-    mode = "compiled, as vLLM serves by default" if settings.get("compile") else "eager, without compilation"
     pairs = counted(settings["repeats"] * settings["rounds"], "pair")
     return (
         "Several pruned models and their dense original were loaded into vLLM engines on the same machine at the "
-        f"same time and ran the same cases in turns ({mode}). A speedup is the median of the ratios of {pairs} of "
-        "runs of the same turn. Unpruned is the dense model through this project's class: what it gains is no gain of "
-        "pruning."
+        f"same time and ran the same cases in turns ({mode(settings)}). A speedup is the median of the ratios of "
+        f"{pairs} of runs of the same turn. Unpruned is the dense model through this project's class: what it gains is "
+        "no gain of pruning."
     )
 
 

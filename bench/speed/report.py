@@ -54,11 +54,6 @@ def machine_table(results: Mapping) -> Table:
     return table
 
 
-def warnings_of(cases: Sequence[Mapping]) -> list[str]:
-    """What makes results doubtful, a line each."""
-    return [f"{case['name']}: {warning}" for case in cases for warning in case["warnings"]]
-
-
 def models_table(models: Mapping[str, Mapping]) -> Table:
     table = numbers_table("model", "parameters", "KV bytes\nper token", "KV tokens\nper GiB")
     for name, model in models.items():

@@ -160,22 +160,10 @@ def read_models(directories: Mapping[str, Path], max_model_len: int, load_format
 
 def add_setting_arguments(parser: argparse.ArgumentParser, default_cases: Sequence[str]) -> None:
     """Adds the options that `chosen_settings` reads."""
+    add_cases_argument(parser, default_cases)
     add = parser.add_argument
-    add(
-        "--cases",
-        type=case,
-        nargs="+",
-        default=[Case.parse(text) for text in default_cases],
-        metavar="CASE",
-        help=f"decode:BATCH:INPUT:OUTPUT or prefill:BATCH:INPUT, in tokens; default: {' '.join(default_cases)}",
-    )
     add("--repeats", type=positive_int, default=7, help="runs per case and engine after one warm-up; default: 7")
-    add(
-        "--load-format",
-        choices=("auto", "dummy"),
-        default="auto",
-        help="dummy: random weights, the directories need a config.json only (see bench/scale.py); default: auto",
-    )
+    add_load_format_argument(parser)
     add(
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
@@ -183,6 +171,26 @@ def add_setting_arguments(parser: argparse.ArgumentParser, default_cases: Sequen
     )
     add("--max-model-len", type=positive_int, metavar="TOKENS", help="default: what the longest case needs")
     add("--eager", action="store_true", help="no compilation and no CUDA graphs; default: compiled, as vllm serve does")
+
+
+def add_cases_argument(parser: argparse.ArgumentParser, default_cases: Sequence[str]) -> None:
+    parser.add_argument(
+        "--cases",
+        type=case,
+        nargs="+",
+        default=[Case.parse(text) for text in default_cases],
+        metavar="CASE",
+        help=f"decode:BATCH:INPUT:OUTPUT or prefill:BATCH:INPUT, in tokens; default: {' '.join(default_cases)}",
+    )
+
+
+def add_load_format_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights, the directories need a config.json only (see bench/scale.py); default: auto",
+    )
 
 
 def chosen_settings(args: argparse.Namespace) -> dict:

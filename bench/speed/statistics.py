@@ -139,6 +139,11 @@ def drift(values: Sequence[float]) -> Drift:
     return Drift(float(slope) * (len(values) - 1) / median(values), float(stats.kendalltau(places, values).pvalue))
 
 
+def named_warnings(records: Sequence[Mapping[str, Any]], before: str = "") -> list[str]:
+    """The warnings of cases or scenarios, each behind `before` and the name of what it is about."""
+    return [f"{before}{record['name']}: {warning}" for record in records for warning in record.get("warnings") or []]
+
+
 def noise_warnings(samples: Mapping[str, Sequence[float]], statistics: Mapping[str, Any]) -> list[str]:
     """What makes this speedup doubtful, with what to do about it; empty where nothing does.
 

@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.speed.ideal import Case, ideal_speedup
-from bench.speed.setting import Setting
-from bench.speed.setting import case as case_argument
+from bench.speed.ideal import ideal_speedup
+from bench.speed.setting import Setting, add_cases_argument
 from bench.sweep import plan
 from bench.sweep.cells import Cell, chosen, grid_cells, paper_cells
 from bench.sweep.run import finished_cells, measure_group
@@ -53,14 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-hidden-layers", type=positive_int, help="default: 16, with experts 8; --paper: as many as fit")
     add("--align", type=positive_int, default=DEFAULT_ALIGNMENT, help="as of convert-pruned; default: %(default)s")
     add("--only", nargs="+", metavar="CELL", help="names of cells, * and ? allowed, e.g. 'gqa_*_50'; default: all")
-    add(
-        "--cases",
-        type=case_argument,
-        nargs="+",
-        default=[Case.parse(text) for text in DEFAULT_CASES],
-        metavar="CASE",
-        help=f"decode:BATCH:INPUT:OUTPUT or prefill:BATCH:INPUT, in tokens; default: {' '.join(DEFAULT_CASES)}",
-    )
+    add_cases_argument(parser, DEFAULT_CASES)
     add("--repeats", type=positive_int, default=5, help="runs per case and engine after one warm-up; default: 5")
     add("--rounds", type=positive_int, default=1, help="times that all engines are started anew; default: 1")
     add("--eager", action="store_true", help="no compilation; default: compiled, as vllm serve does")

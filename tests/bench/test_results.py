@@ -3,8 +3,9 @@
 import pytest
 
 from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
-from bench.speed.report import machine_table, results_table, warnings_of
+from bench.speed.report import machine_table, results_table
 from bench.speed.results import case_record
+from bench.speed.statistics import named_warnings
 from pruned_vllm.formats.geometry import ModelGeometry
 
 CONFIG = {
@@ -73,7 +74,7 @@ def test_noise_goes_into_the_record():
     assert warning.startswith("noisy: the interval of the speedup spans 50.0%")
     quiet = {"dense": [2.0, 2.01, 2.02, 2.01], "pruned": [1.0, 1.0, 1.01, 1.0], "plugin_dense": [2.0] * 4}
     assert record(samples=quiet)["warnings"] == []
-    assert warnings_of([record()]) == [f"decode:2:3:5: {warning}"]
+    assert named_warnings([record()]) == [f"decode:2:3:5: {warning}"]
 
 
 def test_tables_show_every_contestant():
