@@ -27,9 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="convert-pruned",
         description="Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with "
-        "every layer at its real size. The result computes what the masked model computed. The table "
-        "shows what is kept of "
-        "every layer.",
+        "every layer at its real size. The result computes what the masked model computed. The table shows what is "
+        "kept of every layer.",
         epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
     )
     add_version_argument(parser)
@@ -55,9 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         choices=("compact", "padded"),
         default="compact",
         help="what to do where the KV heads of a layer keep different numbers of query heads. compact writes the heads "
-        "that are left, and needs the plugin; padded gives every KV head of a layer as many query "
-        "heads as the one that "
-        "has most, filled up with zeros, for software that reads per_layer_config but knows no uneven groups "
+        "that are left, and needs the plugin; padded gives every KV head of a layer as many query heads as the one "
+        "that has most, filled up with zeros, for software that reads per_layer_config but knows no uneven groups "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -84,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="largest size of a weight file, for example 500MB; converting needs about as much "
-        "memory (default: %(default)s)",
+        help="largest size of a weight file, for example 500MB; converting needs about as much memory "
+        "(default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
     parser.add_argument(

@@ -32,9 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--teacher",
         metavar="MODEL",
-        help="dense model whose predictions the pruned one learns: directory or Hugging Face id; "
-        "default: none, learn from "
-        "the text alone",
+        help="dense model whose predictions the pruned one learns: directory or Hugging Face id; default: none, learn "
+        "from the text alone",
     )
     add(
         "--kd-weight",
