@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from helpers.speed_results import LLAMA_CONFIG
 
 from bench.speed import engines
 from bench.speed.engines import (
@@ -24,18 +25,7 @@ from bench.speed.machine import matmul_shapes
 from bench.speed.worker import Probe
 from pruned_vllm.formats.geometry import ModelGeometry
 
-GEOMETRY = ModelGeometry.from_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "vocab_size": 100,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 100,
-    }
-)
+GEOMETRY = ModelGeometry.from_config(LLAMA_CONFIG)
 DECODE, PREFILL = Case.parse("decode:2:3:5"), Case.parse("prefill:2:3")
 
 

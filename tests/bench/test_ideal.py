@@ -1,20 +1,11 @@
 """Ideal speedups, against counts written out by hand."""
 
 import pytest
+from helpers.speed_results import LLAMA_CONFIG as CONFIG
 
 from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
 from pruned_vllm.formats.geometry import ModelGeometry
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "vocab_size": 1000,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 100,
-}
 DENSE = ModelGeometry.from_config(CONFIG)
 PRUNED = ModelGeometry.from_config(
     CONFIG | {"per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 10}}}

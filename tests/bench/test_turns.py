@@ -4,6 +4,7 @@ import re
 from contextlib import contextmanager
 
 import pytest
+from helpers.speed_results import LLAMA_CONFIG
 
 from bench.speed.memory import GIB, PROCESS_BYTES, Share, both_fit, share_memory, weights_bytes
 from bench.speed.traffic import Scenario
@@ -84,16 +85,7 @@ def test_a_machine_that_holds_not_even_one_server_is_too_small():
 
 
 def test_quantized_weights_take_what_their_files_take(tmp_path):
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "vocab_size": 100,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 100,
-    }
-    geometry = ModelGeometry.from_config(config)
+    geometry = ModelGeometry.from_config(LLAMA_CONFIG)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1234)
-    assert weights_bytes(tmp_path, geometry, config, 2) == geometry.num_parameters * 2
-    assert weights_bytes(tmp_path, geometry, {**config, "quantization_config": {"bits": 4}}, 2) == 1234
+    assert weights_bytes(tmp_path, geometry, LLAMA_CONFIG, 2) == geometry.num_parameters * 2
+    assert weights_bytes(tmp_path, geometry, {**LLAMA_CONFIG, "quantization_config": {"bits": 4}}, 2) == 1234

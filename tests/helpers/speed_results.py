@@ -1,4 +1,4 @@
-"""Results as bench/e2e_speedup.py and bench/online_speedup.py write them, of a small model that nothing has timed."""
+"""A small model, and results like those of both speed benchmarks, of models that nothing has timed."""
 
 import copy
 import random
@@ -7,6 +7,17 @@ from bench.speed.results import describe_layer
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.formats.layer import LayerGeometry
 
+# config.json of a dense model; sizes are small and all different, so that sums can be written out by hand.
+LLAMA_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "vocab_size": 1000,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 100,
+}
 DENSE = LayerGeometry((2, 2), 100), LayerGeometry((2, 2), 0, (64, 64, 64))
 PRUNED = LayerGeometry((2, 1), 37), LayerGeometry((1,), 0, (64, 0, 23))
 HARDWARE = {"device": "cpu", "cpu": "Imaginary 9000", "cpu_features": ["avx2"], "cpu_cores": 2, "environment": {}}
