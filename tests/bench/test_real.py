@@ -1,4 +1,4 @@
-"""`make real`: which steps are done again, what must agree, how questions are scored, and what the tables say."""
+"""`make real` with fake commands: what must agree, what decides that a step is done again, and what the tables say."""
 
 import json
 from types import SimpleNamespace
@@ -6,113 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.real import evaluation, pipeline, plan, records, results
 from bench.real.__main__ import main
 from bench.real.pipeline import check_same
-from bench.real.questions import PROMPT, QUESTIONS_FILE, Question, accuracy, log_likelihoods, read_questions
-from bench.real.records import Records
 from bench.tables import real as tables
 from pruned_vllm.common.errors import InputError
 
 KINDS = ("model", "text", "learn", "convert", "know", "serve", "recover", "speed")
-PLANNED = {"text": 1.0, "learn-a": 60.0, "learn-b": 60.0, "serve-a": 1.0}
-
-
-class Fakes:
-    """Three steps that build on each other, and what of them was run."""
-
-    def __init__(self, directory):
-        self.directory, self.runs = directory, []
-
-    def run(self, force=(), settings=0, failing=None):
-        """Names of the steps that were run, not taken from records."""
-        self.runs.clear()
-        records = Records(self.directory, PLANNED, force)
-        for name, after in {"text": (), "learn-a": ("text",), "learn-b": ("text",), "serve-a": ("learn-a",)}.items():
-            chosen = {"value": settings if name == "learn-a" else 0}
-            result = records.step(name, chosen, self._action(name, failing), after=after, outputs=(self.output(name),))
-            assert result == {"of": name}
-        return [name for name, _ in self.runs]
-
-    def output(self, name):
-        return self.directory / f"{name}.out"
-
-    def _action(self, name, failing):
-        def action(resume):
-            self.runs.append((name, resume))
-            if name == failing:
-                raise KeyboardInterrupt
-            self.output(name).touch()
-            return {"of": name}
-
-        return action
-
-
-@pytest.fixture
-def fakes(tmp_path):
-    fakes = Fakes(tmp_path)
-    assert fakes.run() == list(PLANNED)
-    return fakes
-
-
-def test_what_was_done_is_not_done_again(fakes):
-    assert fakes.run() == []
-
-
-def test_other_settings_do_a_step_again_and_what_builds_on_it(fakes):
-    assert fakes.run(settings=1) == ["learn-a", "serve-a"]
-    assert fakes.run(settings=1) == []
-
-
-def test_a_lost_output_is_made_again(fakes):
-    fakes.output("learn-b").unlink()
-    assert fakes.run() == ["learn-b"]
-
-
-@pytest.mark.parametrize(
-    ("force", "expected"),
-    [
-        (["serve"], ["serve-a"]),
-        (["learn-b"], ["learn-b"]),
-        (["learn"], ["learn-a", "learn-b", "serve-a"]),
-        (["text"], list(PLANNED)),
-    ],
-)
-def test_forced_steps_are_done_again_and_what_builds_on_them(fakes, force, expected):
-    assert fakes.run(force) == expected
-
-
-def test_a_forced_step_that_fails_is_not_done(fakes):
-    """Its old record is of a result that was to be replaced."""
-    with pytest.raises(KeyboardInterrupt):
-        fakes.run(force=["serve"], failing="serve-a")
-    assert fakes.run() == ["serve-a"]
-
-
-def test_a_forced_step_that_does_not_exist_is_refused(fakes):
-    with pytest.raises(InputError, match="no step is called lear, learn-c; there are text, learn, serve, text"):
-        fakes.run(["lear", "learn-c", "learn"])
-
-
-def test_an_interrupted_step_is_told_so_unless_its_settings_changed(tmp_path):
-    fakes = Fakes(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        fakes.run(failing="learn-a")
-    with pytest.raises(KeyboardInterrupt):
-        fakes.run(failing="learn-a", settings=1)
-    assert fakes.runs == [("learn-a", False)]
-    fakes.run(settings=1)
-    assert fakes.runs[0] == ("learn-a", True)
-    assert not any(resume for _, resume in fakes.runs[1:])
-
-
-def test_settings_are_compared_as_a_file_holds_them(tmp_path):
-    for expected in (1, 0):
-        runs = []
-        Records(tmp_path, PLANNED).step("text", {"names": ("a", 0.5)}, lambda resume, runs=runs: runs.append(1) or {})
-        assert len(runs) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,45 +37,6 @@ def test_perplexities_that_must_agree(known, served, complaints):
     assert all(problem.startswith(text) for problem, text in zip(error.value.problems, complaints, strict=True))
 
 
-def test_questions_are_scored_by_the_likelihood_of_their_answers(word_model):
-    """As without padding, one answer at a time."""
-    model = AutoModelForCausalLM.from_pretrained(word_model / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(word_model / "model")
-    prompt, answers = "5 17 33", ["3", "8 9 250", "77 1"]
-    expected = []
-    for answer in answers:
-        ids = torch.tensor([[int(word) for word in f"{prompt} {answer}".split()]])
-        scores = model(input_ids=ids).logits.log_softmax(-1)[0]
-        expected.append(sum(scores[place - 1, ids[0, place]].item() for place in range(3, ids.shape[1])))
-    assert log_likelihoods(model, tokenizer, prompt, answers) == pytest.approx(expected, abs=1e-4)
-
-    template = PROMPT.format(question="7")
-    scores = log_likelihoods(model, tokenizer, template, answers)
-    found = [Question("7", tuple(answers), index) for index in (scores.index(max(scores)), scores.index(min(scores)))]
-    assert accuracy(model, tokenizer, found) == {
-        "right": 1,
-        "questions": 2,
-        "accuracy": 0.5,
-        "standard_error": pytest.approx(0.3536, abs=1e-4),
-    }
-
-
-def test_the_committed_questions():
-    questions = read_questions()
-    assert len(questions) == 40
-    assert {len(question.answers) for question in questions} == {4}
-    assert len({question.question for question in questions}) == 40
-    assert {question.right for question in questions} == {0, 1, 2, 3}
-
-
-def test_questions_with_the_same_answer_twice_are_refused(tmp_path):
-    entries = json.loads(QUESTIONS_FILE.read_text())
-    entries[2]["answers"] = [entries[2]["right"]] * 4
-    (tmp_path / "questions.json").write_text(json.dumps(entries))
-    with pytest.raises(InputError, match="question 3: an answer stands twice"):
-        read_questions(tmp_path / "questions.json")
-
-
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -187,6 +49,8 @@ CONFIG = {
     "vocab_size": 100,
     "hidden_act": "silu",
 }
+
+
 PERPLEXITIES = {"ddp": 60.0, "tyr": 70.0, "maskprune": 80.0, "wanda": 50.0, "magnitude": 200.0}
 
 
