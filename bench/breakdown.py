@@ -66,8 +66,7 @@ def break_down(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False,
     if plugin_dense:
         models["plugin_dense"] = models["dense"] | through_plugin(dense)
     _check_platform(setting)
-    # Kernels that inductor compiles appear in profiles only if it was told so before.
-    os.environ["TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE"] = "1"
+    _profile_compiled_kernels()
     with tempfile.TemporaryDirectory() as narrow:
         write_json(Path(narrow) / "config.json", narrow_config(read_json(dense_dir / "config.json")))
         models["narrow"] = {"model": narrow, "load_format": "dummy"}
@@ -91,6 +90,15 @@ def break_down(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False,
         },
         **setting.describe(dtype),
     }
+
+
+def _profile_compiled_kernels() -> None:
+    """Kernels that inductor compiles appear in profiles only if it was told so before. The variable is for processes
+    to come: this one has read it already. vLLM's cache does not know of it, and returns what was compiled without."""
+    from torch._inductor import config
+
+    config.cpp.enable_kernel_profile = True
+    os.environ |= {"TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
 
 
 def _check_platform(setting: Setting) -> None:
