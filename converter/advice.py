@@ -3,7 +3,7 @@
 import shlex
 
 from converter.plan import Plan
-from pruned_vllm.formats.companions import has_mistral_tokenizer, tokenizer_code
+from pruned_vllm.formats.companions import has_mistral_tokenizer, has_tokenizer, tokenizer_code
 
 # vLLM 0.32, vllm/v1/attention/backends/cpu_attn.py, get_supported_head_sizes; GPUs take any multiple of 8.
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -14,11 +14,11 @@ def serve_command(plan: Plan, out: str) -> str:
 
     The name of the dense model is quoted here: it may come from a pruning.json, which must not add a command.
     """
-    dense = plan.checkpoint.directory
+    dense = plan.source.companions
     command = f"vllm serve {out}"
-    if (code := tokenizer_code(dense)) is not None:
+    if dense is not None and (code := tokenizer_code(dense)) is not None:
         # A class in a repository of the hub is fetched from there. Code in the dense directory stays where it is.
-        command += "" if "--" in code else f" --tokenizer {shlex.quote(plan.source or str(dense))}"
+        command += "" if "--" in code else f" --tokenizer {shlex.quote(plan.source.hub_id or str(dense))}"
         command += " --trust-remote-code"
     if _is_mistral_repository(plan):
         command += " --tokenizer-mode mistral"
@@ -33,7 +33,13 @@ def warnings(plan: Plan) -> list[str]:
             f"head_dim is {plan.dense.head_dim}; vLLM's attention on CPUs takes {', '.join(map(str, CPU_HEAD_DIMS))} "
             "alone, so this model, pruned or not, can be served on GPUs only"
         )
-    if (code := tokenizer_code(plan.checkpoint.directory)) is not None:
+    companions = plan.source.companions
+    if companions is None or not has_tokenizer(companions):
+        found.append(
+            "there is no tokenizer beside the weights, so OUT has none: copy the files of the dense model's, or "
+            "name it when you serve (vllm serve OUT --tokenizer DENSE_MODEL)"
+        )
+    if companions is not None and (code := tokenizer_code(companions)) is not None:
         found.append(
             f"the tokenizer is code of the dense model ({code}), which is not copied; read it before you let vLLM run "
             "it with --trust-remote-code"
@@ -52,5 +58,7 @@ def _is_mistral_repository(plan: Plan) -> bool:
     It does so beside `consolidated*.safetensors`, which are not downloaded from the hub; there, Mistral's repositories
     have them.
     """
-    dense = plan.checkpoint.directory
-    return has_mistral_tokenizer(dense) and (plan.source is not None or any(dense.glob("consolidated*.safetensors")))
+    dense = plan.source.companions
+    if dense is None or not has_mistral_tokenizer(dense):
+        return False
+    return plan.source.hub_id is not None or any(dense.glob("consolidated*.safetensors"))

@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face model directory, read lazily: one tensor at a time."""
+"""The weights of a model, read lazily: one tensor at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,15 @@ import torch
 
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
-from pruned_vllm.formats.headers import ELEMENT_BYTES, read_headers
+from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers
 from pruned_vllm.formats.weights import open_safetensors
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Checkpoint:
-    """The weights of a model directory.
+    """The weights of a model directory, or of files in another format whose tensors an importer took out.
 
     Attributes:
         directory: where it is.
@@ -22,12 +25,49 @@ class Checkpoint:
         tensors: every tensor by its name in `ModelGeometry.tensor_shapes`, from the headers. Both know all biases.
     """
 
-    def __init__(self, directory: Path):
-        """Reads every file's header. Raises InputError with all problems of the index and the files."""
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, StoredTensor],
+        loaded: Mapping[str, torch.Tensor] | None = None,
+    ):
+        """Args: loaded: tensors by name that are not in safetensors files; mapped into memory, where they are large."""
         self.directory = directory
-        self.config, self.tensors = complete_biases(read_config(directory), read_headers(directory))
-        files = {tensor.file for tensor in self.tensors.values()}
-        self._shards: dict[Path, Any] = {file: open_safetensors(file, "pt") for file in files}
+        self.config, self.tensors = complete_biases(config, tensors)
+        self._loaded = dict(loaded or {})
+        stored = (tensor for name, tensor in self.tensors.items() if name not in self._loaded and not tensor.is_zeros)
+        self._shards: dict[Path, Any] = {
+            file: open_safetensors(file, "pt") for file in {tensor.file for tensor in stored}
+        }
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "Checkpoint":
+        """Reads every file's header. Raises InputError with all problems of the index and the files."""
+        return cls(directory, read_config(directory), read_headers(directory))
+
+    @classmethod
+    def from_tensors(cls, file: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Checkpoint":
+        """Tensors that were taken out of `file`, by name."""
+        return cls(file.parent, config, {}, {}).replaced(file, tensors)
+
+    def replaced(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> "Checkpoint":
+        """The same with these tensors, which were taken out of `file`, in place of those of the same names."""
+        stored = {
+            name: StoredTensor(file, name, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
+            for name, tensor in tensors.items()
+        }
+        return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, {**self._loaded, **tensors})
+
+    def without(self, names: Iterable[str]) -> "Checkpoint":
+        """The same without these tensors."""
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in set(names)}
+        loaded = {name: tensor for name, tensor in self._loaded.items() if name in left}
+        return Checkpoint(self.directory, self.config, left, loaded)
+
+    def with_config(self, config: Mapping[str, Any]) -> "Checkpoint":
+        """The same with another config.json."""
+        return Checkpoint(self.directory, config, self.tensors, self._loaded)
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of these tensors, of whatever shapes, in the dtypes that they have here."""
@@ -36,7 +76,8 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""
         tensor = self.tensors[name]
-        shard = self._shards[tensor.file]
+        if name in self._loaded:
+            return self._loaded[name]
         if tensor.is_zeros:
-            return shard.get_slice(tensor.key)[:0].new_zeros(tensor.shape)
-        return shard.get_tensor(tensor.key)
+            return torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
+        return self._shards[tensor.file].get_tensor(tensor.key)

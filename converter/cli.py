@@ -1,6 +1,7 @@
-"""convert-pruned: a masked checkpoint becomes a smaller one that vLLM serves.
+"""convert-pruned: a masked checkpoint, or what another project wrote, becomes a smaller one that vLLM serves.
 
 convert-pruned ckpt/ out/
+convert-pruned zs.pt out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
 convert-pruned out/ --plot      # pictures of what is left, in out/report/
 vllm serve out/
 """
@@ -9,8 +10,10 @@ import argparse
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
+from converter.importers import AUTO, importer_names, importer_summaries
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
@@ -23,26 +26,53 @@ from pruned_vllm.common.files import read_json
 DEFAULT_ALIGNMENT = 64
 
 
+DESCRIPTION = """\
+Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with every layer at its real
+size. The result computes what the masked model computed. The table shows what is kept of every layer. INPUT is what
+learn-masks wrote, or what another pruning project did."""
+EXAMPLES = """\
+examples:
+  convert-pruned ckpt/ out/ && vllm serve out/
+  convert-pruned nuteprune/epoch6/ out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="convert-pruned",
-        description="Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with "
-        "every layer at its real size. The result computes what the masked model computed. The table shows what is "
-        "kept of every layer.",
-        epilog="example: convert-pruned ckpt/ out/ && vllm serve out/",
+        description=DESCRIPTION,
+        epilog=f"{EXAMPLES}\n{_formats()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version_argument(parser)
     parser.add_argument(
-        "checkpoint",
+        "input",
+        metavar="INPUT",
         type=Path,
-        help="masked checkpoint: pruning_masks.safetensors, pruning.json, and the dense model unless pruning.json "
-        "names it (base_model); with --plot and without OUT, a converted model",
+        help="directory or file: a masked checkpoint of learn-masks (pruning_masks.safetensors, pruning.json, and the "
+        "dense model unless pruning.json names it), or what another project wrote (see below); with --plot and without "
+        "OUT, a converted model",
     )
     parser.add_argument("out", type=Path, nargs="?", help="directory to write; must not exist (see --overwrite)")
     parser.add_argument(
+        "--from",
+        dest="importer",
+        choices=(AUTO, *importer_names()),
+        default=AUTO,
+        metavar="NAME",
+        help="format of INPUT, see below; auto recognises it, or lists those that it may be (default: %(default)s)",
+    )
+    parser.add_argument(
         "--base-model",
         metavar="DIR_OR_ID",
-        help="dense model, in place of any weights in CHECKPOINT and of the one that pruning.json names",
+        help="dense model, for inputs that have masks only or lack its tokenizer; in place of any weights in INPUT and "
+        "of the model that pruning.json names",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights in OUT; auto keeps the one that each tensor has (default: %(default)s)",
     )
     parser.add_argument(
         "--revision",
@@ -96,14 +126,22 @@ def main(argv: list[str] | None = None) -> int:
         "--plot",
         action="store_true",
         help="draw the heads, FFN channels and experts that are left in every layer, into OUT/report; without OUT, "
-        "draw the converted model CHECKPOINT from its config.json and convert nothing. Needs Matplotlib",
+        "draw the converted model INPUT from its config.json and convert nothing. Needs Matplotlib",
     )
     args = parser.parse_args(argv)
     if args.out is None and not args.plot:
         parser.error("the following arguments are required: out")
     if args.plot and args.dry_run:
         parser.error("--dry-run writes nothing, --plot does; leave out one of them")
-    return run_command(parser.prog, lambda: _plot(args.checkpoint) if args.out is None else _convert(args))
+    return run_command(parser.prog, lambda: _plot(args.input) if args.out is None else _convert(args))
+
+
+def _formats() -> str:
+    """What --from can be, for --help: the first line of each importer's docstring, read without importing it."""
+    lines = ["formats (--from):"]
+    for name, summary in importer_summaries().items():
+        lines += textwrap.wrap(summary, 118, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+    return "\n".join(lines)
 
 
 def _plot(directory: Path) -> None:
@@ -121,6 +159,8 @@ def _plot(directory: Path) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     # Imported late: --help and wrong arguments should not wait for torch.
+    import torch
+
     from converter.advice import serve_command, warnings
     from converter.convert import WRITER, convert
     from converter.plan import make_plan
@@ -132,8 +172,10 @@ def _convert(args: argparse.Namespace) -> None:
     if args.plot:
         require_matplotlib()
     plan = make_plan(
-        args.checkpoint,
+        args.input,
         args.base_model,
+        importer=args.importer,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         revision=args.revision,
         gqa_layout=args.gqa_layout,
         alignment=args.align,

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import torch
+
 from converter.plan import Plan
 from converter.table import model_card
 from converter.writer import ShardWriter
@@ -29,18 +31,21 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
     """
     _check_place(plan, out)
     with atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
-        shapes = plan.pruned.tensor_shapes()
+        shapes, changes = plan.pruned.tensor_shapes(), plan.source.changes
         writer = ShardWriter(directory, max_shard_bytes)
         for name, shape in progress_bar(shapes.items(), desc="converting", unit=" tensors"):
             tensor, done = plan.checkpoint.read(name), []
-            dtype = tensor.dtype
-            if plan.adapter is not None and name in plan.adapter.pairs:
-                tensor = plan.adapter.merge(name, tensor)
+            dtype = plan.dtype or tensor.dtype
+            if changes is not None and name in changes.names:
+                tensor = changes.merge(name, tensor)
                 done.append("the adapter was merged")
             if name in plan.cuts:
-                tensor = plan.cuts[name].apply(tensor)
+                # What is written in more digits keeps those that the fold computes.
+                tensor = plan.cuts[name].apply(tensor.to(torch.promote_types(tensor.dtype, dtype)))
                 done.append("the masks were folded in")
             tensor = tensor.to(dtype)
+            if plan.dtype is not None:
+                done.append(f"it was cast to {str(dtype).removeprefix('torch.')}")
             if tuple(tensor.shape) != shape:
                 raise AssertionError(f"{name}: cut to {list(tensor.shape)}, the geometry says {list(shape)}")
             if bad := int((~tensor.isfinite()).sum()):
@@ -53,13 +58,14 @@ def convert(plan: Plan, out: Path, *, overwrite: bool = False, max_shard_bytes: 
             writer.add(name, tensor)
         writer.finish()
         write_json(directory / "config.json", plan.config())
-        copy_companions(plan.checkpoint.directory, directory)
+        if plan.source.companions is not None:
+            copy_companions(plan.source.companions, directory)
         (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
 
 
 def _check_place(plan: Plan, out: Path) -> None:
     target = out.resolve()
-    for used in (plan.checkpoint.directory.resolve(), plan.directory.resolve()):
+    for used in {path.resolve(): None for path in plan.source.inputs}:
         if target == used or target in used.parents:
             raise InputError(f"{out} contains {used}, which is to be converted; choose another directory")
     existing = next(parent for parent in target.parents if parent.exists())

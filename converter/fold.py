@@ -53,11 +53,11 @@ class Cut:
         return result.to(tensor.dtype).contiguous()
 
 
-def kept_layer(dense: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
-    """The geometry that a layer's masks leave. `dense` is the layer before pruning, its query groups even."""
-    groups, width, experts = dense.query_heads_per_kv_head, dense.intermediate_size, dense.expert_intermediate_sizes
+def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
+    """The geometry that masks leave of a layer."""
+    groups, width, experts = layer.query_heads_per_kv_head, layer.intermediate_size, layer.expert_intermediate_sizes
     if masks.head is not None:
-        groups = tuple(len(heads) for heads in _kept_query_heads(dense, masks.head).values())
+        groups = tuple(len(heads) for heads in _kept_query_heads(layer, masks.head).values())
     if masks.channel is not None:
         width = int(masks.channel.count_nonzero())
     if masks.expert is not None:
@@ -67,7 +67,7 @@ def kept_layer(dense: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
 
 def cut_layer(
     family: Family,
-    dense: LayerGeometry,
+    layer: LayerGeometry,
     head_dim: int,
     masks: LayerMasks,
     channel_mask_site: str,
@@ -76,7 +76,7 @@ def cut_layer(
     """The cut of each of a layer's tensors that makes it into `target`.
 
     Args:
-        dense: the layer before pruning, its query groups even.
+        layer: the sizes that its tensors have.
         channel_mask_site: "product" or "gate_and_up".
         target: a shape that `kept_layer` fits into (see `converter.shapes.fits`); what it has more is padding.
 
@@ -85,16 +85,18 @@ def cut_layer(
         o_proj.bias, the router) stay as they are, those of a skipped sublayer or an expert without channels vanish.
     """
     cuts: dict[str, Cut] = {}
+    masks = _with_masks_to_pad(layer, masks, target)
 
     def linear(name: str, cut: Cut) -> None:
         cuts[f"{name}.weight"] = cut
         cuts[f"{name}.bias"] = Cut(rows=cut.rows, row_factors=cut.row_factors)
 
     if masks.head is not None:
-        kv_heads, query_heads = _place_heads(_kept_query_heads(dense, masks.head), target)
+        kv_heads, query_heads = _place_heads(_kept_query_heads(layer, masks.head), target)
         query_rows, kv_rows = head_rows(query_heads, head_dim), head_rows(kv_heads, head_dim)
-        factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long)).repeat_interleave(head_dim)
-        into_v_proj = dense.num_attention_heads == dense.num_key_value_heads
+        factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long))
+        factors = None if factors is None else factors.repeat_interleave(head_dim)
+        into_v_proj = set(layer.query_heads_per_kv_head) == {1}
         linear("self_attn.q_proj", Cut(rows=query_rows))
         linear("self_attn.k_proj", Cut(rows=kv_rows))
         linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if into_v_proj else None))
@@ -123,11 +125,24 @@ def _cut_mlp(channel_mask: torch.Tensor, channel_mask_site: str, width: int) -> 
     return gate, Cut(rows=channels, row_factors=factors), Cut(columns=channels)
 
 
-def _kept_query_heads(dense: LayerGeometry, head_mask: torch.Tensor) -> dict[int, list[int]]:
+def _with_masks_to_pad(layer: LayerGeometry, masks: LayerMasks, target: LayerGeometry) -> LayerMasks:
+    """`masks` with ones where there is no mask, but padding: a mask that keeps all says where what is there goes."""
+    head, channel, expert = masks.head, masks.channel, masks.expert
+    if head is None and target.query_heads_per_kv_head != layer.query_heads_per_kv_head:
+        head = torch.ones(layer.num_attention_heads)
+    if channel is None and target.intermediate_size != layer.intermediate_size:
+        channel = torch.ones(layer.intermediate_size)
+    if expert is None and target.expert_intermediate_sizes != layer.expert_intermediate_sizes:
+        expert = torch.ones(len(layer.expert_intermediate_sizes), layer.expert_width)  # all the same: others get none
+    return LayerMasks(head, channel, expert)
+
+
+def _kept_query_heads(layer: LayerGeometry, head_mask: torch.Tensor) -> dict[int, list[int]]:
     """The query heads that stay, by the KV head they read; a KV head without any is gone."""
+    kv_head_of = [kv_head for kv_head, group in enumerate(layer.query_heads_per_kv_head) for _ in range(group)]
     kept: dict[int, list[int]] = {}
     for head in head_mask.nonzero().view(-1).tolist():
-        kept.setdefault(head // dense.widest_group, []).append(head)
+        kept.setdefault(kv_head_of[head], []).append(head)
     return kept
 
 
@@ -147,6 +162,7 @@ def _place_heads(kept: dict[int, list[int]], target: LayerGeometry) -> tuple[lis
     return [placed.get(place, PAD) for place in range(len(groups))], query_heads
 
 
-def _factors(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The mask at `index`; 1 for padding, whose zeros stay zeros."""
-    return torch.where(index == PAD, 1, mask[index.clamp(min=0)])
+def _factors(mask: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
+    """The mask at `index`; 1 for padding, whose zeros stay zeros. None where all are 1, and nothing is multiplied."""
+    factors = torch.where(index == PAD, 1, mask[index.clamp(min=0)])
+    return None if bool((factors == 1).all()) else factors

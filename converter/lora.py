@@ -50,9 +50,19 @@ class LoraAdapter:
     pairs: dict[str, LoraPair]
 
     @property
+    def names(self) -> set[str]:
+        """Full names of the weights that change."""
+        return set(self.pairs)
+
+    @property
     def ranks(self) -> list[int]:
         """The different ranks, ascending."""
         return sorted({pair.rank for pair in self.pairs.values()})
+
+    def describe(self) -> str:
+        ranks = self.ranks
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        return f"LoRA adapter: {rank}, merged into {len(self.pairs):,} weights before the masks were folded in."
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The sum in float32 (float64 for float64): the caller casts, once, after the masks are folded in."""

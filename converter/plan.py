@@ -1,25 +1,28 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from converter.checkpoint import Checkpoint
+import torch
+
+from converter.checkpoint import DTYPES, Checkpoint
 from converter.fold import Cut, cut_layer, kept_layer
-from converter.lora import LoraAdapter
-from converter.mask_file import read_masks
+from converter.hidden import HiddenCut, make_hidden_cut
+from converter.importers import AUTO, read_source
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
+from converter.source import HiddenMask, Request, Source
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.companions import find_companions
-from pruned_vllm.formats.config import converted_config, dense_geometry
-from pruned_vllm.formats.fingerprint import Fingerprint
+from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import dense_problems
-from pruned_vllm.formats.hub import MODEL_FILES, download, model_directory
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
 from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, PRUNING_FILE, PruningInfo
-from pruned_vllm.formats.weights import has_weight_files, unread_weights
+from pruned_vllm.formats.masked import FORMAT_VERSION
+from pruned_vllm.formats.tensors import Shapes
 
 
 @dataclass(frozen=True)
@@ -27,40 +30,61 @@ class Plan:
     """A conversion that can be done.
 
     Attributes:
-        directory: the masked checkpoint.
-        checkpoint: the dense weights.
-        source: hub id of the dense model, where they came from the hub.
-        info: pruning.json.
-        dense, exact, pruned: geometries before, as the masks leave it, and as it is written: `exact` plus padding.
-        alignment: of the FFN widths.
+        source: what an importer found.
+        exact, pruned: geometries as the masks leave it, and as it is written: `exact` plus padding.
+        alignment: of the FFN widths and of the hidden size, where that is cut.
         cuts: by full tensor name; a tensor that is not named is copied.
-        adapter: what is merged before the cuts, if anything.
+        rms_norm_eps: the new one, where hidden dimensions were cut.
+        dtype: of the tensors that are written; None is the one that each has.
     """
 
-    directory: Path
-    checkpoint: Checkpoint
-    source: str | None
-    info: PruningInfo
-    dense: ModelGeometry
+    source: Source
     exact: ModelGeometry
     pruned: ModelGeometry
     alignment: int
     cuts: dict[str, Cut]
-    adapter: LoraAdapter | None
+    rms_norm_eps: float | None
+    dtype: torch.dtype | None
+
+    @property
+    def dense(self) -> ModelGeometry:
+        """The geometry before pruning."""
+        return self.source.dense
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights that are read."""
+        return self.source.weights
+
+    @property
+    def cuts_nothing(self) -> bool:
+        """Whether what is written has the sizes of the dense model."""
+        return self.exact.layers == self.dense.layers and self.exact.hidden_size == self.dense.hidden_size
 
     def bytes_of(self, geometry: ModelGeometry) -> int:
-        """Bytes of the tensors of `geometry` in the dtypes of the checkpoint."""
-        return self.checkpoint.bytes_of(geometry.tensor_shapes())
+        """Bytes of the tensors of `geometry`, as they are written."""
+        return self.bytes_of_shapes(geometry.tensor_shapes())
+
+    def bytes_of_shapes(self, shapes: Shapes) -> int:
+        """Bytes of tensors of these shapes, as they are written."""
+        if self.dtype is None:
+            return self.checkpoint.bytes_of(shapes)
+        return ELEMENT_BYTES[DTYPES[self.dtype]] * sum(map(math.prod, shapes.values()))
 
     def config(self) -> dict[str, Any]:
         """The converted config.json."""
         config = dict(self.checkpoint.config)
         config.pop("auto_map", None)  # code shipped with the dense model does not know the new shapes
+        if self.rms_norm_eps is not None:
+            config["rms_norm_eps"] = self.rms_norm_eps
+        if self.dtype is not None:
+            config.pop("torch_dtype", None)  # the name of the key before Transformers 5
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
         return converted_config(self.pruned, config) | {
             "pruning": {
                 "format_version": FORMAT_VERSION,
-                "method": self.info.method,
-                "source": self.source,
+                "method": self.source.method,
+                "source": self.source.hub_id,
                 "alignment": self.alignment,
                 "sizes": {
                     "parameters": [self.dense.num_parameters, self.pruned.num_parameters],
@@ -71,20 +95,27 @@ class Plan:
 
 
 def make_plan(
-    directory: Path,
+    path: Path,
     base_model: str | None = None,
     *,
+    importer: str = AUTO,
     revision: str | None = None,
+    settings: Mapping[str, float | None] | None = None,
+    dtype: torch.dtype | None = None,
     gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int = 1,
     max_distinct_shapes: int | None = None,
 ) -> Plan:
-    """Reads the masked checkpoint in `directory` and checks all of it.
+    """Reads the pruned model in `path` and checks all of it.
 
     Args:
+        path: directory or file: a masked checkpoint, or what another project wrote.
         base_model: directory or hub id of the dense model; takes the place of any other weights.
+        importer: the format of `path`, one of `importer_names()`; "auto" finds out.
         revision: commit, branch or tag of a model of the hub; None is the one that the masks were learned on, if
             pruning.json says so, else the main branch.
+        settings: other options that an importer needs.
+        dtype: of the weights that are written; None keeps that of every tensor.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
         alignment: pads FFN widths to multiples of this, at most to the dense width. Experts of different widths stay
             as they are: their kernels take any number of rows.
@@ -93,120 +124,68 @@ def make_plan(
     Raises:
         InputError: with every problem of the first stage that has any (files, config, tensors and masks, geometry).
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory; give the masked checkpoint that learn-masks wrote")
-    info = PruningInfo.read(directory)
-    weights, source = _find_weights(directory, info, base_model, revision)
-    checkpoint = Checkpoint(weights)
-    _check_fingerprint(directory, info, weights)
-    dense = dense_geometry(weights, checkpoint.config)
+    source = read_source(Request(path, base_model, revision, settings or {}), importer)
+    dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
             f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
             "their layers are served at any width without padding"
         )
-
-    problems = [f"config.json: {problem}" for problem in refusals(dense.family, checkpoint.config)]
-    problems += dense_problems(checkpoint.tensors, dense)
-    masks, adapter = [], None
-    try:
-        masks = read_masks(directory, dense)
-    except InputError as error:
-        problems.append(str(error))
-    try:
-        if info.lora_adapter is not None:
-            adapter = LoraAdapter.read(directory / info.lora_adapter, checkpoint, dense)
-    except InputError as error:
-        problems.append(str(error))
-    try:
-        find_companions(weights)
-    except InputError as error:
-        problems.append(str(error))
-    if problems:
-        raise InputError(f"{directory} cannot be converted:", problems)
-
-    exact = [kept_layer(layer, layer_masks) for layer, layer_masks in zip(dense.layers, masks, strict=True)]
+    _check(path, source)
+    hidden = make_hidden_cut(source.hidden or HiddenMask(), dense, source.weights.config, alignment)
+    exact = [kept_layer(layer, masks) for layer, masks in zip(source.layers, source.masks, strict=True)]
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
     layers = [
-        with_aligned_width(layer, alignment, before.intermediate_size or before.expert_width)
-        for layer, before in zip(layers, dense.layers, strict=True)
+        with_aligned_width(layer, alignment, _largest_width(before, given))
+        for layer, before, given in zip(layers, dense.layers, source.layers, strict=True)
     ]
     if max_distinct_shapes is not None:
 
         def layer_bytes(layer: LayerGeometry) -> int:
-            return checkpoint.bytes_of(dense.with_layers((layer,)).layer_tensor_shapes(0))
+            return source.weights.bytes_of(dense.with_layers((layer,)).layer_tensor_shapes(0))
 
         layers = with_few_shapes(layers, layer_bytes, max_distinct_shapes)
-    cuts: dict[str, Cut] = {}
-    for index, (layer_masks, layer) in enumerate(zip(masks, layers, strict=True)):
-        layer_cuts = cut_layer(
-            dense.family, dense.layers[index], dense.head_dim, layer_masks, info.channel_mask_site, layer
-        )
-        cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     return Plan(
-        directory=directory,
-        checkpoint=checkpoint,
         source=source,
-        info=info,
-        dense=dense,
-        exact=dense.with_layers(tuple(exact)),
-        pruned=dense.with_layers(tuple(layers)),
+        exact=replace(dense, layers=tuple(exact), hidden_size=hidden.exact_size if hidden else dense.hidden_size),
+        pruned=replace(dense, layers=tuple(layers), hidden_size=hidden.hidden_size if hidden else dense.hidden_size),
         alignment=alignment,
-        cuts=cuts,
-        adapter=adapter,
+        cuts=_make_cuts(source, layers, hidden),
+        rms_norm_eps=hidden.rms_norm_eps if hidden else None,
+        dtype=dtype,
     )
 
 
-def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> None:
-    """Refuses weights that the masks do not belong to."""
-    if info.base_fingerprint is None:
-        return
-    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.from_directory(weights))
-    if differences:
-        name = info.base_model or "those that were beside them"
-        commit = f" at revision {info.base_revision}" if info.base_revision else ""
-        raise InputError(
-            f"The masks in {directory} were learned for other weights ({name}{commit}) than those in {weights}. Give "
-            "the model that they were learned for with --base-model, or learn masks for this one. If it is the right "
-            f"one nevertheless, remove base_fingerprint from {directory / PRUNING_FILE}. What differs:",
-            differences,
-        )
-
-
-def _find_weights(
-    directory: Path, info: PruningInfo, base_model: str | None, revision: str | None
-) -> tuple[Path, str | None]:
-    """The directory of the dense weights, and their hub id if they come from the hub.
-
-    A base model given by the user counts first, then weights beside the masks, then the one in pruning.json (relative
-    to the masked checkpoint).
-
-    Raises:
-        InputError: there are none, or they are elsewhere, but beside the masks is something that may have been meant.
-    """
-    if base_model is not None:
-        name, find = base_model, model_directory
-    elif has_weight_files(directory):
-        return model_directory(str(directory), MODEL_FILES, revision)
-    elif info.base_model is not None:
-        name, find = str(directory / info.base_model), model_directory
-        if not Path(name).is_dir():
-            name, find, revision = info.base_model, download, revision or info.base_revision
-    else:
-        unread_names = ", ".join(unread_weights(directory))
-        raise InputError(
-            f"{directory} holds no weights as safetensors{f', but {unread_names},' if unread_names else ''} and "
-            f"{PRUNING_FILE} names no base_model; give the dense model with --base-model"
-        )
-    if unread := unread_weights(directory):
-        raise InputError(
-            f"{directory} holds {', '.join(unread)}, which would be ignored: pickled weights are never read, and the "
-            f"base model {name} would take their place. If the masks belong to these weights, save them with "
-            "save_pretrained of Transformers, and an adapter into a subdirectory that lora_adapter names; else move "
-            "them away"
-        )
+def _check(path: Path, source: Source) -> None:
+    """Refuses what cannot be converted, with every problem."""
+    weights = source.weights
+    problems = [f"config.json: {problem}" for problem in refusals(source.dense.family, weights.config)]
+    problems += dense_problems(weights.tensors, source.dense.with_layers(source.layers))
+    problems += source.problems
     try:
-        weights, commit = find(name, MODEL_FILES, revision)
-        return weights, name if commit else None
+        if source.companions is not None:
+            find_companions(source.companions)
     except InputError as error:
-        raise InputError(f"base_model {error}; give the dense model with --base-model") from None
+        problems.append(str(error))
+    if problems:
+        raise InputError(f"{path} cannot be converted:", problems)
+
+
+def _largest_width(dense: LayerGeometry, given: LayerGeometry) -> int:
+    """The FFN width, or that of experts, which padding must not exceed."""
+    return max(layer.intermediate_size or layer.expert_width for layer in (dense, given))
+
+
+def _make_cuts(source: Source, layers: Sequence[LayerGeometry], hidden: HiddenCut | None) -> dict[str, Cut]:
+    """The cut of every tensor that changes, by full name."""
+    dense = source.dense
+    cuts: dict[str, Cut] = {}
+    for index, (masks, layer) in enumerate(zip(source.masks, layers, strict=True)):
+        layer_cuts = cut_layer(
+            dense.family, source.layers[index], dense.head_dim, masks, source.channel_mask_site, layer
+        )
+        cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
+    if hidden is not None:
+        given = dense.with_layers(source.layers).tensor_shapes()
+        cuts = {name: hidden.cut(name, shape, cuts.get(name)) for name, shape in given.items()}
+    return cuts

@@ -15,7 +15,7 @@ from pruned_vllm.formats.layer import LayerGeometry
 
 def print_plan(plan: Plan) -> None:
     """Prints the sizes of every layer and the totals."""
-    title = f"{plan.dense.family.architecture} pruned by {plan.info.method}"
+    title = f"{plan.dense.family.architecture} pruned by {plan.source.method}"
     # No borders: the numbers of a 70B model then fit into 80 columns.
     table = Table(
         title=title,
@@ -62,7 +62,7 @@ def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
         if experts:
             row += _spread(exact.expert_intermediate_sizes)
         dense_bytes, exact_bytes, written_bytes = (
-            plan.checkpoint.bytes_of(geometry.layer_tensor_shapes(index))
+            plan.bytes_of_shapes(geometry.layer_tensor_shapes(index))
             for geometry in (plan.dense, plan.exact, plan.pruned)
         )
         row.append(_megabytes(exact_bytes))
@@ -95,10 +95,18 @@ def totals(plan: Plan) -> list[str]:
     layers_before, layers_after = before.num_layer_parameters, after.num_layer_parameters
     kv_before, kv_after = before.num_key_value_heads, after.num_key_value_heads
     config = plan.config()
-    lines = [
+    removed = (
         f"Parameters: {before.num_parameters:,} before, {after.num_parameters:,} after "
         f"({1 - after.num_parameters / before.num_parameters:.1%} removed; "
-        f"{1 - layers_after / layers_before:.1%} of the layers, embeddings stay).",
+        f"{1 - layers_after / layers_before:.1%} of the layers"
+        f"{', embeddings stay' if before.hidden_size == after.hidden_size else ''})."
+    )
+    if plan.cuts_nothing:
+        removed = (
+            f"Nothing to cut: every layer has the size that config.json says ({after.num_parameters:,} parameters)."
+        )
+    lines = [
+        removed,
         f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
@@ -109,11 +117,9 @@ def totals(plan: Plan) -> list[str]:
     ]
     if keys := left_out(before.family, plan.checkpoint.config):
         lines.append(f"Not in the new config.json, since vLLM alone acts on them: {', '.join(keys)}.")
-    if plan.adapter is not None:
-        ranks, count = plan.adapter.ranks, len(plan.adapter.pairs)
-        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        lines.append(f"LoRA adapter: {rank}, merged into {count:,} weights before the masks were folded in.")
-    return lines
+    if plan.source.changes is not None:
+        lines.append(plan.source.changes.describe())
+    return [*lines, *plan.source.notes]
 
 
 def _expert_totals(plan: Plan) -> list[str]:
@@ -134,7 +140,7 @@ def _shape_totals(plan: Plan) -> list[str]:
     if not _is_padded(plan):
         return [f"Distinct layer shapes: {shapes} in {len(plan.pruned.layers)} layers."]
     exact_bytes, written_bytes = plan.bytes_of(plan.exact), plan.bytes_of(plan.pruned)
-    element_bytes = ELEMENT_BYTES[plan.checkpoint.tensors["model.layers.0.self_attn.k_proj.weight"].dtype]
+    element_bytes = ELEMENT_BYTES[plan.checkpoint.tensors["model.embed_tokens.weight"].dtype]
     exact_cache, cache = (geometry.kv_cache_bytes_per_token(element_bytes) for geometry in (plan.exact, plan.pruned))
     padding = f"Padding: {_megabytes(written_bytes - exact_bytes)} MB of zeros in the weights "
     padding += f"({_lost(exact_bytes, written_bytes)} on top of {_megabytes(exact_bytes)} MB)"
@@ -149,9 +155,9 @@ def _shape_totals(plan: Plan) -> list[str]:
 def model_card(plan: Plan) -> str:
     """README.md of the converted checkpoint."""
     config = plan.config()
-    header = ["---", "library_name: vllm", "tags:", "- pruned", f"- {plan.info.method}"]
-    if plan.source:
-        header.append(f"base_model: {plan.source}")
+    header = ["---", "library_name: vllm", "tags:", "- pruned", f"- {plan.source.method}"]
+    if plan.source.hub_id:
+        header.append(f"base_model: {plan.source.hub_id}")
     plugin = "" if "per_layer_config" not in config else "    pip install pruned-vllm\n"
     columns, rows = _layer_table(plan)
     return "\n".join(
@@ -160,7 +166,7 @@ def model_card(plan: Plan) -> str:
             "---",
             "# Structurally pruned model",
             "",
-            f"Masks learned by `{plan.info.method}` on `{plan.source or plan.dense.family.architecture}`, "
+            f"Masks learned by `{plan.source.method}` on `{plan.source.hub_id or plan.dense.family.architecture}`, "
             "folded into the weights by pruned-vllm.",
             "",
             *(f"- {line}" for line in totals(plan)),

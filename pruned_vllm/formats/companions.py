@@ -121,6 +121,12 @@ def tokenizer_code(directory: Path) -> str | None:
     return next((name for name in named if isinstance(name, str)), None)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is any file that a tokenizer can be made of."""
+    names = ("tokenizer*.json", "tokenizer.model*", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+    return any(any(directory.glob(name)) for name in names)
+
+
 def has_mistral_tokenizer(directory: Path) -> bool:
     """Whether there are files of mistral-common, with which vLLM reads text for Mistral's own directories."""
     return (directory / "tekken.json").is_file() or any(directory.glob("tokenizer.model.v*"))

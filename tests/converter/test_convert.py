@@ -157,7 +157,7 @@ def add_index(ckpt: Path, file: str) -> None:
 
 
 BAD_INPUTS = {
-    "no checkpoint": (lambda c: c.rename(c.with_name("gone")), "is not a directory"),
+    "no checkpoint": (lambda c: c.rename(c.with_name("gone")), "does not exist"),
     "no mask file": (lambda c: (c / "pruning_masks.safetensors").unlink(), "pruning_masks.safetensors is missing"),
     "no pruning.json": (lambda c: (c / "pruning.json").unlink(), "pruning.json is missing"),
     "damaged json": (lambda c: (c / "pruning.json").write_text("{"), "not valid JSON"),

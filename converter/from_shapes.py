@@ -1,0 +1,108 @@
+"""Sizes of layers that were cut already, told by the shapes of their tensors, whatever config.json says of them.
+
+A sublayer whose weights are absent or have no rows is gone. What is left of it goes too (its norm has nothing to do),
+but not the bias that it ends in: `o_proj.bias` and `down_proj.bias` are added to the hidden states whatever was cut.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import StoredTensor
+from pruned_vllm.formats.layer import LayerGeometry
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass
+class CutLayers:
+    """What the shapes say.
+
+    Attributes:
+        layers: the sizes of every layer.
+        leftovers: names of tensors that belong to sublayers that are gone.
+        problems: shapes that contradict each other; layers then are not to be used.
+    """
+
+    layers: list[LayerGeometry] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) -> CutLayers:
+    """Reads the sizes of every layer of `dense` from the tensors by full name; absent layers do nothing at all."""
+    found = CutLayers()
+    for index, layer in enumerate(dense.layers):
+        prefix = f"model.layers.{index}."
+        reader = _LayerReader(prefix, tensors, dense.head_dim, found)
+        groups = reader.attention()
+        if layer.expert_intermediate_sizes:
+            count = len(layer.expert_intermediate_sizes)
+            experts = tuple(reader.mlp(dense.family.experts_format.modules_of(expert)) for expert in range(count))
+            found.layers.append(LayerGeometry(groups, 0, experts))
+        else:
+            width = reader.mlp(_MLP)
+            if not width:
+                reader.drop("post_attention_layernorm.weight")
+            found.layers.append(LayerGeometry(groups, width))
+    return found
+
+
+class _LayerReader:
+    def __init__(self, prefix: str, tensors: Mapping[str, StoredTensor], head_dim: int, found: CutLayers) -> None:
+        self._prefix, self._tensors, self._head_dim, self._found = prefix, tensors, head_dim, found
+
+    def attention(self) -> tuple[int, ...]:
+        """Query heads of each KV head."""
+        q, k, v, o = self._sizes(_ATTENTION, axes=(0, 0, 0, 1))
+        if not (q and k and v and o):
+            if q or k or v or o:
+                self._contradiction(_ATTENTION, (q, k, v, o))
+            self.drop("input_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
+            self._drop_modules(_ATTENTION)
+            return ()
+        if q != o or k != v or q % self._head_dim or k % self._head_dim:
+            self._contradiction(_ATTENTION, (q, k, v, o), f"; head_dim is {self._head_dim}")
+            return ()
+        heads, kv_heads = q // self._head_dim, k // self._head_dim
+        if heads % kv_heads:
+            self._found.problems.append(
+                f"{self._prefix}self_attn: {heads} query heads for {kv_heads} KV heads; which of them belong together "
+                "cannot be told from shapes, so it needs per_layer_config with query_heads_per_kv_head"
+            )
+            return ()
+        return (heads // kv_heads,) * kv_heads
+
+    def mlp(self, modules: tuple[str, str, str]) -> int:
+        """FFN channels of a gated MLP."""
+        sizes = self._sizes(modules, axes=(0, 0, 1))
+        if not all(sizes):
+            if any(sizes):
+                self._contradiction(modules, sizes)
+            self._drop_modules(modules)
+            return 0
+        if len(set(sizes)) > 1:
+            self._contradiction(modules, sizes)
+        return sizes[0]
+
+    def drop(self, *names: str) -> None:
+        self._found.leftovers += [self._prefix + name for name in names if self._prefix + name in self._tensors]
+
+    def _drop_modules(self, modules: tuple[str, ...]) -> None:
+        self.drop(*(f"{module}.weight" for module in modules), *(f"{module}.bias" for module in modules[:-1]))
+
+    def _sizes(self, modules: tuple[str, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+        """The size of each module's weight along its axis; 0 where there is none, or nothing in it."""
+        sizes = []
+        for module, axis in zip(modules, axes, strict=True):
+            tensor = self._tensors.get(f"{self._prefix}{module}.weight")
+            sizes.append(tensor.shape[axis] if tensor is not None and len(tensor.shape) == 2 else 0)
+        return tuple(sizes)
+
+    def _contradiction(self, modules: tuple[str, ...], sizes: tuple[int, ...], more: str = "") -> None:
+        names = ", ".join(module.rpartition(".")[2] for module in modules)
+        self._found.problems.append(
+            f"{self._prefix}{modules[0].rpartition('.')[0]}: {names} have {', '.join(map(str, sizes))} rows or "
+            f"columns, which do not belong together{more}"
+        )

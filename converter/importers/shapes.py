@@ -1,0 +1,52 @@
+"""Tensors that were cut already, whatever config.json says: FLAP, wanda-sp, GradNAS, Torch-Pruning, cuts by hand.
+
+Reads a model directory with safetensors (or pickled state dicts). Every layer's sizes are those of its tensors;
+head_dim is the one of config.json, else hidden_size / num_attention_heads of the model before pruning. Biases of o_proj
+and down_proj stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors without
+rows, are gone.
+"""
+
+from pathlib import Path
+
+from converter.checkpoint import Checkpoint
+from converter.from_shapes import layers_from_shapes
+from converter.importers import masked
+from converter.source import Request, Source
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config import dense_geometry
+from pruned_vllm.formats.masked import LayerMasks
+from pruned_vllm.formats.weights import has_weight_files
+
+NAME = "tensors that are cut already"
+
+# Lists that some projects write beside the tensors. The tensors say the same, and config.json must not say it twice.
+SIZE_LISTS = ("layer_head_num", "layer_inter_size", "layer_num")
+
+
+def recognise(path: Path) -> str | None:
+    if (path / "config.json").is_file() and has_weight_files(path) and not masked.recognise(path):
+        return "config.json beside weights"
+    return None
+
+
+def read(request: Request) -> Source:
+    directory = request.path
+    return source_from_shapes(Checkpoint.from_directory(directory), request, "shapes")
+
+
+def source_from_shapes(weights: Checkpoint, request: Request, method: str) -> Source:
+    """What the shapes of these tensors say. Raises InputError where they contradict each other."""
+    config = {key: value for key, value in weights.config.items() if key not in SIZE_LISTS}
+    dense = dense_geometry(weights.directory, config)
+    found = layers_from_shapes(weights.tensors, dense)
+    if found.problems:
+        raise InputError(f"The tensors in {request.path} contradict each other:", found.problems)
+    return Source(
+        weights=weights.with_config(config).without(found.leftovers),
+        method=method,
+        dense=dense,
+        layers=tuple(found.layers),
+        masks=[LayerMasks()] * len(dense.layers),
+        inputs=(request.path,),
+        companions=weights.directory,
+    )
