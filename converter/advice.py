@@ -28,11 +28,8 @@ def serve_command(plan: Plan, out: str) -> str:
 def warnings(plan: Plan) -> list[str]:
     """Sentences about a result that some machines cannot serve, or not without more options."""
     found = []
-    if plan.dense.head_dim not in CPU_HEAD_DIMS:
-        found.append(
-            f"head_dim is {plan.dense.head_dim}; vLLM's attention on CPUs takes {', '.join(map(str, CPU_HEAD_DIMS))} "
-            "alone, so this model, pruned or not, can be served on GPUs only"
-        )
+    if (warning := head_dim_warning(plan.dense.head_dim)) is not None:
+        found.append(warning)
     companions = plan.source.companions
     if companions is None or not has_tokenizer(companions):
         found.append(
@@ -50,6 +47,16 @@ def warnings(plan: Plan) -> list[str]:
             "without --tokenizer-mode mistral it takes the one of Hugging Face, whose chat template may differ"
         )
     return found
+
+
+def head_dim_warning(head_dim: int) -> str | None:
+    """A sentence about a size of heads that CPUs cannot serve, without a full stop; None for others."""
+    if head_dim in CPU_HEAD_DIMS:
+        return None
+    return (
+        f"head_dim is {head_dim}; vLLM's attention on CPUs takes {', '.join(map(str, CPU_HEAD_DIMS))} alone, so this "
+        "model, pruned or not, can be served on GPUs only"
+    )
 
 
 def _is_mistral_repository(plan: Plan) -> bool:

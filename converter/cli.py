@@ -2,29 +2,31 @@
 
 convert-pruned ckpt/ out/
 convert-pruned zs.pt out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
-convert-pruned out/ --plot      # pictures of what is left, in out/report/
+convert-pruned inspect out/         # what it is, its sizes, what serving needs
 vllm serve out/
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import sys
 import textwrap
 from pathlib import Path
 
-from converter.importers import AUTO, importer_names, importer_summaries
+from converter.arguments import add_source_arguments
+from converter.importers import importer_summaries
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
 from pruned_vllm.common.environment import add_version_argument
-from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import read_json
 
 # Of FFN widths: a run of 128 bytes in bfloat16, what the tensor cores of GPUs and kernels for quantized weights want.
 # CPUs do not care. It adds 32 channels to a layer on average: 0.3 % of 11,008.
 DEFAULT_ALIGNMENT = 64
 
+# Words in the place of INPUT, each with the module whose `main` does it. A directory of that name is ./inspect.
+SUBCOMMANDS = {"inspect": "converter.inspect_command"}
 
 DESCRIPTION = """\
 Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with every layer at its real
@@ -34,10 +36,18 @@ EXAMPLES = """\
 examples:
   convert-pruned ckpt/ out/ && vllm serve out/
   convert-pruned nuteprune/epoch6/ out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
+  convert-pruned inspect out/     # what it is, its sizes, what serving needs: convert-pruned inspect --help
 """
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in SUBCOMMANDS:
+        return importlib.import_module(SUBCOMMANDS[arguments[0]]).main(arguments[1:])
+    return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="convert-pruned",
         description=DESCRIPTION,
@@ -45,39 +55,17 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version_argument(parser)
-    parser.add_argument(
-        "input",
-        metavar="INPUT",
-        type=Path,
-        help="directory or file: a masked checkpoint of learn-masks (pruning_masks.safetensors, pruning.json, and the "
-        "dense model unless pruning.json names it), or what another project wrote (see below); with --plot and without "
-        "OUT, a converted model",
+    add_source_arguments(
+        parser,
+        "directory or file: a masked checkpoint of learn-masks (pruning_masks.safetensors, pruning.json, and the dense "
+        "model unless pruning.json names it), or what another project wrote (see below)",
     )
-    parser.add_argument("out", type=Path, nargs="?", help="directory to write; must not exist (see --overwrite)")
-    parser.add_argument(
-        "--from",
-        dest="importer",
-        choices=(AUTO, *importer_names()),
-        default=AUTO,
-        metavar="NAME",
-        help="format of INPUT, see below; auto recognises it, or lists those that it may be (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--base-model",
-        metavar="DIR_OR_ID",
-        help="dense model, for inputs that have masks only or lack its tokenizer; in place of any weights in INPUT and "
-        "of the model that pruning.json names",
-    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write; must not exist (see --overwrite)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the weights in OUT; auto keeps the one that each tensor has (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--revision",
-        metavar="NAME",
-        help="commit, branch or tag of a dense model of the hub; default: the commit that pruning.json names",
     )
     parser.add_argument(
         "--gqa-layout",
@@ -125,15 +113,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--plot",
         action="store_true",
-        help="draw the heads, FFN channels and experts that are left in every layer, into OUT/report; without OUT, "
-        "draw the converted model INPUT from its config.json and convert nothing. Needs Matplotlib",
+        help="draw the heads, FFN channels and experts that are left in every layer, into OUT/report "
+        "(later: convert-pruned inspect OUT --plot). Needs Matplotlib",
     )
-    args = parser.parse_args(argv)
-    if args.out is None and not args.plot:
-        parser.error("the following arguments are required: out")
+    args = parser.parse_args(arguments)
     if args.plot and args.dry_run:
         parser.error("--dry-run writes nothing, --plot does; leave out one of them")
-    return run_command(parser.prog, lambda: _plot(args.input) if args.out is None else _convert(args))
+    return run_command(parser.prog, lambda: _convert(args))
 
 
 def _formats() -> str:
@@ -142,19 +128,6 @@ def _formats() -> str:
     for name, summary in importer_summaries().items():
         lines += textwrap.wrap(summary, 118, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
     return "\n".join(lines)
-
-
-def _plot(directory: Path) -> None:
-    from pruned_vllm.formats.geometry import ModelGeometry
-    from pruned_vllm.pattern import pattern_of_geometry, write_report
-
-    geometry = ModelGeometry.from_config(read_json(directory / "config.json"))
-    if geometry.is_dense:
-        raise InputError(
-            f"{directory}: all layers are equal ({geometry.layers[0].num_attention_heads} query heads), and "
-            "config.json does not say what they were before; add --plot when you convert it, or learn with --report"
-        )
-    print(f"Wrote {write_report(pattern_of_geometry(geometry), directory)}")
 
 
 def _convert(args: argparse.Namespace) -> None:

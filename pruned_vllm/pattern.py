@@ -10,8 +10,8 @@
 - experts.png      layers x experts: channels left; and how many experts of a layer have how many
 - mask_values.png  histogram of what the kept units are multiplied by, where masks are known
 
-`learn-masks --report` draws from masks, `convert-pruned OUT --plot` from config.json, which does not say which heads
-of a layer and which channels of an expert are left, only how many. Matplotlib is optional.
+`learn-masks --report` draws from masks, `convert-pruned inspect OUT --plot` from config.json, which does not say which
+heads of a layer and which channels of an expert are left, only how many. Matplotlib is optional.
 """
 
 from collections.abc import Mapping

@@ -12,6 +12,7 @@ import bench.e2e_speedup
 import bench.online_speedup
 import bench.sweep.__main__
 from bench.report.__main__ import main as report
+from converter.cli import SUBCOMMANDS
 from converter.cli import main as convert_pruned
 from learner.cli import main as learn_masks
 from learner.finetune.cli import main as finetune_pruned
@@ -62,6 +63,10 @@ def test_options_exist(name, capsys):
     for command in (convert_pruned, learn_masks, finetune_pruned, report):
         with pytest.raises(SystemExit):
             command(["--help"])
+        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    for subcommand in SUBCOMMANDS:
+        with pytest.raises(SystemExit):
+            convert_pruned([subcommand, "--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     for benchmark in (bench.breakdown, bench.e2e_speedup, bench.online_speedup, bench.sweep.__main__):
         known |= set(re.findall(r"--[\w-]+", benchmark.build_parser().format_help()))

@@ -1,21 +1,15 @@
-"""What a step must read and compute, and what a pruned model could gain at best. Pure Python.
+"""What a pruned model could gain at best in a case that is timed. Pure Python.
 
-Decode is bound by memory: a step reads every weight once and the keys and values of every sequence in the batch.
-Prefill is bound by arithmetic. The ideal speedup of a case is the dense model's cost over the pruned model's; it
-counts what pruning cannot touch (lm_head, embedding rows, norms, routers, shared experts), so it is what a perfect
-runtime would reach.
-
-Of routed experts it counts what tokens need on average if a router sends each to k different ones of E, every choice as
-likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes a share k/E. Trained
-routers prefer some experts, and tokens of one text resemble each other: a real batch reads fewer.
+The ideal speedup of a case is the dense model's cost over the pruned model's: the bytes that a step of decode moves,
+the operations of a prefill. What counts is in pruned_vllm/formats/cost.py.
 
     case = Case.parse("decode:8:32:64")
     ideal_speedup(dense_geometry, pruned_geometry, case, element_bytes=2)
 """
 
-import math
 from dataclasses import dataclass
 
+from pruned_vllm.formats.cost import moved_bytes, sequence_flops
 from pruned_vllm.formats.geometry import ModelGeometry
 
 
@@ -77,44 +71,17 @@ def ideal_speedup(dense: ModelGeometry, pruned: ModelGeometry, case: Case, eleme
 
 
 def step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
-    """Bytes that the average step of the timed part moves: layers, of routed experts those that some token is sent to,
-    final norm, lm_head, an embedding row a token, and the KV cache: in decode what a step reads of every sequence, in
-    prefill what it writes."""
+    """Bytes that the average step of the timed part moves; of the KV cache in decode what a step reads of every
+    sequence, in prefill what it writes."""
     decode = case.kind == "decode"
     tokens = case.batch_size * (1 if decode else case.input_len)
-    unread = routed_weights(geometry) * (1 - chosen_share(geometry)) ** tokens
-    layers = geometry.num_layer_parameters - unread
-    lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
-    embedding_rows = tokens * geometry.hidden_size
     kv_tokens = case.batch_size * (case.mean_context if decode else case.input_len)
-    kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
-    return (layers + geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
+    return moved_bytes(geometry, tokens, kv_tokens, element_bytes)
 
 
 def step_flops(geometry: ModelGeometry, case: Case) -> float:
-    """Floating-point operations of the average step of the timed part: 2 per token and weight, of routed experts those
-    that the token is sent to, causal attention, and lm_head for the last position of each sequence only, which is all
-    that vLLM computes."""
-    heads, weights = 0, -routed_weights(geometry) * (1 - chosen_share(geometry))
-    for index, layer in enumerate(geometry.layers):
-        shapes = geometry.layer_tensor_shapes(index).values()
-        weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
-        heads += layer.num_attention_heads
+    """Floating-point operations of the average step of the timed part."""
     if case.kind == "decode":
-        tokens, attended_pairs = 1, case.mean_context
-    else:
-        tokens, attended_pairs = case.input_len, case.input_len * (case.input_len + 1) // 2
-    attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
-    lm_head = 2 * geometry.vocab_size * geometry.hidden_size
-    return case.batch_size * (2 * weights * tokens + attention + lm_head)
-
-
-def routed_weights(geometry: ModelGeometry) -> int:
-    """Weights of all routed experts, three matrices each; 0 in a model without experts."""
-    return 3 * geometry.hidden_size * sum(sum(layer.expert_intermediate_sizes) for layer in geometry.layers)
-
-
-def chosen_share(geometry: ModelGeometry) -> float:
-    """The share of a layer's routed experts that one token is sent to; 1 in a model without experts."""
-    experts = geometry.experts
-    return experts.num_experts_per_tok / experts.num_experts if experts else 1.0
+        return case.batch_size * sequence_flops(geometry, 1, case.mean_context)
+    pairs = case.input_len * (case.input_len + 1) // 2
+    return case.batch_size * sequence_flops(geometry, case.input_len, pairs)

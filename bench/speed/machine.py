@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.speed.ideal import Case, chosen_share
+from bench.speed.ideal import Case
+from pruned_vllm.formats.cost import chosen_share
 from pruned_vllm.formats.geometry import ModelGeometry
 
 if TYPE_CHECKING:

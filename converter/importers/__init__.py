@@ -54,15 +54,13 @@ def read_source(request: "Request", name: str = AUTO) -> "Source":
     Raises:
         InputError: it cannot be read, or it may be in several formats, or in none.
     """
-    if not request.path.exists():
-        raise InputError(
-            f"{request.path} does not exist; give a directory or a file: a masked checkpoint of learn-masks, or what "
-            "another project wrote"
-        )
-    return importer(_recognise(request.path) if name == AUTO else name).read(request)
+    _check_exists(request.path)
+    return importer(recognise(request.path) if name == AUTO else name).read(request)
 
 
-def _recognise(path: Path) -> str:
+def recognise(path: Path) -> str:
+    """The format that INPUT is in. Raises InputError where it may be in several, or in none."""
+    _check_exists(path)
     found = recognised(path)
     if len(found) == 1:
         return next(iter(found))
@@ -76,3 +74,11 @@ def _recognise(path: Path) -> str:
         f"{path} is a {kind} in none of the formats that can be read. Say with --from what it is; convert-pruned "
         f"--help says what each needs: {', '.join(importer_names())}"
     )
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist; give a directory or a file: a masked checkpoint of learn-masks, or what another "
+            "project wrote"
+        )

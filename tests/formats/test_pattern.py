@@ -10,6 +10,7 @@ from helpers.masked import RAGGED, convert_pruned
 from helpers.tiny import byte_tokenizer, converted, expert_masks, masks_for, tiny_model, write_masked
 from safetensors.torch import load_file
 
+from converter import cli
 from learner import cli as learner_cli
 from pruned_vllm.common.manifest import MANIFEST
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -37,14 +38,14 @@ def test_converted_directory_is_plotted_beside_its_weights(ckpt, tmp_path, capsy
     out = tmp_path / "out"
     assert convert_pruned(ckpt, out) == 0
     before = names(out)
-    assert convert_pruned(out, "--plot") == 0 and "Wrote" in capsys.readouterr().out
+    assert cli.main(["inspect", str(out), "--plot"]) == 0 and "Wrote" in capsys.readouterr().out
     assert names(out) == sorted([*before, "report"]) and names(out / "report") == PICTURES
     pattern = report(out / "report")
     assert [sum(layer["heads"]) for layer in pattern["layers"]] == [4, 1, 6]
     assert [layer["channels"] for layer in pattern["layers"]] == [17, 1, 20]
     assert [layer["channels_removed"] for layer in pattern["layers"]] == pytest.approx([23 / 40, 39 / 40, 0.5])
     assert pattern["dense"]["num_attention_heads"] == 6 and not pattern["head_positions_known"]
-    assert convert_pruned(out, "--plot") == 0, "a report may be replaced"
+    assert cli.main(["inspect", str(out), "--plot"]) == 0, "a report may be replaced"
     assert convert_pruned(ckpt, out, "--overwrite", "--plot") == 0, "a report does not stand in the way"
     assert report(out / "report") == pattern
 
@@ -96,7 +97,7 @@ def test_equal_layers_have_no_pattern_in_config_json(ckpt, tmp_path, capsys):
     masks = masks_for([[1, 1, 1, 0, 0, 0]] * 3, [torch.arange(40) < 8] * 3)
     assert convert_pruned(write_masked(tmp_path / "even", model, masks), tmp_path / "out", "--plot") == 0
     assert [layer["channels"] for layer in report(tmp_path / "out" / "report")["layers"]] == [8] * 3
-    assert convert_pruned(tmp_path / "out", "--plot") == 2
+    assert cli.main(["inspect", str(tmp_path / "out"), "--plot"]) == 2
     assert "all layers are equal (3 query heads)" in capsys.readouterr().err
 
 
@@ -104,7 +105,7 @@ def test_wrong_calls_write_nothing(ckpt, tmp_path, capsys, monkeypatch):
     for wrong in ([ckpt], [ckpt, tmp_path / "out", "--plot", "--dry-run"]):
         with pytest.raises(SystemExit):
             convert_pruned(*wrong)
-    assert convert_pruned(tmp_path, "--plot") == 2 and "config.json is missing" in capsys.readouterr().err
+    assert cli.main(["inspect", str(ckpt), "--plot"]) == 2 and "is no converted model" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert convert_pruned(ckpt, tmp_path / "out", "--plot") == 2
     assert "pip install matplotlib" in capsys.readouterr().err
@@ -113,7 +114,7 @@ def test_wrong_calls_write_nothing(ckpt, tmp_path, capsys, monkeypatch):
 
 def test_a_report_does_not_outlive_its_model(ckpt, tmp_path):
     out = tmp_path / "out"
-    assert convert_pruned(ckpt, out) == 0 and convert_pruned(out, "--plot") == 0
+    assert convert_pruned(ckpt, out) == 0 and cli.main(["inspect", str(out), "--plot"]) == 0
     assert convert_pruned(ckpt, out, "--overwrite") == 0
     assert "report" not in names(out)
 
@@ -123,5 +124,5 @@ def test_foreign_directory_is_kept(ckpt, tmp_path, capsys):
     assert convert_pruned(ckpt, out) == 0
     (out / "report").mkdir()
     (out / "report" / "mine.txt").write_text("mine")
-    assert convert_pruned(out, "--plot") == 2 and "not written by this command" in capsys.readouterr().err
+    assert cli.main(["inspect", str(out), "--plot"]) == 2 and "not written by this command" in capsys.readouterr().err
     assert names(out / "report") == ["mine.txt"]

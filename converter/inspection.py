@@ -1,0 +1,224 @@
+"""What a directory or file is and what its model costs: sizes, what serving needs, ideal speedup. Loads no weight.
+
+    inspection = inspect(Path("out"))
+    json.dumps(inspection.as_json())
+
+A converted model tells everything in its config.json and in the headers of its files. Of anything else the importers
+read the masks, and what is told is what `convert-pruned --align 1` would write.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from converter.importers import AUTO, importer_names, recognise
+from converter.inspection_keys import ALIGNMENTS, BATCH_SIZES, CONTEXT
+from converter.plan import Plan, make_plan
+from converter.serving_needs import ServingNeeds, serving_needs, widths
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.cost import moved_bytes, sequence_flops
+from pruned_vllm.formats.families import PRUNED_PREFIX
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, read_headers
+from pruned_vllm.formats.tensors import canonical_name
+from pruned_vllm.formats.weights import find_weight_files, read_header
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model.
+
+    Attributes:
+        path, kind, format, method, dtypes, notes, unknown: see JSON_KEYS.
+        geometry: as it is, or as convert-pruned would write it without padding.
+        dense: before pruning; None where that is not known.
+        dense_parameters: of the model before pruning; known in some cases where `dense` is not.
+        dense_bytes: of its weights.
+        tensor_bytes: of every tensor, by name.
+        element_bytes: of a value in the KV cache.
+    """
+
+    path: Path
+    kind: Literal["converted", "stock", "pruned"]
+    format: str | None
+    method: str | None
+    geometry: ModelGeometry
+    dense: ModelGeometry | None
+    dense_parameters: int | None
+    dense_bytes: int | None
+    tensor_bytes: Mapping[str, int]
+    element_bytes: int
+    dtypes: tuple[str, ...]
+    serving: ServingNeeds
+    notes: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.tensor_bytes.values())
+
+    def layer_bytes(self, index: int) -> int:
+        return sum(self.tensor_bytes.get(name, 0) for name in self.geometry.layer_tensor_shapes(index))
+
+    def kv_cache_bytes(self, geometry: ModelGeometry | None) -> int | None:
+        """Bytes of a token in the KV cache; None where the geometry is not known."""
+        return None if geometry is None else geometry.kv_cache_bytes_per_token(self.element_bytes)
+
+    def ideal_speedup(self, batch_size: int) -> dict[str, float] | None:
+        """Ratios of bytes and of operations of one decoding step; None where the dense model is not known."""
+        if self.dense is None:
+            return None
+        sides = (self.dense, self.geometry)
+        dense, pruned = (moved_bytes(side, batch_size, batch_size * CONTEXT, self.element_bytes) for side in sides)
+        dense_flops, pruned_flops = (sequence_flops(side, 1, CONTEXT) for side in sides)
+        return {"bytes": dense / pruned, "flops": dense_flops / pruned_flops}
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, under JSON_KEYS."""
+        geometry, found = self.geometry, widths(self.geometry)
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "format": self.format,
+            "method": self.method,
+            "model_type": geometry.family.model_type,
+            "head_dim": geometry.head_dim,
+            "hidden_size": geometry.hidden_size,
+            "vocab_size": geometry.vocab_size,
+            "dtypes": list(self.dtypes),
+            "parameters": {"dense": self.dense_parameters, "pruned": geometry.num_parameters},
+            "bytes": {"dense": self.dense_bytes, "pruned": self.total_bytes},
+            "kv_cache_bytes_per_token": {
+                "dense": self.kv_cache_bytes(self.dense),
+                "pruned": self.kv_cache_bytes(geometry),
+            },
+            "layers": [self._layer(index) for index in range(len(geometry.layers))],
+            "distinct_shapes": len(set(geometry.layers)),
+            "widths": {
+                "count": len(found),
+                "multiples": {str(step): sum(width % step == 0 for width in found) for step in ALIGNMENTS},
+            },
+            "serving": asdict(self.serving),
+            "ideal_speedup": {str(size): self.ideal_speedup(size) for size in BATCH_SIZES},
+            "notes": list(self.notes),
+            "unknown": list(self.unknown),
+        }
+
+    def _layer(self, index: int) -> dict[str, Any]:
+        layer = self.geometry.layers[index]
+        return {
+            "layer": index,
+            "num_attention_heads": layer.num_attention_heads,
+            "num_key_value_heads": layer.num_key_value_heads,
+            "query_heads_per_kv_head": list(layer.query_heads_per_kv_head),
+            "intermediate_size": layer.intermediate_size,
+            "expert_intermediate_sizes": list(layer.expert_intermediate_sizes),
+            "skip": layer.skip,
+            "parameters": self.geometry.layer_parameters(index),
+            "bytes": self.layer_bytes(index),
+        }
+
+
+def inspect(
+    path: Path, base_model: str | None = None, *, importer: str = AUTO, revision: str | None = None
+) -> Inspection:
+    """Finds out about a converted model, a stock one, or anything that an importer reads.
+
+    Args:
+        path, base_model, importer, revision: as in `converter.plan.make_plan`.
+
+    Raises:
+        InputError: it is none of these, or cannot be read.
+    """
+    if importer == AUTO and (path / "config.json").is_file() and _is_converted(config := read_config(path)):
+        return _of_converted(path, config)
+    importer = recognise(path) if importer == AUTO else importer
+    return _of_plan(path, importer, make_plan(path, base_model, importer=importer, revision=revision))
+
+
+def _is_converted(config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures")
+    is_pruned = isinstance(names, list) and any(str(name).startswith(PRUNED_PREFIX) for name in names)
+    return is_pruned or isinstance(config.get("pruning"), Mapping)
+
+
+def _of_converted(path: Path, config: Mapping[str, Any]) -> Inspection:
+    geometry = ModelGeometry.from_config(config)
+    tensors = read_headers(path)
+    is_quantized = "quantization_config" in config
+    if not is_quantized and (problems := dense_problems(tensors, geometry)):
+        raise InputError(f"The tensors in {path} do not fit its config.json:", problems)
+    pruning = config["pruning"] if isinstance(config.get("pruning"), Mapping) else {}
+    before = geometry.with_layers(geometry.dense_layers)
+    dense_parameters = _dense_parameters(pruning, before)
+    dense = before if before.num_parameters == dense_parameters and not geometry.is_dense else None
+    element_bytes = ELEMENT_BYTES.get(tensors["model.embed_tokens.weight"].dtype, 2)
+    unknown = []
+    if dense is None:
+        unknown.append("the sizes before pruning, so the ideal speedup: config.json has them only where layers differ")
+    if is_quantized:
+        unknown.append(f"what quantized weights gain: the ideal speedup counts {element_bytes} bytes for every weight")
+    return Inspection(
+        path=path,
+        kind="converted",
+        format=None,
+        method=str(pruning.get("method")) if pruning.get("method") else None,
+        geometry=geometry,
+        dense=dense,
+        dense_parameters=dense_parameters,
+        dense_bytes=None if dense is None or is_quantized else dense.num_parameters * element_bytes,
+        tensor_bytes=_stored_bytes(path),
+        element_bytes=element_bytes,
+        dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
+        serving=serving_needs(geometry, (config.get("architectures") or [geometry.family.architecture])[0]),
+        unknown=tuple(unknown),
+    )
+
+
+def _dense_parameters(pruning: Mapping[str, Any], before: ModelGeometry) -> int | None:
+    """The parameters before pruning, as `converter.plan` notes them; config.json may come from elsewhere."""
+    sizes = pruning.get("sizes")
+    numbers = sizes.get("parameters") if isinstance(sizes, Mapping) else None
+    if isinstance(numbers, list) and numbers and type(numbers[0]) is int:
+        return numbers[0]
+    return None if before.is_dense else before.num_parameters
+
+
+def _stored_bytes(directory: Path) -> dict[str, int]:
+    """Bytes of every tensor on disk, by name, whatever its dtype."""
+    found = {}
+    for file in find_weight_files(directory):
+        for key, entry in read_header(file).items():
+            start, end = entry["data_offsets"]
+            found[canonical_name(key)] = end - start
+    return found
+
+
+def _of_plan(path: Path, importer: str, plan: Plan) -> Inspection:
+    is_stock = plan.cuts_nothing and importer == "shapes"
+    config = plan.config()
+    embedding = plan.checkpoint.tensors["model.embed_tokens.weight"]
+    unknown = []
+    if is_stock and "zeros" in importer_names():
+        unknown.append(
+            "whether rows or columns of the weights are zero: convert-pruned --from zeros --dry-run reads all of them"
+        )
+    return Inspection(
+        path=path,
+        kind="stock" if is_stock else "pruned",
+        format=importer,
+        method=None if is_stock else plan.source.method,
+        geometry=plan.pruned,
+        dense=None if is_stock else plan.dense,
+        dense_parameters=plan.dense.num_parameters,
+        dense_bytes=plan.bytes_of(plan.dense),
+        tensor_bytes={name: plan.bytes_of_shapes({name: shape}) for name, shape in plan.pruned.tensor_shapes().items()},
+        element_bytes=ELEMENT_BYTES[embedding.dtype],
+        dtypes=tuple(sorted({tensor.dtype for tensor in plan.checkpoint.tensors.values()})),
+        serving=serving_needs(plan.pruned, config["architectures"][0]),
+        notes=plan.source.notes,
+        unknown=tuple(unknown),
+    )
+

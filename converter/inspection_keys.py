@@ -1,0 +1,25 @@
+"""The content of `convert-pruned inspect --json`. Pure Python: --help should not wait for torch."""
+
+BATCH_SIZES = (1, 8, 64)
+CONTEXT = 1024  # tokens of every sequence in the batch, for the ideal speedup
+ALIGNMENTS = (8, 16, 64)
+
+# The content of --json; a key is there in every case, null where nothing is known.
+JSON_KEYS = {
+    "path": "what was inspected",
+    "kind": '"converted" (a result of convert-pruned), "stock" (nothing is pruned), "pruned" (to be converted)',
+    "format": "the value of --from that reads it; null for a converted model",
+    "method": "what pruned it",
+    "model_type, head_dim, hidden_size, vocab_size": "as in config.json",
+    "dtypes": "of the tensors",
+    "parameters, bytes, kv_cache_bytes_per_token": "each {dense, pruned}; bytes are those of the weights",
+    "layers": "a list of {layer, num_attention_heads, num_key_value_heads, query_heads_per_kv_head, "
+    "intermediate_size, expert_intermediate_sizes, skip, parameters, bytes}",
+    "distinct_shapes": "number of different layers",
+    "widths": "{count, multiples}: how many FFN widths, of experts too, and how many are multiples of 8, 16 and 64",
+    "serving": "{architecture, needs_plugin, versions, largest_tensor_parallel_size, even_tensor_parallel_sizes, notes}",
+    "ideal_speedup": "by batch size {bytes, flops}: cost of a decoding step of the dense model over the pruned one's, "
+    f"with {CONTEXT:,} tokens of context",
+    "notes": "what was found, and what of it converting loses",
+    "unknown": "what cannot be told",
+}

@@ -1,0 +1,60 @@
+"""What a step of a model must read and compute, at least. Pure Python.
+
+Decode is bound by memory: a step reads every weight once and the keys and values of every sequence in the batch.
+Prefill is bound by arithmetic. Both counts hold what pruning cannot touch (lm_head, embedding rows, norms, routers,
+shared experts), so a ratio of two models is what a perfect runtime would reach.
+
+Of routed experts they count what tokens need on average if a router sends each to k different ones of E, every choice as
+likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes a share k/E. Trained
+routers prefer some experts, and tokens of one text resemble each other: a real batch reads fewer.
+"""
+
+import math
+
+from pruned_vllm.formats.geometry import ModelGeometry
+
+
+def moved_bytes(geometry: ModelGeometry, tokens: int, kv_tokens: float, element_bytes: int) -> float:
+    """Bytes that a step moves: layers, of routed experts those that some token is sent to, final norm, lm_head, an
+    embedding row a token, and the KV cache.
+
+    Args:
+        tokens: of all sequences together.
+        kv_tokens: tokens whose keys and values are read or written.
+        element_bytes: of a weight and of the cache; 2 for bfloat16.
+    """
+    unread = routed_weights(geometry) * (1 - chosen_share(geometry)) ** tokens
+    layers = geometry.num_layer_parameters - unread
+    lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
+    embedding_rows = tokens * geometry.hidden_size
+    kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
+    return (layers + geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
+
+
+def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) -> float:
+    """Floating-point operations of a step for one sequence: 2 per token and weight, of routed experts those that the
+    token is sent to, causal attention, and lm_head for the last position only, which is all that vLLM computes.
+
+    Args:
+        tokens: of the sequence that the step computes; 1 in decode.
+        attended_pairs: of a token and one that it attends to.
+    """
+    heads, weights = 0, -routed_weights(geometry) * (1 - chosen_share(geometry))
+    for index, layer in enumerate(geometry.layers):
+        shapes = geometry.layer_tensor_shapes(index).values()
+        weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        heads += layer.num_attention_heads
+    attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
+    lm_head = 2 * geometry.vocab_size * geometry.hidden_size
+    return 2 * weights * tokens + attention + lm_head
+
+
+def routed_weights(geometry: ModelGeometry) -> int:
+    """Weights of all routed experts, three matrices each; 0 in a model without experts."""
+    return 3 * geometry.hidden_size * sum(sum(layer.expert_intermediate_sizes) for layer in geometry.layers)
+
+
+def chosen_share(geometry: ModelGeometry) -> float:
+    """The share of a layer's routed experts that one token is sent to; 1 in a model without experts."""
+    experts = geometry.experts
+    return experts.num_experts_per_tok / experts.num_experts if experts else 1.0
