@@ -26,7 +26,7 @@ from pruned_vllm.common.environment import add_version_argument
 DEFAULT_ALIGNMENT = 64
 
 # Words in the place of INPUT, each with the module whose `main` does it. A directory of that name is ./inspect.
-SUBCOMMANDS = {"inspect": "converter.inspect_command"}
+SUBCOMMANDS = {"inspect": "converter.inspect_command", "export": "converter.export_command"}
 
 DESCRIPTION = """\
 Folds learned masks into the weights, cuts out what they remove, and writes a checkpoint with every layer at its real
@@ -37,6 +37,7 @@ examples:
   convert-pruned ckpt/ out/ && vllm serve out/
   convert-pruned nuteprune/epoch6/ out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
   convert-pruned inspect out/     # what it is, its sizes, what serving needs: convert-pruned inspect --help
+  convert-pruned export out/ out.gguf     # for llama.cpp: convert-pruned export --help
 """
 
 

@@ -1,0 +1,160 @@
+"""What is fuzzed: for each surface, valid inputs, the file in them that is changed, and the command that reads it.
+
+Adding a surface is one entry of SURFACES.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from helpers.tiny import expert_masks, masks_for, tiny_model, write_masked
+from safetensors.torch import save_file
+
+from converter import cli
+from converter.torch_files import module_tensors, read_torch_file
+from pruned_vllm.common.command import run_command
+
+Run = Callable[[Path, Path], int]  # the input, OUT; returns an exit code
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A valid input.
+
+    Attributes:
+        make: writes it into a directory that does not exist, and returns what is given to the command.
+        file: what is changed, relative to that directory.
+        mutator: in `mutations.MUTATORS`.
+        run: what reads it.
+    """
+
+    make: Callable[[Path], Path]
+    file: str
+    mutator: str
+    run: Run
+
+
+def convert(path: Path, out: Path) -> int:
+    return cli.main([str(path), str(out), "--align", "1"])
+
+
+def inspect(path: Path, out: Path) -> int:
+    return cli.main(["inspect", str(path)])
+
+
+def read_torch(path: Path, out: Path) -> int:
+    """All tensors are touched, since they are mapped into memory."""
+
+    def body() -> None:
+        content = read_torch_file(path)
+        tensors = [*module_tensors(content).values(), *(content.values() if isinstance(content, dict) else ())]
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                tensor.float().sum()
+
+    return run_command("read", body)
+
+
+def _small(model_type: str, **config):
+    sizes = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 2, "vocab_size": 24} | config
+    return tiny_model(model_type, 2, 2, 8, **sizes)
+
+
+HEADS, CHANNELS = [[1, 0], [0.5, 2]], [torch.arange(8) % 3, torch.ones(8)]
+
+
+def _masked(directory: Path, **config) -> Path:
+    return write_masked(directory, _small("llama", **config), masks_for(HEADS, CHANNELS))
+
+
+def _experts(directory: Path) -> Path:
+    model = _small("qwen2_moe", moe_intermediate_size=4, shared_expert_intermediate_size=4, mlp_only_layers=[0])
+    return write_masked(directory, model, expert_masks(model, [[1, 0, 4, 2]], [3]))
+
+
+def _sharded(directory: Path) -> Path:
+    _masked(directory)
+    (directory / "model.safetensors").unlink()
+    _small("llama").save_pretrained(directory, max_shard_size="4KB")
+    return directory
+
+
+def _converted(directory: Path) -> Path:
+    ckpt = _masked(directory.with_name("ckpt"))
+    assert convert(ckpt, directory) == 0
+    shutil.rmtree(ckpt)
+    return directory
+
+
+def _adapter(directory: Path) -> Path:
+    """A checkpoint with an adapter of rank 2 for two modules."""
+    write_masked(directory, _small("llama"), masks_for(HEADS, CHANNELS), lora_adapter="adapter")
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    tensors = {}
+    for module, rows in (("self_attn.q_proj", 16), ("mlp.up_proj", 8)):
+        name = f"base_model.model.model.layers.0.{module}"
+        tensors |= {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "lora_dropout": 0.1}
+    config |= {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.q_proj": 4}, "alpha_pattern": {}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def _torch_file(content: Callable[[], object], zipped: bool) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        directory.mkdir()
+        path, written = directory / "file.pt", io.BytesIO()
+        torch.save(content(), written, _use_new_zipfile_serialization=zipped)
+        path.write_bytes(written.getvalue())
+        return path
+
+    return make
+
+
+def _masks_of_a_project() -> object:
+    return {"head_z": torch.rand(2, 1, 4, 1, 1), "mlp_z": torch.ones(2, dtype=torch.int64), "arrays": torch.ones(3).numpy()}
+
+
+def _module() -> object:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).half()
+    return {"model": module, "tokenizer": [module[0].weight.T, {"a": (module[0].bias, 1)}]}
+
+
+SURFACES: dict[str, dict[str, Seed]] = {
+    "config": {
+        "llama": Seed(_masked, "config.json", "json", convert),
+        "biases": Seed(lambda path: _masked(path, attention_bias=True, mlp_bias=True), "config.json", "json", convert),
+        "experts": Seed(_experts, "config.json", "json", convert),
+        "converted": Seed(_converted, "config.json", "json", inspect),
+    },
+    "index": {
+        "sharded": Seed(_sharded, "model.safetensors.index.json", "json", convert),
+        "inspected": Seed(_sharded, "model.safetensors.index.json", "json", inspect),
+    },
+    "safetensors": {
+        "llama": Seed(_masked, "model.safetensors", "safetensors", convert),
+        "experts": Seed(_experts, "model.safetensors", "safetensors", convert),
+        "converted": Seed(_converted, "model.safetensors", "safetensors", inspect),
+    },
+    "masks": {
+        "llama": Seed(_masked, "pruning_masks.safetensors", "safetensors", convert),
+        "experts": Seed(_experts, "pruning_masks.safetensors", "safetensors", convert),
+        "pruning": Seed(_adapter, "pruning.json", "json", convert),
+    },
+    "pickle": {
+        "zip": Seed(_torch_file(_masks_of_a_project, True), "file.pt", "torch archive", read_torch),
+        "legacy": Seed(_torch_file(_masks_of_a_project, False), "file.pt", "pickle", read_torch),
+        "module": Seed(_torch_file(_module, True), "file.pt", "torch archive", read_torch),
+        "legacy_module": Seed(_torch_file(_module, False), "file.pt", "pickle", read_torch),
+    },
+    "adapter": {
+        "config": Seed(_adapter, "adapter/adapter_config.json", "json", convert),
+        "weights": Seed(_adapter, "adapter/adapter_model.safetensors", "safetensors", convert),
+    },
+}
