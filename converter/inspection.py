@@ -7,6 +7,7 @@ A converted model tells everything in its config.json and in the headers of its 
 read the masks, and what is told is what `convert-pruned --align 1` would write.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, read_headers
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import find_weight_files, read_header
+
+METHOD = re.compile(r"[\w.+-]+")  # as in pruning.json; config.json may come from anywhere
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,12 @@ def _of_converted(path: Path, config: Mapping[str, Any]) -> Inspection:
     if not is_quantized and (problems := dense_problems(tensors, geometry)):
         raise InputError(f"The tensors in {path} do not fit its config.json:", problems)
     pruning = config["pruning"] if isinstance(config.get("pruning"), Mapping) else {}
+    method = pruning.get("method")
     before = geometry.with_layers(geometry.dense_layers)
     dense_parameters = _dense_parameters(pruning, before)
     dense = before if before.num_parameters == dense_parameters and not geometry.is_dense else None
-    element_bytes = ELEMENT_BYTES.get(tensors["model.embed_tokens.weight"].dtype, 2)
+    embedding = tensors.get("model.embed_tokens.weight")
+    element_bytes = ELEMENT_BYTES.get(embedding.dtype, 2) if embedding is not None else 2
     unknown = []
     if dense is None:
         unknown.append("the sizes before pruning, so the ideal speedup: config.json has them only where layers differ")
@@ -164,7 +169,7 @@ def _of_converted(path: Path, config: Mapping[str, Any]) -> Inspection:
         path=path,
         kind="converted",
         format=None,
-        method=str(pruning.get("method")) if pruning.get("method") else None,
+        method=method if isinstance(method, str) and METHOD.fullmatch(method) else None,
         geometry=geometry,
         dense=dense,
         dense_parameters=dense_parameters,
@@ -181,7 +186,7 @@ def _dense_parameters(pruning: Mapping[str, Any], before: ModelGeometry) -> int 
     """The parameters before pruning, as `converter.plan` notes them; config.json may come from elsewhere."""
     sizes = pruning.get("sizes")
     numbers = sizes.get("parameters") if isinstance(sizes, Mapping) else None
-    if isinstance(numbers, list) and numbers and type(numbers[0]) is int:
+    if isinstance(numbers, list) and numbers and type(numbers[0]) is int and numbers[0] > 0:
         return numbers[0]
     return None if before.is_dense else before.num_parameters
 

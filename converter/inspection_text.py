@@ -21,9 +21,9 @@ def print_inspection(found: Inspection) -> None:
     console = Console()
     by = f", pruned by {found.method}" if found.method else ""
     read = f" (convert-pruned --from {found.format})" if found.kind == "pruned" else ""
-    console.print(f"{found.path}: {KINDS[found.kind]}{by}{read}", highlight=False, soft_wrap=True)
+    console.print(f"{found.path}: {KINDS[found.kind]}{by}{read}", markup=False, highlight=False, soft_wrap=True)
     console.print(_layers(found))
-    console.print("\n".join(_sentences(found)), highlight=False, soft_wrap=True)
+    console.print("\n".join(_sentences(found)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _layers(found: Inspection) -> Table:

@@ -31,7 +31,7 @@ def print_plan(plan: Plan) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    console.print("\n".join(totals(plan)), highlight=False, soft_wrap=True)
+    console.print("\n".join(totals(plan)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _is_padded(plan: Plan) -> bool:

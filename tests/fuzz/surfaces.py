@@ -15,7 +15,7 @@ from helpers.tiny import expert_masks, masks_for, tiny_model, write_masked
 from safetensors.torch import save_file
 
 from converter import cli
-from converter.torch_files import module_tensors, read_torch_file
+from converter.torch_files import read_torch_file
 from pruned_vllm.common.command import run_command
 
 Run = Callable[[Path, Path], int]  # the input, OUT; returns an exit code
@@ -50,11 +50,17 @@ def read_torch(path: Path, out: Path) -> int:
     """All tensors are touched, since they are mapped into memory."""
 
     def body() -> None:
-        content = read_torch_file(path)
-        tensors = [*module_tensors(content).values(), *(content.values() if isinstance(content, dict) else ())]
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                tensor.float().sum()
+        pending, seen = [read_torch_file(path)], set()
+        while pending:
+            value = pending.pop()
+            if isinstance(value, torch.Tensor):
+                value.float().sum()
+            elif id(value) not in seen:
+                seen.add(id(value))
+                if isinstance(value, dict | list | tuple):
+                    pending += value.values() if isinstance(value, dict) else value
+                else:
+                    pending += [getattr(value, name) for name in ("state", "args", "items") if hasattr(value, name)]
 
     return run_command("read", body)
 
