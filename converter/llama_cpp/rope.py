@@ -33,7 +33,7 @@ class Rope:
 def read_rope(config: PretrainedConfig, head_dim: int, architecture: Architecture) -> Rope:
     """Reads them from a configuration of Transformers, which knows the defaults. Raises InputError."""
     parameters: dict[str, Any] = config.rope_parameters
-    kind, theta = parameters["rope_type"], float(parameters["rope_theta"])
+    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
     known = ("default", "linear", "llama3") if architecture.rope_factors else ("default", "linear")
     if kind not in known:
         raise InputError(
