@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     output.add_argument(
         "--plot",
         action="store_true",
-        help="also draw the heads, FFN channels and experts that are left of a converted model, into PATH/report. Needs "
-        "Matplotlib",
+        help="also draw the heads, FFN channels and experts that are left of a converted model, into PATH/report. "
+        "Needs Matplotlib",
     )
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _inspect(args))

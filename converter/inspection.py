@@ -226,4 +226,3 @@ def _of_plan(path: Path, importer: str, plan: Plan) -> Inspection:
         notes=plan.source.notes,
         unknown=tuple(unknown),
     )
-

@@ -17,7 +17,8 @@ JSON_KEYS = {
     "intermediate_size, expert_intermediate_sizes, skip, parameters, bytes}",
     "distinct_shapes": "number of different layers",
     "widths": "{count, multiples}: how many FFN widths, of experts too, and how many are multiples of 8, 16 and 64",
-    "serving": "{architecture, needs_plugin, versions, largest_tensor_parallel_size, even_tensor_parallel_sizes, notes}",
+    "serving": "{architecture, needs_plugin, versions, largest_tensor_parallel_size, even_tensor_parallel_sizes, "
+    "notes}",
     "ideal_speedup": "by batch size {bytes, flops}: cost of a decoding step of the dense model over the pruned one's, "
     f"with {CONTEXT:,} tokens of context",
     "notes": "what was found, and what of it converting loses",

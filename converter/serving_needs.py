@@ -69,7 +69,9 @@ def supported_versions() -> dict[str, str]:
 
 def widths(geometry: ModelGeometry) -> list[int]:
     """The FFN width of every layer, or those of its experts; without sublayers and experts that are gone."""
-    found = [width for layer in geometry.layers for width in (layer.intermediate_size, *layer.expert_intermediate_sizes)]
+    found = [
+        width for layer in geometry.layers for width in (layer.intermediate_size, *layer.expert_intermediate_sizes)
+    ]
     return [width for width in found if width]
 
 
@@ -103,8 +105,8 @@ def _notes(geometry: ModelGeometry, needs_plugin: bool) -> Iterable[str]:
     odd = [width for width in widths(geometry) if width % 16]
     if odd and not ragged:
         yield (
-            f"Kernels for quantized weights want multiples of 16 at least; {len(odd)} of {len(widths(geometry))} widths "
-            "are none (convert-pruned pads them, see its --align)."
+            f"Kernels for quantized weights want multiples of 16 at least; {len(odd)} of {len(widths(geometry))} "
+            "widths are none (convert-pruned pads them, see its --align)."
         )
     if needs_plugin:
         yield (

@@ -43,8 +43,8 @@ def read_rope(config: PretrainedConfig, head_dim: int, architecture: Architectur
     context, notes = config.max_position_embeddings, []
     if (window := _window(config)) is not None and window < context:
         notes.append(
-            f"llama.cpp has no sliding window for this architecture: the model has one of {window:,} tokens, so that is "
-            "the longest context for which both compute the same, and the file says no more."
+            f"llama.cpp has no sliding window for this architecture: the model has one of {window:,} tokens, so that "
+            "is the longest context for which both compute the same, and the file says no more."
         )
         context = window
     factors = None

@@ -5,7 +5,7 @@ rows of each head in another order. Norms and biases are float32, matrices what 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,7 +34,7 @@ MODULE_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 FUSED = "attn_qkv"
-ROTATED = (".q_proj.", ".k_proj.")
+QKV, ROTATED = (".q_proj.", ".k_proj.", ".v_proj."), (".q_proj.", ".k_proj.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ class TensorMaker:
         self._shapes = layout.geometry.tensor_shapes()
         self._cuts: dict[str, Cut] = {}
         for index, (layer, target) in enumerate(zip(geometry.layers, layout.geometry.layers, strict=True)):
-            cuts = cut_layer(geometry.family, layer, geometry.head_dim, LayerMasks(), "product", target)
+            there = replace(  # what is gone is made of zeros, not of cuts
+                target,
+                query_heads_per_kv_head=layer.query_heads_per_kv_head and target.query_heads_per_kv_head,
+                intermediate_size=layer.intermediate_size and target.intermediate_size,
+            )
+            cuts = cut_layer(geometry.family, layer, geometry.head_dim, LayerMasks(), "product", there)
             self._cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts.items()}
 
     def tensors(self) -> Iterator[GgufTensor]:
@@ -77,9 +82,7 @@ class TensorMaker:
             if name.endswith(".bias") and not self._read(name).any():
                 continue
             dtype = self._dtype(name) if len(shape) == 2 else torch.float32
-            if not self._layout.architecture.fuses_qkv or ".self_attn." not in name or "_proj." not in name:
-                yield GgufTensor(gguf_name(name), (name,), shape, dtype)
-            elif ".o_proj." in name:
+            if not (self._layout.architecture.fuses_qkv and any(part in name for part in QKV)):
                 yield GgufTensor(gguf_name(name), (name,), shape, dtype)
             elif ".q_proj." in name:
                 parts = tuple(name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj"))

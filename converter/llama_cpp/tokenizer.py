@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF file's metadata.
 
-llama.cpp has tokenizers of its own, told by two names: the algorithm ("llama" is SentencePiece's, "gpt2" byte-level BPE),
-and for the latter how text is cut into words. A tokenizer that it would not compute alike is refused. A file without
-one takes and gives ids of tokens.
+llama.cpp has tokenizers of its own, told by two names: the algorithm ("llama" is SentencePiece's, "gpt2" byte-level
+BPE), and for the latter how text is cut into words. A tokenizer that it would not compute alike is refused. A file
+without one takes and gives ids of tokens.
 """
 
 from collections.abc import Mapping

@@ -4,9 +4,9 @@ Decode is bound by memory: a step reads every weight once and the keys and value
 Prefill is bound by arithmetic. Both counts hold what pruning cannot touch (lm_head, embedding rows, norms, routers,
 shared experts), so a ratio of two models is what a perfect runtime would reach.
 
-Of routed experts they count what tokens need on average if a router sends each to k different ones of E, every choice as
-likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes a share k/E. Trained
-routers prefer some experts, and tokens of one text resemble each other: a real batch reads fewer.
+Of routed experts they count what tokens need on average if a router sends each to k different ones of E, every choice
+as likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes a share k/E.
+Trained routers prefer some experts, and tokens of one text resemble each other: a real batch reads fewer.
 """
 
 import math

@@ -18,6 +18,7 @@ from learner.model.masking import apply_masks
 gguf = pytest.importorskip("gguf")
 from helpers.gguf_model import GgufModel  # noqa: E402
 
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_file_computes_what_the_masked_model_computes(tmp_path, name):
     case = CASES[name]
@@ -102,7 +103,7 @@ def byte_level(*before, use_regex: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=250, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"]
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"]
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
@@ -157,7 +158,9 @@ def test_sentencepiece_tokenizers(out, tmp_path):
     (out / "tokenizer.vocab").unlink()
     size = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model")).vocab_size()
     (out / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": {"1": {"content": "<s>", "special": True}, str(size): {"content": "[user]"}}})
+        json.dumps(
+            {"added_tokens_decoder": {"1": {"content": "<s>", "special": True}, str(size): {"content": "[user]"}}}
+        )
     )
     assert export(out, tmp_path / "model.gguf") == 0
     metadata = GgufModel(tmp_path / "model.gguf").metadata
@@ -170,7 +173,9 @@ def test_sentencepiece_tokenizers(out, tmp_path):
 
 
 def _of_json(**changes):
-    return lambda out: ((out / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}}} | changes)))
+    return lambda out: (out / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": {}}} | changes)
+    )
 
 
 WRONG_TOKENIZERS = {

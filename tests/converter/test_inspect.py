@@ -129,8 +129,12 @@ def test_equal_layers_are_a_stock_model_that_forgot_what_it_was(tmp_path, inspec
     found, before = inspect(tmp_path / "out"), inspect(ckpt)
     assert found["kind"] == "converted" and not found["serving"]["needs_plugin"]
     assert found["serving"]["architecture"] == "LlamaForCausalLM"
-    assert found["serving"]["even_tensor_parallel_sizes"] == [1] and found["serving"]["largest_tensor_parallel_size"] == 1
-    assert found["ideal_speedup"] == {"1": None, "8": None, "64": None} and "sizes before pruning" in found["unknown"][0]
+    assert (
+        found["serving"]["even_tensor_parallel_sizes"] == [1] and found["serving"]["largest_tensor_parallel_size"] == 1
+    )
+    assert (
+        found["ideal_speedup"] == {"1": None, "8": None, "64": None} and "sizes before pruning" in found["unknown"][0]
+    )
     assert found["parameters"] == before["parameters"], "the number of parameters before is noted in config.json"
     assert found["widths"]["multiples"] == {"8": 3, "16": 3, "64": 0}
 

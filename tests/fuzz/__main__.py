@@ -3,8 +3,8 @@
 python -m tests.fuzz pickle --minutes 10
 python -m tests.fuzz all --minutes 1
 
-What it finds is made smaller and put into tests/fuzz/regressions/SURFACE/, which the tests run. The exit code is then 1.
-Cases run in processes of their own, which may crash: a case that ends its process is found too.
+What it finds is made smaller and put into tests/fuzz/regressions/SURFACE/, which the tests run; the exit code is
+then 1. Cases run in processes of their own, which may crash: a case that ends its process is found too.
 """
 
 import argparse
@@ -22,10 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # names of models in changed files are not l
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-
 from fuzz.cases import Bench, limit_memory  # noqa: E402
 from fuzz.findings import save  # noqa: E402
 from fuzz.surfaces import SURFACES  # noqa: E402
+
 from pruned_vllm.common.arguments import positive_float, seed  # noqa: E402
 
 CASES = 200  # in one process

@@ -1,7 +1,7 @@
 """One case: a changed file is read, and what comes out is either a result or one clear message.
 
-    with Bench(seed, directory) as bench:
-        problem = bench.problem(content)      # None, or what was wrong
+with Bench(seed, directory) as bench:
+    problem = bench.problem(content)      # None, or what was wrong
 """
 
 import contextlib

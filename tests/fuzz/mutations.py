@@ -38,7 +38,14 @@ OPCODES = (
     *(b"cos\nsystem\n(X\x0f\x00\x00\x00touch fuzz-eviltR", b"ctorch._utils\n_rebuild_tensor_v2\n", b"\x8fh\x00"),
     *(b"r\xff\xff\xff\x7f", b"p99999999999\n", b"q\xff", b"h\x00", b"j\xff\xff\xff\x7f", b"g0\n", b"\x94"),
     *(b"X\xff\xff\xff\x7f", b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8, b"\x96" + b"\xff" * 8, b"\x8d" + b"\xff" * 8),
-    *(b"\x8b\xff\xff\xff\x7f", b"\x8a\xff" + b"\x7f" * 255, b"\x95" + b"\xff" * 8, b"\x80\x05", b"\x80\xff", b"\x82\x01"),
+    *(
+        b"\x8b\xff\xff\xff\x7f",
+        b"\x8a\xff" + b"\x7f" * 255,
+        b"\x95" + b"\xff" * 8,
+        b"\x80\x05",
+        b"\x80\xff",
+        b"\x82\x01",
+    ),
     *(b"I99999999999999999999\n", b"L1L\n", b"F1e999\n", b"S'x'\n", b"Vx\n", b"\x97", b"\x98", b"i__main__\nX\n"),
 )
 
@@ -164,7 +171,9 @@ def of_pickle(content: bytes, random: Random) -> bytes:
             lambda: content[:start] + random.choice(OPCODES) + content[start:],
             lambda: content[:start] + random.choice(OPCODES) + content[end:],
             lambda: content[:start] + b"".join(random.choices(OPCODES, k=random.randrange(1, 9))) + content[start:],
-            lambda: content[:end] + random.choice((b"0(2", b"2\x86", b"]2a")) * random.choice((3, 1000)) + content[end:],
+            lambda: (
+                content[:end] + random.choice((b"0(2", b"2\x86", b"]2a")) * random.choice((3, 1000)) + content[end:]
+            ),
         )
     )()
 

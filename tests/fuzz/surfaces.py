@@ -124,7 +124,11 @@ def _torch_file(content: Callable[[], object], zipped: bool) -> Callable[[Path],
 
 
 def _masks_of_a_project() -> object:
-    return {"head_z": torch.rand(2, 1, 4, 1, 1), "mlp_z": torch.ones(2, dtype=torch.int64), "arrays": torch.ones(3).numpy()}
+    return {
+        "head_z": torch.rand(2, 1, 4, 1, 1),
+        "mlp_z": torch.ones(2, dtype=torch.int64),
+        "arrays": torch.ones(3).numpy(),
+    }
 
 
 def _module() -> object:

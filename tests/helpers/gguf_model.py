@@ -1,6 +1,6 @@
 """What llama.cpp computes from a GGUF file, written out in float32 from its sources (src/models/*.cpp), as an oracle.
 
-    GgufModel(path).logits([1, 2, 3])      # [3, vocab]
+GgufModel(path).logits([1, 2, 3])      # [3, vocab]
 """
 
 import math
