@@ -99,7 +99,7 @@ def _fails_oddly(path, out):
         (_fails_oddly, "exit code 1"),
     ],
 )
-def test_the_target_sees_faults(tmp_path, monkeypatch, run, expected):
+def test_the_target_sees_faults(tmp_path, tmp_path_factory, monkeypatch, run, expected):
     monkeypatch.chdir(tmp_path)
 
     def make(directory):
@@ -110,7 +110,7 @@ def test_the_target_sees_faults(tmp_path, monkeypatch, run, expected):
     bench = Bench(Seed(make, "file", "bytes", run), tmp_path)
     assert expected in bench.problem(b"invalid")
     with pytest.raises(AssertionError, match="the valid input is refused"):
-        Bench(Seed(make, "file", "bytes", _raises), tmp_path / "other")
+        Bench(Seed(make, "file", "bytes", _raises), tmp_path_factory.mktemp("other"))
 
 
 def test_the_target_sees_what_takes_too_long(monkeypatch):

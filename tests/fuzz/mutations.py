@@ -143,7 +143,8 @@ def of_safetensors(content: bytes, random: Random) -> bytes:
     if kind == 0 or len(header) < size:
         return of_bytes(content, random)
     if kind == 1:
-        return random.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1)).to_bytes(8, "little") + header + data
+        length = random.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1)) % 2**64
+        return length.to_bytes(8, "little") + header + data
     if kind == 2:
         return content[: 8 + size] + of_bytes(data, random)
     if kind == 3:  # NaN, infinity, numbers without measure

@@ -127,7 +127,6 @@ def _masks_of_a_project() -> object:
     return {
         "head_z": torch.rand(2, 1, 4, 1, 1),
         "mlp_z": torch.ones(2, dtype=torch.int64),
-        "arrays": torch.ones(3).numpy(),
     }
 
 
