@@ -1,8 +1,9 @@
 """Which of llama.cpp's architectures a model is written for, and the sizes that its layers get there.
 
 What llama.cpp cannot say is filled up with zeros, which changes no output: query groups become even, a sublayer that is
-gone becomes one head or a few channels of zeros. (Its "deci" knows layers without attention, but takes the size of a
-head from the first layer's heads, and drops the attention of a layer without an MLP.)
+gone becomes one head or a few channels of zeros. Its "deci" knows layers without attention and without an MLP, but, as
+tried with the llama.cpp of llama-cpp-python 0.3.36, it refuses a first layer without attention, silently drops the
+attention of a layer without an MLP, and aborts where the last layer has nothing.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -80,6 +81,8 @@ def _in_a_process(surface: str, name: str, first: int, end: float, directory: Pa
         try:
             _child(surface, name, first, end, directory)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     beat = directory / "current"
@@ -101,7 +104,7 @@ def _child(surface: str, name: str, first: int, end: float, directory: Path) -> 
     (directory / "current").write_bytes(b"")
     with tempfile.TemporaryDirectory(dir=directory) as place:
         os.chdir(place)
-        bench = Bench(SURFACES[surface][name], Path(place) / "bench")
+        bench = Bench(SURFACES[surface][name], Path(tempfile.mkdtemp(dir=place)))
         limit_memory()
         for number in range(first, first + CASES):
             if time.monotonic() > end:
