@@ -6,7 +6,7 @@ without one takes and gives ids of tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from pruned_vllm.formats.companions import has_tokenizer
 NONE = "none"
 SENTENCEPIECE_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
 WITHOUT = "--without-tokenizer writes a file that takes ids of tokens"
+SPACE = "\u2581"  # how SentencePiece writes a space
+PROBE = "a  b\t\n c \uff21 \ufb01 \u2460 "  # what normalisations change
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,14 +34,17 @@ class Vocabulary:
 
     Attributes:
         model, pre: the names of the algorithm and of how text is cut.
-        tokens, scores, types: of every id; scores count for SentencePiece only.
+        tokens, types: of every id.
+        scores: of every id, for SentencePiece.
+        space_prefix: whether text gets a space in front, for SentencePiece.
     """
 
     model: str
     pre: str
     tokens: list[str | bytes]
-    scores: list[float]
     types: list[int]
+    scores: list[float] | None = None
+    space_prefix: bool | None = None
 
     def padded(self, size: int) -> "Vocabulary":
         """With tokens that mean nothing up to the rows of the embedding. Raises InputError where there are more."""
@@ -48,9 +53,8 @@ class Vocabulary:
             raise InputError(f"the tokenizer has {len(self.tokens):,} tokens, the model {size:,}; {WITHOUT}")
         names = [f"[PAD{index}]" for index in range(len(self.tokens), size)]
         unused = [int(gguf.TokenType.UNUSED)] * missing
-        return Vocabulary(
-            self.model, self.pre, [*self.tokens, *names], [*self.scores, *[0.0] * missing], [*self.types, *unused]
-        )
+        scores = None if self.scores is None else [*self.scores, *[0.0] * missing]
+        return replace(self, tokens=[*self.tokens, *names], types=[*self.types, *unused], scores=scores)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int, *, without: bool) -> None:
@@ -66,14 +70,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int, *, 
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
-    if vocabulary.scores and vocabulary.model == "llama":
+    if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
     special = gguf.SpecialVocab(directory, load_merges=vocabulary.model == "gpt2", n_vocab=vocab_size)
     special.add_to_gguf(writer, quiet=True)
-    prefix = _settings(directory).get("add_prefix_space")
-    if isinstance(prefix, bool):
-        writer.add_add_space_prefix(prefix)
+    if vocabulary.space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.space_prefix)
 
 
 def read_vocabulary(directory: Path) -> Vocabulary:
@@ -93,6 +96,12 @@ def _sentencepiece(directory: Path) -> Vocabulary:
         vocabulary = gguf.SentencePieceVocab(directory)
     except (RuntimeError, ValueError, OSError) as error:  # not installed, or damaged
         raise InputError(f"{directory / SENTENCEPIECE_FILE} cannot be read: {error}") from None
+    processor = vocabulary.sentencepiece_tokenizer
+    if processor.decode(processor.encode(PROBE)) != PROBE:
+        raise InputError(
+            f"{directory / SENTENCEPIECE_FILE} changes text before it cuts it (normalisation, or no bytes for what it "
+            f"does not know), which llama.cpp does not; {WITHOUT}"
+        )
     pieces = list(vocabulary.all_tokens())
     tokens: list[str | bytes] = [text for text, _, _ in pieces]
     scores, types = [score for _, score, _ in pieces], [int(kind) for _, _, kind in pieces]
@@ -103,7 +112,10 @@ def _sentencepiece(directory: Path) -> Vocabulary:
             tokens, scores, types = [*tokens, token["content"]], [*scores, -1000.0], [*types, 0]
         if index >= vocabulary.vocab_size_base or token.get("special"):
             types[index] = _added_type(token)
-    return Vocabulary("llama", "default", tokens, scores, types)
+    prefix = _settings(directory).get("add_prefix_space")
+    if not isinstance(prefix, bool):
+        prefix = processor.id_to_piece(processor.encode("a")[0]).startswith(SPACE)
+    return Vocabulary("llama", "default", tokens, types, scores, prefix)
 
 
 def _byte_level(directory: Path) -> Vocabulary:
@@ -126,7 +138,7 @@ def _byte_level(directory: Path) -> Vocabulary:
     types = [
         _added_type(added[index]) if index in added else int(gguf.TokenType.NORMAL) for index in range(len(by_index))
     ]
-    return Vocabulary("gpt2", pre, [by_index[index] for index in range(len(by_index))], [], types)
+    return Vocabulary("gpt2", pre, [by_index[index] for index in range(len(by_index))], types)
 
 
 def _pre_tokenizer(directory: Path, tokenizer: Mapping[str, Any]) -> str:

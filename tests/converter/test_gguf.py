@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 from helpers.gguf_cases import CASES, LLAMA3, MHA, WIDTH, export
+from helpers.gguf_tokenizers import TOKENIZERS, byte_level, sentencepiece_model
 from helpers.masked import convert_pruned, edit_json
 from helpers.tiny import converted, masks_for, prompts, tiny_model, write_masked
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, pre_tokenizers
 
 from learner.model.masking import apply_masks
 
@@ -90,39 +90,6 @@ def test_a_sliding_window_limits_the_context(tmp_path, capsys):
     assert "sliding window" in capsys.readouterr().out
 
 
-TEXT = ["the quick brown fox jumps over the lazy dog 12345 times, doesn't it?", "a thousand words", "öäü, 你好"] * 4
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def byte_level(*before, use_regex: bool) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"]
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.add_tokens(["[user]"])
-    return fast
-
-
-def split(digits: str):
-    return pre_tokenizers.Split(Regex(SPLIT % digits), behavior="isolated")
-
-
-TOKENIZERS = {
-    "gpt-2": lambda: byte_level(use_regex=True),
-    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
-    "llama-bpe": lambda: byte_level(split("{1,3}"), use_regex=False),
-    "qwen2": lambda: byte_level(split(""), use_regex=False),
-}
-
-
 @pytest.fixture
 def out(tmp_path):
     """A converted model without a tokenizer, of 320 tokens."""
@@ -149,14 +116,8 @@ def test_byte_level_tokenizers(out, tmp_path, name):
 
 
 def test_sentencepiece_tokenizers(out, tmp_path):
-    spm = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text("\n".join(TEXT))
-    spm.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(out / "tokenizer"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    (out / "tokenizer.vocab").unlink()
-    size = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model")).vocab_size()
+    pytest.importorskip("sentencepiece")
+    size = sentencepiece_model(out).vocab_size()
     (out / "tokenizer_config.json").write_text(
         json.dumps(
             {"added_tokens_decoder": {"1": {"content": "<s>", "special": True}, str(size): {"content": "[user]"}}}
@@ -203,6 +164,8 @@ WRONG_TOKENIZERS = {
         "has 400 tokens, the model 320",
     ),
     "neither file": (lambda out: (out / "vocab.txt").write_text("a"), "neither tokenizer.model nor tokenizer.json"),
+    "normalised text": (lambda out: sentencepiece_model(out, remove_extra_whitespaces=True), "changes text before"),
+    "unknown letters": (lambda out: sentencepiece_model(out, byte_fallback=False), "changes text before"),
     "damaged pieces": (lambda out: (out / "tokenizer.model").write_bytes(b"\xff" * 20), "cannot be read"),
 }
 

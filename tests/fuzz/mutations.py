@@ -199,6 +199,8 @@ def of_torch_archive(content: bytes, random: Random) -> bytes:
             entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     except Exception:  # changed beyond what zipfile reads
         return of_bytes(content, random)
+    if not entries:
+        return of_bytes(content, random)
     index = next((index for index, (name, _) in enumerate(entries) if name.endswith("data.pkl")), None)
     if index is None or random.random() < 0.15:
         index = random.randrange(len(entries))
