@@ -156,8 +156,11 @@ class _LayerReader:
         """The size of each module's weight along its axis; 0 where there is none, or nothing in it."""
         sizes = []
         for module, axis in zip(modules, axes, strict=True):
-            tensor = self._tensors.get(f"{self._prefix}{module}.weight")
-            sizes.append(tensor.shape[axis] if tensor is not None and len(tensor.shape) == 2 else 0)
+            name = f"{self._prefix}{module}.weight"
+            shape = self._tensors[name].shape if name in self._tensors else (0, 0)
+            if len(shape) != 2:
+                self._found.problems.append(f"{name}: shape {list(shape)}; a weight has two dimensions")
+            sizes.append(shape[axis] if len(shape) == 2 else 0)
         return tuple(sizes)
 
     def _contradiction(self, modules: tuple[str, ...], sizes: tuple[int, ...], more: str = "") -> None:

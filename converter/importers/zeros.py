@@ -80,7 +80,7 @@ def _nothing_found(share: float) -> str:
     scattered = "No head, channel or hidden dimension is zero throughout"
     if share > SCATTERED:
         scattered += (
-            f", though {share:.1%} of the weights in layers are: zeros that are scattered (unstructured or 2:4 pruning) make no "
-            "tensor smaller"
+            f", though {share:.1%} of the weights in layers are: zeros that are scattered (unstructured, 2:4 pruning) "
+            "make no tensor smaller"
         )
     return f"{scattered}."

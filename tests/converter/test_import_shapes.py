@@ -193,6 +193,11 @@ BROKEN = {
     "k and v": ("self_attn.v_proj", (32, 96), "do not belong together; head_dim is 32"),
     "part of a head": ("self_attn.q_proj", (50, 96), "have 50, 192, 192, 192"),
     "gate and up": ("mlp.up_proj", (7, 96), "gate_proj, up_proj, down_proj have 40, 7, 40"),
+    "one dimension": (
+        "mlp.up_proj",
+        (40,),
+        "up_proj.weight: shape [40]; a weight has two dimensions",
+    ),
     "no down": ("mlp.down_proj", (96, 0), "gate_proj, up_proj, down_proj have 40, 40, 0"),
     "hidden size": ("mlp.gate_proj", (40, 95), "the file has [40, 95], config.json says [40, 96]"),
 }

@@ -5,8 +5,17 @@ import json
 import pytest
 import torch
 from helpers.imports import assert_converts, logits, rows, sizes
-from helpers.masked import convert_pruned, edit_json
-from helpers.tiny import tiny_model
+from helpers.masked import edit_json
+from helpers.tiny import byte_tokenizer, tiny_model
+
+from converter import zero_units
+from converter.importers import recognised
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Tensors of many blocks."""
+    monkeypatch.setattr(zero_units, "BLOCK", 1000)
 
 
 def attention(model, layer=0):
@@ -175,9 +184,17 @@ def test_channels_of_experts(tmp_path, capsys, model_type):
     assert ("Some heads are zero, but stay" in capsys.readouterr().out) == (model_type == "olmoe")
 
 
-def test_models_with_other_norms_than_stock_ones_are_not_taken_for_stock_ones(tmp_path, capsys):
+def test_models_with_other_norms_than_stock_ones_are_not_taken_for_stock_ones(tmp_path):
     """NutePrune's merged models: the stock class divides by another number in every norm."""
     tiny_model("llama", 6, 6, 40).save_pretrained(tmp_path / "in")
+    assert list(recognised(tmp_path / "in")) == ["zeros"]
     edit_json(tmp_path / "in" / "config.json", lora_param="Q.V", lora_rank=8, lora_alpha=8.0)
-    assert convert_pruned(tmp_path / "in", tmp_path / "out") == 2
-    assert "none of the formats" in capsys.readouterr().err
+    assert "zeros" not in recognised(tmp_path / "in")
+
+
+def test_the_tokenizer_may_be_that_of_the_dense_model(tmp_path, capsys):
+    model = tiny_model("llama", 6, 6, 40)
+    model.save_pretrained(tmp_path / "in")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    assert_converts(tmp_path / "in", tmp_path / "out", logits(model), "--base-model", tmp_path / "base")
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and "there is no tokenizer" not in capsys.readouterr().err
