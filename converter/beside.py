@@ -5,6 +5,7 @@ from pathlib import Path
 
 from converter.base_model import CONFIG_FILES, find_base_model
 from converter.source import Request
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.companions import has_tokenizer
 from pruned_vllm.formats.weights import has_weight_files
 
@@ -21,3 +22,10 @@ def companions_of(request: Request, directory: Path) -> Path:
     if request.base_model is None or has_tokenizer(directory):
         return directory
     return find_base_model(request, "no tokenizer", CONFIG_FILES)[0]
+
+
+def require_directory(path: Path) -> Path:
+    """`path`, if it is a directory. Raises InputError."""
+    if not path.is_dir():
+        raise InputError(f"{path} is no directory; give the model directory, which holds config.json and the weights")
+    return path

@@ -31,6 +31,8 @@ def recognise(path: Path) -> str | None:
 
 def read(request: Request) -> Source:
     file = request.path / LIST_FILE if request.path.is_dir() else request.path
+    if not file.is_file():
+        raise InputError(f"{request.path} has no {LIST_FILE}; give the list itself if it has another name")
     lines = read_lines(file)
     if not lines or any(line not in WORDS for line in lines):
         wrong = next((line for line in lines if line not in WORDS), "nothing")

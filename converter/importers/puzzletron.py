@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter.beside import companions_of
+from converter.beside import companions_of, require_directory
 from converter.block_configs import sizes_from_blocks
 from converter.checkpoint import Checkpoint
 from converter.cut_config import with_largest_layer
@@ -42,7 +42,7 @@ def recognise(path: Path) -> str | None:
 
 
 def read(request: Request) -> Source:
-    directory = request.path
+    directory = require_directory(request.path)
     config = _stock(read_config(directory))
     if config.get("block_configs"):
         config, layers = sizes_from_blocks(config)
@@ -96,8 +96,12 @@ def _stock(config: Mapping[str, Any]) -> dict[str, Any]:
 def _sizes_from_overrides(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[LayerGeometry, ...]]:
     """config.json without `per_layer_config`, and the layers that it describes. Raises InputError."""
     given = config.get("per_layer_config")
+    if given is None:
+        raise InputError(
+            "config.json has neither block_configs nor per_layer_config, which say the sizes of the layers"
+        )
     if not isinstance(given, Mapping) or not all(isinstance(sizes, Mapping | None) for sizes in given.values()):
-        raise InputError(f"config.json has no block_configs, and its per_layer_config is {shown(given)}")
+        raise InputError(f"per_layer_config is {shown(given)}; it must map layer indices to sizes")
     overrides: dict[str, Mapping[str, Any]] = {index: sizes or {} for index, sizes in given.items()}
     experts = find_family(config).experts
     count_keys = experts.count_keys if experts is not None else ()

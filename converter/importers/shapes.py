@@ -9,7 +9,7 @@ without rows, are gone.
 from pathlib import Path
 
 from converter.base_model import CONFIG_FILES, find_base_model
-from converter.beside import companions_of
+from converter.beside import companions_of, require_directory
 from converter.checkpoint import Checkpoint
 from converter.cut_config import shared_config, size_list_problems, with_largest_layer
 from converter.from_shapes import layers_from_shapes, shapes_differ, too_many_heads, with_last_biases
@@ -26,7 +26,7 @@ def recognise(path: Path) -> str | None:
 
 
 def read(request: Request) -> Source:
-    directory = request.path
+    directory = require_directory(request.path)
     return source_from_shapes(Checkpoint.from_directory(directory), request, "shapes")
 
 

@@ -7,7 +7,7 @@ cut, and the command says so. It reads all weights twice.
 
 from pathlib import Path
 
-from converter.beside import companions_of
+from converter.beside import companions_of, require_directory
 from converter.checkpoint import Checkpoint
 from converter.from_shapes import shapes_differ
 from converter.hidden import make_hidden_cut
@@ -34,7 +34,7 @@ def recognise(path: Path) -> str | None:
 
 
 def read(request: Request) -> Source:
-    directory = request.path
+    directory = require_directory(request.path)
     weights = Checkpoint.from_directory(directory)
     dense = dense_geometry(directory, weights.config)
     if problems := dense_problems(weights.tensors, dense):

@@ -128,3 +128,24 @@ def test_a_model_directory_is_one_thing(tmp_path, change, name):
     model(tmp_path / "in")
     change(tmp_path / "in")
     assert list(recognised(tmp_path / "in")) == [name] and name in importer_names()
+
+
+# What is asked for, of a model directory or of a file in it, and the answer.
+WRONG = {
+    "zeros, a file": ("zeros", "model.safetensors", "is no directory; give the model directory"),
+    "shapes, a file": ("shapes", "config.json", "is no directory; give the model directory"),
+    "puzzletron, a file": ("puzzletron", "config.json", "is no directory; give the model directory"),
+    "puzzletron": ("puzzletron", "", "neither block_configs nor per_layer_config"),
+    "depth": ("depth", "", "has no layer_drop_config.txt"),
+    "depth, a file": ("depth", "config.json", "a line for each layer must be one of"),
+    "tyr": ("tyr", "", "holds no list of levels"),
+    "tyr, a file": ("tyr", "config.json", "is no list of levels"),
+    "a file alone": ("auto", "model.safetensors", "is a file in none of the formats"),
+}
+
+
+@pytest.mark.parametrize(("importer", "file", "message"), WRONG.values(), ids=WRONG)
+def test_another_format_than_it_is(tmp_path, capsys, importer, file, message):
+    model(tmp_path / "in")
+    assert convert_pruned(tmp_path / "in" / file, tmp_path / "out", "--from", importer) == 2
+    assert message in capsys.readouterr().err
