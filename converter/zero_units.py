@@ -6,12 +6,14 @@
 - A hidden dimension stays zero where its column of the embedding is zero, and every row of o_proj and of down_proj that
   adds to it, with their biases.
 
-Every tensor is read once, in blocks; what is kept of it is which of its rows and columns are zero.
+Every tensor is read once. What is kept of it is which of its rows and columns are zero, told by the bits of its
+numbers: NumPy does that faster than a disk delivers them, while comparing them takes Torch ten times as long.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from converter.checkpoint import Checkpoint
@@ -21,7 +23,8 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import LayerMasks
 
-BLOCK = 1 << 24  # numbers that are compared at a time
+BLOCK = 1 << 20  # numbers that are looked at at a time, few enough for the cache of a core
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number; NumPy has no bfloat16
 _SCANNED = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -75,16 +78,21 @@ class _Scan:
 
     def read(self, name: str) -> None:
         weight = self._weights.read(name)
-        rows, columns, nonzeros = [], torch.zeros(weight.shape[1], dtype=torch.bool), 0
-        for block in weight.split(max(1, BLOCK // max(1, weight.shape[1]))):
-            used = block != 0
-            rows.append(used.any(1))
-            columns |= used.any(0)
-            nonzeros += int(used.count_nonzero())
-        self._rows[name], self._columns[name] = torch.cat(rows), columns
-        if name != EMBEDDING:
-            self.numbers += weight.numel()
-            self.nonzeros += nonzeros
+        bits = weight.view(_INTEGERS[weight.dtype.itemsize]).numpy()
+        magnitude = np.iinfo(bits.dtype).max  # all but the sign: -0.0 is zero too
+        rows, columns = [], np.zeros(bits.shape[1], bits.dtype)
+        count = max(1, BLOCK // max(1, bits.shape[1]))
+        for start in range(0, max(1, len(bits)), count):
+            block = bits[start : start + count] & magnitude
+            rows.append(np.bitwise_or.reduce(block, axis=1))
+            columns |= np.bitwise_or.reduce(block, axis=0)
+            if name != EMBEDDING:
+                self.numbers += block.size
+                self.nonzeros += int(np.count_nonzero(block))
+        self._rows[name], self._columns[name] = (
+            torch.from_numpy(np.concatenate(rows) != 0),
+            torch.from_numpy(columns != 0),
+        )
 
     def has_read(self, name: str) -> bool:
         return name in self._rows

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers.imports import assert_converts, logits, rows, sizes
-from helpers.masked import edit_json
+from helpers.imports import assert_converts, logits, rows, sizes, stored
+from helpers.masked import edit_json, edit_weights
 from helpers.tiny import byte_tokenizer, tiny_model
 
 from converter import zero_units
@@ -97,6 +97,10 @@ CASES = {
     "biases of a dead layer stay": (
         "llama", 6, 6, BIASES, [lambda m: kill_outputs(m, range(6)), channel("down", *range(40))], (0, 0, 0),
     ),
+    "negative zeros": (
+        "llama", 6, 6, {},
+        [lambda m: attention(m).v_proj.weight[:64].mul_(-0.0), lambda m: mlp(m).up_proj.weight[3:].mul_(0)], (4, 4, 3),
+    ),
     "scattered": ("llama", 6, 6, {}, [scatter], (6, 6, 40)),
     "nothing": ("llama", 6, 6, {}, [], (6, 6, 40)),
 }  # fmt: skip
@@ -115,6 +119,19 @@ def test_what_is_zero_goes_and_nothing_else(tmp_path, capsys, model_type, heads,
     assert ("Nothing to cut" in printed) == ("No head, channel or hidden dimension" in printed) == nothing
     if not kill or kill == [scatter]:
         assert ("zeros that are scattered" in printed) == bool(kill)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_float_format(tmp_path, dtype):
+    model = tiny_model("llama", 6, 6, 40)
+    kill_outputs(model, [2])
+    channel("down", 0, 9)(model)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    model.save_pretrained(tmp_path / "in")
+    edit_weights(tmp_path / "in", {name: tensor.to(dtype) for name, tensor in stored(tmp_path / "in").items()})
+    pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model), "--dtype", "float32")
+    assert sizes(pruned)[0] == (5, 5, 38)
 
 
 def kill_hidden(model, dimensions):
