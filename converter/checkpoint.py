@@ -61,7 +61,8 @@ class Checkpoint:
 
     def without(self, names: Iterable[str]) -> "Checkpoint":
         """The same without these tensors."""
-        left = {name: tensor for name, tensor in self.tensors.items() if name not in set(names)}
+        gone = set(names)
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in gone}
         loaded = {name: tensor for name, tensor in self._loaded.items() if name in left}
         return Checkpoint(self.directory, self.config, left, loaded)
 
@@ -70,8 +71,10 @@ class Checkpoint:
         return Checkpoint(self.directory, config, self.tensors, self._loaded)
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here."""
-        return sum(ELEMENT_BYTES[self.tensors[name].dtype] * math.prod(shape) for name, shape in shapes.items())
+        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here, or that of the embedding."""
+        embedding = self.tensors["model.embed_tokens.weight"]
+        dtypes = {name: self.tensors.get(name, embedding).dtype for name in shapes}
+        return sum(ELEMENT_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""
