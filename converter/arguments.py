@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from converter.importers import AUTO, importer_names
+from pruned_vllm.common.arguments import positive_float
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, what: str, *, metavar: str = "INPUT") -> None:
@@ -23,6 +24,13 @@ def add_source_arguments(parser: argparse.ArgumentParser, what: str, *, metavar:
         metavar="DIR_OR_ID",
         help="dense model, for inputs that have masks only or lack its tokenizer; in place of any weights in "
         f"{metavar} and of the model that pruning.json names",
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=positive_float,
+        metavar="ALPHA",
+        help="alpha that LoRA weights were trained with, for formats that do not store it (compresso, lorapruner, "
+        "nuteprune); default: their rank, so that they are added as they are",
     )
     parser.add_argument(
         "--revision",

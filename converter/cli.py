@@ -82,10 +82,10 @@ def _main(arguments: list[str]) -> int:
         type=positive_int,
         default=DEFAULT_ALIGNMENT,
         metavar="N",
-        help="pad FFN widths with zero channels to multiples of N, which suits the tensor cores of GPUs; 1 pads "
-        "nothing. %(default)s adds 32 channels to a layer on average, below 1%% of the weights of models of 0.5B "
-        "parameters and more, and on CPU neither helps nor harms. Experts of different widths are not padded: "
-        "they gain nothing (default: %(default)s)",
+        help="pad FFN widths, and a hidden size that shrinks, with zeros to multiples of N, which suits the "
+        "tensor cores of GPUs; 1 pads nothing. %(default)s adds 32 channels to a layer on average, below 1%% of the "
+        "weights of models of 0.5B parameters and more, and on CPU neither helps nor harms. Experts of different "
+        "widths are not padded: they gain nothing (default: %(default)s)",
     )
     parser.add_argument(
         "--max-distinct-shapes",
@@ -127,7 +127,8 @@ def _formats() -> str:
     """What --from can be, for --help: the first line of each importer's docstring, read without importing it."""
     lines = ["formats (--from):"]
     for name, summary in importer_summaries().items():
-        lines += textwrap.wrap(summary, 118, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+        first, others = f"  {name:<12}", " " * 14
+        lines += textwrap.wrap(summary, 118, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -151,6 +152,7 @@ def _convert(args: argparse.Namespace) -> None:
         importer=args.importer,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         revision=args.revision,
+        settings={"lora_alpha": args.lora_alpha},
         gqa_layout=args.gqa_layout,
         alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,

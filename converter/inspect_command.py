@@ -55,7 +55,8 @@ def _inspect(args: argparse.Namespace) -> None:
     from converter.inspection import inspect
     from converter.inspection_text import print_inspection
 
-    found = inspect(args.input, args.base_model, importer=args.importer, revision=args.revision)
+    settings = {"lora_alpha": args.lora_alpha}
+    found = inspect(args.input, args.base_model, importer=args.importer, revision=args.revision, settings=settings)
     if args.json:
         print(json.dumps(found.as_json(), indent=2))
         return

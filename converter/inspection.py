@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from converter.importers import AUTO, importer_names, recognise
+from converter.checkpoint import Checkpoint
+from converter.importers import AUTO, recognise
 from converter.inspection_keys import ALIGNMENTS, BATCH_SIZES, CONTEXT
 from converter.plan import Plan, make_plan
 from converter.serving_needs import ServingNeeds, serving_needs, widths
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.cost import moved_bytes, sequence_flops
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, read_headers
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import find_weight_files, read_header
 
@@ -125,20 +127,31 @@ class Inspection:
 
 
 def inspect(
-    path: Path, base_model: str | None = None, *, importer: str = AUTO, revision: str | None = None
+    path: Path,
+    base_model: str | None = None,
+    *,
+    importer: str = AUTO,
+    revision: str | None = None,
+    settings: Mapping[str, float | None] | None = None,
 ) -> Inspection:
     """Finds out about a converted model, a stock one, or anything that an importer reads.
 
     Args:
-        path, base_model, importer, revision: as in `converter.plan.make_plan`.
+        path, base_model, importer, revision, settings: as in `converter.plan.make_plan`. Where it is to be found out,
+            a model of the shapes that its config.json says is taken for a stock one: whether there are zeros in it only
+            its weights tell.
 
     Raises:
         InputError: it is none of these, or cannot be read.
     """
-    if importer == AUTO and (path / "config.json").is_file() and _is_converted(config := read_config(path)):
-        return _of_converted(path, config)
-    importer = recognise(path) if importer == AUTO else importer
-    return _of_plan(path, importer, make_plan(path, base_model, importer=importer, revision=revision))
+    if importer == AUTO:
+        if (path / "config.json").is_file() and _is_converted(read_config(path)):
+            return _of_model(path, "converted")
+        importer = recognise(path)
+        if importer == "zeros":
+            return _of_model(path, "stock")
+    plan = make_plan(path, base_model, importer=importer, revision=revision, settings=settings)
+    return _of_plan(path, importer, plan)
 
 
 def _is_converted(config: Mapping[str, Any]) -> bool:
@@ -147,28 +160,34 @@ def _is_converted(config: Mapping[str, Any]) -> bool:
     return is_pruned or isinstance(config.get("pruning"), Mapping)
 
 
-def _of_converted(path: Path, config: Mapping[str, Any]) -> Inspection:
+def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
+    """Of a directory that vLLM can serve as it is."""
+    checkpoint = Checkpoint.from_directory(path)
+    config, tensors = checkpoint.config, checkpoint.tensors
     geometry = ModelGeometry.from_config(config)
-    tensors = read_headers(path)
     is_quantized = "quantization_config" in config
     if not is_quantized and (problems := dense_problems(tensors, geometry)):
         raise InputError(f"The tensors in {path} do not fit its config.json:", problems)
     pruning = config["pruning"] if isinstance(config.get("pruning"), Mapping) else {}
     method = pruning.get("method")
     before = geometry.with_layers(geometry.dense_layers)
-    dense_parameters = _dense_parameters(pruning, before)
+    dense_parameters = geometry.num_parameters if kind == "stock" else _dense_parameters(pruning, before)
     dense = before if before.num_parameters == dense_parameters and not geometry.is_dense else None
     embedding = tensors.get("model.embed_tokens.weight")
     element_bytes = ELEMENT_BYTES.get(embedding.dtype, 2) if embedding is not None else 2
     unknown = []
-    if dense is None:
+    if kind == "stock":
+        unknown.append(
+            "whether rows or columns of the weights are zero: convert-pruned --from zeros --dry-run reads all of them"
+        )
+    elif dense is None:
         unknown.append("the sizes before pruning, so the ideal speedup: config.json has them only where layers differ")
     if is_quantized:
         unknown.append(f"what quantized weights gain: the ideal speedup counts {element_bytes} bytes for every weight")
     return Inspection(
         path=path,
-        kind="converted",
-        format=None,
+        kind=kind,
+        format="zeros" if kind == "stock" else None,
         method=method if isinstance(method, str) and METHOD.fullmatch(method) else None,
         geometry=geometry,
         dense=dense,
@@ -178,6 +197,7 @@ def _of_converted(path: Path, config: Mapping[str, Any]) -> Inspection:
         element_bytes=element_bytes,
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
         serving=serving_needs(geometry, (config.get("architectures") or [geometry.family.architecture])[0]),
+        notes=tuple(f"config.json: {problem}." for problem in refusals(geometry.family, config)),
         unknown=tuple(unknown),
     )
 
@@ -202,21 +222,15 @@ def _stored_bytes(directory: Path) -> dict[str, int]:
 
 
 def _of_plan(path: Path, importer: str, plan: Plan) -> Inspection:
-    is_stock = plan.cuts_nothing and importer == "shapes"
     config = plan.config()
     embedding = plan.checkpoint.tensors["model.embed_tokens.weight"]
-    unknown = []
-    if is_stock and "zeros" in importer_names():
-        unknown.append(
-            "whether rows or columns of the weights are zero: convert-pruned --from zeros --dry-run reads all of them"
-        )
     return Inspection(
         path=path,
-        kind="stock" if is_stock else "pruned",
+        kind="pruned",
         format=importer,
-        method=None if is_stock else plan.source.method,
+        method=plan.source.method,
         geometry=plan.pruned,
-        dense=None if is_stock else plan.dense,
+        dense=plan.dense,
         dense_parameters=plan.dense.num_parameters,
         dense_bytes=plan.bytes_of(plan.dense),
         tensor_bytes={name: plan.bytes_of_shapes({name: shape}) for name, shape in plan.pruned.tensor_shapes().items()},
@@ -224,5 +238,4 @@ def _of_plan(path: Path, importer: str, plan: Plan) -> Inspection:
         dtypes=tuple(sorted({tensor.dtype for tensor in plan.checkpoint.tensors.values()})),
         serving=serving_needs(plan.pruned, config["architectures"][0]),
         notes=plan.source.notes,
-        unknown=tuple(unknown),
     )

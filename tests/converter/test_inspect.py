@@ -142,7 +142,7 @@ def test_equal_layers_are_a_stock_model_that_forgot_what_it_was(tmp_path, inspec
 def test_a_stock_model(tmp_path, inspect, capsys):
     tiny_model("qwen3", 6, 3, 48).save_pretrained(tmp_path / "model")
     found = inspect(tmp_path / "model")
-    assert (found["kind"], found["format"], found["method"]) == ("stock", "shapes", None)
+    assert (found["kind"], found["format"], found["method"]) == ("stock", "zeros", None)
     assert found["ideal_speedup"]["1"] is None and found["parameters"]["dense"] == found["parameters"]["pruned"]
     assert found["serving"]["even_tensor_parallel_sizes"] == [1, 3, 6]
     assert cli.main(["inspect", str(tmp_path / "model")]) == 0
