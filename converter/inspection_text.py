@@ -11,7 +11,7 @@ from pruned_vllm.formats.layer import LayerGeometry
 
 KINDS = {
     "converted": "a converted model",
-    "stock": "a stock model, nothing of which is pruned",
+    "stock": "a model whose layers have the sizes that its config.json says",
     "pruned": "a pruned model to be converted",
 }
 

@@ -146,7 +146,7 @@ def test_a_stock_model(tmp_path, inspect, capsys):
     assert found["ideal_speedup"]["1"] is None and found["parameters"]["dense"] == found["parameters"]["pruned"]
     assert found["serving"]["even_tensor_parallel_sizes"] == [1, 3, 6]
     assert cli.main(["inspect", str(tmp_path / "model")]) == 0
-    assert "a stock model, nothing of which is pruned" in capsys.readouterr().out
+    assert "whose layers have the sizes that its config.json says" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", MOE_CONFIGS)
