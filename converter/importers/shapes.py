@@ -1,17 +1,20 @@
 """Tensors that were cut already, whatever config.json says: FLAP, wanda-sp, GradNAS, Torch-Pruning, cuts by hand.
 
-Reads a model directory with safetensors (or pickled state dicts). Every layer's sizes are those of its tensors;
+Reads a model directory with safetensors or pytorch_model.bin, or a file that holds a state dict of torch.save, with
+config.json beside it or --base-model. Every layer's sizes are those of its tensors;
 head_dim is the one of config.json, else hidden_size / num_attention_heads of the model before pruning. Biases of o_proj
 and down_proj stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors without
 rows, are gone.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from converter.checkpoint import Checkpoint
 from converter.from_shapes import layers_from_shapes
 from converter.importers import masked
 from converter.source import Request, Source
+from converter.state_dicts import read_weights, recognise_state_dict, refuse_two_formats
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry
 from pruned_vllm.formats.masked import LayerMasks
@@ -24,14 +27,20 @@ SIZE_LISTS = ("layer_head_num", "layer_inter_size", "layer_num")
 
 
 def recognise(path: Path) -> str | None:
-    if (path / "config.json").is_file() and has_weight_files(path) and not masked.recognise(path):
+    if masked.recognise(path):
+        return None
+    if (path / "config.json").is_file() and has_weight_files(path):
         return "config.json beside weights"
-    return None
+    return recognise_state_dict(path)
 
 
 def read(request: Request) -> Source:
-    directory = request.path
-    return source_from_shapes(Checkpoint.from_directory(directory), request, "shapes")
+    if request.path.is_dir() and has_weight_files(request.path):
+        refuse_two_formats(request.path)
+        return source_from_shapes(Checkpoint.from_directory(request.path), request, "shapes")
+    weights, notes = read_weights(request)
+    source = source_from_shapes(weights, request, "shapes")
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def source_from_shapes(weights: Checkpoint, request: Request, method: str) -> Source:
