@@ -123,11 +123,12 @@ def _tensor_v3(
 
 def _tensor_of_subclass(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
     """A tensor with attributes or of another class than torch.Tensor: the tensor alone."""
-    if not isinstance(function, Name) or function.builder not in (_tensor, _tensor_v3):
+    builder = function.builder if isinstance(function, Name) else None
+    if builder is None or builder not in (_tensor, _tensor_v3):
         return Stub("torch._tensor", "_rebuild_from_type_v2")  # quantized, or numbers that are elsewhere
     if not isinstance(arguments, tuple) or len(arguments) > MOST_DIMENSIONS:
         raise BadPickle("a tensor is built of nothing")
-    return function.builder(*arguments)
+    return builder(*arguments)
 
 
 class NumpyDtype(Stateful):

@@ -12,7 +12,7 @@ texts and numbers.
 
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from pruned_vllm.common.errors import InputError
 
@@ -84,7 +84,7 @@ class OddKey:
 
 
 def run_pickle(
-    file: BinaryIO,
+    file: Any,
     where: str,
     builders: Mapping[str, Callable],
     persistent_load: Callable[[Any], Any] | None = None,
@@ -94,7 +94,7 @@ def run_pickle(
     Sets become lists. Dictionaries of every kind become plain ones, whose own attributes are left out.
 
     Args:
-        file: read up to the end of the pickle.
+        file: binary, with read and readline; it is read up to the end of the pickle.
         where: its name in error messages.
         builders: what stands for functions and classes that are not to become stubs, by "module.name". They must copy
             nothing of their arguments.
@@ -128,7 +128,7 @@ class _Machine:
         self._marks: list[int] = []  # heights of the stack
         self._memo: dict[int, Any] = {}
 
-    def run(self, file: BinaryIO) -> Any:
+    def run(self, file: Any) -> Any:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= MOST_INSTRUCTIONS:
                 raise BadPickle(f"it has more than {MOST_INSTRUCTIONS:,} instructions")

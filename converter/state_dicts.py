@@ -66,7 +66,7 @@ def read_weights(request: Request) -> tuple[Checkpoint, list[str]]:
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by the names that a model's files have, each of them contiguous.
+    """Tensors by the names that a model's files have.
 
     Raises:
         InputError: the file cannot be read, or holds something else.
@@ -79,7 +79,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     prefix = "module." if all(name.startswith("module.") for name in content) else ""
     if odd := [name for name in content if len(name) > LONGEST_NAME or not name.isprintable()]:
         raise InputError(f"{file} holds {len(odd):,} tensors whose names are none of a model: {odd[0][:80]!r} ...")
-    tensors = {canonical_name(name.removeprefix(prefix)): tensor.contiguous() for name, tensor in content.items()}
+    tensors = {canonical_name(name.removeprefix(prefix)): tensor for name, tensor in content.items()}
     if len(tensors) < len(content):
         raise InputError(f"{file} holds tensors twice, with and without 'model.' before their names; keep one of each")
     return tensors

@@ -9,7 +9,6 @@ pickle is run. EvoPress's final_model.pth is refused, since what it drops is not
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from converter.base_model import CONFIG_FILES, find_base_model
 from converter.checkpoint import Checkpoint
@@ -84,7 +83,7 @@ def _weights(file: Path, model: Stub, request: Request) -> tuple[Checkpoint, Pat
             config = read_config(tokenizer)
         else:
             config = config_of(model, family_of(model))
-        tensors = {canonical_name(name): tensor.contiguous() for name, tensor in module_tensors(model).items()}
+        tensors = {canonical_name(name): tensor for name, tensor in module_tensors(model).items()}
         config = fitted_config(config, model, tensors)
         left_out = tied_copies(tensors, config)
     except InputError as error:
@@ -116,7 +115,7 @@ def _models(path: Path) -> dict[Path, str]:
 def _find_model(path: Path) -> Path:
     if path.is_file():
         return path
-    found: list[Any] = list(_models(path))
+    found = list(_models(path))
     if not found:
         raise InputError(f"{path} holds no pickled model; give the file that torch.save wrote")
     if len(found) > 1:

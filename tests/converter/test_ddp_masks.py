@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers.masked import convert_pruned
-from helpers.tiny import byte_tokenizer, oracle, prompts, tiny_model
+from helpers.tiny import byte_tokenizer, converted, oracle, prompts, tiny_model
 
 from converter.importers import recognised
+from converter.plan import make_plan
 from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 from pruned_vllm.hf.loading import load_pruned
 
@@ -34,33 +35,30 @@ def without_a_layer(values: torch.Tensor, layer: int) -> torch.Tensor:
     return values.index_fill(0, torch.tensor([layer]), -1.0)
 
 
-# family, heads, KV heads, width; masks; the first layer that each kind of mask is for
+# family, heads, KV heads, width; masks
 CASES = {
-    "heads and channels": (("llama", 6, 6, 40), {"head": log_alphas(3, 6), "intermediate": log_alphas(3, 40)}, 0),
-    "query heads": (("qwen3", 8, 4, 40), {"head": log_alphas(3, 8), "intermediate": log_alphas(3, 40)}, 0),
-    "channels alone": (("mistral", 8, 2, 24), {"intermediate": log_alphas(3, 24)}, 0),
+    "heads and channels": (("llama", 6, 6, 40), {"head": log_alphas(3, 6), "intermediate": log_alphas(3, 40)}),
+    "query heads": (("qwen3", 8, 4, 40), {"head": log_alphas(3, 8), "intermediate": log_alphas(3, 40)}),
+    "channels alone": (("mistral", 8, 2, 24), {"intermediate": log_alphas(3, 24)}),
     "nothing is left of a layer": (
         ("llama", 6, 6, 40),
         {"head": without_a_layer(log_alphas(3, 6), 1), "intermediate": without_a_layer(log_alphas(3, 40), 2)},
-        0,
     ),
-    "experts": (("qwen3_moe", 6, 3, 40), {"head": log_alphas(3, 6), "expert": log_alphas(3, 4, 24)}, 0),
-    "experts from the second layer on": (("deepseek", 6, 6, 40), {"expert": log_alphas(2, 4, 24)}, 1),
+    "experts": (("qwen3_moe", 6, 3, 40), {"head": log_alphas(3, 6), "expert": log_alphas(3, 4, 24)}),
 }
 
 
-@pytest.mark.parametrize(("sizes", "masks", "first"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize("prefix", PREFIXES[:1])
-def test_masks_are_folded_into_the_model(tmp_path, sizes, masks, first, prefix):
+@pytest.mark.parametrize(("sizes", "masks"), CASES.values(), ids=CASES)
+def test_masks_are_folded_into_the_model(tmp_path, sizes, masks):
     model = tiny_model(*sizes)
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "step_100").mkdir()
-    torch.save(trainable_params(masks, prefix), tmp_path / "step_100" / "trainable_params.pt")
+    torch.save(trainable_params(masks), tmp_path / "step_100" / "trainable_params.pt")
     assert recognised(tmp_path / "step_100") == {"ddp": "trainable_params.pt"}
     assert convert_pruned(tmp_path / "step_100", tmp_path / "out", "--base-model", tmp_path / "base") == 0
     own_masks = {
-        KEYS[kind].format(layer + (first if kind == "expert" else 0)): values[layer].clamp(min=0)
+        KEYS[kind].format(layer): values[layer].clamp(min=0)
         for kind, values in masks.items()
         for layer in range(len(values))
     }
@@ -73,17 +71,30 @@ def test_masks_are_folded_into_the_model(tmp_path, sizes, masks, first, prefix):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_experts_are_those_of_the_layers_that_have_any(tmp_path):
+    """The first layer of DeepSeekMoE has none, so the masks are one less than the layers."""
+    model, values = tiny_model("deepseek", 6, 6, 40), log_alphas(2, 4, 24)
+    own_masks = {EXPERT_MASK.format(layer + 1): values[layer].clamp(min=0) for layer in range(2)}
+    expected = converted(tmp_path, model, own_masks)
+    torch.save(trainable_params({"expert": values}), tmp_path / "trainable_params.pt")
+    base = ("--base-model", tmp_path / "ckpt", "--from", "ddp")
+    assert convert_pruned(tmp_path / "trainable_params.pt", tmp_path / "ddp", *base) == 0
+    names = {path.name for path in expected.glob("*.safetensors")}
+    assert names and all((tmp_path / "ddp" / name).read_bytes() == (expected / name).read_bytes() for name in names)
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_names_with_and_without_prefix(tmp_path, capsys, prefix):
+def test_names_with_and_without_prefix(tmp_path, prefix):
     tiny_model("llama", 6, 6, 40).save_pretrained(tmp_path / "base")
     masks = {"head": log_alphas(3, 6), "intermediate": log_alphas(3, 40)}
     file = tmp_path / "params.pt"
     torch.save(trainable_params(masks, prefix), file)
     assert recognised(file) == {"ddp": "params.pt has l0_module.masks.*.z_loga"}
-    assert convert_pruned(file, tmp_path / "out", "--dry-run", "--base-model", tmp_path / "base") == 0
-    printed = capsys.readouterr().out
-    assert f"  1  {int((masks['head'][1] > 0).sum())}" in " ".join(printed.split()).replace("│", "") or "pruned by ddp" in printed
-    assert "The masks are pickled: params.pt" in printed
+    plan = make_plan(file, str(tmp_path / "base"))
+    kept = [(layer.num_attention_heads, layer.intermediate_size) for layer in plan.exact.layers]
+    counts = (values.gt(0).sum(dim=1).tolist() for values in masks.values())
+    assert kept == list(zip(*counts, strict=True))
+    assert plan.source.notes == ("The masks are pickled: params.pt. Nothing in it was run.",)
 
 
 HEAD, CHANNEL, EXPERT = (f"module.l0_module.masks.{kind}.z_loga" for kind in ("head", "intermediate", "expert"))
