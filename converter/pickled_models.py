@@ -88,6 +88,12 @@ def fitted_config(config: Mapping[str, Any], model: Stub, tensors: Mapping[str, 
     return fitted
 
 
+def hidden_size_before(model: Stub) -> int | None:
+    """The hidden size that an attention module remembers of the model before pruning; newer classes do not."""
+    sizes = (_whole(part.get("hidden_size")) for name, part in walk_modules(model) if name.endswith(".self_attn"))
+    return next(sizes, None)
+
+
 def _head_dims(model: Stub, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """head_dim by attention module: its attribute, else the rows of q by its own number of heads."""
     found = {}

@@ -135,7 +135,8 @@ class NumpyDtype(Stateful):
     """dtype("f4"); its state tells the byte order."""
 
     def __init__(self, name: Any, *_: Any) -> None:
-        self.name, self.order = name, "<"
+        self.name = name
+        self.order: Any = "<"
 
     def take_state(self, state: Any) -> None:
         self.order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
@@ -286,7 +287,9 @@ class TensorMapper:
             try:
                 raw = array.data.encode("latin1") if isinstance(array.data, str) else array.data
             except UnicodeEncodeError:
-                raise InputError(f"{self._where}: an array holds text in place of numbers; the file is damaged") from None
+                raise InputError(
+                    f"{self._where}: an array holds text in place of numbers; the file is damaged"
+                ) from None
             self._arrays[id(array.data)] = bytearray(raw)
         flat = torch.frombuffer(self._arrays[id(array.data)], dtype=dtype)
         if array.is_fortran is True:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 
-# A pickled model with its tokenizer has up to 3 million. One instruction makes an object of about 100 bytes at most.
+# A pickled model with its tokenizer has up to 3 million. One instruction costs about 300 bytes at most.
 MOST_INSTRUCTIONS = 5_000_000
 MOST_ARGUMENTS = 16  # of what builders are called with
 LONGEST_NAME = 1000  # characters of the name of a function, a class or a tensor
@@ -310,7 +310,9 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_DICT": lambda machine, _: machine._stack.append({}),
     "DICT": lambda machine, _: machine._dictionary(machine._pop_to_mark()),
     "TUPLE": lambda machine, _: machine._stack.append(tuple(machine._pop_to_mark())),
-    **{f"TUPLE{size}": lambda machine, _, size=size: machine._tuple(size) for size in (1, 2, 3)},
+    "TUPLE1": lambda machine, _: machine._tuple(1),
+    "TUPLE2": lambda machine, _: machine._tuple(2),
+    "TUPLE3": lambda machine, _: machine._tuple(3),
     "APPEND": lambda machine, _: machine._append([machine._pop()]),
     **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda machine, _: machine._append(machine._pop_to_mark())),
     "SETITEM": lambda machine, _: machine._set_items([machine._pop(), machine._pop()][::-1]),

@@ -14,7 +14,14 @@ from converter.base_model import CONFIG_FILES, find_base_model
 from converter.checkpoint import Checkpoint
 from converter.importers.shapes import source_from_shapes
 from converter.lora import PICKLED_FILE, WEIGHTS_FILE, LoraAdapter
-from converter.pickled_models import config_of, family_of, fitted_config, model_class, replaced_parts
+from converter.pickled_models import (
+    config_of,
+    family_of,
+    fitted_config,
+    hidden_size_before,
+    model_class,
+    replaced_parts,
+)
 from converter.pickles import Stub
 from converter.source import Request, Source
 from converter.state_dicts import describe, tied_copies
@@ -89,8 +96,12 @@ def _weights(file: Path, model: Stub, request: Request) -> tuple[Checkpoint, Pat
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    note = f"{file.name} is a pickled {model.module}.{model.name}. Nothing in it was run; its tensors were taken out."
-    return Checkpoint.from_tensors(file, config, kept), tokenizer, [note]
+    notes = [
+        f"{file.name} is a pickled {model.module}.{model.name}. Nothing in it was run; its tensors were taken out."
+    ]
+    if (before := hidden_size_before(model)) not in (None, config["hidden_size"]):
+        notes.append(f"The hidden size was {before:,} before pruning and is {config['hidden_size']:,} in all layers.")
+    return Checkpoint.from_tensors(file, config, kept), tokenizer, notes
 
 
 def _adapter(file: Path, weights: Checkpoint, source: Source) -> LoraAdapter | None:
@@ -99,7 +110,9 @@ def _adapter(file: Path, weights: Checkpoint, source: Source) -> LoraAdapter | N
     if not (directory / ADAPTER_CONFIG).is_file():
         return None
     if (directory / WEIGHTS_FILE).exists() and (directory / PICKLED_FILE).exists():
-        raise InputError(f"{directory} holds both {WEIGHTS_FILE} and {PICKLED_FILE}; move away the one that is not meant")
+        raise InputError(
+            f"{directory} holds both {WEIGHTS_FILE} and {PICKLED_FILE}; move away the one that is not meant"
+        )
     return LoraAdapter.read(directory, weights, source.dense.with_layers(source.layers), reads_pickles=True)
 
 

@@ -47,7 +47,7 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
     needed; else under the `Pruned` architecture with `per_layer_config`. Keys on which vLLM alone acts are left out.
     """
-    config = agreed_config(geometry.family, config)
+    config = agreed_config(geometry.family, config) | {"hidden_size": geometry.hidden_size}
     stock = _stock_config(geometry, config)
     if stock is not None:
         return stock

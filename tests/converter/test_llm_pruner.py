@@ -31,8 +31,10 @@ def config_like(model, *left_out: str, **changes) -> dict:
 
 
 def half(model):
-    """The model with weights that half precision can say, in float32."""
-    return model.half().float()
+    """The model with weights that half precision can say, in float32; its rotary tables stay what they are."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half())
+    return model
 
 
 def upto(*counts: int) -> list[list[int]]:
@@ -51,7 +53,7 @@ CASES = {  # family, heads, KV heads, width; KV heads and channels that stay; at
 }
 
 
-@pytest.mark.parametrize(("case", "container"), zip(CASES, [*FORMATS] * 4, strict=True))
+@pytest.mark.parametrize(("case", "container"), list(zip(CASES, [*FORMATS] * 4, strict=True)))
 def test_block_wise_and_global_pruning(tmp_path, monkeypatch, case, container, capsys):
     family, heads, kv_heads, width, kept_heads, channels, attention = CASES[case]
     model = half(tiny_model(family, heads, kv_heads, width))
@@ -75,7 +77,7 @@ def test_block_wise_and_global_pruning(tmp_path, monkeypatch, case, container, c
 
 
 @pytest.mark.parametrize("hidden", [72, 70, 1], ids=["divisible", "odd", "one"])
-def test_channel_wise_pruning_cuts_the_hidden_states(tmp_path, monkeypatch, hidden):
+def test_channel_wise_pruning_cuts_the_hidden_states(tmp_path, monkeypatch, hidden, capsys):
     """The norms are over the dimensions that are left, whatever their number was; heads keep their size."""
     model = half(tiny_model("mistral", 6, 6, 40))
     weights = {}
@@ -96,6 +98,7 @@ def test_channel_wise_pruning_cuts_the_hidden_states(tmp_path, monkeypatch, hidd
     assert convert_pruned(tmp_path / "pytorch_model.bin", tmp_path / "out", "--dtype", "float32") == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["head_dim"] == 32
+    assert f"The hidden size was 96 before pruning and is {hidden} in all layers." in capsys.readouterr().out
 
 
 def test_a_module_of_installed_transformers(tmp_path, capsys):
@@ -210,7 +213,10 @@ def test_an_adapter_beside_the_model_is_merged(tmp_path, pruned, capsys, safe):
         for module in ("gate_proj", "up_proj"):
             name = f"model.layers.{layer}.mlp.{module}"
             expected.get_submodule(name).weight[channels] += added[f"{name}.weight"]
-        for name, columns in ((f"model.layers.{layer}.self_attn.o_proj", rows), (f"model.layers.{layer}.mlp.down_proj", channels)):
+        for name, columns in (
+            (f"model.layers.{layer}.self_attn.o_proj", rows),
+            (f"model.layers.{layer}.mlp.down_proj", channels),
+        ):
             expected.get_submodule(name).weight[:, columns] += added[f"{name}.weight"]
     assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32") == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
@@ -296,7 +302,10 @@ REFUSED = {
     "tied": (save(tie), "lm_head.weight differs from model.embed_tokens.weight"),
     "both adapters": (both_adapters, "holds both adapter_model.safetensors and adapter_model.bin"),
     "wrong adapter": (wrong_adapter, "layers.1.mlp.up_proj.lora_B.weight: shape [40, 4]"),
-    "several": (lambda directory, model, _: torch.save(model, directory / "b.pt"), "holds several pickled models: b.pt"),
+    "several": (
+        lambda directory, model, _: torch.save(model, directory / "b.pt"),
+        "holds several pickled models: b.pt",
+    ),
     "none": (lambda directory, *_: (directory / "pytorch_model.bin").unlink(), "holds no pickled model; give the file"),
 }
 

@@ -86,11 +86,13 @@ HOSTILE = {
     "import": lambda c: pickle.dumps(Runs(importlib.import_module, "canary")),
     "a name alone": lambda c: name("canary", "touch") + STOP,
     "a name of two parts": lambda c: text("canary") + text("touch.__call__") + b"\x93" + STOP,
-    "a chain of calls": lambda c: call(
-        call(name(BUILTINS, "getattr"), call(name(BUILTINS, "__import__"), text("os")), text("system")),
-        text(f"touch {c}"),
-    )
-    + STOP,
+    "a chain of calls": lambda c: (
+        call(
+            call(name(BUILTINS, "getattr"), call(name(BUILTINS, "__import__"), text("os")), text("system")),
+            text(f"touch {c}"),
+        )
+        + STOP
+    ),
     "a call of a call": lambda c: pickle.dumps(Runs(os.system, Runs(str, f"touch {c}"))),
     "torch.storage._load_from_bytes": lambda c: pickle.dumps(
         Runs(torch.storage._load_from_bytes, pickle.dumps(Runs(os.system, f"touch {c}")))
@@ -121,14 +123,15 @@ HOSTILE = {
     "called: a number": lambda c: number(1) + b")R" + STOP,
     "called: a tensor": lambda c: tensor() + b")R" + STOP,
     "called with a list": lambda c: OS_SYSTEM + listed(text(f"touch {c}")) + b"R" + STOP,
-    "a tensor of a function": lambda c: call(
-        name("torch._tensor", "_rebuild_from_type_v2"), OS_SYSTEM, NONE, sequence(text(f"touch {c}")), NONE
-    )
-    + STOP,
-    "an array of a function": lambda c: call(name("numpy.core.multiarray", "_reconstruct"), OS_SYSTEM)
-    + sequence(number(1), sizes(1), OS_SYSTEM, FALSE, text("a"))
-    + b"b"
-    + STOP,
+    "a tensor of a function": lambda c: (
+        call(name("torch._tensor", "_rebuild_from_type_v2"), OS_SYSTEM, NONE, sequence(text(f"touch {c}")), NONE) + STOP
+    ),
+    "an array of a function": lambda c: (
+        call(name("numpy.core.multiarray", "_reconstruct"), OS_SYSTEM)
+        + sequence(number(1), sizes(1), OS_SYSTEM, FALSE, text("a"))
+        + b"b"
+        + STOP
+    ),
     "a function of numpy": lambda c: call(name("numpy", "fromfile"), text(c)) + STOP,
 }
 
@@ -209,14 +212,17 @@ BOMBS = {
     "tuples that hold more": listed(b"(" + b"]" * THOUSANDS + b"tq\x00", *[listed(GET_0)] * THOUSANDS) + STOP,
     "names": listed(text("a" * 900) + b"q\x000", text("b") + b"q\x010", *[GET_0 + b"h\x01\x93"] * THOUSANDS) + STOP,
     "long names": text("a" * 100_000) + text("b") + b"\x93" + STOP,
-    "keys of equal hashes": b"}(" + b"".join(number(i * ((1 << 61) - 1)) + NONE for i in range(THOUSANDS)) + b"u" + STOP,
+    "keys of equal hashes": b"}("
+    + b"".join(number(i * ((1 << 61) - 1)) + NONE for i in range(THOUSANDS))
+    + b"u"
+    + STOP,
     "arrays of the same bytes": listed(
         text("\0" * 400_000) + b"q\x00",
-        *[ONE_ARRAY + sequence(number(1), sizes(100_000), FLOATS, FALSE, GET_0) + b"b"] * 300,
+        *[ONE_ARRAY + sequence(number(1), sizes(100_000), FLOATS, FALSE, GET_0) + b"b"] * 1000,
     )
     + STOP,
-    "deep lists": b"]" * 100_000 + b"a" * 99_999 + STOP,
-    "deep tuples": b")" + b"\x85" * 100_000 + STOP,
+    "deep lists": b"]" * 30_000 + b"a" * 29_999 + STOP,
+    "deep tuples": b")" + b"\x85" * 30_000 + STOP,
     "deep objects": NONE + b"".join([name("a", "B") + b")\x81"] * 20_000) + b"b" * 20_000 + STOP,
     "deep calls": name("a", "B") + b")R" * 20_000 + STOP,
     "marks": b"(" * 100_000 + STOP,
@@ -224,7 +230,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
-def test_bombs_cost_what_their_size_is(tmp_path, bomb):
+def test_bombs_cost_memory_in_proportion_to_their_size(tmp_path, bomb):
     path = archive(tmp_path / "a.pt", bomb, {"0": bytes(16)})
     read_torch_file(archive(tmp_path / "first.pt", NONE + STOP))  # what is loaded late does not count
     tracemalloc.start()
@@ -235,7 +241,7 @@ def test_bombs_cost_what_their_size_is(tmp_path, bomb):
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert peak < 2_000_000 + 150 * len(bomb)
+    assert peak < 2_000_000 + 400 * len(bomb)
 
 
 def test_a_pickle_has_no_more_instructions_than_any_model(monkeypatch):

@@ -27,7 +27,10 @@ def write_index(directory, **files: dict) -> None:
 def halves(weights: dict) -> dict[str, dict]:
     names = list(weights)
     middle = len(names) // 2
-    return {"a": {name: weights[name] for name in names[:middle]}, "b": {name: weights[name] for name in names[middle:]}}
+    return {
+        "a": {name: weights[name] for name in names[:middle]},
+        "b": {name: weights[name] for name in names[middle:]},
+    }
 
 
 def written(file: str, change=lambda weights: weights, **options):
@@ -159,7 +162,7 @@ REFUSED = {
     "shard missing": (without_shard, "b.bin is missing"),
     "outside": (outside, "names files outside of its directory"),
     "no map": (lambda path, weights: write_index(path), "has no weight_map"),
-    "a module": (add(lambda weights: Model()), "an object of the class 'test_state_dicts.Model'; --from llm-pruner"),
+    "a module": (add(lambda weights: Model()), "test_state_dicts.Model'; --from llm-pruner"),
     "a program": (add(lambda weights: Runs()), "no state dict, which is tensors by their names, but an object of"),
     "a program among tensors": (add(lambda weights: weights | {"a": Runs()}), "but a dictionary with 'model.embed"),
     "a list": (add(lambda weights: list(weights.values())), "but a list"),
@@ -170,7 +173,10 @@ REFUSED = {
     ),
     "no name": (add(lambda weights: weights | {"a\x1b[31m": torch.ones(1)}), "names are none of a model: 'a\\x1b[31m'"),
     "no heads": (add(lambda w: w | {"model.layers.0.self_attn.k_proj.weight": torch.ones(1, 96)}), "do not belong"),
-    "missing": (add(lambda weights: {k: v for k, v in weights.items() if k != "model.norm.weight"}), "model.norm.weight [96]: missing"),
+    "missing": (
+        add(lambda weights: {k: v for k, v in weights.items() if k != "model.norm.weight"}),
+        "model.norm.weight [96]: missing",
+    ),
     "integers": (add(lambda w: w | {"model.norm.weight": torch.ones(96, dtype=torch.int8)}), "only ['BF16', 'F16'"),
 }
 

@@ -9,12 +9,27 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers.pickled import NONE, STOP, archive, call, legacy, listed, mapping, name, number, sequence, sizes, storage
+from helpers.pickled import (
+    NONE,
+    STOP,
+    archive,
+    call,
+    legacy,
+    listed,
+    mapping,
+    name,
+    number,
+    sequence,
+    sizes,
+    storage,
+    text,
+)
 from helpers.pickled import tensor as described
-from helpers.pickled import text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from converter import torch_files
-from converter.pickles import Stub
+from converter.pickles import Stub, attributes
 from converter.torch_files import is_state_dict, is_torch_file, module_tensors, read_torch_file, texts_at_start
 from pruned_vllm.common.errors import InputError
 
@@ -260,6 +275,7 @@ def in_archive(program: bytes, **entries: bytes):
     return lambda path: archive(path, program + STOP, {"0": bytes(16)}, **entries)
 
 
+VIEW = sequence(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(4), text("v")) + b"Q"
 BIG = struct.pack("<I", 1 << 31)
 DTYPE = call(name("numpy", "dtype"), text("f4"))
 
@@ -314,14 +330,17 @@ REFUSED = {
     "stride missing": (in_archive(described(stride=sizes())), "that is none"),
     "shape of texts": (in_archive(described(shape=sequence(text("a")))), "that is none"),
     "shape of bools": (in_archive(described(shape=sequence(b"\x88"))), "that is none"),
-    "conjugated": (in_archive(described(storage(), number(0), sizes(4), sizes(1), mapping(conj=b"\x88"))), "resolve_conj"),
-    "quantized": (in_archive(described(storage(kind=name("torch", "QInt8Storage")))), "a storage is a torch.QInt8Storage"),
+    "conjugated": (
+        in_archive(described(storage(), number(0), sizes(4), sizes(1), mapping(conj=b"\x88"))),
+        "resolve_conj",
+    ),
+    "quantized": (
+        in_archive(described(storage(kind=name("torch", "QInt8Storage")))),
+        "a storage is a torch.QInt8Storage",
+    ),
     "a storage of text": (in_archive(described(storage(kind=text("FloatStorage")))), "a storage has no class"),
     "a storage of -1": (in_archive(described(storage(count=number(-1)))), "no key or no size"),
-    "a view of a storage": (
-        in_archive(described(sequence(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(4), text("v")) + b"Q")),
-        "a view of another",
-    ),
+    "a view of a storage": (in_archive(described(VIEW)), "a view of another"),
     "no storage": (in_archive(described(text("a"))), "a tensor has no storage"),
     "unknown dtype": (
         in_archive(call(V3, storage(), number(0), sizes(4), sizes(1), NONE, NONE, name("torch", "qint8"))),
@@ -370,3 +389,24 @@ def test_the_start_of_a_file_is_enough_to_know_it(tmp_path):
     assert texts_at_start(archive(tmp_path / "a.pt", text("a") + text("b") + NONE + STOP), most=1) == ["a"]
     assert texts_at_start(legacy(tmp_path / "b.pt", text("a") + b"\xff")) == ["a"]
     assert texts_at_start(tmp_path) == [] and not is_torch_file(tmp_path)
+
+
+@pytest.mark.parametrize("container", FORMATS)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=5), st.integers(0, 5)), min_size=1, max_size=4))
+def test_damaged_files_are_refused_or_read(tmp_path, container, changes):
+    """Whatever is changed, an InputError comes out or what is in the file."""
+    path = tmp_path / "a.pt"
+    if not (tmp_path / "whole.pt").exists():
+        content = {"a": [FLOATS, FLOATS.half().T], "b": (torch.nn.Linear(3, 2), np.arange(5)), "c": {"d": None}}
+        saved(tmp_path / "whole.pt", content, container)
+    raw = (tmp_path / "whole.pt").read_bytes()
+    for place, inserted, removed in changes:
+        at = int(place * len(raw))
+        raw = raw[:at] + inserted + raw[at + removed :]
+    path.write_bytes(raw)
+    try:
+        for value in attributes(read_torch_file(path)).values():
+            module_tensors(value[0] if isinstance(value, list) and value else value)
+    except InputError as error:
+        assert str(path) in str(error) or "pickled module" in str(error)

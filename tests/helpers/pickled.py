@@ -47,7 +47,10 @@ def made(kind: bytes, state: bytes) -> bytes:
     return kind + b")\x81" + state + b"b"
 
 
-def storage(key: str = "0", kind: bytes = name("torch", "FloatStorage"), count: bytes = number(4)) -> bytes:
+FLOATS, COUNT = name("torch", "FloatStorage"), number(4)
+
+
+def storage(key: str = "0", kind: bytes = FLOATS, count: bytes = COUNT) -> bytes:
     return sequence(text("storage"), kind, text(key), text("cpu"), count) + b"Q"
 
 
@@ -55,7 +58,10 @@ def sizes(*values: int) -> bytes:
     return sequence(*map(number, values))
 
 
-def tensor(numbers: bytes = storage(), offset=number(0), shape=sizes(4), stride=sizes(1), *more: bytes) -> bytes:
+FOUR_FLOATS, ZERO, FOUR, ONE = storage(), number(0), sizes(4), sizes(1)
+
+
+def tensor(numbers=FOUR_FLOATS, offset=ZERO, shape=FOUR, stride=ONE, *more: bytes) -> bytes:
     hooks = call(name("collections", "OrderedDict"))
     rebuild = name("torch._utils", "_rebuild_tensor_v2")
     return call(rebuild, numbers, offset, shape, stride, FALSE, hooks, *more)
