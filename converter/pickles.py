@@ -16,8 +16,8 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 
-# A pickled model with its tokenizer has up to 3 million. One instruction costs about 300 bytes at most.
-MOST_INSTRUCTIONS = 5_000_000
+# A pickled model with its tokenizer has up to 2 million. One instruction costs about 300 bytes at most.
+MOST_INSTRUCTIONS = 3_000_000
 MOST_ARGUMENTS = 16  # of what builders are called with
 LONGEST_NAME = 1000  # characters of the name of a function, a class or a tensor
 MEMO_SIZE = 1 << 32  # what four bytes can count
