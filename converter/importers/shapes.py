@@ -1,10 +1,9 @@
 """Tensors that were cut already, whatever config.json says: FLAP, wanda-sp, GradNAS, Torch-Pruning, cuts by hand.
 
 Reads a model directory with safetensors or pytorch_model.bin, or a file that holds a state dict of torch.save, with
-config.json beside it or --base-model. Every layer's sizes are those of its tensors;
-head_dim is the one of config.json, else hidden_size / num_attention_heads of the model before pruning. Biases of o_proj
-and down_proj stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors without
-rows, are gone.
+config.json beside it or in --base-model. Every layer's sizes are those of its tensors; head_dim is the one of
+config.json, else hidden_size / num_attention_heads of the model before pruning. Biases of o_proj and down_proj stay,
+also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors without rows, are gone.
 """
 
 from dataclasses import replace
