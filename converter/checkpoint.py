@@ -70,12 +70,10 @@ class Checkpoint:
         return Checkpoint(self.directory, config, self.tensors, self._loaded)
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here. Those that are gone from here
-        would have the one of the embedding."""
+        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here, or that of the embedding."""
         embedding = self.tensors["model.embed_tokens.weight"]
-        return sum(
-            ELEMENT_BYTES[self.tensors.get(name, embedding).dtype] * math.prod(shape) for name, shape in shapes.items()
-        )
+        dtypes = {name: self.tensors.get(name, embedding).dtype for name in shapes}
+        return sum(ELEMENT_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def read(self, name: str) -> torch.Tensor:
         """Loads one tensor."""
