@@ -16,14 +16,13 @@ import torch
 
 from converter.checkpoint import Checkpoint
 from converter.lora_config import USE_PEFT, LoraScaling
-from converter.state_dicts import LoadedShard, read_state_dict
+from converter.state_dicts import ADAPTER_FILE, LoadedShard, read_state_dict
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
 from pruned_vllm.formats.weights import ADAPTER_CONFIG, open_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
 BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
 
@@ -112,11 +111,11 @@ class LoraAdapter:
 
 def _open(directory: Path, reads_pickles: bool) -> Any:
     path = directory / WEIGHTS_FILE
-    if not path.exists() and (directory / PICKLED_FILE).exists():
+    if not path.exists() and (directory / ADAPTER_FILE).exists():
         if reads_pickles:
-            return LoadedShard(read_state_dict(directory / PICKLED_FILE))
+            return LoadedShard(read_state_dict(directory / ADAPTER_FILE))
         raise InputError(
-            f"{directory / PICKLED_FILE}: pickled weights are never read; save the adapter as safetensors, "
+            f"{directory / ADAPTER_FILE}: pickled weights are never read; save the adapter as safetensors, "
             "save_pretrained(..., safe_serialization=True)"
         )
     return open_safetensors(path, "pt")

@@ -21,9 +21,10 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import is_inside, read_json
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.formats.weights import INDEX_FILE, SINGLE_FILE, has_weight_files
+from pruned_vllm.formats.weights import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE, has_weight_files
 
 PICKLED_FILE, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_FILE = "adapter_model.bin"
 WRAPPERS = ("state_dict", "model", "module")  # keys under which training code puts a state dict beside other things
 
 
@@ -56,6 +57,11 @@ def read_weights(request: Request) -> tuple[Checkpoint, list[str]]:
     counts = Counter(name for tensors in parts.values() for name in tensors)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise InputError(f"{request.path} holds these tensors in more than one file; keep one of each:", twice)
+    if counts and all(".lora_" in name for name in counts):
+        raise InputError(
+            f"{files[0]} holds a LoRA adapter and no weights, as the tuning after LLM-Pruner writes: name it "
+            f"{ADAPTER_FILE}, put it and {ADAPTER_CONFIG} beside the pickled model, and give that --from llm-pruner"
+        )
     checkpoint = Checkpoint(directory, config, {}, {})
     left_out = tied_copies({name: tensor for tensors in parts.values() for name, tensor in tensors.items()}, config)
     for file, tensors in parts.items():
@@ -144,6 +150,11 @@ def _files(path: Path) -> list[Path]:
     refuse_two_formats(path)
     if not found:
         raise InputError(f"{path} holds neither safetensors nor {PICKLED_FILE} nor {PICKLED_INDEX}")
+    if (path / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{path / ADAPTER_CONFIG}: Transformers would add this adapter to the weights without a word; merge it "
+            "into them with PEFT (merge_and_unload), or move it away"
+        )
     if len(found) > 1:
         raise InputError(f"{path} holds both {PICKLED_FILE} and {PICKLED_INDEX}; delete the one that is not meant")
     if found == [PICKLED_FILE]:

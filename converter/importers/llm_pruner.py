@@ -13,7 +13,7 @@ from pathlib import Path
 from converter.base_model import CONFIG_FILES, find_base_model
 from converter.checkpoint import Checkpoint
 from converter.importers.shapes import source_from_shapes
-from converter.lora import PICKLED_FILE, WEIGHTS_FILE, LoraAdapter
+from converter.lora import WEIGHTS_FILE, LoraAdapter
 from converter.pickled_models import (
     config_of,
     family_of,
@@ -24,7 +24,7 @@ from converter.pickled_models import (
 )
 from converter.pickles import Stub
 from converter.source import Request, Source
-from converter.state_dicts import describe, tied_copies
+from converter.state_dicts import ADAPTER_FILE, describe, tied_copies
 from converter.torch_files import is_torch_file, module_tensors, read_torch_file, texts_at_start
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.companions import has_tokenizer
@@ -70,7 +70,7 @@ def read(request: Request) -> Source:
     if adapter is None:
         notes.append(
             f"No LoRA adapter lies beside {file.name}. If the model was tuned after pruning, put {ADAPTER_CONFIG} and "
-            f"{PICKLED_FILE} there, and they are merged."
+            f"{ADAPTER_FILE} there, and they are merged."
         )
     return replace(
         source,
@@ -109,9 +109,9 @@ def _adapter(file: Path, weights: Checkpoint, source: Source) -> LoraAdapter | N
     directory = file.parent
     if not (directory / ADAPTER_CONFIG).is_file():
         return None
-    if (directory / WEIGHTS_FILE).exists() and (directory / PICKLED_FILE).exists():
+    if (directory / WEIGHTS_FILE).exists() and (directory / ADAPTER_FILE).exists():
         raise InputError(
-            f"{directory} holds both {WEIGHTS_FILE} and {PICKLED_FILE}; move away the one that is not meant"
+            f"{directory} holds both {WEIGHTS_FILE} and {ADAPTER_FILE}; move away the one that is not meant"
         )
     return LoraAdapter.read(directory, weights, source.dense.with_layers(source.layers), reads_pickles=True)
 
@@ -120,7 +120,7 @@ def _models(path: Path) -> dict[Path, str]:
     """The pickled models that INPUT is or holds, with the names of their classes."""
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name != PICKLED_FILE)
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name != ADAPTER_FILE)
     found = {file: model_class(texts_at_start(file)) for file in files if is_torch_file(file)}
     return {file: name for file, name in found.items() if name is not None}
 

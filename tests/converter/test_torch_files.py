@@ -1,6 +1,7 @@
 """Files of torch.save, zip and legacy: every tensor comes out bit for bit, and files that lie are refused."""
 
 import collections
+import os
 import struct
 import sys
 import types
@@ -383,6 +384,19 @@ def test_archives_of_more_than_4_gb_are_written_otherwise(tmp_path):
             with file.open(f"archive/{entry}", "w", force_zip64=True) as part:
                 part.write(content)
     same_bits(read_torch_file(tmp_path / "a.pt"), torch.tensor([1.0, 2, 3, 4]))
+
+
+def test_files_may_be_larger_than_the_memory(tmp_path):
+    """Of a file with a hole in it, twice as large as the memory, only what is looked at is read."""
+    count = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    path = legacy(
+        tmp_path / "a.pt", described(storage(count=number(count)), shape=sizes(count)) + STOP, {"0": (count, b"")}
+    )
+    os.truncate(path, path.stat().st_size + 4 * count - 4)
+    with path.open("ab") as file:
+        file.write(struct.pack("<f", 2.5))
+    tensor = read_torch_file(path)
+    assert tensor.shape == (count,) and tensor[0] == 0 and tensor[-1] == 2.5
 
 
 def test_the_start_of_a_file_is_enough_to_know_it(tmp_path):

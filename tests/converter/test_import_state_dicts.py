@@ -129,6 +129,11 @@ def both(path, weights):
     save_file(weights, path / "model.safetensors")
 
 
+def with_adapter(path, weights):
+    torch.save(weights, path / "pytorch_model.bin")
+    (path / "adapter_config.json").write_text("{}")
+
+
 def two_pickled(path, weights):
     sharded(path, weights)
     torch.save(weights, path / "pytorch_model.bin")
@@ -162,7 +167,7 @@ REFUSED = {
     "shard missing": (without_shard, "b.bin is missing"),
     "outside": (outside, "names files outside of its directory"),
     "no map": (lambda path, weights: write_index(path), "has no weight_map"),
-    "a module": (add(lambda weights: Model()), "test_state_dicts.Model'; --from llm-pruner"),
+    "a module": (add(lambda weights: Model()), "_state_dicts.Model'; --from llm-pruner"),
     "a program": (add(lambda weights: Runs()), "no state dict, which is tensors by their names, but an object of"),
     "a program among tensors": (add(lambda weights: weights | {"a": Runs()}), "but a dictionary with 'model.embed"),
     "a list": (add(lambda weights: list(weights.values())), "but a list"),
@@ -172,6 +177,11 @@ REFUSED = {
         "with and without 'model.' before their names",
     ),
     "no name": (add(lambda weights: weights | {"a\x1b[31m": torch.ones(1)}), "names are none of a model: 'a\\x1b[31m'"),
+    "an adapter alone": (
+        add(lambda _: {f"base_model.model.lm_head.lora_{half}.weight": torch.ones(1) for half in "AB"}),
+        "holds a LoRA adapter and no weights",
+    ),
+    "an adapter too": (with_adapter, "adapter_config.json: Transformers would add this adapter"),
     "no heads": (add(lambda w: w | {"model.layers.0.self_attn.k_proj.weight": torch.ones(1, 96)}), "do not belong"),
     "missing": (
         add(lambda weights: {k: v for k, v in weights.items() if k != "model.norm.weight"}),
