@@ -47,8 +47,8 @@ def replaced_parts(model: Stub) -> list[str]:
     """Names of the modules whose computation was replaced or added to in the object itself."""
     changed = []
     for name, part in walk_modules(model):
-        own = attributes(part)
-        if "forward" in own or any(own.get(hooks) for hooks in _HOOKS):
+        held = attributes(part)
+        if "forward" in held or any(held.get(hooks) for hooks in _HOOKS):
             changed.append(name or "the model")
     return changed
 

@@ -275,7 +275,7 @@ def _can_be_hashed(key: Any) -> bool:
     return key is None or type(key) in (str, bytes, bool, float)
 
 
-def _of(items: Any = None) -> Any:
+def _as_list(items: Any = None) -> Any:
     """A set from the list of its elements, as a list."""
     if not isinstance(items, list | None):
         raise BadPickle("a set is made of what is no list")
@@ -285,7 +285,7 @@ def _of(items: Any = None) -> Any:
 _CONTAINERS: dict[str, Callable] = {
     "collections.OrderedDict": lambda: {},
     "collections.defaultdict": lambda *_: {},
-    **{f"{module}.{name}": _of for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
+    **{f"{module}.{name}": _as_list for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
     # How protocol 2 writes bytes; as text in which a character is a byte. Encoding would copy it.
     "_codecs.encode": lambda text, _: text,
     **{f"{module}.bytes": lambda: b"" for module in ("builtins", "__builtin__")},

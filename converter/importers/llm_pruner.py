@@ -29,6 +29,7 @@ from converter.torch_files import is_torch_file, module_tensors, read_torch_file
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.companions import has_tokenizer
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.families import find_family
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import ADAPTER_CONFIG
 
@@ -59,8 +60,8 @@ def read(request: Request) -> Source:
             f"{DROP_CONFIG} with --from depth and --base-model"
         )
     weights, tokenizer, notes = _weights(file, model, request)
-    is_own = model.module.startswith(PROJECT) or isinstance(content, dict)
-    source = source_from_shapes(weights, request, "llm-pruner" if is_own else "shapes")
+    is_llm_pruner = model.module.startswith(PROJECT) or isinstance(content, dict)
+    source = source_from_shapes(weights, request, "llm-pruner" if is_llm_pruner else "shapes")
     if isinstance(content, dict) and content.get("tokenizer") is not None and request.base_model is None:
         notes.append(
             f"The tokenizer in {file.name} is an object, not files, and is not used; "
@@ -85,11 +86,14 @@ def _weights(file: Path, model: Stub, request: Request) -> tuple[Checkpoint, Pat
     """The weights with their config.json, the directory of the tokenizer, and notes."""
     tokenizer = file.parent if has_tokenizer(file.parent) else None
     try:
+        family = family_of(model)
         if request.base_model is not None:
             tokenizer, _ = find_base_model(request, "a pickled model", CONFIG_FILES)
             config = read_config(tokenizer)
+            if find_family(config) is not family:
+                raise InputError(f"the pickled model is a {family.architecture}, that of --base-model is not")
         else:
-            config = config_of(model, family_of(model))
+            config = config_of(model, family)
         tensors = {canonical_name(name): tensor for name, tensor in module_tensors(model).items()}
         config = fitted_config(config, model, tensors)
         left_out = tied_copies(tensors, config)
@@ -99,8 +103,9 @@ def _weights(file: Path, model: Stub, request: Request) -> tuple[Checkpoint, Pat
     notes = [
         f"{file.name} is a pickled {model.module}.{model.name}. Nothing in it was run; its tensors were taken out."
     ]
-    if (before := hidden_size_before(model)) not in (None, config["hidden_size"]):
-        notes.append(f"The hidden size was {before:,} before pruning and is {config['hidden_size']:,} in all layers.")
+    before, after = hidden_size_before(model), config.get("hidden_size")
+    if before is not None and before != after:
+        notes.append(f"The hidden size was {before} before pruning and is {after} in all layers.")
     return Checkpoint.from_tensors(file, config, kept), tokenizer, notes
 
 

@@ -57,14 +57,14 @@ def test_masks_are_folded_into_the_model(tmp_path, sizes, masks):
     torch.save(trainable_params(masks), tmp_path / "step_100" / "trainable_params.pt")
     assert recognised(tmp_path / "step_100") == {"ddp": "trainable_params.pt"}
     assert convert_pruned(tmp_path / "step_100", tmp_path / "out", "--base-model", tmp_path / "base") == 0
-    own_masks = {
+    expected_masks = {
         KEYS[kind].format(layer): values[layer].clamp(min=0)
         for kind, values in masks.items()
         for layer in range(len(values))
     }
     pruned = load_pruned(tmp_path / "out", dtype=torch.float32)
     for prompt in prompts():
-        _, expected = oracle(model, own_masks, "product", prompt, [7])
+        _, expected = oracle(model, expected_masks, "product", prompt, [7])
         with torch.no_grad():
             found = pruned(torch.tensor([[*prompt, 7]])).logits[0, :-1].log_softmax(-1)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -74,8 +74,8 @@ def test_masks_are_folded_into_the_model(tmp_path, sizes, masks):
 def test_experts_are_those_of_the_layers_that_have_any(tmp_path):
     """The first layer of DeepSeekMoE has none, so the masks are one less than the layers."""
     model, values = tiny_model("deepseek", 6, 6, 40), log_alphas(2, 4, 24)
-    own_masks = {EXPERT_MASK.format(layer + 1): values[layer].clamp(min=0) for layer in range(2)}
-    expected = converted(tmp_path, model, own_masks)
+    expected_masks = {EXPERT_MASK.format(layer + 1): values[layer].clamp(min=0) for layer in range(2)}
+    expected = converted(tmp_path, model, expected_masks)
     torch.save(trainable_params({"expert": values}), tmp_path / "trainable_params.pt")
     base = ("--base-model", tmp_path / "ckpt", "--from", "ddp")
     assert convert_pruned(tmp_path / "trainable_params.pt", tmp_path / "ddp", *base) == 0

@@ -172,6 +172,12 @@ def test_the_base_model_gives_configuration_and_tokenizer(tmp_path, pruned):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_a_base_model_of_another_architecture(tmp_path, pruned, capsys):
+    tiny_model("mistral", 6, 6, 40).save_pretrained(tmp_path / "base")
+    assert convert_pruned(pruned[0], tmp_path / "out", "--base-model", tmp_path / "base") == 2
+    assert "is a LlamaForCausalLM, that of --base-model is not" in capsys.readouterr().err
+
+
 def test_a_tokenizer_beside_the_model_goes_along_and_other_files_do_not(tmp_path, pruned):
     directory = pruned[0]
     (directory / "LICENSE.txt").write_text("of something else")

@@ -10,9 +10,9 @@ STOP, NONE, FALSE, GET_0 = b".", b"N", b"\x89", b"h\x00"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
-def name(module: str, of_it: str) -> bytes:
+def name(module: str, attribute: str) -> bytes:
     """A function or class."""
-    return f"c{module}\n{of_it}\n".encode()
+    return f"c{module}\n{attribute}\n".encode()
 
 
 def text(value: str) -> bytes:
