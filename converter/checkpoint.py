@@ -61,7 +61,8 @@ class Checkpoint:
 
     def without(self, names: Iterable[str]) -> "Checkpoint":
         """The same without these tensors."""
-        left = {name: tensor for name, tensor in self.tensors.items() if name not in set(names)}
+        gone = set(names)
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in gone}
         loaded = {name: tensor for name, tensor in self._loaded.items() if name in left}
         return Checkpoint(self.directory, self.config, left, loaded)
 

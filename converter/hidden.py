@@ -63,13 +63,18 @@ class HiddenCut:
             return replace(inner, columns=self.kept, column_factors=self.embedding)
         if name.endswith(_HEAD_NORMS):
             return inner
-        if any(part in name for part in _OUTPUTS):
+        if is_output(name):
             return replace(inner, rows=self.kept, row_factors=self.outputs)
         if len(shape) == 2:
             return replace(inner, columns=self.kept)
         if name.endswith(".bias"):
             return inner
         return replace(inner, rows=self.kept, row_factors=self.norms)
+
+
+def is_output(name: str) -> bool:
+    """Whether a tensor is (the bias of) a projection that adds to the hidden states."""
+    return any(part in name for part in _OUTPUTS)
 
 
 def make_hidden_cut(
