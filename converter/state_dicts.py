@@ -145,6 +145,8 @@ class LoadedSlice:
 def _files(path: Path) -> list[Path]:
     """The pickled weights that INPUT is or holds. Raises InputError."""
     if not path.is_dir():
+        if not is_torch_file(path):
+            raise InputError(f"{path} is no directory; give the model directory, or a file of torch.save")
         return [path]
     found = [name for name in (PICKLED_FILE, PICKLED_INDEX) if (path / name).is_file()]
     refuse_two_formats(path)
