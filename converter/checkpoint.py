@@ -59,6 +59,12 @@ class Checkpoint:
         }
         return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, {**self._loaded, **tensors})
 
+    def with_copy(self, name: str, original: str) -> "Checkpoint":
+        """The same with one more tensor: another one under a second name."""
+        tensors = {**self.tensors, name: self.tensors[original]}
+        loaded = {**self._loaded, name: self._loaded[original]} if original in self._loaded else self._loaded
+        return Checkpoint(self.directory, self.config, tensors, loaded)
+
     def without(self, names: Iterable[str]) -> "Checkpoint":
         """The same without these tensors."""
         gone = set(names)

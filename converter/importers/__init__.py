@@ -5,6 +5,7 @@ A module `x_y` is chosen by `--from x-y`. Its docstring says for users which fil
     NAME: str                                    # how messages call the project
     def recognise(path: Path) -> str | None      # what in INPUT says that it is this format; None: nothing does
     def read(request: Request) -> Source         # raises InputError
+    SETTINGS: tuple[str, ...]                    # optional: what it reads of request.settings
 
 `recognise` looks at names, headers and small files only, and runs nothing. Where a format cannot be told from another
 by its files, both recognise it, and the user has to choose.
@@ -66,7 +67,13 @@ def read_source(request: "Request", name: str = AUTO) -> "Source":
             "another project wrote"
         )
     refuse_inexpressible(request.path)
-    return importer(_recognise(request.path) if name == AUTO else name).read(request)
+    chosen = _recognise(request.path) if name == AUTO else name
+    module = importer(chosen)
+    for setting, value in request.settings.items():
+        if value is not None and setting not in getattr(module, "SETTINGS", ()):
+            option = setting.replace("_", "-")
+            raise InputError(f"--{option} means nothing for --from {chosen} ({module.NAME}); leave it out")
+    return module.read(request)
 
 
 def _recognise(path: Path) -> str:
