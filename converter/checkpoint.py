@@ -86,7 +86,7 @@ class Checkpoint:
         """Loads one tensor."""
         tensor = self.tensors[name]
         if name in self._loaded:
-            return self._loaded[name]
+            return self._loaded[name].contiguous()  # pickled tensors may be views
         if tensor.is_zeros:
             return torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
         return self._shards[tensor.file].get_tensor(tensor.key)
