@@ -7,7 +7,8 @@ ALIGNMENTS = (8, 16, 64)
 # The content of --json; a key is there in every case, null where nothing is known.
 JSON_KEYS = {
     "path": "what was inspected",
-    "kind": '"converted" (a result of convert-pruned), "stock" (the sizes that its config.json says), "pruned" (to be converted)',
+    "kind": '"converted" (a result of convert-pruned), "stock" (the sizes that its config.json says), "pruned" (to be '
+    "converted)",
     "format": "the value of --from that reads it; null for a converted model",
     "method": "what pruned it",
     "model_type, head_dim, hidden_size, vocab_size": "as in config.json",

@@ -42,6 +42,17 @@ def convert(path: Path, out: Path) -> int:
     return cli.main([str(path), str(out), "--align", "1"])
 
 
+def with_base(importer: str) -> Run:
+    """Converts what needs the dense model, which lies beside it."""
+
+    def run(path: Path, out: Path) -> int:
+        return cli.main(
+            [str(path), str(out), "--align", "1", "--from", importer, "--base-model", str(path.parent / "base")]
+        )
+
+    return run
+
+
 def inspect(path: Path, out: Path) -> int:
     return cli.main(["inspect", str(path)])
 
@@ -96,6 +107,20 @@ def _converted(directory: Path) -> Path:
     return directory
 
 
+def _cut(directory: Path) -> Path:
+    """Tensors that were cut, under the config.json of before."""
+    _converted(directory)
+    _small("llama").config.save_pretrained(directory)
+    return directory
+
+
+def _zeros(directory: Path) -> Path:
+    model = _small("llama")
+    model.model.layers[0].mlp.up_proj.weight[::2] = 0
+    model.save_pretrained(directory)
+    return directory
+
+
 def _adapter(directory: Path) -> Path:
     """A checkpoint with an adapter of rank 2 for two modules."""
     write_masked(directory, _small("llama"), masks_for(HEADS, CHANNELS), lora_adapter="adapter")
@@ -112,10 +137,10 @@ def _adapter(directory: Path) -> Path:
     return directory
 
 
-def _torch_file(content: Callable[[], object], zipped: bool) -> Callable[[Path], Path]:
+def _torch_file(content: Callable[[], object], zipped: bool, name: str = "file.pt") -> Callable[[Path], Path]:
     def make(directory: Path) -> Path:
         directory.mkdir()
-        path, written = directory / "file.pt", io.BytesIO()
+        path, written = directory / name, io.BytesIO()
         torch.save(content(), written, _use_new_zipfile_serialization=zipped)
         path.write_bytes(written.getvalue())
         return path
@@ -127,6 +152,7 @@ def _masks_of_a_project() -> object:
     return {
         "head_z": torch.rand(2, 1, 4, 1, 1),
         "mlp_z": torch.ones(2, dtype=torch.int64),
+        "arrays": torch.ones(3).numpy(),
     }
 
 
@@ -135,12 +161,36 @@ def _module() -> object:
     return {"model": module, "tokenizer": [module[0].weight.T, {"a": (module[0].bias, 1)}]}
 
 
+def _whole_model() -> object:
+    return {"model": _small("llama"), "tokenizer": None}
+
+
+def _zs() -> object:
+    return {"head_z": torch.rand(2, 1, 2, 1, 1), "intermediate_z": torch.rand(2, 1, 1, 8), "hidden_z": torch.ones(16)}
+
+
+def _ddp() -> object:
+    masks = {"head": torch.tensor(HEADS), "intermediate": torch.rand(2, 8)}
+    return {f"l0_module.masks.{kind}.z_loga": mask for kind, mask in masks.items()}
+
+
+def _beside_base(content: Callable[[], object], name: str) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        path = _torch_file(content, True, name)(directory)
+        _small("llama").save_pretrained(directory / "base")
+        return path
+
+    return make
+
+
 SURFACES: dict[str, dict[str, Seed]] = {
     "config": {
         "llama": Seed(_masked, "config.json", "json", convert),
         "biases": Seed(lambda path: _masked(path, attention_bias=True, mlp_bias=True), "config.json", "json", convert),
         "experts": Seed(_experts, "config.json", "json", convert),
         "converted": Seed(_converted, "config.json", "json", inspect),
+        "cut": Seed(_cut, "config.json", "json", convert),
+        "zeros": Seed(_zeros, "config.json", "json", convert),
     },
     "index": {
         "sharded": Seed(_sharded, "model.safetensors.index.json", "json", convert),
@@ -150,6 +200,8 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "llama": Seed(_masked, "model.safetensors", "safetensors", convert),
         "experts": Seed(_experts, "model.safetensors", "safetensors", convert),
         "converted": Seed(_converted, "model.safetensors", "safetensors", inspect),
+        "cut": Seed(_cut, "model.safetensors", "safetensors", convert),
+        "zeros": Seed(_zeros, "model.safetensors", "safetensors", convert),
     },
     "masks": {
         "llama": Seed(_masked, "pruning_masks.safetensors", "safetensors", convert),
@@ -161,6 +213,12 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "legacy": Seed(_torch_file(_masks_of_a_project, False), "file.pt", "pickle", read_torch),
         "module": Seed(_torch_file(_module, True), "file.pt", "torch archive", read_torch),
         "legacy_module": Seed(_torch_file(_module, False), "file.pt", "pickle", read_torch),
+        "model": Seed(_torch_file(_whole_model, True), "file.pt", "torch archive", convert),
+        "legacy_model": Seed(_torch_file(_whole_model, False), "file.pt", "pickle", convert),
+        "nuteprune": Seed(_beside_base(_zs, "zs.pt"), "zs.pt", "torch archive", with_base("nuteprune")),
+        "ddp": Seed(
+            _beside_base(_ddp, "trainable_params.pt"), "trainable_params.pt", "torch archive", with_base("ddp")
+        ),
     },
     "adapter": {
         "config": Seed(_adapter, "adapter/adapter_config.json", "json", convert),
