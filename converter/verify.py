@@ -27,7 +27,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 VERIFIED_BYTES = 2_000_000_000  # of the written weights: up to here it takes seconds, and is done unless refused
 TOLERANCE = 1e-4
 ROUNDING = 4
-PROMPT_LENGTHS = (1, 8, 31)
+PROMPT_LENGTHS = (1, 6, 17)
 SEED = 0
 
 
