@@ -1,5 +1,6 @@
 """The chapter of a result of bench.sweep: speed against what was removed, for several models and patterns."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -89,6 +90,13 @@ def _sweep_svg(cells: Sequence[Cell], name: str) -> str:
 
 
 @in_style
+def plotted_figures(cells: Sequence[Cell]) -> str:
+    """What `plot_sweep` draws, as JSON. It is in the picture too, so that one can tell whether it is up to date."""
+    keys = ("speedup", "speedup_low", "speedup_high", "ideal_speedup")
+    figures = {cell["name"]: [[round(case[key] or 0, 4) for key in keys] for case in cell["cases"]] for cell in cells}
+    return json.dumps(figures)
+
+
 def plot_sweep(cells: Sequence[Cell], path: Path) -> None:
     """Writes a picture of all cells: a column for each model, a row for each case."""
     from matplotlib.figure import Figure as Canvas
@@ -101,7 +109,7 @@ def plot_sweep(cells: Sequence[Cell], path: Path) -> None:
         for row, case in enumerate(cases):
             _draw(axes[row, column], of_model, row, f"{model}, {case}", legend=not row and not column)
         axes[-1, column].set_xlabel("removed of heads and channels, %")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Description": plotted_figures(cells)})
 
 
 def _draw(axes, cells: Sequence[Cell], number: int, title: str, legend: bool) -> None:

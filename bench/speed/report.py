@@ -74,11 +74,8 @@ def numbers_table(name: str, *numbers: str) -> Table:
     return table
 
 
-def plot_speedups(cases: Sequence[Mapping], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG: per case a bar for the measured speedup, whiskers at its quartiles, and one for the ideal.
-
-    `metadata` goes into its text chunks.
-    """
+def plot_speedups(cases: Sequence[Mapping], path: Path) -> None:
+    """Writes a PNG: per case a bar for the measured speedup, whiskers at its quartiles, and one for the ideal."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,5 +95,5 @@ def plot_speedups(cases: Sequence[Mapping], path: Path, metadata: Mapping[str, s
     axes.set_xticks(positions, [case["name"] for case in cases])
     axes.set_ylabel("speedup over the dense model")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
-    figure.savefig(path, dpi=150, metadata=dict(metadata or {}))
+    figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -4,6 +4,7 @@
     python -m bench.sweep                           # 0, 20, 50 and 70 % x {uniform, ragged} x {MHA, GQA, MoE}
     python -m bench.sweep --sparsities 0 10 20 30 40 50 60 70
     python -m bench.sweep --only 'gqa_*_50' --cases decode:8:32:64
+    python -m bench.sweep --only moe_ragged_50 --write-models    # then: python -m bench.breakdown --load-format dummy
     python -m bench.sweep --paper                   # the DDP paper's models at 20, 40, 50 and 60 %
 
 Weights are random. Ragged keeps another share in every layer (bench/sweep/patterns.py); uniform has equal layers and
@@ -57,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive_int, default=1, help="times that all engines are started anew; default: 1")
     add("--eager", action="store_true", help="no compilation; default: compiled, as vllm serve does")
     add("--dry-run", action="store_true", help="print cells, sizes, ideal speedups and the time needed, and stop")
+    add(
+        "--write-models",
+        action="store_true",
+        help="write each cell's config.json and that of its dense model into OUTPUT_DIR/models, for bench.breakdown "
+        "and the other benchmarks with --load-format dummy, and stop",
+    )
     add("--output-dir", type=Path, metavar="DIR", help="created; default: results/sweep, with --paper results/paper")
     return parser
 
@@ -84,6 +91,9 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     machine = plan.this_machine()
     cells = sweep_cells(args, machine)
     wanted = chosen(cells, args.only) if args.only else cells
+    if args.write_models:
+        _write_models(wanted, args.output_dir / "models")
+        return
     records = {} if args.dry_run else finished_cells(cells, setting, args.output_dir)
     groups = plan.groups([cell for cell in wanted if cell.name not in records], args.cases, machine.memory_bytes)
     print_plan(wanted, groups, setting, machine, done=records)
@@ -95,6 +105,14 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     command = shlex.join(["python", "-m", "bench.sweep", *(sys.argv[1:] if argv is None else argv)])
     measured = [cell for cell in cells if cell.name in records]
     _sum_up({"command": command, **summary(measured, records, args.align, args.paper)}, args.output_dir)
+
+
+def _write_models(cells: Sequence[Cell], directory: Path) -> None:
+    for cell in cells:
+        for name, config in ((f"{cell.model.lower()}_dense", cell.config), (cell.name, cell.pruned_config)):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+            write_json(directory / name / "config.json", config)
+    print(f"written: {', '.join(map(str, sorted(directory.iterdir())))}")
 
 
 def sweep_cells(args: argparse.Namespace, machine: plan.Machine) -> list[Cell]:

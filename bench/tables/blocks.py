@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.tables import experts, headline, layouts, methods, models
+from bench.tables import experts, layouts, methods, models, sweep
 from pruned_vllm.common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -13,10 +13,10 @@ BLOCK = re.compile(r"<!-- measured: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end 
 
 # name in the markers -> what makes the block
 BLOCKS: dict[str, Callable[[], str]] = {
-    "headline": headline.table,
+    "headline": sweep.headline,
+    "sweep": sweep.table,
+    "sweep-notes": sweep.notes,
     "demo-perplexity": models.demo_perplexity,
-    "demo-speed": models.demo_speed,
-    "demo-notes": models.demo_notes,
     "layouts": layouts.table,
     "layouts-notes": layouts.notes,
     "experts": experts.drawn_widths,

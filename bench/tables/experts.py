@@ -1,12 +1,10 @@
-"""What bench.ragged_moe, bench.e2e_speedup and bench.pico_moe measured of mixtures of experts."""
+"""What bench.ragged_moe and bench.pico_moe measured of mixtures of experts."""
 
 from collections.abc import Iterator
 
 from bench.tables.markdown import (
-    case_name,
     from_to,
     markdown_table,
-    millions,
     paragraph,
     percent,
     results,
@@ -14,7 +12,7 @@ from bench.tables.markdown import (
 )
 
 LAYER_NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B layer", "deepseek-moe-16b": "DeepSeekMoE-16B layer"}
-DRAWN, WHOLE = "cpu_ragged_moe/ragged_moe.json", "cpu_moe/e2e_speedup.json"
+DRAWN = "cpu_ragged_moe/ragged_moe.json"
 SAME_KERNEL = "dense, same kernel"
 FEW_TOKENS, MANY_TOKENS = (1, 8), (512, 4096)
 
@@ -26,13 +24,7 @@ def drawn_widths() -> str:
         for case in layer["cases"]:
             count = f"{case['tokens']} token" + "s" * (case["tokens"] > 1)
             rows.append((f"{name}, {count}", *_layer_figures(case)))
-    for case in results(WHOLE)["cases"]:
-        figures = with_quartiles(case), "", f"{case['ideal_speedup']:.2f}x", f"{case['of_ideal']:.2f}", ""
-        rows.append((f"whole model, {case_name(case, tokens=False)}", *figures))
-    sizes = " dense, ".join(millions(model["parameters"]) for model in results(WHOLE)["models"].values())
-    return f"The whole model has {sizes} pruned parameters.\n\n" + markdown_table(
-        ("case", "over dense", "over padded", "ideal", "of ideal", "of ideal, same kernel"), rows
-    )
+    return markdown_table(("case", "over dense", "over padded", "ideal", "of ideal", "of ideal, same kernel"), rows)
 
 
 def _layer_figures(case: dict) -> tuple[str, ...]:
@@ -57,8 +49,8 @@ def notes() -> str:
         f"tokens the time is that of reading weights, which it does at {reading} GB/s here, and vLLM's op at "
         f"{vllm_reading}. For 512 tokens and more it is that of multiplying: {multiplying} TFLOP/s, and "
         f"{vllm_multiplying} by vLLM's op. \"Same kernel\" runs the dense layer in the project's kernel, too. The "
-        "whole model, and the learned widths below, were measured on another machine and with the kernel before it "
-        "had AVX-512 BF16; it read weights faster than vLLM's op there."
+        "learned widths below were measured on another machine and with the kernel before it had AVX-512 BF16; it read "
+        "weights faster than vLLM's op there."
     )
 
 

@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def results(name: str) -> dict:
-    """A file in bench/results, e.g. "cpu_demo/e2e_speedup.json"."""
+    """A file in bench/results, e.g. "cpu_sweep/sweep.json"."""
     return read_json(RESULTS / name)
 
 

@@ -76,6 +76,15 @@ def test_cells_are_chosen_by_name():
         chosen(cells, ["mha_*", "mhaa_*"])
 
 
+def test_models_are_written_for_other_benchmarks(tmp_path):
+    command = ["--only", "moe_ragged_50", "gqa_uniform_20", "--write-models", "--output-dir", str(tmp_path)]
+    assert sweep(["--sparsities", "20", "50", *command]) == 0
+    written = (tmp_path / "models").iterdir()
+    models = {path.name: ModelGeometry.from_config(json.loads((path / "config.json").read_text())) for path in written}
+    assert set(models) == {"moe_dense", "moe_ragged_50", "gqa_dense", "gqa_uniform_20"}
+    assert models["moe_dense"].is_dense and models["moe_ragged_50"].num_parameters < models["moe_dense"].num_parameters
+
+
 def test_groups_fit_into_memory_and_pairs_stay_together():
     cells = grid_cells(grid_shapes(None, None), [0, 20, 50, 70], align=32)
     memory = 12 * plan.GIB

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from bench.tables import blocks, markdown, picture
+from bench.report.sweep import plotted_figures
+from bench.tables import blocks, markdown, sweep
 from bench.tables.blocks import BLOCKS, DOCUMENTS, stale_blocks, with_blocks
 from pruned_vllm.common.errors import InputError
 
@@ -62,7 +63,7 @@ def test_a_figure_that_is_changed_in_the_results_is_found(file, monkeypatch):
     def changed_results(name):
         return changed if markdown.RESULTS / name == file else results(name)
 
-    for module in (blocks.experts, blocks.headline, blocks.layouts, blocks.methods, blocks.models, picture):
+    for module in (blocks.experts, blocks.layouts, blocks.methods, blocks.models, blocks.sweep):
         monkeypatch.setattr(module, "results", changed_results)
     found = set()
     for text in TEXTS.values():
@@ -77,8 +78,9 @@ def test_a_figure_that_is_changed_in_the_results_is_found(file, monkeypatch):
 def test_the_picture_shows_the_results():
     from PIL import Image
 
-    with Image.open(picture.PICTURE) as image:
-        assert image.text["Description"] == picture.figures(), "run `python -m bench.tables.picture`"
+    path = markdown.RESULTS / sweep.SWEEP
+    with Image.open(path.with_suffix(".png")) as image:
+        assert image.text["Description"] == plotted_figures(json.loads(path.read_text())["cells"]), "draw it anew"
 
 
 def test_a_block_that_nobody_makes_is_refused():
