@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pruned_vllm.common.padding import PAD, head_rows
+from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
 from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import LayerMasks
@@ -24,7 +24,7 @@ from pruned_vllm.formats.masked import LayerMasks
 
 @dataclass(frozen=True)
 class Cut:
-    """What happens to one tensor; None keeps all, or multiplies by nothing. `converter.blocks.Folding` does it.
+    """What happens to one tensor; None keeps all, or multiplies by nothing. `blocks.Folding` does it to stored ones.
 
     Attributes:
         rows, columns: what the result consists of, as indices; PAD for zeros.
@@ -35,6 +35,22 @@ class Cut:
     row_factors: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     column_factors: torch.Tensor | None = None
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Cuts, multiplies in float32 (float64 for float64) and casts once to the dtype the tensor had."""
+        result = tensor
+        if self.rows is not None:
+            result = take_or_zero(result, 0, self.rows)
+        if self.columns is not None:
+            result = take_or_zero(result, 1, self.columns)
+        if self.row_factors is None and self.column_factors is None:
+            return result.contiguous()
+        result = result.to(torch.promote_types(tensor.dtype, torch.float32))
+        if self.row_factors is not None:
+            result = result * self.row_factors.view(-1, *[1] * (tensor.dim() - 1))
+        if self.column_factors is not None:
+            result = result * self.column_factors
+        return result.to(tensor.dtype).contiguous()
 
 
 def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:

@@ -149,20 +149,22 @@ class ReferenceModel:
 
     def _norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
         """RMSNorm of hidden states, of which it may have seen, or counted, fewer dimensions."""
-        hidden, used = self.hidden, self.geometry.hidden_size
-        if hidden.norm_sees_kept:
-            masks = [mask for mask in (hidden.embedding, hidden.outputs) if mask is not None]
-            if len(masks) == 2:
-                used = int(((masks[0] != 0) | (masks[1] != 0)).sum())
-        divisor = hidden.norm_divisor or used
-        return _times(self._rms_norm(name, states, divisor), hidden.norms)
+        hidden, seen = self.hidden, states
+        divisor = hidden.norm_divisor or states.shape[-1]
+        if hidden.norm_sees_kept and hidden.norms is not None:
+            seen = states * (hidden.norms != 0)
+            divisor = hidden.norm_divisor or int((hidden.norms != 0).sum())
+        return _times(self._rms_norm(name, states, seen.square().sum(-1, keepdim=True) / divisor), hidden.norms)
 
-    def _rms_norm(self, name: str, values: torch.Tensor, divisor: float | None = None) -> torch.Tensor:
-        squares = values.pow(2).sum(-1, keepdim=True) / (divisor or values.shape[-1])
+    def _rms_norm(self, name: str, values: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
+        """Args: squares: what their mean is taken to be."""
+        if squares is None:
+            squares = values.square().mean(-1, keepdim=True)
         weight = self.read(f"{name}.weight")
         assert weight is not None
         weight = self._rounded(weight.float(), name)
-        return values * torch.rsqrt(squares + self.config.get("rms_norm_eps", 1e-6)) * weight
+        epsilon = self.geometry.family.with_defaults(self.config).get("rms_norm_eps", 1e-6)
+        return values * torch.rsqrt(squares + epsilon) * weight
 
     def _linear(self, module: str, values: torch.Tensor) -> torch.Tensor:
         """[tokens, in] -> [tokens, out]"""

@@ -78,6 +78,7 @@ def test_blocks_are_what_the_whole_tensor_becomes(tmp_path, monkeypatch, seed):
     cut = Cut(rows, factors[0], columns, factors[1])
     monkeypatch.setattr(reading, "HOLE_BYTES", int(chance.choice([0, 64, 1 << 16])))
     expected = whole(tensor, cut, target)
+    assert torch.equal(cut.apply(tensor), whole(tensor, cut, dtype)), "the same for a tensor in memory"
     size = int(chance.choice([1, 300, 1 << 20]))
     for matrix in (stored(tmp_path, tensor), LoadedMatrix(tensor.T.contiguous().T)):
         assert torch.equal(folded(matrix, cut, tensor, target, monkeypatch, size), expected)

@@ -107,9 +107,9 @@ KEPT = (torch.arange(96) % 3 > 0).float()
 SOFT = KEPT * torch.linspace(0.4, 2, 96)
 HIDDEN = {  # the mask, and the divisor of every norm
     "divided by all": (HiddenMask(KEPT, KEPT), 96),
-    "divided by what is kept": (HiddenMask(KEPT, SOFT, norm_sees_kept=True), 64),
+    "divided by what is kept": (HiddenMask(KEPT, SOFT, KEPT, norm_sees_kept=True), 64),
     "another divisor": (HiddenMask(SOFT, KEPT, SOFT, norm_divisor=70.0), 70),
-    "outputs alone": (HiddenMask(outputs=SOFT, norm_sees_kept=True), 96),
+    "outputs alone": (HiddenMask(outputs=SOFT), 96),
 }
 
 
