@@ -10,17 +10,20 @@ in memory of files is dropped: by /proc/sys/vm/drop_caches where that is permitt
 result says.
 
 What the figures mean:
-- `cp -r` ends when the last byte is in memory. convert-pruned ends when all bytes are on the disk, as what must
-  outlast a power failure does. So cp is timed twice: to its end, and to the end of an fsync of its files.
+- `cp -r` ends when the last byte is in memory. convert-pruned ends when all bytes are on the disk, to outlast
+  a power failure. So cp is timed twice: to its end, and to the end of an fsync of its files.
 - cp reads and writes all bytes, convert-pruned reads what is kept and writes that. So speeds are compared by time, and
   by bytes that were read and written per second.
 - Anonymous memory is what a process holds beside pages of files: the most of it, sampled fifty times a second, and how
   much that is above a --dry-run, which imports the same and makes the same plan.
+- Seconds of CPUs, those of the kernel included, tell what binds: where they come near the seconds that passed times
+  the cores, the CPUs do, else the disk.
 - The seconds of the --dry-run are those before the first byte is written: imports, headers, masks.
 """
 
 import argparse
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -119,14 +122,14 @@ def drop_caches(*directories: Path) -> str:
 
 
 def measure(command: list[str]) -> dict[str, Any]:
-    """Runs a command: its seconds, and the most that it was seen to hold in memory, in bytes.
+    """Runs a command: its seconds, those of CPUs among them, and the most memory that it was seen to hold, in bytes.
 
     Raises:
         InputError: it failed.
     """
     most = {"VmHWM": 0, "RssAnon": 0, "rchar": 0}
     with tempfile.TemporaryFile("w+") as messages:
-        started = time.perf_counter()
+        used, started = _cpu_seconds(), time.perf_counter()
         process = subprocess.Popen(command, stdout=messages, stderr=messages)
         while process.poll() is None:
             for name, value in _facts(process.pid).items():
@@ -138,10 +141,17 @@ def measure(command: list[str]) -> dict[str, Any]:
             raise InputError(f"{shlex.join(command)} failed: {messages.read()[-2000:]}")
     return {
         "seconds": seconds,
+        "cpu_seconds": _cpu_seconds() - used,
         "resident_bytes": most["VmHWM"],
         "anonymous_bytes": most["RssAnon"],
         "read_bytes": most["rchar"],
     }
+
+
+def _cpu_seconds() -> float:
+    """Of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _facts(pid: int) -> dict[str, int]:
@@ -223,12 +233,12 @@ def _print(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{results['input_bytes'] / 1e9:.1f} GB; caches dropped by {results['caches_dropped_by']}")
-    for header in ("", "s", "s, synced", "GB read", "GB written", "MB anonymous", "MB resident"):
+    for header in ("", "s", "s, synced", "CPU s", "GB read", "GB written", "MB anonymous", "MB resident"):
         table.add_column(header, justify="right" if header else "left")
     for name, runs in results["runs"].items():
         for run in runs:
             synced = run.get("synced_seconds", run["seconds"])
-            row = [name, f"{run['seconds']:.1f}", f"{synced:.1f}"]
+            row = [name, *(f"{seconds:.1f}" for seconds in (run["seconds"], synced, run["cpu_seconds"]))]
             row += [f"{run[key] / 1e9:.2f}" for key in ("read_bytes", "written_bytes")]
             table.add_row(*row, *(f"{run[key] / 1e6:.0f}" for key in ("anonymous_bytes", "resident_bytes")))
     found = results["summary"]
