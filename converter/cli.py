@@ -119,12 +119,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="compare what was written with the pruned model before OUT appears: log-probabilities on a few prompts, "
-        "computed in float32, the pruned model with its masks applied while it runs. Nothing is written where they "
-        "differ by more than 1e-4 plus four times what rounding does: that is measured on the pruned model, whose "
-        "weights are multiplied by random numbers, rounded to the dtype of OUT and divided again (to float32, where "
-        "neither masks nor casts round anything). Reads the weights a few times (default: --verify up to 2 GB of "
-        "weights)",
+        help="compare what was written with the pruned model before OUT appears: both are run on a few prompts in "
+        "float32, the pruned model with its masks applied while it runs, and the worst difference of log-probabilities "
+        "is printed. Nothing is written where a layer differs, from the same input, by more than 1e-4 of what it adds "
+        "plus four times what rounding does: that is measured on the pruned model, whose weights are multiplied by "
+        "random numbers, rounded to the dtype of OUT (float32, where neither masks nor casts round anything) and "
+        "divided again. Reads the weights a few times (default: --verify up to 2 GB of weights)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
     parser.add_argument(

@@ -140,7 +140,7 @@ def test_a_right_conversion_passes(tmp_path, capsys, site, dtype):
     write_masked(tmp_path / "ckpt", model, RAGGED, site, lora_adapter="adapter")
     write_adapter(tmp_path / "ckpt", model, MODULES)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--dtype", dtype) == 0
-    assert "Verified: on 24 tokens in 3 prompts" in capsys.readouterr().out
+    assert "Verified against the pruned model: log-probabilities differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", [*HF_MOE, "deepseek"])
@@ -150,12 +150,18 @@ def test_experts_pass(tmp_path, capsys, model_type, dtype):
     masks = expert_masks(model, [[17, 0, 24, 5], [0, 0, 0, 0], [1, 2, 3, 4]], [11])
     write_masked(tmp_path / "ckpt", model, masks)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--align", 16) == 0
-    assert "Verified: " in capsys.readouterr().out
+    assert "Verified against the pruned model: " in capsys.readouterr().out
 
 
 def rolled(plan: Plan, name: str, field: str) -> Plan:
     cut = plan.cuts[name]
     return replace(plan, cuts=plan.cuts | {name: replace(cut, **{field: getattr(cut, field).roll(1)})})
+
+
+def scaled(plan: Plan, name: str, factor: float) -> Plan:
+    cut = plan.cuts[name]
+    factors = torch.ones(len(cut.rows)) if cut.row_factors is None else cut.row_factors
+    return replace(plan, cuts=plan.cuts | {name: replace(cut, row_factors=factors * factor)})
 
 
 def without_factors(plan: Plan, name: str) -> Plan:
@@ -165,6 +171,7 @@ def without_factors(plan: Plan, name: str) -> Plan:
 V_PROJ, UP_PROJ = "model.layers.0.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"
 Q_PROJ, DOWN_PROJ = "model.layers.2.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
 FAULTS = {
+    "factors are off by a tenth": lambda plan: scaled(plan, UP_PROJ, 1.1),
     "factors of a head are lost": lambda plan: without_factors(plan, V_PROJ),
     "factors of other heads": lambda plan: rolled(plan, V_PROJ, "row_factors"),
     "other channels": lambda plan: rolled(plan, UP_PROJ, "rows"),
