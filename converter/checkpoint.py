@@ -65,9 +65,16 @@ class Checkpoint:
         loaded = {**self._loaded, **tensors}
         return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, loaded, self._files)
 
+    def with_copy(self, name: str, original: str) -> "Checkpoint":
+        """The same with one more tensor: another one under a second name."""
+        tensors = {**self.tensors, name: self.tensors[original]}
+        loaded = {**self._loaded, name: self._loaded[original]} if original in self._loaded else self._loaded
+        return Checkpoint(self.directory, self.config, tensors, loaded)
+
     def without(self, names: Iterable[str]) -> "Checkpoint":
         """The same without these tensors."""
-        left = {name: tensor for name, tensor in self.tensors.items() if name not in set(names)}
+        gone = set(names)
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in gone}
         loaded = {name: tensor for name, tensor in self._loaded.items() if name in left}
         return Checkpoint(self.directory, self.config, left, loaded, self._files)
 
@@ -76,8 +83,10 @@ class Checkpoint:
         return Checkpoint(self.directory, config, self.tensors, self._loaded, self._files)
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here."""
-        return sum(ELEMENT_BYTES[self.tensors[name].dtype] * math.prod(shape) for name, shape in shapes.items())
+        """Bytes of these tensors, of whatever shapes, in the dtypes that they have here, or that of the embedding."""
+        embedding = self.tensors["model.embed_tokens.weight"]
+        dtypes = {name: self.tensors.get(name, embedding).dtype for name in shapes}
+        return sum(ELEMENT_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items())
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a float tensor."""

@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 
 from converter.importers import AUTO, importer_names, importer_summaries
-from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.arguments import positive_float, positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
 from pruned_vllm.common.environment import add_version_argument
@@ -70,6 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         "of the model that pruning.json names",
     )
     parser.add_argument(
+        "--lora-alpha",
+        type=positive_float,
+        metavar="ALPHA",
+        help="alpha that LoRA weights were trained with, for formats that do not store it (compresso, lorapruner, "
+        "nuteprune); default: their rank, so that they are added as they are",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
@@ -95,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         type=positive_int,
         default=DEFAULT_ALIGNMENT,
         metavar="N",
-        help="pad FFN widths with zero channels to multiples of N, which suits the tensor cores of GPUs; 1 pads "
-        "nothing. %(default)s adds 32 channels to a layer on average, below 1%% of the weights of models of 0.5B "
-        "parameters and more, and on CPU neither helps nor harms. Experts of different widths are not padded: "
-        "they gain nothing (default: %(default)s)",
+        help="pad FFN widths, and a hidden size that shrinks, with zeros to multiples of N, which suits the "
+        "tensor cores of GPUs; 1 pads nothing. %(default)s adds 32 channels to a layer on average, below 1%% of the "
+        "weights of models of 0.5B parameters and more, and on CPU neither helps nor harms. Experts of different "
+        "widths are not padded: they gain nothing (default: %(default)s)",
     )
     parser.add_argument(
         "--max-distinct-shapes",
@@ -159,7 +166,8 @@ def _formats() -> str:
     """What --from can be, for --help: the first line of each importer's docstring, read without importing it."""
     lines = ["formats (--from):"]
     for name, summary in importer_summaries().items():
-        lines += textwrap.wrap(summary, 118, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+        first, others = f"  {name:<12}", " " * 14
+        lines += textwrap.wrap(summary, 118, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -198,6 +206,7 @@ def _convert(args: argparse.Namespace) -> None:
         importer=args.importer,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         revision=args.revision,
+        settings={"lora_alpha": args.lora_alpha},
         gqa_layout=args.gqa_layout,
         alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,

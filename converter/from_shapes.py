@@ -4,15 +4,25 @@ A sublayer whose weights are absent or have no rows is gone. What is left of it 
 but not the bias that it ends in: `o_proj.bias` and `down_proj.bias` are added to the hidden states whatever was cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
+
+from converter.checkpoint import TORCH_DTYPES, Checkpoint
+from converter.cut_config import SIZE_LISTS
+from converter.hidden import EMBEDDING
+from pruned_vllm.formats.biases import complete_biases
+from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import StoredTensor
+from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
 from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.weights import has_weight_files
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+OTHER_HEAD_DIM = "If it was another before pruning, give the dense model with --base-model"
 
 
 @dataclass
@@ -28,6 +38,23 @@ class CutLayers:
     layers: list[LayerGeometry] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+
+def shapes_differ(directory: Path) -> bool | None:
+    """Whether a model directory has tensors of other shapes than its config.json says, told by the headers alone.
+
+    None where it is no model directory with safetensors. Raises InputError where its files cannot be read.
+    """
+    if not (directory / "config.json").is_file() or not has_weight_files(directory):
+        return None
+    config, tensors = complete_biases(read_config(directory), read_headers(directory))
+    stated = ModelGeometry.from_config(config)
+    if any(key in config for key in SIZE_LISTS) or count_problems(tensors, stated):
+        return True
+    return any(
+        tensors[name].shape != shape if name in tensors else name.startswith("model.layers.")
+        for name, shape in stated.tensor_shapes().items()
+    )
 
 
 def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) -> CutLayers:
@@ -49,6 +76,39 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
     return found
 
 
+def too_many_heads(layers: Sequence[LayerGeometry], stated: ModelGeometry) -> list[str]:
+    """Where layers have more heads than the config.json that head_dim was derived from: then it was another one.
+
+    Pruning that shrank the hidden size may have left head_dim and the number of heads, and config.json says neither.
+    """
+    heads = stated.dense_layers[0].num_attention_heads
+    return [
+        f"model.layers.{index}.self_attn: {layer.num_attention_heads} heads of head_dim {stated.head_dim} (hidden_size "
+        f"/ num_attention_heads), but config.json says {heads}. {OTHER_HEAD_DIM}"
+        for index, layer in enumerate(layers)
+        if layer.num_attention_heads > heads
+    ]
+
+
+def with_last_biases(weights: Checkpoint, geometry: ModelGeometry) -> Checkpoint:
+    """`weights` with zeros for the last bias of sublayers that are gone with their bias, in a model that has such."""
+    names = [
+        f"model.layers.{index}.{name}"
+        for index, layer in enumerate(geometry.layers)
+        for name, is_gone in (
+            ("self_attn.o_proj.bias", geometry.o_bias and "attention" in layer.skip),
+            ("mlp.down_proj.bias", geometry.mlp_bias and "mlp" in layer.skip),
+        )
+        if is_gone and f"model.layers.{index}.{name}" not in weights.tensors
+    ]
+    if not names or EMBEDDING not in weights.tensors:  # which is reported later
+        return weights
+    embedding = weights.tensors[EMBEDDING]
+    dtype = TORCH_DTYPES.get(embedding.dtype)
+    zeros = {name: torch.zeros(geometry.hidden_size, dtype=dtype) for name in names}
+    return weights.replaced(embedding.file, zeros)
+
+
 class _LayerReader:
     def __init__(self, prefix: str, tensors: Mapping[str, StoredTensor], head_dim: int, found: CutLayers) -> None:
         self._prefix, self._tensors, self._head_dim, self._found = prefix, tensors, head_dim, found
@@ -63,7 +123,7 @@ class _LayerReader:
             self._drop_modules(_ATTENTION)
             return ()
         if q != o or k != v or q % self._head_dim or k % self._head_dim:
-            self._contradiction(_ATTENTION, (q, k, v, o), f"; head_dim is {self._head_dim}")
+            self._contradiction(_ATTENTION, (q, k, v, o), f"; head_dim is {self._head_dim}. {OTHER_HEAD_DIM}")
             return ()
         heads, kv_heads = q // self._head_dim, k // self._head_dim
         if heads % kv_heads:
@@ -96,8 +156,11 @@ class _LayerReader:
         """The size of each module's weight along its axis; 0 where there is none, or nothing in it."""
         sizes = []
         for module, axis in zip(modules, axes, strict=True):
-            tensor = self._tensors.get(f"{self._prefix}{module}.weight")
-            sizes.append(tensor.shape[axis] if tensor is not None and len(tensor.shape) == 2 else 0)
+            name = f"{self._prefix}{module}.weight"
+            shape = self._tensors[name].shape if name in self._tensors else (0, 0)
+            if len(shape) != 2:
+                self._found.problems.append(f"{name}: shape {list(shape)}; a weight has two dimensions")
+            sizes.append(shape[axis] if len(shape) == 2 else 0)
         return tuple(sizes)
 
     def _contradiction(self, modules: tuple[str, ...], sizes: tuple[int, ...], more: str = "") -> None:

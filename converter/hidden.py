@@ -1,14 +1,17 @@
 """Cuts hidden dimensions: which stay, and what every tensor is multiplied by along them.
 
 The hidden states enter by the embedding, and attention and MLP add to them through o_proj and down_proj. A dimension
-into which none of these puts anything is zero everywhere, so it can go. Why the rest is exact, with z the masks:
+into which none of these puts anything is zero everywhere, so it can go. So can one that no RMSNorm looks at, since
+nothing but the norms reads the hidden states. Why the rest is exact, with z the masks:
 
-- z of the embedding goes into its columns; lm_head, also where it was tied, keeps the values without z
+- z of the embedding goes into its columns; lm_head keeps the values without z, so one that was tied is no longer
 - z of the outputs goes into the rows of o_proj and down_proj and into their biases
 - z of the norms goes into the norms' weights
 - RMSNorm of D dimensions is x / sqrt(sum(x^2) / K + eps) * w with K = D. With another K in training, or another D
-  after the cut, w sqrt(K / D) and eps K / D compute what K and eps computed. The dimensions that went were zeros, and
-  those that are added as padding are, so the sum stays what it was.
+  after the cut, w sqrt(K / D) and eps K / D compute what K and eps computed. The dimensions that went added nothing to
+  the sum, and those that are added as padding are zeros, so the sum stays what it was.
+- The norms of q and k, where a model has such, share eps with the others, but their K and D stay. With q and k
+  multiplied by sqrt(K / D), the norm gives for eps K / D what it gave for eps.
 """
 
 import math
@@ -22,10 +25,13 @@ from converter.fold import Cut
 from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import PAD
+from pruned_vllm.formats.config_values import shown
+from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OUTPUTS = (".o_proj.", ".down_proj.", ".w2.")
+_NORMED_PROJECTIONS = (".q_proj.", ".k_proj.")
 _HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
@@ -34,42 +40,53 @@ class HiddenCut:
     """What happens to the hidden dimensions of a model.
 
     Attributes:
-        kept: indices of the dimensions that stay, PAD for dimensions of zeros.
-        exact_size: how many stay, without padding.
-        embedding, outputs, norms: float32, one factor for each index of `kept`; None is 1.
+        hidden_size, exact_size: how many are written, and how many of them are not padding.
+        kept: indices of those that are written, PAD for dimensions of zeros; None where all stay as they are.
+        embedding, outputs, norms: float32, one factor for each that is written; None is 1.
+        normed_projections: what q and k are multiplied by in a model that norms them.
         rms_norm_eps: the new value; None where it stays.
     """
 
-    kept: torch.Tensor
+    hidden_size: int
     exact_size: int
+    kept: torch.Tensor | None
     embedding: torch.Tensor | None
     outputs: torch.Tensor | None
     norms: torch.Tensor | None
+    normed_projections: float
     rms_norm_eps: float | None
 
-    @property
-    def hidden_size(self) -> int:
-        return len(self.kept)
-
-    def cut(self, name: str, shape: tuple[int, ...], inner: Cut | None) -> Cut:
-        """The cut of one tensor.
+    def cut(self, name: str, shape: tuple[int, ...], inner: Cut | None) -> Cut | None:
+        """The cut of one tensor; None leaves it as it is.
 
         Args:
             name, shape: of the tensor.
             inner: its cut along the other dimension, that of heads and channels.
         """
-        inner = inner or Cut()
+        result = self._cut(name, shape, inner or Cut())
+        parts = (result.rows, result.row_factors, result.columns, result.column_factors)
+        return None if all(part is None for part in parts) else result
+
+    def _cut(self, name: str, shape: tuple[int, ...], inner: Cut) -> Cut:
         if name == EMBEDDING:
             return replace(inner, columns=self.kept, column_factors=self.embedding)
         if name.endswith(_HEAD_NORMS):
             return inner
-        if any(part in name for part in _OUTPUTS):
+        if is_output(name):
             return replace(inner, rows=self.kept, row_factors=self.outputs)
+        if self.normed_projections != 1 and any(part in name for part in _NORMED_PROJECTIONS):
+            rows = shape[0] if inner.rows is None else len(inner.rows)
+            inner = replace(inner, row_factors=torch.full((rows,), self.normed_projections))
         if len(shape) == 2:
             return replace(inner, columns=self.kept)
         if name.endswith(".bias"):
             return inner
         return replace(inner, rows=self.kept, row_factors=self.norms)
+
+
+def is_output(name: str) -> bool:
+    """Whether a tensor is (the bias of) a projection that adds to the hidden states."""
+    return any(part in name for part in _OUTPUTS)
 
 
 def make_hidden_cut(
@@ -82,36 +99,34 @@ def make_hidden_cut(
         alignment: the hidden size becomes a multiple of this, at most the one before.
 
     Raises:
-        InputError: no dimension is left, or the norms cannot be made right.
+        InputError: no dimension is left, or the family cannot have another hidden size.
     """
     size = dense.hidden_size
-    for factors in (mask.embedding, mask.outputs, mask.norms):
-        if factors is not None and factors.shape != (size,):
-            raise InputError(f"the hidden mask has shape {list(factors.shape)}, the model needs [{size}]")
-    kept = _used_dimensions(mask, size)
+    seen, kept = _seen_and_used(mask, size)
     if not len(kept):
         raise InputError("the hidden mask removes every dimension; there is nothing left to compute with")
     target = padded_size(len(kept), dense, alignment)
-    divisor = mask.norm_divisor or (len(kept) if mask.norm_sees_kept else size)
-    scale = divisor / target
-    if scale != 1 and dense.family.qk_norm is not None:
+    if target != size and dense.family.qk_norm == "all_heads":
         raise InputError(
-            f"the norms of {dense.family.architecture} share one rms_norm_eps with those of q and k, which see no "
-            "hidden dimensions; so hidden dimensions cannot be cut from it"
+            f"{dense.family.architecture} has one norm for all heads of q, which is as wide as the hidden states; so "
+            "hidden dimensions cannot be cut from it"
         )
+    scale = (mask.norm_divisor or seen) / target
     index = torch.cat((kept, torch.full((target - len(kept),), PAD)))
     norms = torch.full((target,), math.sqrt(scale), dtype=torch.float64) if scale != 1 else None
     if (masked := _at(mask.norms, index)) is not None:
         norms = masked.double() if norms is None else norms * masked
     cut = HiddenCut(
-        kept=index,
+        hidden_size=target,
         exact_size=len(kept),
+        kept=None if target == size == len(kept) else index,
         embedding=_at(mask.embedding, index),
         outputs=_at(mask.outputs, index),
         norms=None if norms is None else norms.float(),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)) * scale if scale != 1 else None,
+        normed_projections=math.sqrt(scale) if dense.family.qk_norm is not None else 1,
+        rms_norm_eps=_rms_norm_eps(dense.family, config) * scale if scale != 1 else None,
     )
-    nothing = target == size and cut.embedding is cut.outputs is cut.norms is None
+    nothing = cut.kept is cut.embedding is cut.outputs is cut.norms is None
     return None if nothing else cut
 
 
@@ -127,16 +142,27 @@ def padded_size(kept: int, dense: ModelGeometry, alignment: int) -> int:
     return _rounded_up(kept, divisor) if dense.hidden_size % divisor else dense.hidden_size
 
 
+def _rms_norm_eps(family: Family, config: Mapping[str, Any]) -> float:
+    value = family.with_defaults(config).get("rms_norm_eps")
+    if value is None:
+        return 1e-6  # in the stock classes of all families that `defaults` do not name
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise InputError(f"config.json: rms_norm_eps is {shown(value)}; it must be a number of at least 0")
+    return float(value)
+
+
 def _rounded_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _used_dimensions(mask: HiddenMask, size: int) -> torch.Tensor:
-    """Indices of the dimensions that the embedding or an output puts something into."""
-    used = torch.zeros(size, dtype=torch.bool)
+def _seen_and_used(mask: HiddenMask, size: int) -> tuple[int, torch.Tensor]:
+    """How many dimensions the norms saw, and the indices of those that have to stay."""
+    written, seen = torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)
     for factors in (mask.embedding, mask.outputs):
-        used |= torch.ones(size, dtype=torch.bool) if factors is None else factors != 0
-    return used.nonzero().view(-1)
+        written |= torch.ones(size, dtype=torch.bool) if factors is None else factors != 0
+    if mask.norm_sees_kept and mask.norms is not None:
+        seen = mask.norms != 0
+    return int(seen.sum()), (written & seen).nonzero().view(-1)
 
 
 def _at(factors: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:

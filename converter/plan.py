@@ -10,7 +10,7 @@ import torch
 
 from converter.checkpoint import DTYPES, Checkpoint
 from converter.fold import Cut, cut_layer, kept_layer
-from converter.hidden import HiddenCut, make_hidden_cut
+from converter.hidden import EMBEDDING, LM_HEAD, HiddenCut, make_hidden_cut
 from converter.importers import AUTO, read_source
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from converter.source import HiddenMask, Request, Source
@@ -144,6 +144,9 @@ def make_plan(
         )
     _check(path, source)
     hidden = make_hidden_cut(source.hidden or HiddenMask(), dense, source.weights.config, alignment)
+    model = dense if hidden is None else replace(dense, hidden_size=hidden.hidden_size)
+    if dense.tie_word_embeddings and hidden is not None and hidden.embedding is not None:
+        source, model = _with_lm_head(source), replace(model, tie_word_embeddings=False)
     exact = [kept_layer(layer, masks) for layer, masks in zip(source.layers, source.masks, strict=True)]
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
     layers = [
@@ -158,8 +161,8 @@ def make_plan(
         layers = with_few_shapes(layers, layer_bytes, max_distinct_shapes)
     return Plan(
         source=source,
-        exact=replace(dense, layers=tuple(exact), hidden_size=hidden.exact_size if hidden else dense.hidden_size),
-        pruned=replace(dense, layers=tuple(layers), hidden_size=hidden.hidden_size if hidden else dense.hidden_size),
+        exact=replace(model, layers=tuple(exact), hidden_size=hidden.exact_size if hidden else dense.hidden_size),
+        pruned=model.with_layers(tuple(layers)),
         alignment=alignment,
         cuts=_make_cuts(source, layers, hidden),
         rms_norm_eps=hidden.rms_norm_eps if hidden else None,
@@ -182,6 +185,13 @@ def _check(path: Path, source: Source) -> None:
         raise InputError(f"{path} cannot be converted:", problems)
 
 
+def _with_lm_head(source: Source) -> Source:
+    """`source` with an lm_head that no longer shares the weights of the embedding, which a mask goes into."""
+    note = "lm_head shared the weights of the embedding. The hidden mask multiplies that alone, so OUT has both."
+    weights = source.weights.with_copy(LM_HEAD, EMBEDDING)
+    return replace(source, weights=weights, notes=(*source.notes, note))
+
+
 def _largest_width(dense: LayerGeometry, given: LayerGeometry) -> int:
     """The FFN width, or that of experts, which padding must not exceed."""
     return max(layer.intermediate_size or layer.expert_width for layer in (dense, given))
@@ -197,6 +207,8 @@ def _make_cuts(source: Source, layers: Sequence[LayerGeometry], hidden: HiddenCu
         )
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     if hidden is not None:
-        given = dense.with_layers(source.layers).tensor_shapes()
-        cuts = {name: hidden.cut(name, shape, cuts.get(name)) for name, shape in given.items()}
+        untied = hidden.embedding is not None
+        given = replace(dense, layers=source.layers, tie_word_embeddings=dense.tie_word_embeddings and not untied)
+        changed = {name: hidden.cut(name, shape, cuts.get(name)) for name, shape in given.tensor_shapes().items()}
+        cuts = {name: cut for name, cut in changed.items() if cut is not None}
     return cuts

@@ -36,8 +36,8 @@ class HiddenMask:
         outputs: multiplied what attention and MLP add to the hidden states, biases included.
         norms: multiplied the output of every RMSNorm, that of the last one included.
         norm_divisor: what every RMSNorm divided the sum of squares by; None is the number of dimensions that it saw.
-        norm_sees_kept: every RMSNorm saw the kept dimensions alone. Without `norm_divisor`, it divided by their number
-            (Sheared LLaMA) rather than by hidden_size.
+        norm_sees_kept: every RMSNorm summed the dimensions alone that `norms` keeps. Without `norm_divisor`, it divided
+            by their number rather than by hidden_size (Sheared LLaMA, composer_llama.py, LlamaRMSNorm).
     """
 
     embedding: torch.Tensor | None = None

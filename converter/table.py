@@ -110,6 +110,7 @@ def totals(plan: Plan) -> list[str]:
         f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
+        *_hidden_totals(plan),
         *_expert_totals(plan),
         *_shape_totals(plan),
         f"Architecture: {config['architectures'][0]}"
@@ -120,6 +121,15 @@ def totals(plan: Plan) -> list[str]:
     if plan.source.changes is not None:
         lines.append(plan.source.changes.describe())
     return [*lines, *plan.source.notes]
+
+
+def _hidden_totals(plan: Plan) -> list[str]:
+    """What is left of the hidden states, where they lost any dimension."""
+    before, exact, after = (geometry.hidden_size for geometry in (plan.dense, plan.exact, plan.pruned))
+    if before == after:
+        return []
+    padding = f", {after - exact:,} of them padding" if after > exact else ""
+    return [f"Hidden size: {before:,} before, {after:,} after{padding}."]
 
 
 def _expert_totals(plan: Plan) -> list[str]:

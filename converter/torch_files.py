@@ -183,6 +183,7 @@ def _builders() -> dict[str, Any]:
         "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, state: _called(function, args),
         "torch.nn.parameter.Parameter": lambda tensor, *_: tensor,
         "torch.Size": tuple,
+        "_codecs.encode": lambda text, *_: text,  # bytes, in pickles of protocol 2
         "numpy.dtype": _NumpyDtype,
         **dict.fromkeys((f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")), _NumpyArray),
         **dict.fromkeys((f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")), _numpy_scalar),

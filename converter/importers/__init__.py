@@ -5,6 +5,7 @@ A module `x_y` is chosen by `--from x-y`. Its docstring says for users which fil
     NAME: str                                    # how messages call the project
     def recognise(path: Path) -> str | None      # what in INPUT says that it is this format; None: nothing does
     def read(request: Request) -> Source         # raises InputError
+    SETTINGS: tuple[str, ...]                    # optional: what it reads of request.settings
 
 `recognise` looks at names, headers and small files only, and runs nothing. Where a format cannot be told from another
 by its files, both recognise it, and the user has to choose.
@@ -17,12 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from converter.inexpressible import refuse_inexpressible
 from pruned_vllm.common.errors import InputError
 
 if TYPE_CHECKING:  # --help should not wait for torch
     from converter.source import Request, Source
 
 AUTO = "auto"
+# Every model directory is one of these. Where files say that another project wrote them, that counts.
+GENERAL = ("shapes", "zeros")
 
 
 def importer_names() -> list[str]:
@@ -44,22 +48,32 @@ def importer(name: str) -> ModuleType:
 
 def recognised(path: Path) -> dict[str, str]:
     """The formats that INPUT may be in, with what says so. Raises InputError where INPUT itself cannot be read."""
-    found = {name: importer(name).recognise(path) for name in importer_names()}
-    return {name: saw for name, saw in found.items() if saw is not None}
+    for names in ([name for name in importer_names() if name not in GENERAL], GENERAL):
+        found = {name: importer(name).recognise(path) for name in names}
+        if said := {name: saw for name, saw in found.items() if saw is not None}:
+            return said
+    return {}
 
 
 def read_source(request: "Request", name: str = AUTO) -> "Source":
     """Reads a pruned model in the format `name`, or in the one that it is recognised as.
 
     Raises:
-        InputError: it cannot be read, or it may be in several formats, or in none.
+        InputError: it cannot be read or expressed, or it may be in several formats, or in none.
     """
     if not request.path.exists():
         raise InputError(
             f"{request.path} does not exist; give a directory or a file: a masked checkpoint of learn-masks, or what "
             "another project wrote"
         )
-    return importer(_recognise(request.path) if name == AUTO else name).read(request)
+    refuse_inexpressible(request.path)
+    chosen = _recognise(request.path) if name == AUTO else name
+    module = importer(chosen)
+    for setting, value in request.settings.items():
+        if value is not None and setting not in getattr(module, "SETTINGS", ()):
+            option = setting.replace("_", "-")
+            raise InputError(f"--{option} means nothing for --from {chosen} ({module.NAME}); leave it out")
+    return module.read(request)
 
 
 def _recognise(path: Path) -> str:

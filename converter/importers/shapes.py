@@ -1,52 +1,61 @@
 """Tensors that were cut already, whatever config.json says: FLAP, wanda-sp, GradNAS, Torch-Pruning, cuts by hand.
 
 Reads a model directory with safetensors (or pickled state dicts). Every layer's sizes are those of its tensors;
-head_dim is the one of config.json, else hidden_size / num_attention_heads of the model before pruning. Biases of o_proj
-and down_proj stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors without
-rows, are gone.
+head_dim is the one of --base-model, else of config.json, else hidden_size / num_attention_heads of config.json. Biases
+of o_proj and down_proj stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors
+without rows, are gone.
 """
 
 from pathlib import Path
 
+from converter.base_model import CONFIG_FILES, find_base_model
+from converter.beside import companions_of, require_directory
 from converter.checkpoint import Checkpoint
-from converter.from_shapes import layers_from_shapes
-from converter.importers import masked
+from converter.cut_config import shared_config, size_list_problems, with_largest_layer
+from converter.from_shapes import layers_from_shapes, shapes_differ, too_many_heads, with_last_biases
 from converter.source import Request, Source
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.config import dense_geometry
+from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.masked import LayerMasks
-from pruned_vllm.formats.weights import has_weight_files
 
 NAME = "tensors that are cut already"
 
-# Lists that some projects write beside the tensors. The tensors say the same, and config.json must not say it twice.
-SIZE_LISTS = ("layer_head_num", "layer_inter_size", "layer_num")
-
 
 def recognise(path: Path) -> str | None:
-    if (path / "config.json").is_file() and has_weight_files(path) and not masked.recognise(path):
-        return "config.json beside weights"
-    return None
+    return "tensors of other shapes than config.json says" if shapes_differ(path) else None
 
 
 def read(request: Request) -> Source:
-    directory = request.path
+    directory = require_directory(request.path)
     return source_from_shapes(Checkpoint.from_directory(directory), request, "shapes")
 
 
 def source_from_shapes(weights: Checkpoint, request: Request, method: str) -> Source:
     """What the shapes of these tensors say. Raises InputError where they contradict each other."""
-    config = {key: value for key, value in weights.config.items() if key not in SIZE_LISTS}
-    dense = dense_geometry(weights.directory, config)
-    found = layers_from_shapes(weights.tensors, dense)
-    if found.problems:
-        raise InputError(f"The tensors in {request.path} contradict each other:", found.problems)
+    base = None
+    if request.base_model is not None:
+        base = read_config(find_base_model(request, "no config.json of it", CONFIG_FILES)[0])
+    config, notes = shared_config(weights, base)
+    stated = dense_geometry(weights.directory, config)
+    found = layers_from_shapes(weights.tensors, stated)
+    problems = found.problems
+    if not problems:
+        problems = size_list_problems(weights.config, found.layers)
+        if base is None and weights.config.get("head_dim") is None and stated.family.default_head_dim is None:
+            problems += too_many_heads(found.layers, stated)
+    if problems:
+        raise InputError(f"The tensors in {request.path} contradict each other, or its config.json:", problems)
+    config = with_largest_layer(config, stated, found.layers)
+    weights = weights.with_config(config).without(found.leftovers)
+    dense = dense_geometry(weights.directory, weights.config)
+    companions = companions_of(request, weights.directory)
     return Source(
-        weights=weights.with_config(config).without(found.leftovers),
+        weights=with_last_biases(weights, dense.with_layers(tuple(found.layers))),
         method=method,
         dense=dense,
         layers=tuple(found.layers),
         masks=[LayerMasks()] * len(dense.layers),
-        inputs=(request.path,),
-        companions=weights.directory,
+        inputs=(request.path, companions),
+        companions=companions,
+        notes=tuple(notes),
     )

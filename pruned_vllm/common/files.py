@@ -13,6 +13,7 @@ from pruned_vllm.common.errors import InputError
 
 PIECE_BYTES = 4096  # of a file that is sampled
 PIECES = 4096  # of a large file
+LARGEST_TEXT = 1 << 20  # characters of a list of layers
 FINETUNING_FILE = "finetuning.json"  # in a converted model that finetune-pruned has trained since
 
 
@@ -35,6 +36,21 @@ def read_json(path: Path, kind: type | UnionType = dict) -> Any:
         wanted = "object" if kind is dict else "object or list"
         raise InputError(f"{path} must hold a JSON {wanted}, not a {type(content).__name__}")
     return content
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a small text file, stripped, without empty ones; none where it is no such file.
+
+    Only the beginning of a large file is read.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        return []
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_TEXT)
+    except (OSError, UnicodeError):
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def sample(file: int, start: int, end: int, pieces: int) -> bytes:

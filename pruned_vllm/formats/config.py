@@ -7,6 +7,7 @@ from typing import Any
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import agreed_config, stock_agrees
+from pruned_vllm.formats.config_values import flag
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -47,7 +48,9 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     Under the stock architecture where every layer is equal and the stock code can say it, so that no plugin is
     needed; else under the `Pruned` architecture with `per_layer_config`. Keys on which vLLM alone acts are left out.
     """
-    config = agreed_config(geometry.family, config)
+    config = agreed_config(geometry.family, config) | {"hidden_size": geometry.hidden_size}
+    if flag("tie_word_embeddings", config) != geometry.tie_word_embeddings:
+        config["tie_word_embeddings"] = geometry.tie_word_embeddings
     stock = _stock_config(geometry, config)
     if stock is not None:
         return stock

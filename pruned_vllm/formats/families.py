@@ -75,6 +75,7 @@ class Family:
 
 
 KV_HEADS_AS_HEADS = (("num_key_value_heads", "num_attention_heads"),)
+NORM_EPS_1E_5 = (("rms_norm_eps", 1e-5),)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -101,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="mixtral",
             architecture="MixtralForCausalLM",
+            defaults=NORM_EPS_1E_5,
             experts=ExpertsFormat(
                 count_keys=("num_local_experts",),
                 width_key="intermediate_size",
@@ -138,7 +140,7 @@ FAMILIES: dict[str, Family] = {
             o_bias="attention_bias",
             qk_norm="all_heads",
             stock_heads="fills_hidden",
-            defaults=KV_HEADS_AS_HEADS,
+            defaults=(*KV_HEADS_AS_HEADS, *NORM_EPS_1E_5),
             experts=ExpertsFormat(count_keys=("num_experts", "num_local_experts"), width_key="intermediate_size"),
         ),
         Family(  # DeepSeekMoE-16B; DeepSeek-V2 and later have another attention

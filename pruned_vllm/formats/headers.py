@@ -22,6 +22,11 @@ _FUSED_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj|w1|w2|w3)(\.wei
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 _CHUNK_BYTES = 1 << 20
+_LAST_BIASES = (".o_proj.bias", ".down_proj.bias")
+_NO_SUCH_BIAS = (
+    ". FLAP and its kind make up for what they cut with such a bias, but config.json has no key for it in this family, "
+    "so neither Transformers nor vLLM would read it"
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def dense_problems(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) ->
         elif not name.endswith(IGNORED_SUFFIXES):
             problems.append(
                 f"{name} {list(tensor.shape)}: not a tensor of {dense.family.architecture}; it would be lost"
+                f"{_NO_SUCH_BIAS if name.endswith(_LAST_BIASES) else ''}"
             )
     return problems
 

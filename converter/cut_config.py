@@ -1,0 +1,102 @@
+"""config.json of a model whose tensors were cut already, made right: what all layers share, as the tensors have it.
+
+Projects that cut tensors leave config.json as it was, or write the sizes of one of the layers into it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from converter.checkpoint import Checkpoint
+from converter.hidden import EMBEDDING
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config import dense_geometry
+from pruned_vllm.formats.config_values import shown
+from pruned_vllm.formats.geometry import PER_LAYER_LISTS, ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
+
+# Sizes by layer that RTP-LLM and its kind write beside the tensors. The tensors say the same, and config.json must not
+# say it twice.
+SIZE_LISTS = ("layer_head_num", "layer_inter_size", "layer_num")
+# CarveLM writes these, empty where no sublayer was removed; see converter/inexpressible.py.
+EMPTY_LISTS = ("attention_layer_to_prune", "mlp_layer_to_prune")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
+
+def shared_config(weights: Checkpoint, base: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """config.json with the sizes that all layers share as the tensors have them, and sentences about what changed.
+
+    Args:
+        base: config.json of the model before pruning. Without it, head_dim is what config.json says of it.
+
+    Raises:
+        InputError: the model is not supported, or its layers have different numbers of experts.
+    """
+    config = {key: value for key, value in weights.config.items() if key not in (*SIZE_LISTS, *EMPTY_LISTS)}
+    stated, notes = dense_geometry(weights.directory, config), list[str]()
+    config["head_dim"] = stated.head_dim if base is None else ModelGeometry.from_config(base).head_dim
+    embedding = weights.tensors.get(EMBEDDING)
+    if embedding is not None and len(embedding.shape) == 2 and embedding.shape[1] != stated.hidden_size:
+        config["hidden_size"] = embedding.shape[1]
+        notes.append(f"The hidden size is {embedding.shape[1]:,}, where config.json says {stated.hidden_size:,}.")
+    numbers = [int(match[1]) for match in map(_LAYER.match, weights.tensors) if match]
+    num_layers = max(numbers, default=-1) + 1
+    if 0 < num_layers < len(stated.layers):
+        config["num_hidden_layers"] = num_layers
+        config |= {key: config[key][:num_layers] for key in PER_LAYER_LISTS if isinstance(config.get(key), list)}
+        said = len(stated.layers)
+        notes.append(f"The files have {num_layers} layers, where config.json says {said}: the last are gone.")
+    if stated.experts is not None and (num_experts := _num_experts(weights, stated)) != stated.experts.num_experts:
+        keys = stated.family.experts_format.count_keys
+        config[next((key for key in keys if config.get(key) is not None), keys[0])] = num_experts
+        notes.append(f"A layer has {num_experts} experts, where config.json says {stated.experts.num_experts}.")
+    return config, notes
+
+
+def with_largest_layer(
+    config: Mapping[str, Any], stated: ModelGeometry, layers: Sequence[LayerGeometry]
+) -> dict[str, Any]:
+    """`config` whose top level, which `stated` is the geometry of, says no less heads and channels than a layer has.
+
+    Some projects write the sizes of the last layer there.
+    """
+    changed = dict(config)
+    top = stated.dense_layers[0]
+    heads = max(layer.num_attention_heads for layer in layers)
+    kv_heads = max(layer.num_key_value_heads for layer in layers)
+    if heads > top.num_attention_heads or kv_heads > top.num_key_value_heads:
+        kv_heads = max(kv_heads, top.num_key_value_heads)
+        heads = max(heads, top.num_attention_heads)
+        changed |= {"num_key_value_heads": kv_heads, "num_attention_heads": -(-heads // kv_heads) * kv_heads}
+    width = max(layer.intermediate_size for layer in layers)
+    if width > max(layer.intermediate_size for layer in stated.dense_layers):
+        changed["intermediate_size"] = width
+    return changed
+
+
+def size_list_problems(config: Mapping[str, Any], layers: Sequence[LayerGeometry]) -> list[str]:
+    """Where the lists of SIZE_LISTS say something else than the layers; those that are gone at the end count as 0."""
+    sizes = {
+        "layer_head_num": [layer.num_attention_heads for layer in layers],
+        "layer_inter_size": [layer.intermediate_size for layer in layers],
+    }
+    problems = []
+    for key, found in sizes.items():
+        stated = config.get(key)
+        if isinstance(stated, list) and stated != found + [0] * (len(stated) - len(found)):
+            problems.append(f"config.json: {key} is {shown(stated)}, the tensors have {found}")
+    return problems
+
+
+def _num_experts(weights: Checkpoint, stated: ModelGeometry) -> int:
+    """The experts that the routers know, the same number in every layer that has one."""
+    router = stated.family.experts_format.router
+    names = [f"model.layers.{index}.{router}.weight" for index in range(len(stated.layers))]
+    routers = {name: weights.tensors[name].shape for name in names if name in weights.tensors}
+    counts = {name: shape[0] for name, shape in routers.items() if len(shape) == 2}
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            "The layers have different numbers of experts, which no configuration of Transformers or vLLM can say:",
+            [f"{name}: {count} rows" for name, count in counts.items()],
+        )
+    return next(iter(counts.values()), stated.dense_experts.num_experts)

@@ -1,0 +1,248 @@
+"""Sizes of each layer in config.json: block_configs in three dialects, AnyModel, per_layer_config of Hugging Face."""
+
+import copy
+import json
+import shutil
+from collections import defaultdict
+
+import pytest
+from helpers.imports import assert_converts, logits, rows, silence, sizes
+from helpers.masked import convert_pruned, edit_json
+from helpers.tiny import tiny_model
+from safetensors.torch import save_file
+
+DENSE = {"llama": (6, 3, 512), "qwen3": (6, 3, 64), "mistral": (6, 6, 64), "qwen3_moe": (6, 3, 64)}
+# KV heads and FFN channels of each layer; 0 for a sublayer that does nothing
+LAYERS = [(3, 512), (1, 0), (0, 256)]
+SMALL = [(1, 64), (3, 5), (0, 0)]
+
+
+def heterogeneous(model_type, layers, **config):
+    """A model of stock layers, each made from a config of its own."""
+    heads, kv_heads, width = DENSE[model_type]
+    model = tiny_model(model_type, heads, kv_heads, width, num_hidden_layers=len(layers), **config)
+    for index, (kv_heads, width) in enumerate(layers):
+        old, own = model.model.layers[index], copy.deepcopy(model.config)
+        own.num_key_value_heads, own.intermediate_size = kv_heads or heads, width or 1
+        new = type(old)(own, index).requires_grad_(False)
+        for name, parameter in new.named_parameters():
+            parameter.uniform_(0.5, 1.5) if name.endswith("norm.weight") else parameter.normal_(std=0.15)
+        if not kv_heads:
+            silence(new.self_attn)
+        if not width:
+            silence(new.mlp)
+        model.model.layers[index] = new.eval()
+    return model
+
+
+def write_subblocks(directory, model, layers, without=()):
+    """As Model-Optimizer's checkpoint_utils_hf.py: a file for each sublayer, with its norm; none of what does nothing.
+
+    Args:
+        without: endings of names of tensors that are left out.
+    """
+    files = defaultdict(dict)
+    for name, tensor in model.state_dict().items():
+        if without and name.endswith(tuple(without)):
+            continue
+        if not name.startswith("model.layers."):
+            files["embeddings" if "embed_tokens" in name else "lm_head"][name] = tensor
+            continue
+        index = int(name.split(".")[2])
+        kind = "attention" if ".self_attn." in name or ".input_layernorm." in name else "ffn"
+        if layers[index][kind == "ffn"]:
+            files[f"block_{index}_{kind}"][name] = tensor
+    (directory / "subblocks_safetensors").mkdir(parents=True)
+    weight_map = {}
+    for stem, tensors in files.items():
+        file = f"subblocks_safetensors/{stem}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    (directory / "config.json").write_text(json.dumps(config, default=str))
+
+
+def block(kv_heads, width, attention, ffn):
+    nothing = {"replace_with_linear": False, "sparsify": None}
+    return {
+        "attention": {**nothing, **(attention(kv_heads) if kv_heads else {"no_op": True})},
+        "ffn": {**nothing, **(ffn(width) if width else {"no_op": True})},
+        "parallel_blocks": None,
+    }
+
+
+def in_group(kv_heads):
+    return {"n_heads_in_group": 6 // kv_heads, "no_op": False, "window_length": None, "unshifted_sink": False}
+
+
+def num_kv_heads(kv_heads):
+    return {"num_key_value_heads": kv_heads, "no_op": False, "llama4": None, "mamba": None, "weights_precision": "bf16"}
+
+
+def multiple(width):
+    """From 2 m 192 / 3 = 128 m on: 100 channels more than the last multiple of 256."""
+    return {"ffn_mult": (width - 156) / 128, "no_op": False}
+
+
+def intermediate(width):
+    return {"intermediate_size": width, "no_op": False, "moe": None, "hidden_act": "silu"}
+
+
+DECI = {
+    "model_type": "nemotron-nas",
+    "architectures": ["DeciLMForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+    "intermediate_size": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+}
+# model type, layers, how attention and FFN are said, changes of config.json
+DIALECTS = {
+    "Nemotron-NAS": ("llama", LAYERS, in_group, multiple, DECI),
+    "DeciLM": ("llama", SMALL, in_group, intermediate, {**DECI, "o_proj_bias": False}),
+    "AnyModel": ("llama", SMALL, num_kv_heads, intermediate, {}),
+    "AnyModel of Mistral": ("mistral", SMALL, num_kv_heads, intermediate, {}),
+    "AnyModel of Qwen3": ("qwen3", SMALL, num_kv_heads, intermediate, {}),
+    "one layer": ("llama", [(1, 7)], num_kv_heads, intermediate, {}),
+}
+
+
+@pytest.mark.parametrize(("model_type", "layers", "attention", "ffn", "config"), DIALECTS.values(), ids=DIALECTS)
+def test_block_configs(tmp_path, model_type, layers, attention, ffn, config):
+    model = heterogeneous(model_type, layers, hidden_size=192)
+    write_subblocks(tmp_path / "in", model, layers)
+    blocks = [block(kv_heads, width, attention, ffn) for kv_heads, width in layers]
+    edit_json(tmp_path / "in" / "config.json", block_configs=blocks, **config)
+    pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+    assert sizes(pruned) == [(6 if kv_heads else 0, kv_heads, width) for kv_heads, width in layers]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "block_configs" not in written and written["model_type"] == model_type
+
+
+@pytest.mark.parametrize("o_proj_alone", [False, True])
+def test_biases_and_tied_embeddings(tmp_path, o_proj_alone):
+    model = heterogeneous("llama", SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    absent = [f"{name}_proj.bias" for name in "qkv"] if o_proj_alone else []
+    for name, parameter in model.named_parameters():
+        if absent and name.endswith(tuple(absent)):
+            parameter.zero_()
+    write_subblocks(tmp_path / "in", model, SMALL, without=("lm_head.weight", *absent))
+    blocks = [block(kv_heads, width, in_group, intermediate) for kv_heads, width in SMALL]
+    changes = {**DECI, "head_dim": 32} if o_proj_alone else {}
+    edit_json(tmp_path / "in" / "config.json", block_configs=blocks, **changes)
+    assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+
+
+def test_query_heads_whose_kv_head_was_pruned_go(tmp_path):
+    """PruneKVHeads keeps all query heads, and makes the columns in o_proj zero of those whose KV head went."""
+    layers = [(1, 64), (3, 64)]
+    model = heterogeneous("qwen3", layers)
+    for index in range(2):  # layer 1 lost no KV head, so its zeros are none of pruning's
+        model.model.layers[index].self_attn.o_proj.weight[:, rows([1, 3, 4, 5])] = 0
+    write_subblocks(tmp_path / "in", model, layers)
+    blocks = [block(kv_heads, width, num_kv_heads, intermediate) for kv_heads, width in layers]
+    edit_json(tmp_path / "in" / "config.json", block_configs=blocks)
+    pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+    assert sizes(pruned) == [(2, 1, 64), (6, 3, 64)]
+
+
+def overrides(layers, key=str):
+    entries = {}
+    for index, (kv_heads, width) in enumerate(layers):
+        skip = ["attention"] * (not kv_heads) + ["mlp"] * (not width)
+        entry = {"skip": skip} if skip else {}
+        entry |= {"num_key_value_heads": kv_heads} if kv_heads else {}
+        entries[key(index)] = entry | ({"intermediate_size": width} if width else {})
+    return entries
+
+
+PER_LAYER = {
+    "a stock architecture": ("llama", {}),
+    "zero-padded": ("mistral", {"key": "{:02}".format}),
+    "no size at the top": ("qwen3", {"intermediate_size": None}),
+    "AnyModel": (
+        "llama", {"architectures": ["AnyModel"], "base_architecture": "LlamaForCausalLM", "anymodel_arch_info": {}},
+    ),
+    "AnyModel, told by its base": (
+        "qwen3", {"architectures": ["AnyModel"], "base_architecture": "Qwen3ForCausalLM", "model_type": "anymodel"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "config"), PER_LAYER.values(), ids=PER_LAYER)
+def test_per_layer_config(tmp_path, model_type, config):
+    config = dict(config)
+    layers = [(1, 64), (3, 5), (0, 0), *[(3, 64)] * 8]  # two digits
+    model = heterogeneous(model_type, layers)
+    write_subblocks(tmp_path / "in", model, layers)
+    entries = overrides(layers, config.pop("key", str))
+    edit_json(tmp_path / "in" / "config.json", per_layer_config=entries, **config)
+    pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+    assert sizes(pruned) == [(6 if kv_heads else 0, kv_heads, width) for kv_heads, width in layers]
+
+
+def test_numbers_of_experts(tmp_path, capsys):
+    model = tiny_model("qwen3_moe", 6, 3, 64)
+    model.save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    key = "num_experts" if "num_experts" in json.loads(path.read_text()) else "num_local_experts"
+    edit_json(path, per_layer_config={"1": {key: 4, "moe_intermediate_size": 24}})
+    assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+    edit_json(path, per_layer_config={"1": {key: 3}})
+    assert convert_pruned(tmp_path / "in", tmp_path / "out2") == 2
+    assert f"{key} is 3, the model has 4" in capsys.readouterr().err
+
+
+def changed_block(index, part, **changes):
+    def change(blocks):
+        (blocks[index][part] if part else blocks[index]).update(changes)
+
+    return change
+
+
+REFUSED = {
+    "linear attention": (
+        changed_block(1, "attention", replace_with_linear=True), "[1].attention: replace_with_linear is True",
+    ),
+    "linear FFN": (changed_block(0, "ffn", replace_with_linear=True), "[0].ffn: replace_with_linear is True"),
+    "mamba": (changed_block(1, "attention", mamba={"state_dim": 1}), "[1].attention: mamba is {'state_dim': 1}"),
+    "llama4": (changed_block(1, "attention", llama4={"attention_chunk_size": 8}), "[1].attention: llama4"),
+    "experts": (changed_block(0, "ffn", moe={"num_local_experts": 4}), "[0].ffn: moe"),
+    "sparse": (changed_block(0, "ffn", sparsify=["2:4"]), "[0].ffn: sparsify"),
+    "parallel": (changed_block(1, None, parallel_blocks=[{}]), "[1]: parallel_blocks"),
+    "window": (changed_block(0, "attention", window_length=128), "[0].attention: window_length is 128"),
+    "activation": (changed_block(0, "ffn", hidden_act="gelu"), "[0].ffn: hidden_act is 'gelu'"),
+    "other size": (changed_block(0, "ffn", intermediate_size=63), "the file has [64, 96], config.json says [63, 96]"),
+    "other heads": (
+        changed_block(0, "attention", num_key_value_heads=2), "the file has [32, 96], config.json says [64, 96]",
+    ),
+    "odd heads": (changed_block(0, "attention", num_key_value_heads=4), "6 query heads are no multiple of 4 KV heads"),
+    "layer missing": (lambda blocks: blocks.pop(), "block_configs has 2 layers, num_hidden_layers is 3"),
+    "no object": (lambda blocks: blocks.__setitem__(0, 5), "it must be a list with an object for each layer"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("puzzletron") / "in"
+    write_subblocks(directory, heterogeneous("llama", SMALL), SMALL)
+    return directory
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_blocks_that_cannot_be_expressed_are_refused_by_layer(child, tmp_path, capsys, change, message):
+    blocks = [block(kv_heads, width, num_kv_heads, intermediate) for kv_heads, width in SMALL]
+    change(blocks)
+    shutil.copytree(child, tmp_path / "in")
+    edit_json(tmp_path / "in" / "config.json", block_configs=blocks)
+    assert convert_pruned(tmp_path / "in", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_family_that_is_not_supported_is_named(child, tmp_path, capsys):
+    shutil.copytree(child, tmp_path / "in")
+    changes = {"block_configs": [{}] * 3, "architectures": ["AnyModel"], "model_type": "gpt_oss"}
+    edit_json(tmp_path / "in" / "config.json", **changes)
+    assert convert_pruned(tmp_path / "in", tmp_path / "out") == 2
+    assert "model_type 'gpt_oss' is not supported" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""Models as other projects leave them, written by hand, and the comparison with what they must compute.
+
+The oracle is a stock Hugging Face model in which what was pruned is zero, or missing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from helpers.masked import convert_pruned, edit_weights
+from helpers.tiny import HEAD_DIM, prompts
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from pruned_vllm.hf.loading import load_pruned
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(torch.tensor(prompts()[-1:])).logits
+
+
+def assert_converts(source: Path, out: Path, expected: torch.Tensor, *args) -> PreTrainedModel:
+    """Converts through the command, and compares logits; returns the converted model."""
+    assert convert_pruned(source, out, *args) == 0
+    pruned = load_pruned(out, dtype=torch.float32)
+    torch.testing.assert_close(logits(pruned), expected, rtol=1e-4, atol=1e-4)
+    return pruned
+
+
+def sizes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """Query heads, KV heads and FFN channels of every layer, as the weights have them."""
+    found = []
+    for layer in model.model.layers:
+        weights = {name: parameter.shape for name, parameter in layer.named_parameters()}
+        heads, kv_heads = (weights.get(f"self_attn.{name}_proj.weight", (0,))[0] // HEAD_DIM for name in ("q", "k"))
+        found.append((heads, kv_heads, weights.get("mlp.gate_proj.weight", (0,))[0]))
+    return found
+
+
+def rows(heads: Sequence[int]) -> list[int]:
+    return [head * HEAD_DIM + row for head in heads for row in range(HEAD_DIM)]
+
+
+def cut(model: PreTrainedModel, kv_heads: list[list[int]], channels: list[int]) -> dict[str, torch.Tensor]:
+    """Makes zero in `model` what is not kept, and returns the tensors of what is.
+
+    Args:
+        kv_heads: those that stay in each layer, with all their query heads.
+        channels: how many stay in each layer, the first ones.
+    """
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    tensors = {}
+    for index, (layer, kept, width) in enumerate(zip(model.model.layers, kv_heads, channels, strict=True)):
+        query_rows = rows([head * group + member for head in kept for member in range(group)])
+        attention, mlp = layer.self_attn, layer.mlp
+        for name, module in attention.named_children():
+            if name in ATTENTION:
+                index_of = torch.tensor(query_rows if name == "q_proj" else rows(kept), dtype=torch.long)
+                for kind, parameter in module.named_parameters():
+                    tensors[f"model.layers.{index}.self_attn.{name}.{kind}"] = parameter[index_of].clone()
+        o_proj = attention.o_proj.weight
+        tensors[f"model.layers.{index}.self_attn.o_proj.weight"] = o_proj[:, query_rows].clone()
+        dropped = [row for row in range(o_proj.shape[1]) if row not in set(query_rows)]
+        o_proj[:, dropped] = 0
+        for name in ("gate_proj", "up_proj"):
+            for kind, parameter in getattr(mlp, name).named_parameters():
+                tensors[f"model.layers.{index}.mlp.{name}.{kind}"] = parameter[:width].clone()
+        tensors[f"model.layers.{index}.mlp.down_proj.weight"] = mlp.down_proj.weight[:, :width].clone()
+        mlp.down_proj.weight[:, width:] = 0
+    return tensors
+
+
+def silence(module: torch.nn.Module) -> None:
+    """Makes attention or an MLP add nothing."""
+
+    def zeros(_module, _args, output):
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    module.register_forward_hook(zeros)
+
+
+def replace_weights(directory: Path, tensors: dict[str, torch.Tensor], keep_empty: bool) -> None:
+    """Puts tensors into a saved model; those without rows or columns are removed unless they are to stay empty.
+
+    A sublayer that goes takes its norms with it, but leaves the bias that it ends in.
+    """
+    remove = []
+    if not keep_empty:
+        for name in [name for name, tensor in tensors.items() if not tensor.numel()]:
+            remove.append(name)
+            layer, _, rest = name.partition(".self_attn." if ".self_attn." in name else ".mlp.")
+            norms = ("post_attention_layernorm",)
+            if ".self_attn." in name:
+                norms = ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+            remove += [f"{layer}.{norm}.weight" for norm in norms]
+    edit_weights(directory, tensors, tuple(remove))
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
