@@ -69,7 +69,7 @@ class Checkpoint:
         """The same with one more tensor: another one under a second name."""
         tensors = {**self.tensors, name: self.tensors[original]}
         loaded = {**self._loaded, name: self._loaded[original]} if original in self._loaded else self._loaded
-        return Checkpoint(self.directory, self.config, tensors, loaded)
+        return Checkpoint(self.directory, self.config, tensors, loaded, self._files)
 
     def without(self, names: Iterable[str]) -> "Checkpoint":
         """The same without these tensors."""

@@ -6,6 +6,7 @@ Pure Python: no tensor is loaded.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pruned_vllm.common.errors import InputError
@@ -68,8 +69,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     files = find_weight_files(directory)
     for file in files:
         try:
-            open_safetensors(file)  # the library that loaders use decides whether it is one; it tells no offsets
-            found = stored_tensors(file)
+            found = _checked_tensors(file, _stamp(file))
         except InputError as error:
             problems.append(str(error))
             continue
@@ -88,6 +88,22 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     if problems:
         raise InputError(f"The weights in {directory} cannot be read:", problems)
     return tensors
+
+
+@lru_cache(maxsize=1024)
+def _checked_tensors(file: Path, stamp: tuple[int, ...]) -> dict[str, StoredTensor]:
+    """`stored_tensors` of a file; it is read once, however many formats look whether it is theirs."""
+    open_safetensors(file)  # the library that loaders use decides whether it is one; it tells no offsets
+    return stored_tensors(file)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What is another number once a file was changed; nothing where there is no file."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return ()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def dense_problems(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) -> list[str]:
