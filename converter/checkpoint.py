@@ -96,7 +96,7 @@ class Checkpoint:
         """Loads one tensor. Raises InputError where its file cannot be read."""
         matrix = self.matrix(name)
         if isinstance(matrix, LoadedMatrix):
-            return matrix.tensor
+            return matrix.tensor.contiguous()  # pickled tensors may be views
         result = torch.empty(self.tensors[name].shape, dtype=matrix.dtype)
         if result.nbytes:
             tensor, memory = self.tensors[name], result.view(-1).view(torch.uint8).numpy().data

@@ -16,13 +16,13 @@ import torch
 
 from converter.checkpoint import Checkpoint
 from converter.lora_config import USE_PEFT, LoraScaling
+from converter.state_dicts import ADAPTER_FILE, LoadedShard, read_state_dict
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
 from pruned_vllm.formats.weights import ADAPTER_CONFIG, open_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
 BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
 
@@ -42,7 +42,7 @@ class LoraAdapter:
     """An adapter that fits the model.
 
     Attributes:
-        shard: the open safetensors file.
+        shard: the open safetensors file, or pickled tensors with its interface.
         pairs: by full name of the weight that each changes.
     """
 
@@ -72,11 +72,14 @@ class LoraAdapter:
         return torch.addmm(weight.to(dtype), b, a, alpha=pair.scale)
 
     @classmethod
-    def read(cls, directory: Path, checkpoint: Checkpoint, dense: ModelGeometry) -> "LoraAdapter":
-        """Reads an adapter for a dense model of this geometry.
+    def read(
+        cls, directory: Path, checkpoint: Checkpoint, geometry: ModelGeometry, reads_pickles: bool = False
+    ) -> "LoraAdapter":
+        """Reads an adapter for a model of this geometry.
 
         Args:
-            checkpoint: the dense weights; PEFT stores copies of some beside the adapter, which must equal these.
+            checkpoint: the model's weights; PEFT stores copies of some beside the adapter, which must equal these.
+            reads_pickles: adapter_model.bin is read too, if there are no safetensors.
 
         Raises:
             InputError: with every problem of the configuration and of the tensors.
@@ -93,12 +96,12 @@ class LoraAdapter:
                 return None
 
         scaling = collect(LoraScaling.read, directory / ADAPTER_CONFIG)
-        shard = collect(_open, directory)
+        shard = collect(_open, directory, reads_pickles)
         halves: dict[str, tuple[str, str]] = {}
         if shard is not None:
-            halves, found = _find_halves(shard, checkpoint, dense)
+            halves, found = _find_halves(shard, checkpoint, geometry)
             problems += found
-        shapes = dense.tensor_shapes()
+        shapes = geometry.tensor_shapes()
         for name, keys in halves.items():
             problems += _pair_problems(shard, keys, name, shapes[name], scaling)
         if problems:
@@ -106,11 +109,13 @@ class LoraAdapter:
         return cls(shard, {name: LoraPair(*keys, *scaling.rank_and_scale(name)) for name, keys in halves.items()})
 
 
-def _open(directory: Path) -> Any:
+def _open(directory: Path, reads_pickles: bool) -> Any:
     path = directory / WEIGHTS_FILE
-    if not path.exists() and (directory / PICKLED_FILE).exists():
+    if not path.exists() and (directory / ADAPTER_FILE).exists():
+        if reads_pickles:
+            return LoadedShard(read_state_dict(directory / ADAPTER_FILE))
         raise InputError(
-            f"{directory / PICKLED_FILE}: pickled weights are never read; save the adapter as safetensors, "
+            f"{directory / ADAPTER_FILE}: pickled weights are never read; save the adapter as safetensors, "
             "save_pretrained(..., safe_serialization=True)"
         )
     return open_safetensors(path, "pt")

@@ -1,33 +1,42 @@
 """Tensors that were cut already, whatever config.json says: FLAP, wanda-sp, GradNAS, Torch-Pruning, cuts by hand.
 
-Reads a model directory with safetensors (or pickled state dicts). Every layer's sizes are those of its tensors;
-head_dim is the one of --base-model, else of config.json, else hidden_size / num_attention_heads of config.json. Biases
-of o_proj and down_proj stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors
-without rows, are gone.
+Reads a model directory with safetensors or pytorch_model.bin, or a file that holds a state dict of torch.save, with
+config.json beside it or in --base-model. Every layer's sizes are those of its tensors; head_dim is the one of
+--base-model, else of config.json, else hidden_size / num_attention_heads of config.json. Biases of o_proj and down_proj
+stay, also where nothing else of a sublayer is left. Sublayers without tensors, or with tensors without rows, are gone.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from converter.base_model import CONFIG_FILES, find_base_model
-from converter.beside import companions_of, require_directory
+from converter.beside import companions_of
 from converter.checkpoint import Checkpoint
 from converter.cut_config import shared_config, size_list_problems, with_largest_layer
 from converter.from_shapes import layers_from_shapes, shapes_differ, too_many_heads, with_last_biases
 from converter.source import Request, Source
+from converter.state_dicts import read_weights, recognise_state_dict, refuse_two_formats
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.masked import LayerMasks
+from pruned_vllm.formats.weights import has_weight_files
 
 NAME = "tensors that are cut already"
 
 
 def recognise(path: Path) -> str | None:
-    return "tensors of other shapes than config.json says" if shapes_differ(path) else None
+    if (differ := shapes_differ(path)) is not None:
+        return "tensors of other shapes than config.json says" if differ else None
+    return recognise_state_dict(path)
 
 
 def read(request: Request) -> Source:
-    directory = require_directory(request.path)
-    return source_from_shapes(Checkpoint.from_directory(directory), request, "shapes")
+    if request.path.is_dir() and has_weight_files(request.path):
+        refuse_two_formats(request.path)
+        return source_from_shapes(Checkpoint.from_directory(request.path), request, "shapes")
+    weights, notes = read_weights(request)
+    source = source_from_shapes(weights, request, "shapes")
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def source_from_shapes(weights: Checkpoint, request: Request, method: str) -> Source:
