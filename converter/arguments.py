@@ -35,5 +35,6 @@ def add_source_arguments(parser: argparse.ArgumentParser, what: str, *, metavar:
     parser.add_argument(
         "--revision",
         metavar="NAME",
-        help="commit, branch or tag of a dense model of the hub; default: the commit that pruning.json names",
+        help=f"commit, branch or tag of {metavar} where that is on the hub, else of the dense model; default: the main "
+        "branch, or for the dense model the commit that pruning.json names",
     )

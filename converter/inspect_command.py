@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         epilog=_json_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_source_arguments(parser, "directory or file", metavar="PATH")
+    add_source_arguments(parser, "directory, file or hub id, which is downloaded", metavar="PATH")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object with the keys below")
     output.add_argument(

@@ -25,6 +25,7 @@ from pruned_vllm.formats.cost import moved_bytes, sequence_flops
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
+from pruned_vllm.formats.hub import is_hub_id, pruned_model_directory
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import find_weight_files, read_header
 
@@ -144,6 +145,8 @@ def inspect(
     Raises:
         InputError: it is none of these, or cannot be read.
     """
+    if not path.exists() and is_hub_id(str(path)):
+        path, revision = pruned_model_directory(str(path), revision), None
     if importer == AUTO:
         if (path / "config.json").is_file() and _is_converted(read_config(path)):
             return _of_model(path, "converted")

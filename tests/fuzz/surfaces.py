@@ -39,7 +39,7 @@ class Seed:
 
 
 def convert(path: Path, out: Path) -> int:
-    return cli.main([str(path), str(out), "--align", "1"])
+    return cli.main([str(path), str(out), "--align", "1", "--no-verify"])
 
 
 def with_base(importer: str) -> Run:
@@ -47,7 +47,7 @@ def with_base(importer: str) -> Run:
 
     def run(path: Path, out: Path) -> int:
         return cli.main(
-            [str(path), str(out), "--align", "1", "--from", importer, "--base-model", str(path.parent / "base")]
+            [*map(str, (path, out)), "--align=1", "--no-verify", "--from", importer, "--base-model", str(path.parent / "base")]
         )
 
     return run
