@@ -139,9 +139,11 @@ def of_safetensors(content: bytes, random: Random) -> bytes:
     """The header, its length, or the numbers behind it."""
     size = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + size], content[8 + size :]
-    kind = random.randrange(8)
+    kind = random.randrange(16)
     if kind == 0 or len(header) < size:
         return of_bytes(content, random)
+    if kind > 7:
+        return _with_other_tensors(content, header, data, random)
     if kind == 1:
         length = random.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1)) % 2**64
         return length.to_bytes(8, "little") + header + data
@@ -155,6 +157,44 @@ def of_safetensors(content: bytes, random: Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
+def _with_other_tensors(content: bytes, header: bytes, data: bytes, random: Random) -> bytes:
+    """A file that is valid, but for what it holds: tensors of other names, shapes, dtypes, or that are not there."""
+    try:
+        entries = json.loads(header)
+        tensors = [
+            (name, entry["dtype"], list(entry["shape"]), data[slice(*entry["data_offsets"])])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        ]
+        index = random.randrange(len(tensors))
+        name, dtype, shape, values = tensors[index]
+        sizes = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "I64": 8}
+        other = random.choice(list(sizes))
+        count = len(values) // sizes[dtype]
+        tensors[index : index + 1] = random.choice(
+            (
+                [],
+                [(name, dtype, shape[::-1], values)],
+                [(name, dtype, [count], values)],
+                [(name, dtype, [1, *shape], values)],
+                [(name, dtype, [0, *shape[1:]], b"")],
+                [(name, dtype, [2 * shape[0], *shape[1:]], values * 2)],
+                [(name, dtype, [], values[: sizes[dtype]])],
+                [(name, other, shape, (values * 8)[: count * sizes[other]])],
+                [(random.choice(tensors)[0].replace("0", "1"), dtype, shape, values), tensors[index]],
+                [(name.replace("weight", random.choice(("bias", "qweight", "lora_A.weight"))), dtype, shape, values)],
+            )
+        )
+        written, body = {}, b""
+        for name, dtype, shape, values in tensors:
+            written[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(values)]}
+            body += values
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):  # changed too much already
+        return of_bytes(content, random)
+    text = json.dumps(written).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
 def of_pickle(content: bytes, random: Random) -> bytes:
     """The program of a pickle: instructions that go, come, change places; or bytes."""
     places = _instructions(content)
@@ -166,6 +206,8 @@ def of_pickle(content: bytes, random: Random) -> bytes:
     instruction, elsewhere = content[start:end], places[other]
     return random.choice(
         (
+            lambda: content[: start + 1] + random.randbytes(1) + content[start + 2 :],
+            lambda: content[: start + 1] + bytes([random.choice((0, 1, 2, 255))]) + content[start + 2 :],
             lambda: content[:start] + content[end:],
             lambda: content[:end] + instruction + content[end:],
             lambda: content[:elsewhere] + instruction + content[elsewhere:],

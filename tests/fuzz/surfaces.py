@@ -47,7 +47,15 @@ def with_base(importer: str) -> Run:
 
     def run(path: Path, out: Path) -> int:
         return cli.main(
-            [*map(str, (path, out)), "--align=1", "--no-verify", "--from", importer, "--base-model", str(path.parent / "base")]
+            [
+                *map(str, (path, out)),
+                "--align=1",
+                "--no-verify",
+                "--from",
+                importer,
+                "--base-model",
+                str(path.parent / "base"),
+            ]
         )
 
     return run
