@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from converter.matrices import LoadedMatrix, Matrix, StoredMatrix
+from converter.reading import OpenFiles, Piece
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers
-from pruned_vllm.formats.weights import open_safetensors
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -31,15 +33,18 @@ class Checkpoint:
         config: Mapping[str, Any],
         tensors: Mapping[str, StoredTensor],
         loaded: Mapping[str, torch.Tensor] | None = None,
+        files: OpenFiles | None = None,
     ):
-        """Args: loaded: tensors by name that are not in safetensors files; mapped into memory, where they are large."""
+        """A checkpoint of these tensors.
+
+        Args:
+            loaded: tensors by name that are not in safetensors files; mapped into memory, where they are large.
+            files: those that are open already.
+        """
         self.directory = directory
         self.config, self.tensors = complete_biases(config, tensors)
         self._loaded = dict(loaded or {})
-        stored = (tensor for name, tensor in self.tensors.items() if name not in self._loaded and not tensor.is_zeros)
-        self._shards: dict[Path, Any] = {
-            file: open_safetensors(file, "pt") for file in {tensor.file for tensor in stored}
-        }
+        self._files = files or OpenFiles()
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Checkpoint":
@@ -57,24 +62,25 @@ class Checkpoint:
             name: StoredTensor(file, name, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
             for name, tensor in tensors.items()
         }
-        return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, {**self._loaded, **tensors})
+        loaded = {**self._loaded, **tensors}
+        return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, loaded, self._files)
 
     def with_copy(self, name: str, original: str) -> "Checkpoint":
         """The same with one more tensor: another one under a second name."""
         tensors = {**self.tensors, name: self.tensors[original]}
         loaded = {**self._loaded, name: self._loaded[original]} if original in self._loaded else self._loaded
-        return Checkpoint(self.directory, self.config, tensors, loaded)
+        return Checkpoint(self.directory, self.config, tensors, loaded, self._files)
 
     def without(self, names: Iterable[str]) -> "Checkpoint":
         """The same without these tensors."""
         gone = set(names)
         left = {name: tensor for name, tensor in self.tensors.items() if name not in gone}
         loaded = {name: tensor for name, tensor in self._loaded.items() if name in left}
-        return Checkpoint(self.directory, self.config, left, loaded)
+        return Checkpoint(self.directory, self.config, left, loaded, self._files)
 
     def with_config(self, config: Mapping[str, Any]) -> "Checkpoint":
         """The same with another config.json."""
-        return Checkpoint(self.directory, config, self.tensors, self._loaded)
+        return Checkpoint(self.directory, config, self.tensors, self._loaded, self._files)
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of these tensors, of whatever shapes, in the dtypes that they have here, or that of the embedding."""
@@ -82,11 +88,32 @@ class Checkpoint:
         dtypes = {name: self.tensors.get(name, embedding).dtype for name in shapes}
         return sum(ELEMENT_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items())
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a float tensor."""
+        return TORCH_DTYPES[self.tensors[name].dtype]
+
     def read(self, name: str) -> torch.Tensor:
-        """Loads one tensor."""
+        """Loads one tensor. Raises InputError where its file cannot be read."""
+        matrix = self.matrix(name)
+        if isinstance(matrix, LoadedMatrix):
+            return matrix.tensor.contiguous()  # pickled tensors may be views
+        result = torch.empty(self.tensors[name].shape, dtype=matrix.dtype)
+        if result.nbytes:
+            tensor, memory = self.tensors[name], result.view(-1).view(torch.uint8).numpy().data
+            self._files.read(tensor.file, [Piece(tensor.span[0], [(0, result.nbytes)])], memory, memoryview(b""))
+        return result
+
+    def matrix(self, name: str) -> Matrix:
+        """One tensor, to be read a few rows at a time. Raises InputError for other than float tensors."""
         tensor = self.tensors[name]
         if name in self._loaded:
-            return self._loaded[name].contiguous()  # pickled tensors may be views
+            return LoadedMatrix(self._loaded[name])
+        if tensor.dtype not in TORCH_DTYPES:
+            raise InputError(f"{name} in {tensor.file}: dtype {tensor.dtype}; only {sorted(TORCH_DTYPES)} can be read")
         if tensor.is_zeros:
-            return torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
-        return self._shards[tensor.file].get_tensor(tensor.key)
+            return LoadedMatrix(torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]))
+        return StoredMatrix(self._files, tensor, TORCH_DTYPES[tensor.dtype])
+
+    def check_unchanged(self) -> None:
+        """Raises InputError where a file was written to since it was first read."""
+        self._files.check_unchanged()

@@ -34,6 +34,7 @@ EXAMPLES = """\
 examples:
   convert-pruned ckpt/ out/ && vllm serve out/
   convert-pruned nuteprune/epoch6/ out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
+  convert-pruned me/masked-model out/ --push-to-hub me/pruned-model
 """
 
 
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         "input",
         metavar="INPUT",
         type=Path,
-        help="directory or file: a masked checkpoint of learn-masks (pruning_masks.safetensors, pruning.json, and the "
-        "dense model unless pruning.json names it), or what another project wrote (see below); with --plot and without "
-        "OUT, a converted model",
+        help="directory, file or hub id: a masked checkpoint of learn-masks (pruning_masks.safetensors, pruning.json, "
+        "and the dense model unless pruning.json names it), or what another project wrote (see below); with --plot and "
+        "without OUT, a converted model",
     )
     parser.add_argument("out", type=Path, nargs="?", help="directory to write; must not exist (see --overwrite)")
     parser.add_argument(
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--revision",
         metavar="NAME",
-        help="commit, branch or tag of a dense model of the hub; default: the commit that pruning.json names",
+        help="commit, branch or tag of INPUT where that is on the hub, else of the dense model; default: the main "
+        "branch, or for the dense model the commit that pruning.json names",
     )
     parser.add_argument(
         "--gqa-layout",
@@ -119,8 +121,17 @@ def main(argv: list[str] | None = None) -> int:
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="largest size of a weight file, for example 500MB; converting needs about as much memory "
-        "(default: %(default)s)",
+        help="largest size of a weight file, for example 500MB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare what was written with the pruned model before OUT appears: both are run on a few prompts in "
+        "float32, the pruned model with its masks applied while it runs, and the worst difference of log-probabilities "
+        "is printed. Nothing is written where a layer differs, from the same input, by more than 1e-4 of what it adds "
+        "plus four times what rounding does: that is measured on the pruned model, whose weights are multiplied by "
+        "random numbers, rounded to the dtype of OUT (float32, where neither masks nor casts round anything) and "
+        "divided again. Reads the weights a few times (default: --verify up to 2 GB of weights)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
     parser.add_argument(
@@ -135,9 +146,17 @@ def main(argv: list[str] | None = None) -> int:
         help="draw the heads, FFN channels and experts that are left in every layer, into OUT/report; without OUT, "
         "draw the converted model INPUT from its config.json and convert nothing. Needs Matplotlib",
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload OUT with its model card to this model of the hub, for example me/my-model, once it is complete; "
+        "needs `hf auth login`",
+    )
     args = parser.parse_args(argv)
     if args.out is None and not args.plot:
         parser.error("the following arguments are required: out")
+    if args.push_to_hub is not None and (args.out is None or args.dry_run):
+        parser.error("--push-to-hub uploads what is written to OUT")
     if args.plot and args.dry_run:
         parser.error("--dry-run writes nothing, --plot does; leave out one of them")
     return run_command(parser.prog, lambda: _plot(args.input) if args.out is None else _convert(args))
@@ -173,6 +192,8 @@ def _convert(args: argparse.Namespace) -> None:
     from converter.convert import WRITER, convert
     from converter.plan import make_plan
     from converter.table import print_plan
+    from converter.verify import VERIFIED_BYTES
+    from pruned_vllm.formats.hub import upload
     from pruned_vllm.pattern import pattern_of_geometry, require_matplotlib, write_report
 
     if not args.dry_run:
@@ -192,10 +213,14 @@ def _convert(args: argparse.Namespace) -> None:
     )
     print_plan(plan)
     if not args.dry_run:
-        convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size)
+        verify = plan.bytes_of(plan.pruned) <= VERIFIED_BYTES if args.verify is None else args.verify
+        found = convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size, verify=verify)
+        print(found or "Not verified: --verify compares what was written with the pruned model.")
         if args.plot:
             write_report(pattern_of_geometry(plan.pruned), args.out)
         print(f"Wrote {args.out}. Serve it: {serve_command(plan, shlex.quote(str(args.out)))}")
+        if args.push_to_hub is not None:
+            print(f"Uploaded to {upload(args.out, args.push_to_hub)}")
     for warning in warnings(plan):
         print(f"convert-pruned: warning: {warning}", file=sys.stderr)
 

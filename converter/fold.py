@@ -24,7 +24,7 @@ from pruned_vllm.formats.masked import LayerMasks
 
 @dataclass(frozen=True)
 class Cut:
-    """What happens to one tensor; None keeps all, or multiplies by nothing.
+    """What happens to one tensor; None keeps all, or multiplies by nothing. `blocks.Folding` does it to stored ones.
 
     Attributes:
         rows, columns: what the result consists of, as indices; PAD for zeros.

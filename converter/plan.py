@@ -20,6 +20,7 @@ from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
+from pruned_vllm.formats.hub import is_hub_id, pruned_model_directory
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION
 from pruned_vllm.formats.tensors import Shapes
@@ -60,6 +61,10 @@ class Plan:
     def cuts_nothing(self) -> bool:
         """Whether what is written has the sizes of the dense model."""
         return self.exact.layers == self.dense.layers and self.exact.hidden_size == self.dense.hidden_size
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        return self.dtype or self.checkpoint.dtype_of(name)
 
     def bytes_of(self, geometry: ModelGeometry) -> int:
         """Bytes of the tensors of `geometry`, as they are written."""
@@ -109,11 +114,11 @@ def make_plan(
     """Reads the pruned model in `path` and checks all of it.
 
     Args:
-        path: directory or file: a masked checkpoint, or what another project wrote.
+        path: directory, file or hub id: a masked checkpoint, or what another project wrote.
         base_model: directory or hub id of the dense model; takes the place of any other weights.
         importer: the format of `path`, one of `importer_names()`; "auto" finds out.
-        revision: commit, branch or tag of a model of the hub; None is the one that the masks were learned on, if
-            pruning.json says so, else the main branch.
+        revision: commit, branch or tag of `path` where that is on the hub, else of the dense model; None is the one
+            that the masks were learned on, if pruning.json says so, else the main branch.
         settings: other options that an importer needs.
         dtype: of the weights that are written; None keeps that of every tensor.
         gqa_layout: "compact" writes the heads that are left; "padded" pads every query group to its layer's widest.
@@ -124,7 +129,13 @@ def make_plan(
     Raises:
         InputError: with every problem of the first stage that has any (files, config, tensors and masks, geometry).
     """
-    source = read_source(Request(path, base_model, revision, settings or {}), importer)
+    directory, hub_id = path, None
+    if not path.exists() and is_hub_id(str(path)):
+        hub_id = str(path)
+        directory, revision = pruned_model_directory(hub_id, revision), None
+    source = read_source(Request(directory, base_model, revision, settings or {}), importer)
+    if source.weights.directory == directory:
+        source = replace(source, hub_id=source.hub_id or hub_id)
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(

@@ -1,64 +1,104 @@
-"""Writes tensors as safetensors, in one file or in shards with an index, holding one shard in memory."""
+"""Safetensors files whose tensors are written in any order, by any thread: the header comes first.
 
+Sizes and dtypes of all tensors are known beforehand, so it is known where each belongs. The files are byte for byte
+what `save_file` of the safetensors library makes of the same tensors.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.headers import ELEMENT_BYTES
+from pruned_vllm.formats.tensors import Shapes
 from pruned_vllm.formats.weights import INDEX_FILE, SINGLE_FILE
 
+ALIGNMENT = 8  # of the place where the content begins; spaces fill up the header
+_DTYPE_ORDER = ("F64", "F32", "BF16", "F16")  # in a file, which aligns all of them
 
-class ShardWriter:
-    """Collects tensors and writes a shard whenever the next one would exceed the limit.
 
-        writer = ShardWriter(directory, max_shard_bytes)
-        writer.add(name, tensor)    # as often as needed
-        writer.finish()
+@dataclass(frozen=True)
+class Shard:
+    """A file of weights.
 
-    Raises:
-        OSError: when the disk is full or cannot be written.
+    Attributes:
+        header: what the file begins with.
+        places: where each tensor begins in the file.
+        content_bytes: of all tensors.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int):
-        self._directory = directory
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []  # names of the tensors in each shard
+    file: str
+    header: bytes
+    places: dict[str, int]
+    content_bytes: int
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
 
-    def finish(self) -> None:
-        """Writes the last shard and gives the shards their final names: one alone needs no index."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._part(0).rename(self._directory / SINGLE_FILE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self._directory / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        write_json(self._directory / INDEX_FILE, index)
+def lay_out(shapes: Shapes, dtypes: Mapping[str, str], max_shard_bytes: int) -> list[Shard]:
+    """Spreads tensors over files in their order; a file has at least one, and no more than `max_shard_bytes` else."""
+    sizes = {name: ELEMENT_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items()}
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(name)
+        room -= size
+    files = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
+    if len(groups) == 1:
+        files = [SINGLE_FILE]
+    return [_shard(file, names, shapes, dtypes, sizes) for file, names in zip(files, groups, strict=True)]
 
-    def _part(self, number: int) -> Path:
-        return self._directory / f"model-{number + 1:05d}.part"
 
-    def _flush(self) -> None:
-        path = self._part(len(self._shards))
+def _shard(file: str, names: list[str], shapes: Shapes, dtypes: Mapping[str, str], sizes: Mapping[str, int]) -> Shard:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(names, key=lambda name: (_DTYPE_ORDER.index(dtypes[name]), name)):
+        start, end = end, end + sizes[name]
+        entries[name] = {"dtype": dtypes[name], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    places = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items() if name in shapes}
+    return Shard(file, header, places, end)
+
+
+def write_index(directory: Path, shards: list[Shard]) -> None:
+    """Says which file has which tensor, unless there is but one file."""
+    if len(shards) > 1:
+        weight_map = {name: shard.file for shard in shards for name in shard.places}
+        total = sum(shard.content_bytes for shard in shards)
+        write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+class ShardFile:
+    """A file that is being written."""
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self._name, self._descriptor = name, descriptor
+
+    def write(self, content: memoryview, place: int) -> None:
+        """Writes bytes to a place in the file. Raises OSError, which names the file."""
+        left = content.cast("B")
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # how safetensors reports a failing disk
-            raise OSError(f"cannot write {path.name}: {error}") from error
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+            while len(left):
+                done = os.pwrite(self._descriptor, left, place)
+                left, place = left[done:], place + done
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {self._name}: {error.strerror}") from error
+
+
+@contextmanager
+def shard_file(directory: Path, shard: Shard) -> Iterator[ShardFile]:
+    """The file of a shard, with its header, open for its tensors. Raises OSError."""
+    descriptor = os.open(directory / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        file = ShardFile(shard.file, descriptor)
+        file.write(memoryview(shard.header), 0)
+        yield file
+    finally:
+        os.close(descriptor)

@@ -35,7 +35,7 @@ def read(request: Request) -> Source:
     info = PruningInfo.read(directory)
     weights, hub_id = _find_weights(directory, info, request.base_model, request.revision)
     checkpoint = Checkpoint.from_directory(weights)
-    _check_fingerprint(directory, info, weights)
+    _check_fingerprint(directory, info, checkpoint)
     dense = dense_geometry(weights, checkpoint.config)
     problems: list[str] = []
     adapter = None
@@ -64,11 +64,13 @@ def read(request: Request) -> Source:
     )
 
 
-def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> None:
+def _check_fingerprint(directory: Path, info: PruningInfo, checkpoint: Checkpoint) -> None:
     """Refuses weights that the masks do not belong to."""
     if info.base_fingerprint is None:
         return
-    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.from_directory(weights))
+    weights = checkpoint.directory
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not tensor.is_zeros}
+    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.from_tensors(weights, stored))
     if differences:
         name = info.base_model or "those that were beside them"
         commit = f" at revision {info.base_revision}" if info.base_revision else ""

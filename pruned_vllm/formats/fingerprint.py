@@ -18,13 +18,15 @@ Pure Python.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pruned_vllm.common.files import read_json, sample
+from pruned_vllm.formats.headers import StoredTensor, stored_tensors
 from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.formats.weights import find_weight_files, read_header
+from pruned_vllm.formats.weights import find_weight_files
 
 UNRELATED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")  # of config.json: who wrote it
 PIECES = 4  # of 4096 bytes, sampled of a tensor; smaller tensors are read whole
@@ -46,22 +48,27 @@ class Fingerprint:
         Raises:
             InputError: config.json or the weights cannot be read.
         """
+        tensors: dict[str, StoredTensor] = {}
+        for path in find_weight_files(directory):
+            tensors |= {canonical_name(key): tensor for key, tensor in stored_tensors(path).items()}
+        return cls.from_tensors(directory, tensors)
+
+    @classmethod
+    def from_tensors(cls, directory: Path, tensors: Mapping[str, StoredTensor]) -> "Fingerprint":
+        """The same, for a directory whose headers were read: its tensors by canonical name. Raises InputError."""
         config = read_json(directory / "config.json")
         related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
-        found = {}
-        for path in find_weight_files(directory):
-            header = read_header(path)
+        samples = {}
+        for path in sorted({tensor.file for tensor in tensors.values()}):
+            names = [name for name, tensor in tensors.items() if tensor.file == path]
             with path.open("rb", buffering=0) as file:
-                for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # as they lie on the disk
-                    entry = header[name]
-                    start, end = entry["data_offsets"]
-                    content = hashlib.sha256(sample(file.fileno(), start, end, PIECES)).digest()
-                    found[canonical_name(name)] = [canonical_name(name), entry["dtype"], entry["shape"]], content
-        described, sampled = zip(*(found[name] for name in sorted(found)), strict=True) if found else ((), ())
+                for name in sorted(names, key=lambda name: tensors[name].span):  # as they lie on the disk
+                    samples[name] = hashlib.sha256(sample(file.fileno(), *tensors[name].span, PIECES)).digest()
+        described = [[name, tensors[name].dtype, tensors[name].shape] for name in sorted(tensors)]
         return cls(
             config=_digest(json.dumps(related, sort_keys=True).encode()),
             tensors=_digest(json.dumps(described).encode()),
-            samples=_digest(b"".join(sampled)),
+            samples=_digest(b"".join(samples[name] for name in sorted(samples))),
         )
 
     @classmethod

@@ -6,6 +6,7 @@ Pure Python: no tensor is loaded.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pruned_vllm.common.errors import InputError
@@ -37,6 +38,7 @@ class StoredTensor:
         file: the safetensors file.
         key: its name in the file.
         dtype: in the words of safetensors ("BF16").
+        span: where its content begins and ends in the file, in bytes; (0, 0) where it is in no safetensors file.
         is_zeros: not stored at all, but zeros in the dtype of what is; see pruned_vllm/formats/biases.py.
     """
 
@@ -44,7 +46,16 @@ class StoredTensor:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    span: tuple[int, int] = (0, 0)
     is_zeros: bool = False
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by their names there. Raises InputError."""
+    return {
+        key: StoredTensor(file, key, tuple(entry["shape"]), entry["dtype"], entry["data_offsets"])
+        for key, entry in read_header(file).items()
+    }
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
@@ -58,15 +69,15 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     files = find_weight_files(directory)
     for file in files:
         try:
-            shard = open_safetensors(file)
+            found = _checked_tensors(file, _stamp(file))
         except InputError as error:
             problems.append(str(error))
             continue
-        for key in shard.keys():  # noqa: SIM118
-            name, header = canonical_name(key), shard.get_slice(key)
+        for key, tensor in found.items():
+            name = canonical_name(key)
             if name in tensors:
                 problems.append(f"{name}: in {tensors[name].file.name} and again in {file.name}; keep one")
-            tensors[name] = StoredTensor(file, key, tuple(header.get_shape()), header.get_dtype())
+            tensors[name] = tensor
     if not problems and (directory / INDEX_FILE).is_file():
         weight_map = read_json(directory / INDEX_FILE)["weight_map"]
         problems = [
@@ -77,6 +88,22 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     if problems:
         raise InputError(f"The weights in {directory} cannot be read:", problems)
     return tensors
+
+
+@lru_cache(maxsize=1024)
+def _checked_tensors(file: Path, stamp: tuple[int, ...]) -> dict[str, StoredTensor]:
+    """`stored_tensors` of a file; it is read once, however many formats look whether it is theirs."""
+    open_safetensors(file)  # the library that loaders use decides whether it is one; it tells no offsets
+    return stored_tensors(file)
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What is another number once a file was changed; nothing where there is no file."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return ()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def dense_problems(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) -> list[str]:
@@ -139,18 +166,12 @@ def _tied_lm_head_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _same_content(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors are equal, byte by byte."""
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
+    """Whether two tensors in safetensors files are equal, byte by byte; what is in no such file equals nothing."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype) or first.span == (0, 0) or second.span == (0, 0):
         return False
-    (start, size), (other_start, _) = _span(first), _span(second)
+    (start, end), (other_start, _) = first.span, second.span
     with first.file.open("rb") as file, second.file.open("rb") as other:
         file.seek(start)
         other.seek(other_start)
-        lengths = (min(_CHUNK_BYTES, size - done) for done in range(0, size, _CHUNK_BYTES))
+        lengths = (min(_CHUNK_BYTES, end - place) for place in range(start, end, _CHUNK_BYTES))
         return all(file.read(length) == other.read(length) for length in lengths)
-
-
-def _span(tensor: StoredTensor) -> tuple[int, int]:
-    """Where the content of a tensor starts in its file, and its bytes."""
-    begin, end = read_header(tensor.file)[tensor.key]["data_offsets"]
-    return begin, end - begin

@@ -122,7 +122,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             if not 8 + length <= start <= end <= size:
                 raise ValueError(f"its tensors end at byte {end}, the file at {size}")
             entry["data_offsets"] = start, end
-            _ = entry["dtype"], entry["shape"]
+            _ = entry["dtype"], tuple(entry["shape"])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -1,26 +1,12 @@
 """A full disk, here a limit on the size of files: a message and exit code 2, and the run can go on later."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 from helpers.learning import run
+from helpers.limits import files_of_at_most
 
 DDP = ["--steps", 50, "--batch-size", 2, "--sequence-length", 32]
 TYR = ["--method", "tyr", "--calibration-sequences", 8, "--sequence-length", 32]
 TYR += ["--iterations", 1, "--generations", 1, "--offspring", 4, "--selection-tokens", 64]
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Python ignores the signal that comes with the limit, so writing fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """convert-pruned: its output appears whole or not at all, and replaces nothing but its own."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from helpers.limits import files_of_at_most
 from helpers.masked import CHANNELS0, convert_pruned, edit_masks, keep, overflow
 
 from pruned_vllm.common.directories import atomic_directory
@@ -90,17 +93,17 @@ def test_a_dry_run_cleans_nothing_up(ckpt, tmp_path, capsys):
     assert f"Removed {leftover}, which an interrupted run left" in capsys.readouterr().out
 
 
+def full(descriptor, content, place):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_full_disk_leaves_nothing(ckpt, tmp_path, capsys, monkeypatch):
-    from safetensors import SafetensorError
-
-    import converter.writer
-
-    def full(*args, **kwargs):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(converter.writer, "save_file", full)
+    with files_of_at_most(10_000):
+        assert convert_pruned(ckpt, tmp_path / "out") == 2
+    assert "cannot write model.safetensors: File too large" in capsys.readouterr().err
+    monkeypatch.setattr(os, "pwrite", full)
     assert convert_pruned(ckpt, tmp_path / "out") == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert "cannot write model.safetensors: No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
@@ -115,10 +118,10 @@ def test_too_little_disk_is_noticed_before_writing(ckpt, tmp_path, capsys, monke
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(ckpt, tmp_path, signum):
     slow = (
-        "import signal, sys, time, converter.writer as w; add = w.ShardWriter.add\n"
+        "import signal, sys, time, converter.writer as w; write = w.ShardFile.write\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what runs in the background
-        "def slow(self, name, tensor): print('writing', flush=True); time.sleep(0.2); add(self, name, tensor)\n"
-        "w.ShardWriter.add = slow\n"
+        "def slow(self, content, place): print('writing', flush=True); time.sleep(0.2); write(self, content, place)\n"
+        "w.ShardFile.write = slow\n"
         "from converter.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(

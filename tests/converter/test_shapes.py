@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.plan import Plan, make_plan
 from converter.shapes import fits, with_aligned_width, with_even_groups, with_few_shapes
+from converter.streaming import write_tensors
 from converter.table import totals
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.layer import LayerGeometry
@@ -165,10 +168,9 @@ def plan_of(directory, masks, variant: dict, site: str = "product", model_type: 
 
 
 def tensors_of(plan: Plan) -> dict[str, torch.Tensor]:
-    return {
-        name: plan.cuts[name].apply(plan.checkpoint.read(name)) if name in plan.cuts else plan.checkpoint.read(name)
-        for name in plan.pruned.tensor_shapes()
-    }
+    with tempfile.TemporaryDirectory() as directory:
+        write_tensors(plan, Path(directory), max_shard_bytes=1 << 30)
+        return load_file(Path(directory) / "model.safetensors")
 
 
 def run_layer(plan: Plan, tensors: dict[str, torch.Tensor], index: int, hidden: torch.Tensor) -> torch.Tensor:

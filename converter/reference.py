@@ -1,0 +1,214 @@
+"""A plain forward pass of every family in float32, with masks applied while it runs: what a conversion is held to.
+
+It shares nothing with what folds and cuts (fold.py, hidden.py): a head mask multiplies the head's output, a channel
+mask what `channel_mask_site` says, a mask of hidden dimensions the states themselves. One part of one tensor is in
+memory in float32 at a time. Prompts are taken to be shorter than any sliding window.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from converter.source import HiddenMask
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.masked import LayerMasks
+
+PART_NUMBERS = 1 << 24  # of a weight that are in float32 at the same time
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A causal language model.
+
+    Attributes:
+        config: its config.json.
+        geometry: the sizes that its tensors have.
+        read: a tensor by its full name, in any dtype; None where there is none.
+        masks: one entry for each layer; None: there are none.
+        channel_mask_site: "product" or "gate_and_up".
+        hidden: masks of the hidden dimensions.
+        rounding: if given, every weight is off by what rounding to this dtype does after a multiplication: row by row
+            it is multiplied by a number that is drawn at random, rounded, and divided again.
+    """
+
+    config: Mapping[str, Any]
+    geometry: ModelGeometry
+    read: Callable[[str], torch.Tensor | None]
+    masks: Sequence[LayerMasks[torch.Tensor]] | None = None
+    channel_mask_site: str = "product"
+    hidden: HiddenMask = field(default_factory=HiddenMask)
+    rounding: torch.dtype | None = None
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [tokens, hidden_size] of token ids [tokens]."""
+        table = self.read("model.embed_tokens.weight")
+        assert table is not None
+        return _times(self._rounded(table[tokens].float(), "embed_tokens"), self.hidden.embedding)
+
+    def layer(
+        self, index: int, states: torch.Tensor, lengths: Sequence[int], chosen: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The states after a layer.
+
+        Args:
+            lengths: of the prompts, whose tokens lie one after another in `states` [tokens, hidden_size].
+            chosen: experts of each token [tokens, experts of a token], where another model has chosen; the weights
+                that they get are this model's.
+
+        Returns:
+            states of the same shape, and the experts that were chosen, in a layer that has any.
+        """
+        layer, prefix = self.geometry.layers[index], f"model.layers.{index}."
+        masks = LayerMasks[torch.Tensor]() if self.masks is None else self.masks[index]
+        if layer.query_heads_per_kv_head:
+            normed = self._norm(f"{prefix}input_layernorm", states)
+            heads = self._attention(f"{prefix}self_attn.", normed, lengths, layer.query_heads_per_kv_head)
+            if masks.head is not None:
+                heads = heads * masks.head[:, None]
+            added = self._linear(f"{prefix}self_attn.o_proj", heads.flatten(1))
+        else:
+            added = self._bias(f"{prefix}self_attn.o_proj")
+        states = states + _times(added, self.hidden.outputs)
+        if layer.expert_intermediate_sizes:
+            normed = self._norm(f"{prefix}post_attention_layernorm", states)
+            added, chosen = self._experts(prefix, normed, layer.expert_intermediate_sizes, masks.expert, chosen)
+        elif layer.intermediate_size:
+            normed = self._norm(f"{prefix}post_attention_layernorm", states)
+            modules = tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))
+            added = self._mlp(modules, normed, masks.channel)
+        else:
+            added = self._bias(f"{prefix}mlp.down_proj")
+        return states + _times(added, self.hidden.outputs), chosen
+
+    def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
+        """Of every token of the vocabulary after each position [tokens, vocab_size]."""
+        head = "model.embed_tokens" if self.geometry.tie_word_embeddings else "lm_head"
+        return self._linear(head, self._norm("model.norm", states)).log_softmax(-1)
+
+    def _attention(
+        self, prefix: str, states: torch.Tensor, lengths: Sequence[int], groups: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Output of each query head [tokens, query heads, head_dim]."""
+        norm, size = self.geometry.family.qk_norm, self.geometry.head_dim
+        q, k, v = (self._linear(f"{prefix}{name}_proj", states) for name in "qkv")
+        if norm == "all_heads":
+            q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
+        q, k, v = (heads.unflatten(1, (-1, size)) for heads in (q, k, v))
+        if norm == "head":
+            q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
+        cos, sin = _rotation(self.config, size, lengths)
+        repeats = torch.tensor(groups)
+        q, k = (heads * cos[:, None] + _half_turned(heads) * sin[:, None] for heads in (q, k))
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        prompts = zip(*(heads.transpose(0, 1).split(list(lengths), dim=1) for heads in (q, k, v)), strict=True)
+        outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in prompts]
+        return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    def _experts(
+        self,
+        prefix: str,
+        states: torch.Tensor,
+        widths: tuple[int, ...],
+        mask: torch.Tensor | None,
+        chosen: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        names, experts = self.geometry.family.experts_format, self.geometry.dense_experts
+        probabilities = self._linear(f"{prefix}{names.router}", states).softmax(-1)
+        if chosen is None:
+            chosen = probabilities.topk(experts.num_experts_per_tok, dim=-1).indices
+        weights = probabilities.gather(1, chosen)
+        if experts.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        result = torch.zeros_like(states)
+        for expert, width in enumerate(widths):
+            token, place = torch.where(chosen == expert)
+            if width and len(token):
+                modules = tuple(prefix + module for module in names.modules_of(expert))
+                output = self._mlp(modules, states[token], None if mask is None else mask[expert])
+                result.index_add_(0, token, output * weights[token, place, None])
+        if experts.shared_intermediate_size:
+            modules = tuple(f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up", "down"))
+            shared = self._mlp(modules, states, None)
+            if names.shared_gate is not None:
+                shared = shared * self._linear(f"{prefix}{names.shared_gate}", states).sigmoid()
+            result = result + shared
+        return result, chosen
+
+    def _mlp(self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The families have SiLU alone (pruned_vllm/formats/agreement.py refuses others)."""
+        gate, up = (self._linear(module, states) for module in modules[:2])
+        if self.channel_mask_site == "product":
+            product = _times(F.silu(gate) * up, mask)
+        else:
+            product = F.silu(_times(gate, mask)) * _times(up, mask)
+        return self._linear(modules[2], product)
+
+    def _norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of hidden states, of which it may have seen, or counted, fewer dimensions."""
+        hidden, seen = self.hidden, states
+        divisor = hidden.norm_divisor or states.shape[-1]
+        if hidden.norm_sees_kept and hidden.norms is not None:
+            seen = states * (hidden.norms != 0)
+            divisor = hidden.norm_divisor or int((hidden.norms != 0).sum())
+        return _times(self._rms_norm(name, states, seen.square().sum(-1, keepdim=True) / divisor), hidden.norms)
+
+    def _rms_norm(self, name: str, values: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
+        """Args: squares: what their mean is taken to be."""
+        if squares is None:
+            squares = values.square().mean(-1, keepdim=True)
+        weight = self.read(f"{name}.weight")
+        assert weight is not None
+        weight = self._rounded(weight.float(), name)
+        epsilon = self.geometry.family.with_defaults(self.config).get("rms_norm_eps", 1e-6)
+        return values * torch.rsqrt(squares + epsilon) * weight
+
+    def _linear(self, module: str, values: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] -> [tokens, out]"""
+        outputs = [values @ part.T for part in self._parts(f"{module}.weight")]
+        return torch.cat(outputs, dim=1) + self._bias(module)
+
+    def _parts(self, name: str) -> Iterator[torch.Tensor]:
+        """Rows of a weight in float32, a few at a time."""
+        weight = self.read(name)
+        assert weight is not None
+        for number, part in enumerate(weight.split(max(1, PART_NUMBERS // weight.shape[1]))):
+            yield self._rounded(part.float(), f"{name} {number}")
+
+    def _bias(self, module: str) -> torch.Tensor:
+        """A module's bias, or zero."""
+        bias = self.read(f"{module}.bias")
+        return torch.zeros(()) if bias is None else self._rounded(bias.float(), f"{module}.bias")
+
+    def _rounded(self, values: torch.Tensor, seed: str) -> torch.Tensor:
+        if self.rounding is None:
+            return values
+        generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+        factors = 0.5 + torch.rand(len(values), *[1] * (values.dim() - 1), generator=generator) / 2
+        return (values * factors).to(self.rounding).float() / factors
+
+
+def _times(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values if mask is None else values * mask
+
+
+def _rotation(config: Mapping[str, Any], head_dim: int, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [tokens, head_dim] of the positions; every family rotates as Llama does."""
+    from transformers import LlamaConfig  # late: an import of seconds
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    keys = ["rope_theta", "rope_scaling", "rope_parameters"]
+    keys += ["max_position_embeddings", "original_max_position_embeddings"]
+    given = {key: config[key] for key in keys if config.get(key) is not None}
+    one_head = {"head_dim": head_dim, "hidden_size": head_dim, "num_attention_heads": 1, "num_key_value_heads": 1}
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    cos, sin = LlamaRotaryEmbedding(LlamaConfig(**one_head, **given))(torch.zeros(1), positions[None])
+    return cos[0], sin[0]
+
+
+def _half_turned(heads: torch.Tensor) -> torch.Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
