@@ -2,32 +2,16 @@
 
 import pytest
 import torch
+from helpers.ddp import KEYS, log_alphas, trainable_params
 from helpers.masked import convert_pruned
 from helpers.tiny import byte_tokenizer, converted, oracle, prompts, tiny_model
 
 from converter.importers import recognised
 from converter.plan import make_plan
-from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
+from pruned_vllm.formats.masked import EXPERT_MASK
 from pruned_vllm.hf.loading import load_pruned
 
 PREFIXES = ("module.", "", "module.module.")
-KEYS = {"head": HEAD_MASK, "intermediate": CHANNEL_MASK, "expert": EXPERT_MASK}
-
-
-def log_alphas(*shape: int, seed: int = 0) -> torch.Tensor:
-    """About half of them are negative, which removes the unit; others are up to 8."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).mul(2).clamp(-3, 8)
-
-
-def trainable_params(masks: dict[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
-    """What DDP saves: the masks, and the multipliers of its loss."""
-    content = {}
-    for kind, values in masks.items():
-        content[f"{prefix}l0_module.masks.{kind}.z_loga"] = torch.nn.Parameter(values)
-        for number in (1, 2):
-            content[f"{prefix}l0_module.lambdas.lambda_{number}_{kind}"] = torch.nn.Parameter(torch.full((1,), 0.3))
-    return content
 
 
 def without_a_layer(values: torch.Tensor, layer: int) -> torch.Tensor:

@@ -1,24 +1,9 @@
 """EvoPress's list of dropped sublayers."""
 
 import pytest
-from helpers.imports import assert_converts, logits, silence, sizes
+from helpers.imports import assert_converts, dropped, logits, sizes, write_list
 from helpers.masked import convert_pruned
 from helpers.tiny import tiny_model
-
-
-def dropped(model, lines):
-    for layer, line in zip(model.model.layers, lines, strict=True):
-        for part in line.split("+"):
-            if part != "none":
-                silence(layer.self_attn if part == "attn" else layer.mlp)
-    return model
-
-
-def write_list(directory, lines, name="layer_drop_config.txt"):
-    directory.mkdir(exist_ok=True)
-    (directory / name).write_text("\n".join(lines) + "\n")
-    return directory
-
 
 CASES = {
     "each kind": ("llama", {}, ["attn", "mlp", "attn+mlp"]),

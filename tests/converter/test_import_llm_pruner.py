@@ -5,40 +5,27 @@ import os
 
 import pytest
 import torch
-from helpers.cut import Project, check_same_logits, cut_weights, zeroed
+from helpers.cut import (
+    LLM_PRUNER,
+    Project,
+    channel_wise,
+    check_same_logits,
+    config_like,
+    cut_weights,
+    half,
+    upto,
+    zeroed,
+)
 from helpers.lora import CONFIG as ADAPTER
 from helpers.masked import convert_pruned
 from helpers.tiny import byte_tokenizer, tiny_model
 from safetensors.torch import save_file
-from transformers import MistralConfig, MistralForCausalLM
 
 from converter.importers import recognised
 from pruned_vllm.hf.loading import load_pruned
 
-LLM_PRUNER = "LLMPruner.models.hf_llama.modeling_llama"
 FLAP = "models.hf_llama.modeling_llama"
 FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
-
-
-def config_like(model, *left_out: str, **changes) -> dict:
-    """The attributes of a configuration of that time: sizes, and what JSON cannot say."""
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    keys += ("num_key_value_heads", "rms_norm_eps", "hidden_act", "max_position_embeddings", "tie_word_embeddings")
-    config = {key: getattr(model.config, key) for key in keys if key not in left_out}
-    rope = {"rope_theta": model.config.rope_parameters["rope_theta"], "rope_scaling": None}
-    odd = {"torch_dtype": torch.float16, "id2label": {0: "a"}, "_name_or_path": "base", "pruned_heads": {}}
-    return config | rope | odd | changes
-
-
-def half(model):
-    """The model with weights that half precision can say, in float32; its rotary tables stay what they are."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.half())
-    return model
-
-
-def upto(*counts: int) -> list[list[int]]:
-    return [list(range(count)) for count in counts]
 
 
 CASES = {  # family, heads, KV heads, width; KV heads and channels that stay; attributes of attention
@@ -80,20 +67,7 @@ def test_block_wise_and_global_pruning(tmp_path, monkeypatch, case, container, c
 def test_channel_wise_pruning_cuts_the_hidden_states(tmp_path, monkeypatch, hidden, capsys):
     """The norms are over the dimensions that are left, whatever their number was; heads keep their size."""
     model = half(tiny_model("mistral", 6, 6, 40))
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        along_rows = name.endswith(("o_proj.weight", "down_proj.weight")) or tensor.dim() == 1
-        weights[name] = tensor[:hidden] if along_rows else tensor[:, :hidden]
-    config = MistralConfig(**(model.config.to_dict() | {"hidden_size": hidden}))
-    expected = MistralForCausalLM(config).eval()
-    expected.load_state_dict(weights)
-    project = Project(monkeypatch, LLM_PRUNER, "LlamaForCausalLM")
-    pickled = project.model(
-        {name: tensor.half() for name, tensor in weights.items()},
-        config_like(model, "num_key_value_heads", hidden_size=hidden),
-        head_dim=32,
-        hidden_size=96,
-    )
+    pickled, expected = channel_wise(Project(monkeypatch, LLM_PRUNER, "LlamaForCausalLM"), model, hidden)
     torch.save({"model": pickled, "tokenizer": None}, tmp_path / "pytorch_model.bin")
     assert convert_pruned(tmp_path / "pytorch_model.bin", tmp_path / "out", "--dtype", "float32") == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)

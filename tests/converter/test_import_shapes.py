@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.imports import assert_converts, cut, logits, replace_weights, sizes, stored
+from helpers.imports import assert_converts, cut, logits, replace_weights, sizes, stored, write_flap
 from helpers.masked import convert_pruned, edit_json, edit_weights
 from helpers.tiny import HEAD_DIM, tiny_model
 
@@ -44,34 +44,17 @@ def test_sizes_are_those_of_the_tensors(tmp_path, geometry, keep_empty):
     assert sizes(pruned) == expected_sizes(geometry)
 
 
-def flap(directory, geometry, biased=range(3), keep_empty=False):
-    """FLAP's result: biases of o_proj and down_proj alone, of which config.json knows nothing."""
-    model_type, heads, kv_heads, kept, channels = geometry
-    model = tiny_model(model_type, heads, kv_heads, 40, attention_bias=True, mlp_bias=True)
-    last = [f"model.layers.{index}.{name}.bias" for index in biased for name in ("self_attn.o_proj", "mlp.down_proj")]
-    for name, parameter in model.named_parameters():
-        if name.endswith("_proj.bias") and name not in last:
-            parameter.zero_()
-    model.save_pretrained(directory)
-    tensors = {name: tensor for name, tensor in cut(model, kept, channels).items() if not name.endswith(".bias")}
-    replace_weights(directory, tensors, keep_empty)
-    others = [name for name in stored(directory) if name.endswith("_proj.bias") and name not in last]
-    edit_weights(directory, {}, tuple(others))
-    edit_json(directory / "config.json", attention_bias=False, mlp_bias=False)
-    return model
-
-
 @pytest.mark.parametrize("keep_empty", [False, True], ids=["absent", "without rows"])
 def test_biases_of_layers_that_lost_all_else_stay(tmp_path, keep_empty):
     geometry = ("llama", 6, 6, [[0, 2], [], [4]], [40, 3, 0])
-    model = flap(tmp_path / "in", geometry, keep_empty=keep_empty)
+    model = write_flap(tmp_path / "in", geometry, keep_empty=keep_empty)
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
     assert sizes(pruned) == expected_sizes(geometry)
     assert pruned.model.layers[1].self_attn.o_proj.bias.any() and pruned.model.layers[2].mlp.down_proj.bias.any()
 
 
 def test_a_sublayer_that_is_gone_with_its_bias_adds_nothing(tmp_path):
-    model = flap(tmp_path / "in", ("llama", 6, 6, [[0, 2], [], [4]], [40, 3, 0]), biased=[0])
+    model = write_flap(tmp_path / "in", ("llama", 6, 6, [[0, 2], [], [4]], [40, 3, 0]), biased=[0])
     assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
 
 

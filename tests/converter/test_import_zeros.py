@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.imports import assert_converts, logits, rows, sizes, stored
+from helpers.imports import assert_converts, kill_hidden, logits, rows, sizes, stored
 from helpers.masked import edit_json, edit_weights
 from helpers.tiny import byte_tokenizer, tiny_model
 
@@ -132,15 +132,6 @@ def test_every_float_format(tmp_path, dtype):
     edit_weights(tmp_path / "in", {name: tensor.to(dtype) for name, tensor in stored(tmp_path / "in").items()})
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model), "--dtype", "float32")
     assert sizes(pruned)[0] == (5, 5, 38)
-
-
-def kill_hidden(model, dimensions):
-    model.model.embed_tokens.weight[:, dimensions] = 0
-    for index in range(len(model.model.layers)):
-        for projection in (attention(model, index).o_proj, mlp(model, index).down_proj):
-            projection.weight[dimensions] = 0
-            if projection.bias is not None:
-                projection.bias[dimensions] = 0
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,46 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.l0 import SHAPES, TOKENS, L0Module, Shape, assert_converts_to, lora_weights, merged
+from helpers.l0 import SHAPES, TOKENS, L0Module, Shape, assert_converts_to, lora_weights, merged, rules_of, write
 from helpers.llama import Rules, logits
 from helpers.masked import convert_pruned, edit_json, edit_weights
 from safetensors.torch import load_file
 
 RAGGED = SHAPES["ragged"]
 PROJECTS = ("compresso", "lorapruner", "nuteprune")
-
-
-def rules_of(project: str, zs: dict[str, torch.Tensor], first: int = 0) -> Rules:
-    """What the modeling files of the three projects do with these masks, from layer `first` on.
-
-    Each has a rule of its own for hidden_z and the norm: Compresso and NutePrune's Llama divide by 4096.
-    """
-    zs = {key: mask.detach() for key, mask in zs.items()}
-    hidden = zs.get("hidden_z")
-    rules = Rules(outputs=hidden)
-    if project != "lorapruner":
-        rules.embedding = hidden
-    if project in ("compresso", "nuteprune"):
-        rules.divisor = 4096
-    for kind, key, gate in (("heads", "head_z", "head_layer_z"), ("channels", "intermediate_z", "mlp_z")):
-        for row, mask in enumerate(zs.get(key, ())):
-            gates = zs.get(gate, zs.get("layer_z"))
-            if gates is None or project.startswith("nuteprune") or gates[row] >= 0.5:
-                getattr(rules, kind)[first + row] = mask.flatten()
-    return rules
-
-
-def write(tmp_path: Path, model, zs, lora=None, module: L0Module | None = None) -> tuple[Path, Path]:
-    """Saves the dense model and the project's files; returns their directories."""
-    base, masks = tmp_path / "base", tmp_path / "epoch3"
-    model.save_pretrained(base)
-    masks.mkdir()
-    torch.save(zs, masks / "zs.pt")
-    if lora is not None:
-        torch.save(lora, masks / "lora_weights.pt")
-    if module is not None:
-        torch.save(module, masks / "l0_module.pt")
-    return base, masks
 
 
 def hidden_size(out: Path) -> int:

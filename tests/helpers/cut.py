@@ -5,15 +5,13 @@ import sys
 import types
 
 import torch
+from helpers.imports import rows
 from helpers.tiny import HEAD_DIM, prompts
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+LLM_PRUNER = "LLMPruner.models.hf_llama.modeling_llama"
 Kept = list[list[int]]  # by layer
-
-
-def rows_of(heads: list[int], width: int = HEAD_DIM) -> list[int]:
-    return [head * width + row for head in heads for row in range(width)]
 
 
 def cut_weights(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> dict[str, torch.Tensor]:
@@ -22,14 +20,14 @@ def cut_weights(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> dict[
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer, (heads, width) in enumerate(zip(kv_heads, channels, strict=True)):
         queries = [head * group + member for head in heads for member in range(group)]
-        kept = {"self_attn.q_proj": rows_of(queries), "self_attn.k_proj": rows_of(heads)}
-        kept |= {"self_attn.v_proj": rows_of(heads), "mlp.gate_proj": width, "mlp.up_proj": width}
-        for module, rows in kept.items():
+        kept = {"self_attn.q_proj": rows(queries), "self_attn.k_proj": rows(heads)}
+        kept |= {"self_attn.v_proj": rows(heads), "mlp.gate_proj": width, "mlp.up_proj": width}
+        for module, indices in kept.items():
             for part in ("weight", "bias"):
                 name = f"model.layers.{layer}.{module}.{part}"
                 if name in weights:
-                    weights[name] = weights[name][rows]
-        for module, columns in (("self_attn.o_proj", rows_of(queries)), ("mlp.down_proj", width)):
+                    weights[name] = weights[name][indices]
+        for module, columns in (("self_attn.o_proj", rows(queries)), ("mlp.down_proj", width)):
             name = f"model.layers.{layer}.{module}.weight"
             weights[name] = weights[name][:, columns]
     return weights
@@ -41,7 +39,7 @@ def zeroed(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> PreTrained
     model = copy.deepcopy(model)
     for layer, heads, width in zip(model.model.layers, kv_heads, channels, strict=True):
         queries = [head * group + member for head in heads for member in range(group)]
-        for module, columns in ((layer.self_attn.o_proj, rows_of(queries)), (layer.mlp.down_proj, width)):
+        for module, columns in ((layer.self_attn.o_proj, rows(queries)), (layer.mlp.down_proj, width)):
             kept = torch.zeros(module.weight.shape[1])
             kept[columns] = 1
             module.weight.mul_(kept)
@@ -99,3 +97,41 @@ class Project:
     def forget(self) -> None:
         """Takes the module away, as on the machine of somebody who has not installed the project."""
         self._monkeypatch.delitem(sys.modules, self._module)
+
+
+def config_like(model, *left_out: str, **changes) -> dict:
+    """The attributes of a configuration of that time: sizes, and what JSON cannot say."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keys += ("num_key_value_heads", "rms_norm_eps", "hidden_act", "max_position_embeddings", "tie_word_embeddings")
+    config = {key: getattr(model.config, key) for key in keys if key not in left_out}
+    rope = {"rope_theta": model.config.rope_parameters["rope_theta"], "rope_scaling": None}
+    odd = {"torch_dtype": torch.float16, "id2label": {0: "a"}, "_name_or_path": "base", "pruned_heads": {}}
+    return config | rope | odd | changes
+
+
+def half(model):
+    """The model with weights that half precision can say, in float32; its rotary tables stay what they are."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half())
+    return model
+
+
+def upto(*counts: int) -> list[list[int]]:
+    return [list(range(count)) for count in counts]
+
+
+def channel_wise(project: Project, model: PreTrainedModel, hidden: int) -> tuple[nn.Module, PreTrainedModel]:
+    """LLM-Pruner's channel-wise result, with the first `hidden` dimensions of a Mistral; the model that computes it.
+
+    Mistral computes what Llama does, and takes any hidden size.
+    """
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        along_rows = name.endswith(("o_proj.weight", "down_proj.weight")) or tensor.dim() == 1
+        weights[name] = tensor[:hidden] if along_rows else tensor[:, :hidden]
+    config = config_like(model, "num_key_value_heads", hidden_size=hidden)
+    halves = {name: tensor.half() for name, tensor in weights.items()}
+    pickled = project.model(halves, config, head_dim=HEAD_DIM, hidden_size=model.config.hidden_size)
+    expected = MistralForCausalLM(MistralConfig(**(model.config.to_dict() | {"hidden_size": hidden}))).eval()
+    expected.load_state_dict(weights)
+    return pickled, expected

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from helpers.masked import convert_pruned, edit_weights
-from helpers.tiny import HEAD_DIM, prompts
+from helpers.masked import convert_pruned, edit_json, edit_weights
+from helpers.tiny import HEAD_DIM, prompts, tiny_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -101,3 +101,44 @@ def replace_weights(directory: Path, tensors: dict[str, torch.Tensor], keep_empt
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
+
+
+def write_flap(directory, geometry, biased=range(3), keep_empty=False):
+    """FLAP's result: biases of o_proj and down_proj alone, of which config.json knows nothing."""
+    model_type, heads, kv_heads, kept, channels = geometry
+    model = tiny_model(model_type, heads, kv_heads, 40, attention_bias=True, mlp_bias=True)
+    last = [f"model.layers.{index}.{name}.bias" for index in biased for name in ("self_attn.o_proj", "mlp.down_proj")]
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias") and name not in last:
+            parameter.zero_()
+    model.save_pretrained(directory)
+    tensors = {name: tensor for name, tensor in cut(model, kept, channels).items() if not name.endswith(".bias")}
+    replace_weights(directory, tensors, keep_empty)
+    others = [name for name in stored(directory) if name.endswith("_proj.bias") and name not in last]
+    edit_weights(directory, {}, tuple(others))
+    edit_json(directory / "config.json", attention_bias=False, mlp_bias=False)
+    return model
+
+
+def dropped(model, lines):
+    for layer, line in zip(model.model.layers, lines, strict=True):
+        for part in line.split("+"):
+            if part != "none":
+                silence(layer.self_attn if part == "attn" else layer.mlp)
+    return model
+
+
+def write_list(directory, lines, name="layer_drop_config.txt"):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def kill_hidden(model: PreTrainedModel, dimensions: list[int]) -> None:
+    """Makes hidden dimensions zero in the embedding and in all that is added to it."""
+    model.model.embed_tokens.weight[:, dimensions] = 0
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight[dimensions] = 0
+            if projection.bias is not None:
+                projection.bias[dimensions] = 0
