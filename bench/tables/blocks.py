@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.tables import experts, layouts, methods, models, sweep
+from bench.tables import conversion, experts, layouts, methods, models, sweep
 from pruned_vllm.common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sweep": sweep.table,
     "sweep-notes": sweep.notes,
     "demo-perplexity": models.demo_perplexity,
+    "conversion": conversion.sentences,
     "layouts": layouts.table,
     "layouts-notes": layouts.notes,
     "experts": experts.drawn_widths,
