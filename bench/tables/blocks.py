@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.tables import conversion, experts, layouts, methods, models, sweep
+from bench.tables import breakdown, conversion, experts, layouts, methods, models, sweep
 from pruned_vllm.common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "headline": sweep.headline,
     "sweep": sweep.table,
     "sweep-notes": sweep.notes,
+    "breakdown": breakdown.table,
+    "breakdown-notes": breakdown.notes,
     "demo-perplexity": models.demo_perplexity,
     "conversion": conversion.sentences,
     "layouts": layouts.table,

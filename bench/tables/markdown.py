@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.speed.ideal import Case
 from pruned_vllm.common.files import read_json
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -46,6 +47,11 @@ def from_to(values: Sequence[float], form: str) -> str:
     """The least and the largest, "8 to 9", or one of them where they are written alike."""
     ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
     return " to ".join(ends)
+
+
+def short_case_name(text: str) -> str:
+    """decode, batch 1, of "decode:1:32:64"."""
+    return case_name(vars(Case.parse(text)), tokens=False)
 
 
 def case_name(case: Mapping, *, tokens: bool = True) -> str:

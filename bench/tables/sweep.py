@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from bench.speed.ideal import Case
-from bench.tables.markdown import case_name, from_to, markdown_table, millions, paragraph, results
+from bench.tables.markdown import from_to, markdown_table, millions, paragraph, results, short_case_name
 
 SWEEP = "cpu_sweep/sweep.json"
 NAMES = {"MHA": "Llama", "GQA": "Llama, GQA", "MoE": "Qwen3-MoE"}
@@ -24,7 +23,7 @@ def _table(cells: Sequence[Mapping]) -> str:
         sizes = f"{millions(cell['dense_parameters'])} to {millions(cell['parameters'])}"
         speedups = (f"{_interval(case)} of {case['ideal_speedup']:.2f}x" for case in cell["cases"])
         rows.append((f"{NAMES[cell['model']]}, {cell['pattern']}, {cell['sparsity']} %", sizes, *speedups))
-    return markdown_table(("", "parameters", *map(_name, cells[0]["cases"])), rows)
+    return markdown_table(("", "parameters", *(short_case_name(case["name"]) for case in cells[0]["cases"])), rows)
 
 
 def notes() -> str:
@@ -56,10 +55,6 @@ def _cases(pattern: str) -> Iterator[tuple[Mapping, Mapping]]:
     for cell in _cells():
         if cell["pattern"] == pattern:
             yield from ((cell, case) for case in cell["cases"])
-
-
-def _name(case: Mapping) -> str:
-    return case_name(vars(Case.parse(case["name"])), tokens=False)
 
 
 def _interval(case: Mapping) -> str:

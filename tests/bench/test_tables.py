@@ -63,7 +63,15 @@ def test_a_figure_that_is_changed_in_the_results_is_found(file, monkeypatch):
     def changed_results(name):
         return changed if markdown.RESULTS / name == file else results(name)
 
-    for module in (blocks.conversion, blocks.experts, blocks.layouts, blocks.methods, blocks.models, blocks.sweep):
+    for module in (
+        blocks.breakdown,
+        blocks.conversion,
+        blocks.experts,
+        blocks.layouts,
+        blocks.methods,
+        blocks.models,
+        blocks.sweep,
+    ):
         monkeypatch.setattr(module, "results", changed_results)
     found = set()
     for text in TEXTS.values():
