@@ -25,9 +25,7 @@ from pruned_vllm.formats.cost import moved_bytes, sequence_flops
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
-from pruned_vllm.formats.hub import is_hub_id, pruned_model_directory
-from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.formats.weights import find_weight_files, read_header
+from pruned_vllm.formats.hub import local_input
 
 METHOD = re.compile(r"[\w.+-]+")  # as in pruning.json; config.json may come from anywhere
 
@@ -145,8 +143,7 @@ def inspect(
     Raises:
         InputError: it is none of these, or cannot be read.
     """
-    if not path.exists() and is_hub_id(str(path)):
-        path, revision = pruned_model_directory(str(path), revision), None
+    path, _, revision = local_input(path, revision)
     if importer == AUTO:
         if (path / "config.json").is_file() and _is_converted(read_config(path)):
             return _of_model(path, "converted")
@@ -196,7 +193,7 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
         dense=dense,
         dense_parameters=dense_parameters,
         dense_bytes=None if dense is None or is_quantized else dense.num_parameters * element_bytes,
-        tensor_bytes=_stored_bytes(path),
+        tensor_bytes={name: tensor.span[1] - tensor.span[0] for name, tensor in tensors.items()},
         element_bytes=element_bytes,
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
         serving=serving_needs(geometry, (config.get("architectures") or [geometry.family.architecture])[0]),
@@ -212,16 +209,6 @@ def _dense_parameters(pruning: Mapping[str, Any], before: ModelGeometry) -> int 
     if isinstance(numbers, list) and numbers and type(numbers[0]) is int and numbers[0] > 0:
         return numbers[0]
     return None if before.is_dense else before.num_parameters
-
-
-def _stored_bytes(directory: Path) -> dict[str, int]:
-    """Bytes of every tensor on disk, by name, whatever its dtype."""
-    found = {}
-    for file in find_weight_files(directory):
-        for key, entry in read_header(file).items():
-            start, end = entry["data_offsets"]
-            found[canonical_name(key)] = end - start
-    return found
 
 
 def _of_plan(path: Path, importer: str, plan: Plan) -> Inspection:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from converter.mask_values import not_finite
 from converter.pickles import Stub, attributes
 from converter.torch_files import is_torch_file, module_tensors, read_torch_file
 from pruned_vllm.common.errors import InputError
@@ -86,8 +87,8 @@ class L0Masks:
                 f"{dense.hidden_size:,}"
             )
         for key, mask in self.values.items():
-            if bad := int((~mask.isfinite()).sum()):
-                problems.append(f"{self.file.name}: {bad:,} of {mask.numel():,} values of {key} are NaN or infinite")
+            if bad := not_finite(mask, name=key):
+                problems.append(f"{self.file.name}: {bad}")
         rows = {key: len(mask) for key, mask in self.values.items() if key != "hidden_z"}
         if len(set(rows.values())) > 1:
             counts = ", ".join(f"{key} has {count}" for key, count in rows.items())

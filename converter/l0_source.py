@@ -13,9 +13,18 @@ import torch
 
 from converter.base_model import CONFIG_FILES, find_base_model, read_base_model
 from converter.checkpoint import Checkpoint
-from converter.l0_masks import L0_FILE, LORA_FILE, ZS_FILE, L0Masks, mask_directory, read_masks
+from converter.l0_masks import (
+    L0_FILE,
+    LORA_FILE,
+    ZS_FILE,
+    L0Masks,
+    mask_directory,
+    read_masks,
+    recognised_masks,
+)
 from converter.loralib import LoralibWeights, read_loralib
 from converter.source import HiddenMask, Request, Source
+from converter.zero_units import find_zero_units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.config import dense_geometry
@@ -60,6 +69,11 @@ def recognised_merge(path: Path) -> str | None:
         return None
     config = read_json(path / "config.json")
     return f"{' and '.join(MERGED_KEYS[:2])} in config.json" if all(key in config for key in MERGED_KEYS) else None
+
+
+def recognise(path: Path) -> str | None:
+    """As every importer has it. The three projects cannot be told apart by their files."""
+    return recognised_masks(path, head_rank=5) or recognised_merge(path)
 
 
 def read_project(request: Request, project: Project) -> Source:
@@ -153,7 +167,7 @@ def _read_merged(request: Request, project: Project) -> Source:
         method=project.method,
         dense=dense,
         layers=dense.layers,
-        masks=[_masks_of_zero_rows(weights, dense, layer) for layer in range(len(dense.layers))],
+        masks=find_zero_units(weights, dense, _rows_of_units(dense)).masks,
         hidden=project.hidden_mask(dense.family.model_type, None),
         inputs=(directory, tokenizer),
         companions=tokenizer,
@@ -161,13 +175,10 @@ def _read_merged(request: Request, project: Project) -> Source:
     )
 
 
-def _masks_of_zero_rows(weights: Checkpoint, dense: ModelGeometry, layer: int) -> LayerMasks[torch.Tensor]:
-    """1 for units that compute something. Without biases, a zero row of gate_proj makes act(gate) * up zero too."""
-    prefix, group = f"model.layers.{layer}.", dense.dense_layers[layer].widest_group
-    values = weights.read(f"{prefix}self_attn.v_proj.weight")
-    heads = values.reshape(-1, dense.head_dim * dense.hidden_size).any(dim=1).repeat_interleave(group)
-    gate, up = (weights.read(f"{prefix}mlp.{name}_proj.weight").any(dim=1) for name in ("gate", "up"))
-    return LayerMasks(head=heads.float(), channel=(gate & up).float())
+def _rows_of_units(dense: ModelGeometry) -> list[str]:
+    """The weights whose rows a merge makes zero."""
+    projections = ("self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    return [f"model.layers.{layer}.{name}.weight" for layer in range(len(dense.layers)) for name in projections]
 
 
 def _dimensions_without_outputs(weights: Checkpoint, dense: ModelGeometry) -> int:

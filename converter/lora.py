@@ -5,7 +5,6 @@ that sum, so it comes before they are folded in. What changes the model in any o
 initial values taken out of the base weights) is refused: merging only A and B would give a different model.
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from converter.checkpoint import Checkpoint
 from converter.lora_config import USE_PEFT, LoraScaling
+from converter.mask_values import not_finite
 from converter.state_dicts import ADAPTER_FILE, LoadedShard, read_state_dict
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -183,6 +183,6 @@ def _pair_problems(
             )
         elif header.get_dtype() not in ELEMENT_BYTES:
             problems.append(f"{key}: dtype {header.get_dtype()}; only {sorted(ELEMENT_BYTES)} can be merged")
-        elif bad := int((~shard.get_tensor(key).isfinite()).sum()):
-            problems.append(f"{key}: {bad:,} of {math.prod(expected):,} values are NaN or infinite")
+        elif bad := not_finite(shard.get_tensor(key)):
+            problems.append(f"{key}: {bad}")
     return problems

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from converter.mask_values import not_finite
 from converter.torch_files import read_torch_file
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -81,8 +82,8 @@ def read_loralib(file: Path, dense: ModelGeometry, alpha: float | None) -> Loral
                 f"{name} [{out}, {width}]: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}; they need "
                 f"[rank, {width}] and [{out}, rank]"
             )
-        elif bad := sum(int((~half.isfinite()).sum()) for half in (a, b)):
-            problems.append(f"{name}: {bad:,} of {a.numel() + b.numel():,} values are NaN or infinite")
+        elif bad := not_finite(a, b):
+            problems.append(f"{name}: {bad}")
         elif len(a):
             pairs[name] = a, b
     if problems:

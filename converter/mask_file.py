@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from converter.mask_values import lost_heads, not_finite
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
@@ -38,14 +39,10 @@ def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks[torc
             problems.append(f"{name}: dtype {header.get_dtype()}; masks are floating point")
         else:
             masks[name] = shard.get_tensor(name).float()
-            if bad := int((~masks[name].isfinite()).sum()):
-                problems.append(f"{name}: {bad} of {masks[name].numel()} values are NaN or infinite")
-            elif name.endswith("head_mask") and not geometry.family.can_lose_heads and (masks[name] == 0).any():
-                problems.append(
-                    f"{name}: {int((masks[name] == 0).sum())} of {shape[0]} heads have a mask of 0, but "
-                    f"{geometry.family.architecture} normalises q and k over all heads together, so the others would "
-                    "change without them; prune the experts alone"
-                )
+            if bad := not_finite(masks[name]):
+                problems.append(f"{name}: {bad}")
+            elif name.endswith("head_mask") and (lost := lost_heads(masks[name], geometry.family)):
+                problems.append(f"{name}: {lost}")
     if problems:
         raise InputError(f"{path} does not fit the model:", problems)
     return layer_masks(masks, len(geometry.layers))

@@ -20,7 +20,7 @@ from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
-from pruned_vllm.formats.hub import is_hub_id, pruned_model_directory
+from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION
 from pruned_vllm.formats.tensors import Shapes
@@ -129,10 +129,7 @@ def make_plan(
     Raises:
         InputError: with every problem of the first stage that has any (files, config, tensors and masks, geometry).
     """
-    directory, hub_id = path, None
-    if not path.exists() and is_hub_id(str(path)):
-        hub_id = str(path)
-        directory, revision = pruned_model_directory(hub_id, revision), None
+    directory, hub_id, revision = local_input(path, revision)
     source = read_source(Request(directory, base_model, revision, settings or {}), importer)
     if source.weights.directory == directory:
         source = replace(source, hub_id=source.hub_id or hub_id)

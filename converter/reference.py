@@ -8,12 +8,14 @@ memory in float32 at a time. Prompts are taken to be shorter than any sliding wi
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from converter.source import HiddenMask
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import LayerMasks
 
@@ -45,9 +47,9 @@ class ReferenceModel:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [tokens, hidden_size] of token ids [tokens]."""
-        table = self.read("model.embed_tokens.weight")
-        assert table is not None
-        return _times(self._rounded(table[tokens].float(), "embed_tokens"), self.hidden.embedding)
+        return _times(
+            self._rounded(self._weight("model.embed_tokens")[tokens].float(), "embed_tokens"), self.hidden.embedding
+        )
 
     def layer(
         self, index: int, states: torch.Tensor, lengths: Sequence[int], chosen: torch.Tensor | None = None
@@ -100,13 +102,27 @@ class ReferenceModel:
         q, k, v = (heads.unflatten(1, (-1, size)) for heads in (q, k, v))
         if norm == "head":
             q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
-        cos, sin = _rotation(self.config, size, lengths)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        cos, sin = (angles[0] for angles in self._rotary_embedding(torch.zeros(1), positions[None]))
         repeats = torch.tensor(groups)
         q, k = (heads * cos[:, None] + _half_turned(heads) * sin[:, None] for heads in (q, k))
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         prompts = zip(*(heads.transpose(0, 1).split(list(lengths), dim=1) for heads in (q, k, v)), strict=True)
         outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in prompts]
         return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    @cached_property
+    def _rotary_embedding(self) -> torch.nn.Module:
+        """Cosines and sines [1, tokens, head_dim] of positions [1, tokens]; every family rotates as Llama does."""
+        from transformers import LlamaConfig  # late: an import of seconds
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        size = self.geometry.head_dim
+        keys = ["rope_theta", "rope_scaling", "rope_parameters"]
+        keys += ["max_position_embeddings", "original_max_position_embeddings"]
+        given = {key: self.config[key] for key in keys if self.config.get(key) is not None}
+        one_head = {"head_dim": size, "hidden_size": size, "num_attention_heads": 1, "num_key_value_heads": 1}
+        return LlamaRotaryEmbedding(LlamaConfig(**one_head, **given))
 
     def _experts(
         self,
@@ -160,23 +176,26 @@ class ReferenceModel:
         """Args: squares: what their mean is taken to be."""
         if squares is None:
             squares = values.square().mean(-1, keepdim=True)
-        weight = self.read(f"{name}.weight")
-        assert weight is not None
-        weight = self._rounded(weight.float(), name)
+        weight = self._rounded(self._weight(name).float(), name)
         epsilon = self.geometry.family.with_defaults(self.config).get("rms_norm_eps", 1e-6)
         return values * torch.rsqrt(squares + epsilon) * weight
 
     def _linear(self, module: str, values: torch.Tensor) -> torch.Tensor:
         """[tokens, in] -> [tokens, out]"""
-        outputs = [values @ part.T for part in self._parts(f"{module}.weight")]
+        outputs = [values @ part.T for part in self._parts(module)]
         return torch.cat(outputs, dim=1) + self._bias(module)
 
-    def _parts(self, name: str) -> Iterator[torch.Tensor]:
+    def _parts(self, module: str) -> Iterator[torch.Tensor]:
         """Rows of a weight in float32, a few at a time."""
-        weight = self.read(name)
-        assert weight is not None
+        weight = self._weight(module)
         for number, part in enumerate(weight.split(max(1, PART_NUMBERS // weight.shape[1]))):
-            yield self._rounded(part.float(), f"{name} {number}")
+            yield self._rounded(part.float(), f"{module}.weight {number}")
+
+    def _weight(self, module: str) -> torch.Tensor:
+        weight = self.read(f"{module}.weight")
+        if weight is None:
+            raise InputError(f"{module}.weight is missing; the model cannot be run without it")
+        return weight
 
     def _bias(self, module: str) -> torch.Tensor:
         """A module's bias, or zero."""
@@ -193,20 +212,6 @@ class ReferenceModel:
 
 def _times(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return values if mask is None else values * mask
-
-
-def _rotation(config: Mapping[str, Any], head_dim: int, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [tokens, head_dim] of the positions; every family rotates as Llama does."""
-    from transformers import LlamaConfig  # late: an import of seconds
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    keys = ["rope_theta", "rope_scaling", "rope_parameters"]
-    keys += ["max_position_embeddings", "original_max_position_embeddings"]
-    given = {key: config[key] for key in keys if config.get(key) is not None}
-    one_head = {"head_dim": head_dim, "hidden_size": head_dim, "num_attention_heads": 1, "num_key_value_heads": 1}
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    cos, sin = LlamaRotaryEmbedding(LlamaConfig(**one_head, **given))(torch.zeros(1), positions[None])
-    return cos[0], sin[0]
 
 
 def _half_turned(heads: torch.Tensor) -> torch.Tensor:

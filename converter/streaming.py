@@ -21,6 +21,7 @@ from converter.checkpoint import DTYPES
 from converter.fold import Cut
 from converter.matrices import LoadedMatrix, Matrix
 from converter.plan import Plan
+from converter.source import WeightChanges
 from converter.writer import Shard, ShardFile, lay_out, shard_file, write_index
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
@@ -109,9 +110,10 @@ class _Writing:
     def _begin(self, name: str, place: int, file: ShardFile, pool: ThreadPoolExecutor) -> Iterator[_Part]:
         """Has a tensor written to its place, part by part."""
         folding = self._folding(name, self._plan.checkpoint.matrix(name))
-        if name in self._changed:
+        changes = self._plan.source.changes
+        if changes is not None and name in self._changed:
             size = folding.shape[0] * folding.row_bytes
-            yield _Part(name, size, True, pool.submit(self._write_merged, name, place, file))
+            yield _Part(name, size, True, pool.submit(self._write_merged, changes, name, place, file))
             return
         for block in folding.blocks():
             folding.expect(block)
@@ -133,10 +135,8 @@ class _Writing:
         file.write(result.data, place + block.start * folding.row_bytes)
         return bad
 
-    def _write_merged(self, name: str, place: int, file: ShardFile) -> int:
+    def _write_merged(self, changes: WeightChanges, name: str, place: int, file: ShardFile) -> int:
         """An adapter is merged into a weight as a whole."""
-        changes = self._plan.source.changes
-        assert changes is not None
         with self._merging:
             merged = changes.merge(name, self._plan.checkpoint.read(name))
             folding = self._folding(name, LoadedMatrix(merged))

@@ -136,11 +136,13 @@ def _models(plan: Plan, written: Checkpoint) -> tuple[ReferenceModel, ReferenceM
 
 
 def _reader(checkpoint: Checkpoint, changes: WeightChanges | None = None) -> Callable[[str], torch.Tensor | None]:
+    changed = set() if changes is None else changes.names
+
     def read(name: str) -> torch.Tensor | None:
         if name not in checkpoint.tensors:
             return None
         tensor = checkpoint.read(name)
-        return changes.merge(name, tensor) if changes is not None and name in changes.names else tensor
+        return changes.merge(name, tensor) if changes is not None and name in changed else tensor
 
     return read
 

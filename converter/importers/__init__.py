@@ -61,8 +61,11 @@ def read_source(request: "Request", name: str = AUTO) -> "Source":
     Raises:
         InputError: it cannot be read or expressed, or it may be in several formats, or in none.
     """
-    _check_input(request.path)
-    chosen = recognise(request.path) if name == AUTO else name
+    if name == AUTO:
+        chosen = recognise(request.path)
+    else:
+        _check_input(request.path)
+        chosen = name
     module = importer(chosen)
     for setting, value in request.settings.items():
         if value is not None and setting not in getattr(module, "SETTINGS", ()):

@@ -6,20 +6,14 @@ attention and MLP add; RMSNorm divides the sum of squares by 4096, whatever the 
 is left whole.
 """
 
-from pathlib import Path
-
 import torch
 
-from converter.l0_masks import recognised_masks
-from converter.l0_source import NORM_DIVISOR, Project, read_project, recognised_merge
+from converter.l0_source import NORM_DIVISOR, Project, read_project, recognise
 from converter.source import HiddenMask, Request, Source
 
 NAME = "Compresso"
 SETTINGS = ("lora_alpha",)
-
-
-def recognise(path: Path) -> str | None:
-    return recognised_masks(path, head_rank=5) or recognised_merge(path)
+__all__ = ["NAME", "SETTINGS", "read", "recognise"]
 
 
 def read(request: Request) -> Source:

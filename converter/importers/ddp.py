@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from converter.base_model import read_base_model
+from converter.mask_values import lost_heads, not_finite
 from converter.source import Request, Source
 from converter.torch_files import is_state_dict, is_torch_file, read_torch_file, texts_at_start
 from pruned_vllm.common.errors import InputError
@@ -108,11 +109,6 @@ def _placed(
             f"{len(dense.layers)}; which belong to which cannot be told"
         ]
     values = tensor.float().relu()
-    if bad := int((~values.isfinite()).sum()):
-        return {}, [f"{key}: {bad:,} of {values.numel():,} values are NaN or infinite"]
-    if kind == "head" and not dense.family.can_lose_heads and (values == 0).any():
-        return {}, [
-            f"{key}: {int((values == 0).sum())} heads have a mask of 0, but {dense.family.architecture} normalises q "
-            "and k over all heads together, so the others would change without them"
-        ]
+    if problem := not_finite(values) or (lost_heads(values, dense.family) if kind == "head" else None):
+        return {}, [f"{key}: {problem}"]
     return dict(zip(shapes, values, strict=True)), []

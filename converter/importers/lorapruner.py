@@ -6,20 +6,14 @@ embedding, so no hidden dimension can go; RMSNorm is Llama's. A layer whose gate
 merge_weights.py merges the LoRA weights alone: what it writes is a dense model.
 """
 
-from pathlib import Path
-
 import torch
 
-from converter.l0_masks import recognised_masks
-from converter.l0_source import Project, read_project, recognised_merge
+from converter.l0_source import Project, read_project, recognise
 from converter.source import HiddenMask, Request, Source
 
 NAME = "LoRaPruner"
 SETTINGS = ("lora_alpha",)
-
-
-def recognise(path: Path) -> str | None:
-    return recognised_masks(path, head_rank=5) or recognised_merge(path)
+__all__ = ["NAME", "SETTINGS", "read", "recognise"]
 
 
 def read(request: Request) -> Source:

@@ -52,6 +52,17 @@ def pruned_model_directory(name: str, revision: str | None = None) -> Path:
     return directory
 
 
+def local_input(path: Path, revision: str | None = None) -> tuple[Path, str | None, str | None]:
+    """Where INPUT lies on this machine, its id if it was on the hub, and the revision that is left for other models.
+
+    Args:
+        revision: of INPUT where that is on the hub, else of a dense model that belongs to it.
+    """
+    if path.exists() or not is_hub_id(str(path)):
+        return path, None, revision
+    return pruned_model_directory(str(path), revision), str(path), None
+
+
 def download(name: str, patterns: list[str], revision: str | None = None) -> tuple[Path, str]:
     """As `model_directory`, for the id of a model on the hub. Raises InputError."""
     from huggingface_hub import snapshot_download  # late: directories do not need it

@@ -1,0 +1,21 @@
+"""What no mask and no tensor that is merged may hold, in whatever format it came."""
+
+import torch
+
+from pruned_vllm.formats.families import Family
+
+
+def not_finite(*tensors: torch.Tensor, name: str = "") -> str | None:
+    """How many of all values (of `name`) are NaN or infinite, in words; None where all are finite."""
+    bad, count = sum(int((~tensor.isfinite()).sum()) for tensor in tensors), sum(map(torch.numel, tensors))
+    return f"{bad:,} of {count:,} values{name and f' of {name}'} are NaN or infinite" if bad else None
+
+
+def lost_heads(head_mask: torch.Tensor, family: Family) -> str | None:
+    """Why heads whose mask is 0 cannot go from a model of this family; None where they can, or none is."""
+    if family.can_lose_heads or not (removed := int((head_mask == 0).sum())):
+        return None
+    return (
+        f"{removed} of {head_mask.numel()} heads have a mask of 0, but {family.architecture} normalises q and k over "
+        "all heads together, so the others would change without them; prune the experts alone"
+    )
