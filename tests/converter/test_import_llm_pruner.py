@@ -19,13 +19,13 @@ from helpers.cut import (
 from helpers.lora import CONFIG as ADAPTER
 from helpers.masked import convert_pruned
 from helpers.tiny import byte_tokenizer, tiny_model
+from helpers.torch_files import FORMATS
 from safetensors.torch import save_file
 
 from converter.importers import recognised
 from pruned_vllm.hf.loading import load_pruned
 
 FLAP = "models.hf_llama.modeling_llama"
-FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 
 
 CASES = {  # family, heads, KV heads, width; KV heads and channels that stay; attributes of attention

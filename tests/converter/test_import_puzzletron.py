@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from helpers.imports import assert_converts, logits, rows, sizes
+from helpers.cut import rows
+from helpers.imports import assert_converts, logits, sizes
 from helpers.masked import convert_pruned, edit_json
 from helpers.puzzletron import block, heterogeneous, intermediate, num_kv_heads, overrides, write_subblocks
 from helpers.tiny import tiny_model

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.imports import assert_converts, logits, rows, sizes
+from helpers.cut import rows
+from helpers.imports import assert_converts, logits, sizes
 from helpers.levels import DOWN_PROJ, O_PROJ, modules, write_levels
 from helpers.masked import convert_pruned
 from helpers.tiny import tiny_model

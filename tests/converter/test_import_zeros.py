@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers.imports import assert_converts, kill_hidden, logits, rows, sizes, stored
+from helpers.cut import rows
+from helpers.imports import assert_converts, kill_hidden, logits, sizes, stored
 from helpers.masked import edit_json, edit_weights
 from helpers.tiny import byte_tokenizer, tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.lora import MODULES, write_adapter
 from helpers.masked import RAGGED, convert_pruned
-from helpers.tiny import HF_MOE, MOE_CONFIGS, expert_masks, masks_for, tiny_model, write_masked
+from helpers.tiny import HF_MOE, MOE_CONFIGS, expert_masks, llama3_rope, masks_for, tiny_model, write_masked
 from torch import nn
 
 from converter import plan as plan_module
@@ -52,19 +52,7 @@ def reference(plan: Plan, masks: dict[str, torch.Tensor] | None = None, **change
 CONFIGS = {
     **{name: (name, {}) for name in FAMILIES},
     "llama with biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    "llama3 angles": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500.0,
-                "factor": 4.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
+    "llama3 angles": ("llama", {"rope_parameters": llama3_rope(16)}),
     "linear angles": ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}}),
     "some layers dense": ("qwen3_moe", {"decoder_sparse_step": 2}),
 }

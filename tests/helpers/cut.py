@@ -3,9 +3,9 @@
 import copy
 import sys
 import types
+from collections.abc import Sequence
 
 import torch
-from helpers.imports import rows
 from helpers.tiny import HEAD_DIM, prompts
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
@@ -14,10 +14,21 @@ LLM_PRUNER = "LLMPruner.models.hf_llama.modeling_llama"
 Kept = list[list[int]]  # by layer
 
 
+def rows(heads: Sequence[int]) -> list[int]:
+    """The rows of a projection that belong to these heads."""
+    return [head * HEAD_DIM + row for head in heads for row in range(HEAD_DIM)]
+
+
 def cut_weights(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> dict[str, torch.Tensor]:
     """The weights without the other KV heads, their query heads, and the other FFN channels."""
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return weights | cut_tensors(model, kv_heads, channels)
+
+
+def cut_tensors(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> dict[str, torch.Tensor]:
+    """Those of `cut_weights` that are cut."""
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    weights, found = model.state_dict(), {}
     for layer, (heads, width) in enumerate(zip(kv_heads, channels, strict=True)):
         queries = [head * group + member for head in heads for member in range(group)]
         kept = {"self_attn.q_proj": rows(queries), "self_attn.k_proj": rows(heads)}
@@ -26,24 +37,29 @@ def cut_weights(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> dict[
             for part in ("weight", "bias"):
                 name = f"model.layers.{layer}.{module}.{part}"
                 if name in weights:
-                    weights[name] = weights[name][indices]
+                    found[name] = weights[name][indices].clone()
         for module, columns in (("self_attn.o_proj", rows(queries)), ("mlp.down_proj", width)):
             name = f"model.layers.{layer}.{module}.weight"
-            weights[name] = weights[name][:, columns]
-    return weights
+            found[name] = weights[name][:, columns].clone()
+    return found
 
 
 def zeroed(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> PreTrainedModel:
     """The dense model in which the other heads and channels reach nothing."""
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
     model = copy.deepcopy(model)
+    make_zero(model, kv_heads, channels)
+    return model
+
+
+def make_zero(model: PreTrainedModel, kv_heads: Kept, channels: Kept) -> None:
+    """Makes zero, in the model itself, what the other heads and channels go into."""
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
     for layer, heads, width in zip(model.model.layers, kv_heads, channels, strict=True):
         queries = [head * group + member for head in heads for member in range(group)]
         for module, columns in ((layer.self_attn.o_proj, rows(queries)), (layer.mlp.down_proj, width)):
             kept = torch.zeros(module.weight.shape[1])
             kept[columns] = 1
             module.weight.mul_(kept)
-    return model
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from helpers.tiny import masks_for, soft_mask, tiny_model
+from helpers.tiny import llama3_rope, masks_for, soft_mask, tiny_model
 
 from converter import cli
 
@@ -35,16 +35,7 @@ EQUAL = ((1, 1, 0, 0), (0, 1, 0, 1), (0, 0, 1, 1))
 UNEVEN = ((3, 1, 0), (1, 0, 2), (3, 3, 2))
 BIASES = {"attention_bias": True, "mlp_bias": True}
 LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0}}
-LLAMA3 = {
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500.0,
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-}
+LLAMA3 = {"rope_parameters": llama3_rope(64)}
 TIED = {"tie_word_embeddings": True}
 CASES = {
     "llama, other sizes in every layer": Case("deci", "llama", MHA),

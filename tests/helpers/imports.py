@@ -3,18 +3,16 @@
 The oracle is a stock Hugging Face model in which what was pruned is zero, or missing.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from helpers.cut import cut_tensors, make_zero
 from helpers.masked import convert_pruned, edit_json, edit_weights
 from helpers.tiny import HEAD_DIM, prompts, tiny_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pruned_vllm.hf.loading import load_pruned
-
-ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 @torch.no_grad()
@@ -40,10 +38,6 @@ def sizes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     return found
 
 
-def rows(heads: Sequence[int]) -> list[int]:
-    return [head * HEAD_DIM + row for head in heads for row in range(HEAD_DIM)]
-
-
 def cut(model: PreTrainedModel, kv_heads: list[list[int]], channels: list[int]) -> dict[str, torch.Tensor]:
     """Makes zero in `model` what is not kept, and returns the tensors of what is.
 
@@ -51,25 +45,9 @@ def cut(model: PreTrainedModel, kv_heads: list[list[int]], channels: list[int]) 
         kv_heads: those that stay in each layer, with all their query heads.
         channels: how many stay in each layer, the first ones.
     """
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
-    tensors = {}
-    for index, (layer, kept, width) in enumerate(zip(model.model.layers, kv_heads, channels, strict=True)):
-        query_rows = rows([head * group + member for head in kept for member in range(group)])
-        attention, mlp = layer.self_attn, layer.mlp
-        for name, module in attention.named_children():
-            if name in ATTENTION:
-                index_of = torch.tensor(query_rows if name == "q_proj" else rows(kept), dtype=torch.long)
-                for kind, parameter in module.named_parameters():
-                    tensors[f"model.layers.{index}.self_attn.{name}.{kind}"] = parameter[index_of].clone()
-        o_proj = attention.o_proj.weight
-        tensors[f"model.layers.{index}.self_attn.o_proj.weight"] = o_proj[:, query_rows].clone()
-        dropped = [row for row in range(o_proj.shape[1]) if row not in set(query_rows)]
-        o_proj[:, dropped] = 0
-        for name in ("gate_proj", "up_proj"):
-            for kind, parameter in getattr(mlp, name).named_parameters():
-                tensors[f"model.layers.{index}.mlp.{name}.{kind}"] = parameter[:width].clone()
-        tensors[f"model.layers.{index}.mlp.down_proj.weight"] = mlp.down_proj.weight[:, :width].clone()
-        mlp.down_proj.weight[:, width:] = 0
+    first = [list(range(width)) for width in channels]
+    tensors = cut_tensors(model, kv_heads, first)
+    make_zero(model, kv_heads, first)
     return tensors
 
 

@@ -81,6 +81,13 @@ def tiny_model(
     return model.eval().requires_grad_(False)
 
 
+def llama3_rope(original_max_position_embeddings: int) -> dict:
+    """`rope_parameters` of Llama 3's kind, for models of a few positions."""
+    factors = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    kind = {"rope_type": "llama3", "rope_theta": 500.0}
+    return {**kind, **factors, "original_max_position_embeddings": original_max_position_embeddings}
+
+
 def write_masked(
     directory: Path,
     model: PreTrainedModel,

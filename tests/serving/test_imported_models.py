@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import composer, l0
-from helpers.cut import LLM_PRUNER, Project, channel_wise, config_like, cut_weights, half, upto, zeroed
+from helpers.cut import LLM_PRUNER, Project, channel_wise, config_like, cut_weights, half, rows, upto, zeroed
 from helpers.ddp import KEYS, log_alphas, trainable_params
-from helpers.imports import dropped, kill_hidden, rows, write_flap, write_list
+from helpers.imports import dropped, kill_hidden, write_flap, write_list
 from helpers.levels import DOWN_PROJ, O_PROJ, modules, write_levels
 from helpers.llama import Rules, logits
 from helpers.masked import convert_pruned, edit_json
