@@ -20,10 +20,13 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def launch_options(self) -> dict[str, int]:
+    def launch_options(self, group_size: int = 0) -> dict[str, int]:
+        """What a kernel is launched with. A step is not longer than a group of weights with one scale, but no shorter
+        than 32, which products of 8-bit numbers need."""
+        group = max(32, 1 << (group_size - 1).bit_length()) if group_size else self.block_k
         return {
             "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
+            "BLOCK_K": min(self.block_k, group),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -65,11 +68,24 @@ _SINGLE_PRECISION = (
     Config(64, True, 32, 4, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3)),
     Config(float("inf"), True, 64, 8, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
 )
+# Products of 8-bit codes, inputs quantized too: for batches that take as long as multiplying does. Rows are as long in
+# bytes as those of 16 bits above.
+QUANTIZED_INPUT_ABOVE = 16  # (token, choice) pairs per expert
+_EIGHT_BITS = (
+    Config(64, True, 64, 4, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3)),
+    Config(float("inf"), True, 128, 8, Tile(64, 128, 8, 3), Tile(128, 128, 8, 3)),
+)
+_TABLES = {
+    torch.float32: _SINGLE_PRECISION,
+    torch.bfloat16: _HALF_PRECISION,
+    torch.float16: _HALF_PRECISION,
+    torch.float8_e4m3fn: _EIGHT_BITS,
+}
 
 
 def configs(dtype: torch.dtype) -> tuple[Config, ...]:
-    """All rows of a dtype's table, by rising `up_to`."""
-    return _SINGLE_PRECISION if dtype == torch.float32 else _HALF_PRECISION
+    """All rows of the table for inputs of a dtype, by rising `up_to`."""
+    return _TABLES[dtype]
 
 
 def choose_config(pairs_per_expert: float, dtype: torch.dtype) -> Config:

@@ -4,75 +4,64 @@
 //
 // Weights are gate_up [2, rows, hidden_size] and down [rows, hidden_size]. A row is one channel, and expert e has the
 // rows from offsets[e] to offsets[e + 1]. They are read where they lie: nothing is padded, no whole matrix is copied.
+// They are numbers like x, or codes of 8 or 4 bits with scales (WEIGHTS, see ragged_moe_readers.h), which are widened in
+// registers: a row of gate or up has a scale for each group of columns, and down has scales [runs, hidden_size], one for
+// each column of a run of an expert's rows.
 //
-// This file sorts tokens by expert and divides the work among threads; ragged_moe_products.h multiplies. There are two
-// ways, because what takes the time differs:
+// This file divides the work among threads; ragged_moe_products.h multiplies. There are two ways, because what takes the
+// time differs:
 //
 // - An expert with at most FEW tokens takes as long as reading its weights does. So its rows are read in the order in
 //   which they lie in memory. Lines of memory are asked for one step ahead, since the CPU by itself stops looking ahead
 //   at the end of each 4 KiB page, and a row is about one page.
 // - An expert with more tokens takes as long as multiplying does. So a step has several tokens and several channels or
-//   columns: as many as there are registers for their sums. What a step has loaded is used several times.
+//   columns: as many as there are registers for their sums. What a step has loaded is used several times, and codes are
+//   widened once for all tokens.
 //
 // Sums are float32. Their order depends neither on the number of threads nor on the other tokens, so a token's output
 // has the same bits in every batch.
 
 #include <omp.h>
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <vector>
-
+#include "ragged_moe_choices.h"
 #include "ragged_moe_products.h"
 
 namespace {
 
-constexpr int64_t FEW = 4;         // at this number of tokens both ways were equally fast
-constexpr size_t CACHE_LINE = 64;  // bytes
+constexpr int64_t FEW = 4;  // at this number of tokens both ways were equally fast
 
-// Calls `call` with a number, 1 to MOST, as a constant.
-template <int MOST, typename Call>
-inline void with_constant(int64_t number, Call call) {
-  if constexpr (MOST > 1)
-    if (number < MOST) return with_constant<MOST - 1>(number, call);
-  call(std::integral_constant<int, MOST>());
-}
+// Weights, and what they are scaled by: null where they are numbers like x. Without a group size, 0, a row of gate or up
+// is one group, and so are all rows of an expert in down.
+template <typename W>
+struct Weights {
+  const W *gate_up, *down;
+  const int32_t* offsets;
+  const float *gate_up_scales, *down_scales;
+  const int32_t* down_offsets;  // [experts + 1]: where the runs of an expert begin in down_scales
+  int64_t rows, num_experts, hidden_size, group_size;
 
-// Uninitialised memory that begins with a cache line. Vectors that straddle two lines nearly halve the speed of `dot`.
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <typename N>
-using Buffer = std::unique_ptr<N, Free>;
-
-template <typename N>
-Buffer<N> allocate(int64_t count) {
-  const size_t bytes = (count * sizeof(N) / CACHE_LINE + 1) * CACHE_LINE;
-  Buffer<N> buffer(static_cast<N*>(std::aligned_alloc(CACHE_LINE, bytes)));
-  if (!buffer) throw std::bad_alloc();
-  return buffer;
-}
-
-// One expert that a token was sent to.
-struct Choice {
-  int64_t token;
-  float weight;
-  Word* hidden;  // weight * silu(gate) * up of each of the expert's channels
+  int64_t width(int64_t e) const { return offsets[e + 1] - offsets[e]; }
 };
 
-template <typename T>
+template <typename T, typename W>
 class Layer {
  public:
-  Layer(const T* gate_up, const T* down, int64_t rows, const int32_t* offsets, int64_t hidden_size, int64_t num_experts)
-      : gate_(gate_up), up_(gate_up + rows * hidden_size), down_(down), offsets_(offsets), hidden_size_(hidden_size),
-        num_experts_(num_experts), row_size_((hidden_size + PAIR - 1) / PAIR * PAIR),
-        input_size_(row_size_ / NUMBERS<T>) {}
+  explicit Layer(const Weights<W>& weights)
+      : weights_(weights), hidden_size_(weights.hidden_size), run_(weights.group_size ? weights.group_size : ONE_RUN),
+        layout_(Layout::of<T, W>(hidden_size_, weights.group_size ? weights.group_size : hidden_size_)),
+        input_size_(layout_.input_size()), row_size_((hidden_size_ + PAIR - 1) / PAIR * PAIR) {}
 
   void run(const T* x, const float* topk_weights, const int32_t* topk_ids, int64_t num_tokens, int64_t top_k, T* out) {
-    sort(topk_weights, topk_ids, num_tokens * top_k, top_k);
+    const Choices choices(topk_weights, topk_ids, num_tokens * top_k, top_k, weights_.num_experts,
+                          [&](int64_t e) { return words_before(weights_.width(e)); });
+    const std::vector<Task> tasks = tasks_of(choices);
     inputs_ = allocate<Word>(num_tokens * input_size_);
     outputs_ = allocate<float>(num_tokens * row_size_);
+    if constexpr (SCALED) {
+      widened_ = allocate<Word>(omp_get_max_threads() * WIDENED_ROWS * input_size_);
+      unscaled_ = allocate<float>(FEW * row_size_);
+      std::fill_n(unscaled_.get(), FEW * row_size_, 0.0f);
+    }
 #pragma omp parallel
     {
 #pragma omp for
@@ -81,11 +70,11 @@ class Layer {
         std::fill_n(outputs_.get() + t * row_size_, row_size_, 0.0f);
       }
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < int64_t(tasks_.size()); ++task) gate_and_up(tasks_[task]);
+      for (int64_t task = 0; task < int64_t(tasks.size()); ++task) gate_and_up(choices, tasks[task]);
       // A thread has columns of its own, so that tokens need no locks.
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), units = row_size_ / PAIR;
       const int64_t start = units * thread / threads * PAIR, end = units * (thread + 1) / threads * PAIR;
-      for (int64_t e = 0; e < num_experts_; ++e) add_down(e, start, std::min(end, hidden_size_));
+      for (int64_t e = 0; e < weights_.num_experts; ++e) add_down(choices, e, start, std::min(end, hidden_size_));
 #pragma omp barrier
 #pragma omp for
       for (int64_t t = 0; t < num_tokens; ++t) narrow_row(outputs_.get() + t * row_size_, out + t * hidden_size_);
@@ -93,48 +82,50 @@ class Layer {
   }
 
  private:
+  static constexpr bool SCALED = !std::is_same_v<T, W>;
+  static constexpr int64_t ONE_RUN = int64_t(1) << 40, WIDENED_ROWS = 2 * CHANNELS;
+
+  // Channels of an expert, all in one run.
   struct Task {
-    int64_t expert, start, end;  // channels
+    int64_t expert, start, end;
   };
 
-  int64_t width(int64_t e) const { return offsets_[e + 1] - offsets_[e]; }
+  // Words of the first `channels` channels of an expert; a run begins with a new word.
+  int64_t words_before(int64_t channels) const {
+    return channels / run_ * words_of(run_) + words_of(channels % run_);
+  }
 
-  // Words of a token's channels.
   int64_t words_of(int64_t channels) const { return (channels + NUMBERS<T> - 1) / NUMBERS<T>; }
 
-  // Sorts choices by expert, those of one expert by token. An id that is no expert, such as -1, adds nothing, and
-  // neither does an expert without channels.
-  void sort(const float* topk_weights, const int32_t* topk_ids, int64_t count, int64_t top_k) {
-    const auto exists = [&](int32_t id) { return id >= 0 && id < num_experts_ && width(id) > 0; };
-    starts_.assign(num_experts_ + 1, 0);
-    for (int64_t i = 0; i < count; ++i)
-      if (exists(topk_ids[i])) ++starts_[topk_ids[i] + 1];
-    int64_t hidden_size = 0;
-    for (int64_t e = 0; e < num_experts_; ++e) {
-      hidden_size += starts_[e + 1] * words_of(width(e));
-      for (int64_t c = 0; starts_[e + 1] && c < width(e); c += CHANNELS)
-        tasks_.push_back({e, c, std::min(c + CHANNELS, width(e))});
-      starts_[e + 1] += starts_[e];
-    }
-    choices_.resize(starts_[num_experts_]);
-    hidden_ = allocate<Word>(hidden_size);
-    std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
-    for (int64_t i = 0; i < count; ++i)
-      if (exists(topk_ids[i])) choices_[next[topk_ids[i]]++] = {i / top_k, topk_weights[i], nullptr};
-    Word* hidden = hidden_.get();
-    for (int64_t e = 0; e < num_experts_; ++e)
-      for (int64_t i = starts_[e]; i < starts_[e + 1]; ++i, hidden += words_of(width(e))) choices_[i].hidden = hidden;
+  // The end of the run that a channel is in.
+  int64_t run_end(int64_t e, int64_t channel) const {
+    return std::min(weights_.width(e), (channel / run_ + 1) * run_);
+  }
+
+  std::vector<Task> tasks_of(const Choices& choices) const {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < weights_.num_experts; ++e)
+      for (int64_t start = 0, end; choices.count(e) && start < weights_.width(e); start = end)
+        tasks.push_back({e, start, end = std::min(start + CHANNELS, run_end(e, start))});
+    return tasks;
   }
 
   void read_row(const T* from, Word* to) const {
-    int64_t i = 0;
-    const auto read = [&](const T* pair) {
-      for (int vector = 0; vector < VECTORS<T>; ++vector)
-        *reinterpret_cast<WordsAt*>(to + i / NUMBERS<T> + vector * LANES) = words(pair, vector);
-    };
-    for (; i + PAIR <= hidden_size_; i += PAIR) read(from + i);
-    T end[PAIR] = {};
-    if (i < hidden_size_) std::memcpy(end, from + i, (hidden_size_ - i) * sizeof(T)), read(end);
+    for (int64_t group = 0; group < layout_.groups; ++group, from += layout_.columns, to += layout_.group_words) {
+      using R = Reader<T, W>;
+      const T* const rows[] = {from};
+      for_steps<R::STEP, 1>(rows, layout_.columns, 0, [&](int64_t k, const auto& inputs) {
+        const T* step = inputs(0);
+        T ordered[R::STEP];
+        if constexpr (SCALED) {
+          for (int i = 0; i < R::STEP; ++i) ordered[i] = step[R::input_column(i)];
+          step = ordered;
+        }
+        for (int vector = 0; vector < R::VECTORS; ++vector)
+          *reinterpret_cast<WordsAt*>(to + k / NUMBERS<T> + vector * LANES) =
+              words(step + vector / VECTORS<T> * PAIR, vector % VECTORS<T>);
+      });
+    }
   }
 
   void narrow_row(const float* from, T* to) const {
@@ -144,106 +135,142 @@ class Layer {
     if (i < hidden_size_) store(end, load(from + i)), std::memcpy(to + i, end, (hidden_size_ - i) * sizeof(T));
   }
 
-  void gate_and_up(const Task& task) {
-    if (starts_[task.expert + 1] - starts_[task.expert] > FEW)
-      gate_and_up<DOT_CHANNELS>(task);
-    else
-      gate_and_up<1>(task);
+  void gate_and_up(const Choices& choices, const Task& task) {
+    const int64_t row = weights_.offsets[task.expert] + task.start, count = task.end - task.start;
+    const W *gate = weights_.gate_up + row * layout_.row_size, *up = gate + weights_.rows * layout_.row_size;
+    if (choices.count(task.expert) <= FEW) {
+      gate_and_up<1>(choices, task, gate, up, layout_);
+    } else if constexpr (!SCALED) {
+      gate_and_up<DOT_CHANNELS>(choices, task, gate, up, layout_);
+    } else {
+      Word* wide_gate = widened_.get() + omp_get_thread_num() * WIDENED_ROWS * input_size_;
+      Word* wide_up = wide_gate + CHANNELS * input_size_;
+      for (int64_t c = 0; c < count; ++c) {
+        widen_row<T>(gate + c * layout_.row_size, layout_, wide_gate + c * input_size_);
+        widen_row<T>(up + c * layout_.row_size, layout_, wide_up + c * input_size_);
+      }
+      const Word *const_gate = wide_gate, *const_up = wide_up;
+      gate_and_up<DOT_CHANNELS>(choices, task, const_gate, const_up, layout_.of_words<T>());
+    }
   }
 
-  // The same, C channels a step.
-  template <int C>
-  void gate_and_up(const Task& task) {
-    const T* gate = gate_ + (offsets_[task.expert] + task.start) * hidden_size_;
-    const T* up = up_ + (offsets_[task.expert] + task.start) * hidden_size_;
-    const int64_t channels = task.end - task.start, last = starts_[task.expert + 1];
-    for (int64_t i = starts_[task.expert]; i < last; i += DOT_TOKENS)
-      with_constant<DOT_TOKENS>(last - i, [&](auto M) {
+  // The same, C channels a step, for rows as they are stored or widened.
+  template <int C, typename E>
+  void gate_and_up(const Choices& choices, const Task& task, const E* gate, const E* up, const Layout& layout) const {
+    const float* gate_scales = weights_.gate_up_scales;
+    const float* up_scales = gate_scales;
+    if constexpr (SCALED) {
+      gate_scales += (weights_.offsets[task.expert] + task.start) * layout.groups;
+      up_scales = gate_scales + weights_.rows * layout.groups;
+    }
+    const Choice* choice = choices.of(task.expert);
+    const int64_t channels = task.end - task.start, count = choices.count(task.expert);
+    for (int64_t i = 0; i < count; i += DOT_TOKENS)
+      with_constant<DOT_TOKENS>(count - i, [&](auto M) {
         const Word* inputs[M.value];
-        for (int m = 0; m < M.value; ++m) inputs[m] = inputs_.get() + choices_[i + m].token * input_size_;
+        for (int m = 0; m < M.value; ++m) inputs[m] = inputs_.get() + choice[i + m].token * input_size_;
         float gates[M.value * CHANNELS], ups[M.value * CHANNELS];
         int64_t c = 0;
-        const auto multiply = [&](auto count) {
-          dot<M.value, count.value>(inputs, gate + c * hidden_size_, up + c * hidden_size_, hidden_size_,
-                                    gates + c, ups + c);
-          c += count.value;
+        const auto multiply = [&](auto together) {
+          dot<M.value, together.value, T>(inputs, gate + c * layout.row_size, up + c * layout.row_size, layout,
+                                          gate_scales + c * layout.groups, up_scales + c * layout.groups, gates + c,
+                                          ups + c);
+          c += together.value;
         };
         while (c + C <= channels) multiply(std::integral_constant<int, C>());
         while (c < channels) multiply(std::integral_constant<int, 1>());
         for (int m = 0; m < M.value; ++m) {
           float *g = gates + m * CHANNELS, *h = ups + m * CHANNELS;
-          for (c = 0; c < channels; ++c) h[c] *= choices_[i + m].weight * g[c] / (1.0f + exponential(-g[c]));
-          write_words<T>(h, channels, choices_[i + m].hidden + task.start / NUMBERS<T>);
+          for (c = 0; c < channels; ++c) h[c] *= choice[i + m].weight * g[c] / (1.0f + exponential(-g[c]));
+          write_words<T>(h, channels, choice[i + m].hidden + words_before(task.start));
         }
       });
   }
 
   // Adds the expert's outputs in columns from `first` to `last`. Both ways finish a block of rows for all tokens before
-  // the next block. So a token that chose the expert twice gets its sums in the same order from both.
-  void add_down(int64_t e, int64_t first, int64_t last) {
+  // the next block. So a token that chose the expert twice gets its sums in the same order from both. A block is all in
+  // one run, and scaled as a whole.
+  void add_down(const Choices& choices, int64_t e, int64_t first, int64_t last) {
     constexpr int64_t block = STEPS * NUMBERS<T>;
-    if (starts_[e + 1] - starts_[e] > FEW)
-      for (int64_t row = 0; row < width(e); row += block)
-        add_rows(e, row, std::min(block, width(e) - row), first, last);
-    else
-      for (int64_t row = 0; row < width(e); row += block)
-        for_choices<FEW>(e, row, [&](const auto& hidden, const auto& outputs) {
-          const T* down = down_ + (offsets_[e] + row) * hidden_size_;
-          add_few(down, std::min(block, width(e) - row), hidden, outputs, first, last);
+    for (int64_t row = 0, end; choices.count(e) && row < weights_.width(e); row = end) {
+      end = std::min(row + block, run_end(e, row));
+      const W* down = weights_.down + (weights_.offsets[e] + row) * layout_.row_size;
+      const float* scales = nullptr;
+      if constexpr (SCALED) scales = weights_.down_scales + (weights_.down_offsets[e] + row / run_) * hidden_size_;
+      const auto for_choices = [&](auto most, auto call) {
+        choices.for_each<most.value>(e, words_before(row), outputs_.get(), row_size_, call);
+      };
+      if (choices.count(e) > FEW)
+        add_rows(down, scales, end - row, first, last, for_choices);
+      else
+        for_choices(std::integral_constant<int, FEW>(), [&](const auto& hidden, const auto& outputs) {
+          add_few(down, scales, end - row, hidden, outputs, first, last);
         });
-  }
-
-  // Calls `call` with up to MOST of the expert's choices at a time: where the channels of each are, from `row` on, and
-  // where its token's outputs are. A token that chose the expert twice comes in two calls, as `add` needs.
-  template <int MOST, typename Call>
-  void for_choices(int64_t e, int64_t row, Call call) const {
-    for (int64_t i = starts_[e], count; i < starts_[e + 1]; i += count) {
-      const int64_t most = std::min<int64_t>(MOST, starts_[e + 1] - i);
-      for (count = 1; count < most && choices_[i + count].token != choices_[i + count - 1].token;) ++count;
-      with_constant<MOST>(count, [&](auto M) {
-        std::array<const Word*, M.value> hidden;
-        std::array<float*, M.value> outputs;
-        for (int m = 0; m < M.value; ++m) {
-          hidden[m] = choices_[i + m].hidden + row / NUMBERS<T>;
-          outputs[m] = outputs_.get() + choices_[i + m].token * row_size_;
-        }
-        call(hidden, outputs);
-      });
     }
   }
 
-  // A few of the rows from `down` on at a time, all columns of each.
+  // Rows from `down` on, for a few tokens.
   template <size_t M>
-  void add_few(const T* down, int64_t rows, std::array<const Word*, M> hidden, const std::array<float*, M>& outputs,
+  void add_few(const W* down, const float* scales, int64_t rows, const std::array<const Word*, M>& hidden,
+               const std::array<float*, M>& outputs, int64_t first, int64_t last) const {
+    if constexpr (!SCALED) {
+      add_few(down, rows, hidden, outputs, first, last);
+    } else {
+      std::array<float*, M> sums;
+      for (size_t m = 0; m < M; ++m) sums[m] = unscaled_.get() + m * row_size_;
+      add_few(down, rows, hidden, sums, first, last);
+      for (int64_t column = first; column < last; column += PAIR) {
+        const Pair scale = load_scales<T>(scales + column, last - column);
+        for (size_t m = 0; m < M; ++m) {
+          add_scaled(outputs[m] + column, scale, load(sums[m] + column));
+          store(sums[m] + column, Pair{});
+        }
+      }
+    }
+  }
+
+  // The same without scales: a few of the rows at a time, all columns of each.
+  template <size_t M>
+  void add_few(const W* down, int64_t rows, std::array<const Word*, M> hidden, std::array<float*, M> outputs,
                int64_t first, int64_t last) const {
+    constexpr int COLUMNS = Reader<T, W>::COLUMNS;
+    const int64_t row_size = layout_.row_size;
     const auto add_steps = [&](auto steps) {
       constexpr int64_t taken = steps.value * NUMBERS<T>;
       const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
-        pack<1>(down + column, rows, hidden_size_, count, taken * hidden_size_, steps.value, panel);
+        pack<1, T>(down + column / COLUMNS, rows, row_size, count, taken * row_size, steps.value, panel);
         add<1, T>(hidden, panel, steps.value, outputs, column);
       };
       int64_t column = first;
       for (; column + PAIR <= last; column += PAIR) add_columns(column, PAIR);
       if (column < last) add_columns(column, last - column);
       for (auto& channels : hidden) channels += steps.value;
-      down += taken * hidden_size_, rows -= taken;
+      down += taken * row_size, rows -= taken;
     };
     while (rows >= ROWS) add_steps(std::integral_constant<int, ROWS / NUMBERS<T>>());
     while (rows > 0) add_steps(std::integral_constant<int, 1>());
   }
 
   // As many rows as a panel has, a few columns at a time.
-  void add_rows(int64_t e, int64_t row, int64_t rows, int64_t first, int64_t last) const {
-    const T* down = down_ + (offsets_[e] + row) * hidden_size_;
+  template <typename ForChoices>
+  void add_rows(const W* down, const float* scales, int64_t rows, int64_t first, int64_t last,
+                const ForChoices& for_choices) const {
+    constexpr int COLUMNS = Reader<T, W>::COLUMNS;
     const int steps = words_of(rows);
     int64_t column = first;
     const auto add_columns = [&](auto pairs) {
       constexpr int P = pairs.value;
       alignas(CACHE_LINE) Panel<P> panel[STEPS];
-      pack<P>(down + column, rows, hidden_size_, last - column, P * PAIR, steps, panel);
-      for_choices<ADD_TOKENS>(e, row, [&](const auto& hidden, const auto& outputs) {
-        add<P, T>(hidden, panel, steps, outputs, column);
+      pack<P, T>(down + column / COLUMNS, rows, layout_.row_size, last - column, P * PAIR / COLUMNS, steps, panel);
+      Pair scale[P];
+      if constexpr (SCALED)
+        for (int p = 0; p < P; ++p) scale[p] = load_scales<T>(scales + column + p * PAIR, last - column - p * PAIR);
+      for_choices(std::integral_constant<int, ADD_TOKENS>(), [&](const auto& hidden, const auto& outputs) {
+        if constexpr (SCALED)
+          add_scaled<P, T>(hidden, panel, steps, scale, outputs, column);
+        else
+          add<P, T>(hidden, panel, steps, outputs, column);
       });
       column += P * PAIR;
     };
@@ -251,38 +278,40 @@ class Layer {
     while (column < last) add_columns(std::integral_constant<int, 1>());
   }
 
-  const T *gate_, *up_, *down_;
-  const int32_t* offsets_;
-  int64_t hidden_size_, num_experts_;
-  int64_t row_size_, input_size_;  // of a token: columns, rounded up to PAIR, and their words
-  std::vector<Task> tasks_;
-  std::vector<int64_t> starts_;  // [experts + 1]: where an expert's choices begin
-  std::vector<Choice> choices_;
-  Buffer<Word> hidden_, inputs_;
-  Buffer<float> outputs_;
+  const Weights<W>& weights_;
+  const int64_t hidden_size_, run_;  // run_: rows of down with the same scales
+  const Layout layout_;
+  const int64_t input_size_, row_size_;  // of a token: words of the input; columns, rounded up to PAIR
+  Buffer<Word> inputs_, widened_;        // widened_: WIDENED_ROWS for each thread
+  Buffer<float> outputs_, unscaled_;     // unscaled_: rows of sums for FEW tokens, between calls 0
 };
 
+#ifdef WEIGHTS
 template <typename T>
-int run(const void* x, const void* gate_up, const void* down, const int32_t* offsets, const float* topk_weights,
-        const int32_t* topk_ids, void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows, int64_t num_experts,
-        int64_t top_k) try {
-  Layer<T>(static_cast<const T*>(gate_up), static_cast<const T*>(down), rows, offsets, hidden_size, num_experts)
-      .run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k, static_cast<T*>(out));
-  return 0;
-} catch (const std::bad_alloc&) {
-  return 1;
-}
+using Stored = WEIGHTS;
+#else
+template <typename T>
+using Stored = T;
+#endif
 
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
 // [num_tokens, top_k], offsets [num_experts + 1], none above `rows`. Returns 1 when memory ran out.
-#define RAGGED_MOE(name, type)                                                                                        \
+#define RAGGED_MOE(name, T)                                                                                           \
   extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
-                                   const float* topk_weights, const int32_t* topk_ids, void* out, int64_t num_tokens, \
-                                   int64_t hidden_size, int64_t rows, int64_t num_experts, int64_t top_k) {           \
-    return run<type>(x, gate_up, down, offsets, topk_weights, topk_ids, out, num_tokens, hidden_size, rows,           \
-                     num_experts, top_k);                                                                             \
+                                   const float* gate_up_scales, const float* down_scales,                             \
+                                   const int32_t* down_offsets, const float* topk_weights, const int32_t* topk_ids,   \
+                                   void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows,                  \
+                                   int64_t num_experts, int64_t top_k, int64_t group_size) try {                      \
+    using W = Stored<T>;                                                                                              \
+    const Weights<W> weights{static_cast<const W*>(gate_up), static_cast<const W*>(down), offsets, gate_up_scales,    \
+                             down_scales, down_offsets, rows, num_experts, hidden_size, group_size};                  \
+    Layer<T, W>(weights).run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k,                     \
+                             static_cast<T*>(out));                                                                   \
+    return 0;                                                                                                         \
+  } catch (const std::bad_alloc&) {                                                                                   \
+    return 1;                                                                                                         \
   }
 RAGGED_MOE(float32, float)
 RAGGED_MOE(bfloat16, BFloat16)

@@ -8,6 +8,11 @@ warning says so, and each expert is three matrix products.
 Where the CPU multiplies bfloat16 numbers (AVX-512 BF16) these are not widened, and what enters the down projection is
 rounded to bfloat16, as vLLM's own op does. AMX is not used.
 
+Quantized weights are read as they are stored, so that a few tokens take as long as reading half or a quarter of the
+bytes does. They become numbers in registers: of the type of `x`, or float32 where that is what the CPU multiplies. Both
+have every value of 8-bit integers and of e4m3fn, so nothing is rounded that would not be for weights like `x`; scales
+multiply sums in float32. `x` is not quantized. Each kind of weights is a library of its own.
+
 Why not vLLM's own `cpu_fused_moe`: it wants all experts equally wide. One call for every class of similar widths, with
 as many classes as are best, came to 0.8 of the ideal speedup. Why not PyTorch's matrix products for experts with many
 tokens: they repack weights at every call, and are slow for bfloat16 without AVX-512, and for float16.
@@ -24,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from pruned_vllm.kernels.compilation import load_library
-from pruned_vllm.kernels.ragged_moe_arguments import check_arguments, check_offsets
+from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments, check_down_offsets, check_offsets
 
 logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
@@ -32,7 +37,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # By what PyTorch says of this CPU; others get what the compiler takes for granted.
 INSTRUCTIONS = {
-    "AVX512_BF16": ("-march=x86-64-v4", "-mavx512bf16"),
+    "AVX512_BF16": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"),
     "AVX512": ("-march=x86-64-v4",),
     "AVX2": ("-march=x86-64-v3",),
 }
@@ -41,6 +46,7 @@ FUNCTIONS = {
     torch.bfloat16: "ragged_moe_bfloat16",
     torch.float16: "ragged_moe_float16",
 }
+WEIGHTS = {torch.int8: "Int8", torch.float8_e4m3fn: "Float8", torch.uint8: "Int4"}  # of ragged_moe_readers.h
 
 
 def ragged_moe(
@@ -51,29 +57,38 @@ def ragged_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     max_width: int,
+    scales: Scales | None = None,
 ) -> torch.Tensor:
     """Sums the chosen experts' outputs, each times its router weight; the same input gives the same bits.
 
-    Args and errors are those of `ragged_moe_triton.ragged_moe`; `max_width` is not needed here.
+    Args and errors are those of `ragged_moe_triton.ragged_moe`; `max_width` is not needed here, and
+    `scales.quantize_input` changes nothing.
 
     Raises:
-        ValueError: also where an expert's rows are not among the rows of weights.
+        ValueError: also where an expert's rows are not among the rows of weights, or its scales not among the scales.
         MemoryError: two rows of float32 for each token, and the channels of its experts, did not fit.
     """
-    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
-    num_experts, rows = len(offsets) - 1, len(down)
-    check_offsets(offsets.tolist(), rows)
-    library = _library()
+    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales)
+    num_experts, rows, bounds = len(offsets) - 1, len(down), offsets.tolist()
+    check_offsets(bounds, rows)
+    if scales is not None:
+        check_down_offsets(scales, bounds)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    library = _library(None if scales is None else WEIGHTS[down.dtype])
     if library is None:
-        return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids)
+        return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids, scales)
     x, offsets, topk_weights = x.contiguous(), offsets.to(torch.int32), topk_weights.to(torch.float32).contiguous()
     if topk_ids.dtype != torch.int32:
         topk_ids = topk_ids.clamp(-1, num_experts).to(torch.int32)  # so that a huge id does not turn into another one
     topk_ids = topk_ids.contiguous()
     out = torch.empty_like(x)
-    tensors = (x, gate_up, down, offsets, topk_weights, topk_ids, out)
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    if getattr(library, FUNCTIONS[x.dtype])(*pointers, *x.shape, rows, num_experts, topk_ids.shape[1]):
+    scaling = (None, None, None) if scales is None else (scales.gate_up, scales.down, scales.down_offsets)
+    tensors = (x, gate_up, down, offsets, *scaling, topk_weights, topk_ids, out)
+    pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
+    group_size = (scales and scales.group_size) or 0
+    sizes = (*x.shape, rows, num_experts, topk_ids.shape[1], group_size)
+    if getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes):
         raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
     return out
 
@@ -85,29 +100,53 @@ def _matrix_products(
     offsets: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    scales: Scales | None,
 ) -> torch.Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32)
     for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
         tokens, choices = torch.where(topk_ids == expert)
         if len(tokens) and start < end:
-            gate, up = (x[tokens] @ weights[start:end].T for weights in gate_up)
-            result = (F.silu(gate) * up) @ down[start:end]
+            inputs, weights = x[tokens], (*gate_up[:, start:end], down[start:end])
+            if scales is not None:  # float32, so that scaled weights are not rounded to 16 bits
+                inputs, weights = inputs.float(), _scaled(weights, scales, expert, slice(start, end))
+            result = (F.silu(inputs @ weights[0].T) * (inputs @ weights[1].T)) @ weights[2]
             out.index_add_(0, tokens, result.float() * topk_weights[tokens, choices, None].float())
     return out.to(x.dtype)
+
+
+def _scaled(codes: tuple[torch.Tensor, ...], scales: Scales, expert: int, rows: slice) -> tuple[torch.Tensor, ...]:
+    """The float32 weights of an expert: gate, up and down."""
+    numbers = [
+        torch.stack([part & 15, part >> 4], -1).flatten(-2).float() - 8 if part.dtype == torch.uint8 else part.float()
+        for part in codes
+    ]
+    columns = scales.group_size or numbers[0].shape[1]
+    gate, up = (
+        part * scale.repeat_interleave(columns, 1)
+        for part, scale in zip(numbers[:2], scales.gate_up[:, rows], strict=True)
+    )
+    first, last = scales.down_offsets[expert : expert + 2].tolist()
+    channels = scales.group_size or len(gate)
+    return gate, up, numbers[2] * scales.down[first:last].repeat_interleave(channels, 0)[: len(gate)]
 
 
 def _capability() -> str:
     """A key of INSTRUCTIONS, or something else."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16"):
+    more = torch.cpu.get_capabilities()
+    # Nearly all CPUs that multiply bfloat16 numbers have both; with VBMI, codes of 8 bits become such numbers.
+    if capability == "AVX512" and more.get("avx512_bf16") and more.get("avx512_vbmi"):
         return "AVX512_BF16"
     return capability
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled functions; None, with a warning, where they cannot be compiled."""
-    flags = (*FLAGS, *INSTRUCTIONS.get(_capability(), ()))
+def _library(weights: str | None) -> ctypes.CDLL | None:
+    """The compiled functions for weights like x (None) or for a value of WEIGHTS; None, with a warning, where they
+    cannot be compiled."""
+    flags = [*FLAGS, *INSTRUCTIONS.get(_capability(), ())]
+    if weights is not None:
+        flags.append(f"-DWEIGHTS={weights}")
     try:
         library = load_library(SOURCE, flags)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
@@ -121,5 +160,5 @@ def _library() -> ctypes.CDLL | None:
         )
         return None
     for name in FUNCTIONS.values():
-        getattr(library, name).argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5
+        getattr(library, name).argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 6
     return library

@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "ragged_moe_vectors.h"
+#include "ragged_moe_readers.h"
 
 constexpr int CHANNELS = 24;  // of gate and up, at most, are one task of a thread
 constexpr int ROWS = 4;       // of down are added at once to few tokens
@@ -17,36 +17,88 @@ constexpr int DOT_TOKENS = 4, DOT_CHANNELS = 3, ADD_TOKENS = 6, ADD_PAIRS = 2;
 constexpr int DOT_TOKENS = 4, DOT_CHANNELS = 1, ADD_TOKENS = 6, ADD_PAIRS = 1;
 #endif
 
-using Word = uint32_t;
+// How a row of gate or up lies in memory, and an input beside it: in groups of columns that have one scale. Without
+// scales a row is one group.
+struct Layout {
+  int64_t row_size, groups;                    // elements of a row, groups of a row
+  int64_t columns, group_size, group_words;    // of a group: columns, elements, words of the input
 
-// Gate and up of C channels for M tokens, each a sum over all columns. Token m's results are at gates[m * CHANNELS] and
-// ups[m * CHANNELS].
-template <int M, int C, typename T>
-inline void dot(const Word* const* x, const T* gate, const T* up, int64_t columns, float* gates, float* ups) {
-  Floats sums[2 * C][M] = {};
-  const T* rows[2 * C];
-  for (int c = 0; c < C; ++c) rows[2 * c] = gate + c * columns, rows[2 * c + 1] = up + c * columns;
-  const Word* inputs[M];
-  std::copy_n(x, M, inputs);
-  const auto step = [&](int64_t k, const auto& weights) {
-    for (int vector = 0; vector < VECTORS<T>; ++vector) {
+  // Of rows of W. A group of the input ends with zeros where W is read beyond it.
+  template <typename T, typename W>
+  static Layout of(int64_t row_columns, int64_t columns) {
+    using R = Reader<T, W>;
+    return {row_columns / R::COLUMNS, row_columns / columns, columns, columns / R::COLUMNS,
+            (columns + R::STEP - 1) / R::STEP * R::STEP / NUMBERS<T>};
+  }
+
+  int64_t input_size() const { return groups * group_words; }  // words
+
+  // Of rows that are words like the input.
+  template <typename T>
+  Layout of_words() const {
+    return {input_size(), groups, group_words * NUMBERS<T>, group_words, group_words};
+  }
+};
+
+// Reads `columns` columns of N rows, STEP at a time, PER_ELEMENT in an element. Calls `use` with the first column of a
+// step and with a function that says where it lies in a row. A last step that is not full ends with zeros. What lies
+// `ahead` elements further is asked for.
+template <int STEP, int PER_ELEMENT, int N, typename E, typename Use>
+inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t ahead, Use use) {
+  int64_t k = 0;
+  for (; k + STEP <= columns; k += STEP) {
+    for (int row = 0; row < N; ++row) __builtin_prefetch(rows[row] + k / PER_ELEMENT + ahead);
+    use(k, [&](int row) { return rows[row] + k / PER_ELEMENT; });
+  }
+  if (k < columns) {
+    E ends[N][STEP / PER_ELEMENT] = {};
+    for (int row = 0; row < N; ++row)
+      std::memcpy(ends[row], rows[row] + k / PER_ELEMENT, (columns - k) / PER_ELEMENT * sizeof(E));
+    use(k, [&](int row) { return ends[row]; });
+  }
+}
+
+// Adds the products of M inputs and C rows of gate and of up, which take turns in `rows`.
+template <int M, int C, typename T, typename W>
+inline void multiply(const Word* const (&inputs)[M], const W* const (&rows)[2 * C], int64_t columns, int64_t ahead,
+                     Floats (&sums)[2 * C][M]) {
+  using R = Reader<T, W>;
+  for_steps<R::STEP, R::COLUMNS>(rows, columns, ahead, [&](int64_t k, const auto& weights) {
+    for (int vector = 0; vector < R::VECTORS; ++vector) {
       Words weight[2 * C];
-      for (int row = 0; row < 2 * C; ++row) weight[row] = words(weights(row), vector);
+      for (int row = 0; row < 2 * C; ++row) weight[row] = R::words(weights(row), vector);
       for (int m = 0; m < M; ++m) {
         const Words input = load_words(inputs[m] + k / NUMBERS<T> + vector * LANES);
         for (int row = 0; row < 2 * C; ++row) sums[row][m] = multiply_add<T>(sums[row][m], input, weight[row]);
       }
     }
-  };
-  int64_t k = 0;
-  for (; k + PAIR <= columns; k += PAIR) {
-    for (int row = 0; row < 2 * C; ++row) __builtin_prefetch(rows[row] + k + C * columns);
-    step(k, [&](int row) { return rows[row] + k; });
-  }
-  if (k < columns) {
-    T ends[2 * C][PAIR] = {};
-    for (int row = 0; row < 2 * C; ++row) std::memcpy(ends[row], rows[row] + k, (columns - k) * sizeof(T));
-    step(k, [&](int row) { return ends[row]; });
+  });
+}
+
+// Gate and up of C channels for M tokens, each a sum over all columns. Token m's results are at gates[m * CHANNELS] and
+// ups[m * CHANNELS]. A row has a scale for each of its groups; without scales `gate_scales` is null.
+template <int M, int C, typename T, typename W>
+inline void dot(const Word* const* x, const W* gate, const W* up, const Layout& layout, const float* gate_scales,
+                const float* up_scales, float* gates, float* ups) {
+  const W* rows[2 * C];
+  for (int c = 0; c < C; ++c) rows[2 * c] = gate + c * layout.row_size, rows[2 * c + 1] = up + c * layout.row_size;
+  const Word* inputs[M];
+  std::copy_n(x, M, inputs);
+  const int64_t ahead = C * layout.row_size;
+  Floats sums[2 * C][M] = {};
+  if constexpr (std::is_same_v<T, W>) {
+    multiply<M, C, T>(inputs, rows, layout.columns, ahead, sums);
+  } else {
+    for (int64_t group = 0; group < layout.groups; ++group) {
+      Floats unscaled[2 * C][M] = {};
+      multiply<M, C, T>(inputs, rows, layout.columns, ahead, unscaled);
+      for (int row = 0; row < 2 * C; ++row) {
+        const float scale = (row % 2 ? up_scales : gate_scales)[row / 2 * layout.groups + group];
+        for (int m = 0; m < M; ++m) sums[row][m] += scale * unscaled[row][m];
+        rows[row] += layout.group_size;
+      }
+      for (auto& input : inputs) input += layout.group_words;
+    }
   }
   for (int c = 0; c < C; ++c)
     for (int m = 0; m < M; ++m) {
@@ -55,32 +107,64 @@ inline void dot(const Word* const* x, const T* gate, const T* up, int64_t column
     }
 }
 
+// Writes a row of weights as words.
+template <typename T, typename W>
+inline void widen_row(const W* row, const Layout& layout, Word* to) {
+  using R = Reader<T, W>;
+  for (int64_t group = 0; group < layout.groups; ++group) {
+    const W* rows[] = {row + group * layout.group_size};
+    for_steps<R::STEP, R::COLUMNS>(rows, layout.columns, layout.row_size, [&](int64_t k, const auto& weights) {
+      for (int vector = 0; vector < R::VECTORS; ++vector)
+        *reinterpret_cast<WordsAt*>(to + k / NUMBERS<T> + vector * LANES) = R::words(weights(0), vector);
+    });
+    to += layout.group_words;
+  }
+}
+
 // A step of down: one row, or two that share words, in P pairs of columns.
 template <int P>
 using Panel = Columns[P];
 
+// The first `count` of PAIR columns; the others are read as zeros.
+template <typename T, typename W>
+[[gnu::noinline]] Columns last_columns(const W* row, const W* next, int64_t count) {
+  using R = Reader<T, W>;
+  W ends[2][PAIR / R::COLUMNS] = {};
+  std::memcpy(ends[0], row, count / R::COLUMNS * sizeof(W));
+  if (next) std::memcpy(ends[1], next, count / R::COLUMNS * sizeof(W));
+  return R::columns(ends[0], next ? ends[1] : nullptr);
+}
+
 // Fills a panel with `steps` steps. `down` points to the first of its rows, of which there are `rows`, and `count` is
 // the number of columns from there to the last. What lies `ahead` elements further is asked for.
-template <int P, typename T>
-inline void pack(const T* down, int64_t rows, int64_t row_size, int64_t count, int64_t ahead, int steps,
-                 Panel<P>* panel) {
+template <int P, typename T, typename W>
+[[gnu::always_inline]] inline void pack(const W* down, int64_t rows, int64_t row_size, int64_t count, int64_t ahead,
+                                        int steps, Panel<P>* panel) {
+  using R = Reader<T, W>;
   for (int step = 0; step < steps; ++step) {
-    const T* row = down + step * NUMBERS<T> * row_size;
-    const bool is_last = step * NUMBERS<T> + 1 >= rows;
-    const T* next = is_last ? nullptr : row + row_size;
-    for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(row + p * PAIR + ahead);
-      if (NUMBERS<T> == 2 && next) __builtin_prefetch(next + p * PAIR + ahead);
-      if (count >= (p + 1) * PAIR) {
-        panel[step][p] = columns(row + p * PAIR, next ? next + p * PAIR : nullptr);
-      } else {
-        T ends[2][PAIR] = {};
-        std::memcpy(ends[0], row + p * PAIR, (count - p * PAIR) * sizeof(T));
-        if (next) std::memcpy(ends[1], next + p * PAIR, (count - p * PAIR) * sizeof(T));
-        panel[step][p] = columns<T>(ends[0], next ? ends[1] : nullptr);
-      }
+    const W* row = down + step * NUMBERS<T> * row_size;
+    const bool has_next = NUMBERS<T> == 2 && step * NUMBERS<T> + 1 < rows;
+    for (int p = 0; p < P; ++p, row += PAIR / R::COLUMNS) {
+      const W* next = has_next ? row + row_size : nullptr;
+      __builtin_prefetch(row + ahead);
+      if (next) __builtin_prefetch(next + ahead);
+      panel[step][p] = count >= (p + 1) * PAIR ? R::columns(row, next) : last_columns<T>(row, next, count - p * PAIR);
     }
   }
+}
+
+// sums += hidden times the panel, for M tokens and P pairs of columns.
+template <int P, typename T, size_t M>
+inline void multiply_panel(const std::array<const Word*, M>& hidden, const Panel<P>* panel, int steps,
+                           Pair (&sums)[M][P]) {
+  for (int step = 0; step < steps; ++step)
+    for (size_t m = 0; m < M; ++m) {
+      const Words word = Words{} + hidden[m][step];
+      for (int p = 0; p < P; ++p) {
+        sums[m][p].first = multiply_add<T>(sums[m][p].first, word, panel[step][p].first);
+        sums[m][p].second = multiply_add<T>(sums[m][p].second, word, panel[step][p].second);
+      }
+    }
 }
 
 // outputs[m] += hidden[m] times the panel, for M tokens and P pairs of columns from `column` on. Tokens are distinct.
@@ -90,14 +174,31 @@ inline void add(const std::array<const Word*, M>& hidden, const Panel<P>* panel,
   Pair sums[M][P];
   for (size_t m = 0; m < M; ++m)
     for (int p = 0; p < P; ++p) sums[m][p] = load(outputs[m] + column + p * PAIR);
-  for (int step = 0; step < steps; ++step)
-    for (size_t m = 0; m < M; ++m) {
-      const Words word = Words{} + hidden[m][step];
-      for (int p = 0; p < P; ++p) {
-        sums[m][p].first = multiply_add<T>(sums[m][p].first, word, panel[step][p].first);
-        sums[m][p].second = multiply_add<T>(sums[m][p].second, word, panel[step][p].second);
-      }
-    }
+  multiply_panel<P, T>(hidden, panel, steps, sums);
   for (size_t m = 0; m < M; ++m)
     for (int p = 0; p < P; ++p) store(outputs[m] + column + p * PAIR, sums[m][p]);
+}
+
+inline void add_scaled(float* output, Pair scales, Pair values) {
+  const Pair before = load(output);
+  store(output, Pair{before.first + scales.first * values.first, before.second + scales.second * values.second});
+}
+
+// The same, where a column's products with these rows are to be scaled before they are added.
+template <int P, typename T, size_t M>
+inline void add_scaled(const std::array<const Word*, M>& hidden, const Panel<P>* panel, int steps,
+                       const Pair (&scales)[P], const std::array<float*, M>& outputs, int64_t column) {
+  Pair sums[M][P] = {};
+  multiply_panel<P, T>(hidden, panel, steps, sums);
+  for (size_t m = 0; m < M; ++m)
+    for (int p = 0; p < P; ++p) add_scaled(outputs[m] + column + p * PAIR, scales[p], sums[m][p]);
+}
+
+// Scales of PAIR columns, ordered like them. Beyond `count` there are none.
+template <typename T>
+inline Pair load_scales(const float* scales, int64_t count) {
+  if (count >= PAIR) return in_order_of<T>(load(scales));
+  float ends[PAIR] = {};
+  if (count > 0) std::memcpy(ends, scales, count * sizeof(float));
+  return in_order_of<T>(load(ends));
 }

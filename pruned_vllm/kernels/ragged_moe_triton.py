@@ -11,6 +11,10 @@ any routing:
 Weights lie in rows: row r of `gate`, `up` and `down` belongs to channel r, experts one after the other. An expert of
 odd width therefore shifts the next one by whole rows of `hidden` numbers and leaves every row as aligned as the first.
 
+Quantized weights are codes with scales (`Scales` in ragged_moe_arguments.py). They become numbers like the input in the
+tile, exactly, and sums are scaled: for decode, which takes as long as reading weights. Where that is asked for, large
+batches quantize the input instead, and multiply codes: one more launch in front of each product.
+
 The kernels' names for sizes: a pair is one (token, choice) with index token * topk + choice; a row is a place among the
 pairs sorted by expert; `width` is an expert's number of channels, `hidden` the model's hidden size.
 """
@@ -19,8 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
-from pruned_vllm.kernels.ragged_moe_config import choose_config
+from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments
+from pruned_vllm.kernels.ragged_moe_codes import INTERPRETED, dot, numbers, quantize_rows
+from pruned_vllm.kernels.ragged_moe_config import QUANTIZED_INPUT_ABOVE, choose_config
+from pruned_vllm.kernels.ragged_moe_schedule import locate, make_schedule, read_tile
 
 # Rows of the intermediate start at multiples of this, and what the down projection reads of a row ends at one, with
 # zeros behind the expert's width. With an end that Triton cannot prove to be a multiple of a vector, loads of 16-bit
@@ -28,108 +34,53 @@ from pruned_vllm.kernels.ragged_moe_config import choose_config
 VECTOR = 16
 REDUCE_BLOCK = 1024
 
-# Triton reads TRITON_INTERPRET when it decorates a kernel; only then do the kernels accept tensors in CPU memory.
-INTERPRETED = triton.knobs.runtime.interpret
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
-def _schedule_kernel(
-    topk_ids, offsets, sorted_pairs, tiles, num_pairs, num_tiles, num_experts,
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
-):  # fmt: skip
-    """One program per expert: it places the expert's pairs and tiles behind those of all experts before it.
-
-    Every program counts the pairs of all experts itself. That is a few loads from cache, where handing counts from one
-    program to another would take a second launch, and at batch 1 launches are what this costs.
-    """
-    expert = tl.program_id(0)
-    bins = tl.arange(0, BINS)  # at least one more than experts: the surplus counts what is routed nowhere
-    is_expert = bins < num_experts
-    width = tl.load(offsets + bins + 1, is_expert, 0) - tl.load(offsets + bins, is_expert, 0)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(0, num_pairs, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        pair_expert = tl.load(topk_ids + pair, pair < num_pairs, -1)
-        known = (pair_expert >= 0) & (pair_expert < num_experts)
-        counts += tl.histogram(tl.where(known, pair_expert, num_experts).to(tl.int32), BINS)
-    counts = tl.where(is_expert & (width > 0), counts, 0)  # an expert without channels adds nothing: no work for it
-    tile_counts = (counts + BLOCK_M - 1) // BLOCK_M
-    first_row = tl.sum(tl.where(bins < expert, counts, 0))
-    first_tile = tl.sum(tl.where(bins < expert, tile_counts, 0))
-    count = tl.sum(tl.where(bins == expert, counts, 0))
-
-    for done in range(0, count, BLOCK_M):
-        entry = tiles + (first_tile + done // BLOCK_M) * 3
-        tl.store(entry, expert)
-        tl.store(entry + 1, first_row + done)
-        tl.store(entry + 2, tl.minimum(count - done, BLOCK_M))
-    # The rest of the list says that there is no tile. Every expert's program writes a part of it.
-    for tile in range(tl.sum(tile_counts) + expert, num_tiles, num_experts):
-        tl.store(tiles + tile * 3, -1)
-
-    row = first_row
-    if count > 0:
-        for start in range(0, num_pairs, BLOCK):
-            pair = start + tl.arange(0, BLOCK)
-            mine = tl.load(topk_ids + pair, pair < num_pairs, -1) == expert
-            tl.store(sorted_pairs + row - 1 + tl.cumsum(mine.to(tl.int32), 0), pair, mine)
-            row += tl.sum(mine.to(tl.int32))
-
 
 @triton.jit
-def _locate(num_tiles, num_blocks, GROUP: tl.constexpr):
-    """This program's tile and block of columns. Programs that follow each other take GROUP tiles by one block of
-    columns, then by the next: tiles of an expert share its weights in the L2 cache, blocks of a tile its input."""
-    program = tl.program_id(0)
-    first = program // (GROUP * num_blocks) * GROUP
-    size = tl.minimum(num_tiles - first, GROUP)
-    within = program - first * num_blocks
-    return first + within % size, within // size
-
-
-@triton.jit
-def _read_tile(tile, tiles, sorted_pairs, topk_ids, offsets, num_experts, SORTED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The tile's first weight row and width (0: nothing to do), and of its rows: places, pairs, and which there are.
-
-    Without SORTED no schedule was built: tile i is pair i alone.
-    """
-    if SORTED:
-        expert = tl.load(tiles + tile * 3)
-        known = expert >= 0
-        first_row = tl.load(tiles + tile * 3 + 1, known, 0)
-        num_rows = tl.load(tiles + tile * 3 + 2, known, 0)
+def _terms(step, count, GROUP_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A step's first term of `count` that are summed, where its terms end, and its group. No step has two groups."""
+    if GROUP_SIZE:
+        steps: tl.constexpr = (GROUP_SIZE + BLOCK_K - 1) // BLOCK_K
+        group = step // steps
+        start = group * GROUP_SIZE + step % steps * BLOCK_K
+        end = tl.minimum((group + 1) * GROUP_SIZE, count)
     else:
-        expert = tl.load(topk_ids + tile)
-        known = (expert >= 0) & (expert < num_experts)
-        first_row = tile
-        num_rows = 1
-    weight_row = tl.load(offsets + expert, known, 0).to(tl.int64)
-    width = (tl.load(offsets + expert + 1, known, 0) - weight_row).to(tl.int32)
-    row = first_row + tl.arange(0, BLOCK_M)
-    exists = tl.arange(0, BLOCK_M) < num_rows
-    pair = tl.load(sorted_pairs + row, exists, 0) if SORTED else row
-    return weight_row, width, row.to(tl.int64), pair.to(tl.int64), exists
+        group = 0
+        start = step * BLOCK_K
+        end = count
+    return start, end, group
 
 
 @triton.jit
-def _dot(a, b, total):
-    if _INTERPRETED:  # the interpreter multiplies bfloat16 as if the bits were integers: triton issue 11584
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")  # float32 is not cut to TF32
+def _num_steps(count, GROUP_SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    if GROUP_SIZE:
+        steps = tl.cdiv(count, GROUP_SIZE) * ((GROUP_SIZE + BLOCK_K - 1) // BLOCK_K)
+    else:
+        steps = tl.cdiv(count, BLOCK_K)
+    return steps
+
+
+@triton.jit
+def _add(rows, weight, total, scales_at, exists, GROUP_SIZE: tl.constexpr):
+    """total + rows * weight, with groups times the scales [BLOCK_N] of the step's group."""
+    if GROUP_SIZE:
+        scale = tl.load(scales_at, exists, 0.0)
+        total += dot(rows, weight, tl.zeros_like(total)) * scale[None, :]
+    else:
+        total = dot(rows, weight, total)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
 def _gate_up_kernel(
-    x, gate_up, intermediate, tiles, sorted_pairs, topk_ids, offsets,
-    num_tiles, num_blocks, num_experts, topk, hidden, up_offset, intermediate_stride,
-    SORTED: tl.constexpr, GROUP: tl.constexpr,
+    x, gate_up, intermediate, tiles, sorted_pairs, topk_ids, offsets, x_scales, scales,
+    num_tiles, num_blocks, num_experts, topk, hidden, row_size, up_offset, num_groups, up_scales_offset,
+    intermediate_stride,
+    SORTED: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """intermediate[row, :width] = silu(x[token] gate^T) * (x[token] up^T), then zeros up to a multiple of VECTOR."""
-    tile, block = _locate(num_tiles, num_blocks, GROUP)
-    weight_row, width, row, pair, exists = _read_tile(
+    tile, block = locate(num_tiles, num_blocks, GROUP)
+    _, weight_row, width, row, pair, exists = read_tile(
         tile, tiles, sorted_pairs, topk_ids, offsets, num_experts, SORTED, BLOCK_M
     )
     # The grid holds a program for every block of the widest expert. Those beyond an expert's own width end here, after
@@ -138,54 +89,92 @@ def _gate_up_kernel(
     # schedule in front of every layer, or programs that loop over it and drain their pipelines between two entries.
     if block * BLOCK_N >= width:
         return
+    per_element: tl.constexpr = 2 if gate_up.dtype.element_ty == tl.uint8 else 1  # columns
+    zero: tl.constexpr = 0x88 if per_element == 2 else 0.0
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_channel = channel < width
     k = tl.arange(0, BLOCK_K)
+    element = tl.arange(0, BLOCK_K // per_element)
     x_at = x + (pair // topk)[:, None] * hidden + k[None, :]
-    gate_at = gate_up + weight_row * hidden + channel[None, :] * hidden + k[:, None]
+    gate_at = gate_up + weight_row * row_size + channel[None, :] * row_size + element[:, None]
+    scales_at = scales
+    if scales is not None:
+        scales_at += (weight_row + channel) * num_groups
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        inside = k < hidden - start
-        rows = tl.load(x_at + start, exists[:, None] & inside[None, :], 0.0)
-        wanted = inside[:, None] & (channel < width)[None, :]
-        gate_weight = tl.load(gate_at + start, wanted, 0.0)
-        up_weight = tl.load(gate_at + up_offset + start, wanted, 0.0)
-        gate = _dot(rows, gate_weight, gate)
-        up = _dot(rows, up_weight, up)
+    for step in range(0, _num_steps(hidden, GROUP_SIZE, BLOCK_K)):
+        start, end, _ = _terms(step, hidden, GROUP_SIZE, BLOCK_K)
+        rows = tl.load(x_at + start, exists[:, None] & (k < end - start)[None, :], 0.0)
+        start, end, group = _terms(step, row_size, GROUP_SIZE // per_element, BLOCK_K // per_element)
+        wanted = (element < end - start)[:, None] & is_channel[None, :]
+        gate_weight = tl.load(gate_at + start, wanted, zero)
+        up_weight = tl.load(gate_at + up_offset + start, wanted, zero)
+        if scales is not None:
+            gate_weight = tl.trans(numbers(tl.trans(gate_weight), rows.dtype))
+            up_weight = tl.trans(numbers(tl.trans(up_weight), rows.dtype))
+            gate = _add(rows, gate_weight, gate, scales_at + group, is_channel, GROUP_SIZE)
+            up = _add(rows, up_weight, up, scales_at + up_scales_offset + group, is_channel, GROUP_SIZE)
+        else:
+            gate = dot(rows, gate_weight, gate)
+            up = dot(rows, up_weight, up)
+    if scales is not None and not GROUP_SIZE:
+        gate *= tl.load(scales_at, is_channel, 0.0)[None, :]
+        up *= tl.load(scales_at + up_scales_offset, is_channel, 0.0)[None, :]
+    if x_scales is not None:
+        scale = tl.load(x_scales + pair // topk, exists, 0.0)[:, None]
+        gate *= scale
+        up *= scale
     product = gate / (1.0 + tl.exp(-gate)) * up  # 0 beyond the width: the weights were read as 0 there
     end = (width + VECTOR - 1) // VECTOR * VECTOR
     out_at = intermediate + row[:, None] * intermediate_stride + channel[None, :]
     tl.store(out_at, product.to(intermediate.dtype.element_ty), exists[:, None] & (channel < end)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
 def _down_kernel(
     intermediate, down, partial, topk_weights, tiles, sorted_pairs, topk_ids, offsets,
-    num_tiles, num_blocks, num_experts, hidden, intermediate_stride,
-    SORTED: tl.constexpr, GROUP: tl.constexpr,
+    intermediate_scales, scales, run_offsets,
+    num_tiles, num_blocks, num_experts, hidden, row_size, intermediate_stride,
+    SORTED: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """partial[pair] = topk_weights[pair] * (intermediate[row, :width] down). Pairs routed nowhere stay unwritten."""
-    tile, block = _locate(num_tiles, num_blocks, GROUP)
-    weight_row, width, row, pair, exists = _read_tile(
+    tile, block = locate(num_tiles, num_blocks, GROUP)
+    expert, weight_row, width, row, pair, exists = read_tile(
         tile, tiles, sorted_pairs, topk_ids, offsets, num_experts, SORTED, BLOCK_M
     )
     if width <= 0:
         return
+    per_element: tl.constexpr = 2 if down.dtype.element_ty == tl.uint8 else 1  # columns
+    zero: tl.constexpr = 0x88 if per_element == 2 else 0.0
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_column = column < hidden
+    element = block * (BLOCK_N // per_element) + tl.arange(0, BLOCK_N // per_element)
     k = tl.arange(0, BLOCK_K)
     rows_at = intermediate + row[:, None] * intermediate_stride + k[None, :]
-    down_at = down + weight_row * hidden + k[:, None] * hidden + column[None, :]
-    end = (width + VECTOR - 1) // VECTOR * VECTOR
+    down_at = down + weight_row * row_size + k[:, None] * row_size + element[None, :]
+    scales_at = scales
+    if scales is not None:
+        scales_at += tl.load(run_offsets + expert).to(tl.int64) * hidden + column
+    last = (width + VECTOR - 1) // VECTOR * VECTOR
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        rows = tl.load(rows_at + start, exists[:, None] & (k < end - start)[None, :], 0.0)
-        wanted = (k < width - start)[:, None] & (column < hidden)[None, :]
-        weight = tl.load(down_at + start * hidden, wanted, 0.0)
-        total = _dot(rows, weight, total)
+    for step in range(0, _num_steps(width, GROUP_SIZE, BLOCK_K)):
+        start, end, group = _terms(step, width, GROUP_SIZE, BLOCK_K)
+        rows = tl.load(rows_at + start, exists[:, None] & (k < last - start)[None, :], 0.0)
+        wanted = (k < end - start)[:, None] & (element < row_size)[None, :]
+        weight = tl.load(down_at + start * row_size, wanted, zero)
+        if scales is not None:
+            weight = numbers(weight, rows.dtype)
+            total = _add(rows, weight, total, scales_at + group * hidden, is_column, GROUP_SIZE)
+        else:
+            total = dot(rows, weight, total)
+    if scales is not None and not GROUP_SIZE:
+        total *= tl.load(scales_at, is_column, 0.0)[None, :]
+    if intermediate_scales is not None:
+        total *= tl.load(intermediate_scales + row, exists, 0.0)[:, None]
     total *= tl.load(topk_weights + pair, exists, 0.0).to(tl.float32)[:, None]
     out_at = partial + pair[:, None] * hidden + column[None, :]
-    tl.store(out_at, total.to(partial.dtype.element_ty), exists[:, None] & (column < hidden)[None, :])
+    tl.store(out_at, total.to(partial.dtype.element_ty), exists[:, None] & is_column[None, :])
 
 
 @triton.jit
@@ -212,6 +201,7 @@ def ragged_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     max_width: int,
+    scales: Scales | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, (silu(x gate^T) * (x up^T)) down, each at its own width.
 
@@ -228,42 +218,59 @@ def ragged_moe(
         topk_ids: [tokens, topk] int32 or int64; an id outside 0 to experts - 1 is routed nowhere and adds nothing.
         max_width: width of the widest expert. It sizes the grid and a workspace and must not be smaller than the
             widest one; that cannot be checked without waiting for the device.
+        scales: of quantized weights; `gate_up` and `down` are codes then, see `Scales`.
 
     Returns:
         [tokens, hidden], dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts do not fit; the message lists everything that does not.
+        ValueError: shapes, dtypes, devices or layouts do not fit; the message lists everything that does not. Or the
+            GPU has no float8_e4m3fn.
     """
-    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
-    if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("ragged_moe got tensors in CPU memory, where Triton's kernels do not run")
+    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales)
+    _check_device(x, down)
     num_tokens, hidden = x.shape
     num_pairs, num_experts = topk_ids.numel(), len(offsets) - 1
     if num_pairs == 0 or num_experts == 0 or max_width == 0 or hidden == 0:
         return x.new_zeros(num_tokens, hidden)
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    config = choose_config(num_pairs / num_experts, x.dtype)
+    pairs_per_expert = num_pairs / num_experts
+    quantize = scales is not None and scales.quantize_input and pairs_per_expert > QUANTIZED_INPUT_ABOVE
+    config = choose_config(pairs_per_expert, torch.float8_e4m3fn if quantize else x.dtype)
     num_tiles, tiles, sorted_pairs = num_pairs, topk_ids, topk_ids  # placeholders, never read without a schedule
     if config.is_sorted:
-        num_tiles, tiles, sorted_pairs = _schedule(topk_ids, offsets, config.block_m)
+        num_tiles, tiles, sorted_pairs = make_schedule(topk_ids, offsets, config.block_m)
 
     stride = triton.cdiv(max_width, VECTOR) * VECTOR
     intermediate = x.new_empty(num_pairs, stride)
     partial = x.new_empty(num_pairs, hidden)
     out = x.new_empty(num_tokens, hidden)
     routing = (tiles, sorted_pairs, topk_ids, offsets)
-    options = {"SORTED": config.is_sorted, "GROUP": config.group, "BLOCK_M": config.block_m, "VECTOR": VECTOR}
+    group_size = (scales and scales.group_size) or 0
+    options = {
+        "SORTED": config.is_sorted,
+        "GROUP": config.group,
+        "GROUP_SIZE": group_size,
+        "BLOCK_M": config.block_m,
+        "VECTOR": VECTOR,
+    }
+    inputs, input_scales = quantize_rows(x) if quantize else (x, None)
     blocks = triton.cdiv(max_width, config.gate_up.block_n)
     _gate_up_kernel[(num_tiles * blocks,)](
-        x, gate_up, intermediate, *routing,
-        num_tiles, blocks, num_experts, topk_ids.shape[1], hidden, gate_up.stride(0), stride,
-        **options, **config.gate_up.launch_options(),
+        inputs, gate_up, intermediate, *routing, input_scales, scales and scales.gate_up,
+        num_tiles, blocks, num_experts, topk_ids.shape[1], hidden, gate_up.stride(1), gate_up.stride(0),
+        scales.gate_up.stride(1) if scales else 0, scales.gate_up.stride(0) if scales else 0, stride,
+        **options, **config.gate_up.launch_options(group_size),
     )  # fmt: skip
+    inputs, input_scales = intermediate, None
+    if quantize:
+        inputs, input_scales = quantize_rows(intermediate, (sorted_pairs, topk_ids, offsets), VECTOR)
     blocks = triton.cdiv(hidden, config.down.block_n)
     _down_kernel[(num_tiles * blocks,)](
-        intermediate, down, partial, topk_weights, *routing, num_tiles, blocks, num_experts, hidden, stride,
-        **options, **config.down.launch_options(),
+        inputs, down, partial, topk_weights, *routing,
+        input_scales, scales and scales.down, scales and scales.down_offsets,
+        num_tiles, blocks, num_experts, hidden, down.stride(0), stride,
+        **options, **config.down.launch_options(group_size),
     )  # fmt: skip
     _reduce_kernel[(num_tokens, triton.cdiv(hidden, REDUCE_BLOCK))](
         partial, topk_ids, offsets, out, num_experts, hidden, TOPK=topk_ids.shape[1], BLOCK=REDUCE_BLOCK
@@ -271,22 +278,14 @@ def ragged_moe(
     return out
 
 
-def _schedule(topk_ids: torch.Tensor, offsets: torch.Tensor, block_m: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Pairs sorted by expert, and tiles of them.
-
-    Returns:
-        The number of entries in the list of tiles, the most that any routing can need; the list, int32 [entries, 3] of
-        (expert, first row, rows), -1 as the expert in entries that this routing does not need; the sorted pairs,
-        int32 [pairs], without those that need no work: as many entries at the end stay unwritten.
-    """
-    num_pairs, num_experts = topk_ids.numel(), len(offsets) - 1
-    # Worst case: as many experts as possible have a last tile with a single row in it.
-    num_tiles = (num_pairs + min(num_pairs, num_experts) * (block_m - 1)) // block_m
-    tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=topk_ids.device)
-    sorted_pairs = torch.empty(num_pairs, dtype=torch.int32, device=topk_ids.device)
-    block, num_warps = (512, 4) if num_pairs <= 512 else (4096, 8)  # two sizes, so that few variants get compiled
-    _schedule_kernel[(num_experts,)](
-        topk_ids, offsets, sorted_pairs, tiles, num_pairs, num_tiles, num_experts,
-        BLOCK_M=block_m, BLOCK=block, BINS=triton.next_power_of_2(num_experts + 1), num_warps=num_warps,
-    )  # fmt: skip
-    return num_tiles, tiles, sorted_pairs
+def _check_device(x: torch.Tensor, weights: torch.Tensor) -> None:
+    """Raises ValueError where the kernels do not run."""
+    if INTERPRETED:
+        return
+    if x.device.type == "cpu":
+        raise ValueError("ragged_moe got tensors in CPU memory, where Triton's kernels do not run")
+    if weights.dtype == torch.float8_e4m3fn and (capability := torch.cuda.get_device_capability(x.device)) < (8, 9):
+        raise ValueError(
+            f"ragged_moe got float8_e4m3fn weights on a GPU of compute capability {capability[0]}.{capability[1]}; "
+            "it takes 8.9 to read them. Quantize the experts to 8-bit integers instead"
+        )

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -14,16 +14,18 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
 constexpr int PAIR = 2 * LANES;   // elements that are loaded at once
 
+using Word = uint32_t;
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(float))));
 // The same anywhere in memory.
@@ -43,6 +45,28 @@ struct Float16 {
 struct Pair {
   Floats first, second;
 };
+
+// Elements in order, as those at even places and at odd ones.
+template <int... I>
+inline Pair deinterleave(Pair pair, std::integer_sequence<int, I...>) {
+  return {__builtin_shufflevector(pair.first, pair.second, (2 * I)...),
+          __builtin_shufflevector(pair.first, pair.second, (2 * I + 1)...)};
+}
+
+// The other way round.
+template <int... I>
+inline Pair interleave(Pair pair, std::integer_sequence<int, I...>) {
+  return {__builtin_shufflevector(pair.first, pair.second, (I % 2 * LANES + I / 2)...),
+          __builtin_shufflevector(pair.first, pair.second, (I % 2 * LANES + I / 2 + LANES / 2)...)};
+}
+
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+// Elements in order, as load(const T*) orders its own.
+template <typename T>
+inline Pair in_order_of(Pair pair) {
+  return sizeof(T) == 2 ? deinterleave(pair, Lanes()) : pair;
+}
 
 inline Pair load(const float* p) {
   return {*reinterpret_cast<const FloatsAt*>(p), *reinterpret_cast<const FloatsAt*>(p + LANES)};

@@ -49,6 +49,18 @@ CASES = (
     Case(70, 72, (16, 32, 48, 64), 2),
 )
 
+# For the CPU: what passes over weights more than once, ends within a vector or a panel, or has rows that are no
+# multiple of a cache line.
+MORE_CASES = (
+    Case(9, 1056, (31, 0, 64, 33), 1, "one"),
+    Case(40, 2048, (70, 5), 2),
+    Case(3, 33, (1, 2, 3, 4, 5, 6, 7, 8), 8),
+    Case(64, 96, (100,), 1),
+    Case(5, 1, (1, 1), 1, "any"),
+    Case(131, 130, (3, 259), 2),
+    Case(150, 197, (300, 0, 131, 1), 2, "any"),
+)
+
 
 class Inputs(NamedTuple):
     x: torch.Tensor
@@ -65,22 +77,23 @@ def random_inputs(case: Case, dtype: torch.dtype, seed: int, device: str) -> Inp
     torch.manual_seed(seed)
     rows, num_experts = sum(case.widths), len(case.widths)
     odd = seed % 2  # what half of the runs have: x not contiguous, 64-bit integers, a wider max_width than needed
-    x = _guarded(torch.randn(case.tokens, case.hidden + 3 * odd).to(device, dtype))
+    x = guarded(torch.randn(case.tokens, case.hidden + 3 * odd).to(device, dtype))
     x[:, case.hidden :] = torch.nan
     integers = torch.int64 if odd else torch.int32
     return Inputs(
         x=x[:, : case.hidden],
-        gate_up=_guarded((torch.randn(2, rows, case.hidden) / case.hidden**0.5).to(device, dtype)),
-        down=_guarded(torch.randn(rows, case.hidden).to(device, dtype)),
-        offsets=_guarded(torch.tensor([0, *case.widths]).cumsum(0).to(device, integers)),
-        topk_weights=_guarded(torch.rand(case.tokens, case.topk).to(device)),
+        gate_up=guarded((torch.randn(2, rows, case.hidden) / case.hidden**0.5).to(device, dtype)),
+        down=guarded(torch.randn(rows, case.hidden).to(device, dtype)),
+        offsets=guarded(torch.tensor([0, *case.widths]).cumsum(0).to(device, integers)),
+        topk_weights=guarded(torch.rand(case.tokens, case.topk).to(device)),
         topk_ids=_route(case, num_experts).to(device, integers),
         max_width=max(case.widths) + 5 * odd,
     )
 
 
-def _guarded(tensor: torch.Tensor) -> torch.Tensor:
-    around = torch.nan if tensor.is_floating_point() else 2**30
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy between NaN or large integers in memory."""
+    around = torch.nan if tensor.is_floating_point() else min(2**30, torch.iinfo(tensor.dtype).max)
     memory = torch.full((tensor.numel() + 4096,), around, dtype=tensor.dtype, device=tensor.device)
     inside = memory[2048 : 2048 + tensor.numel()].view(tensor.shape)
     return inside.copy_(tensor)
@@ -96,16 +109,25 @@ def _route(case: Case, num_experts: int) -> torch.Tensor:
     return torch.full(shape, 1 if case.routing == "one" else -1)
 
 
-def reference(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def few_numbers(rows: int, columns: int, most: int) -> torch.Tensor:
+    """-1, 0 and 1: in each row at most `most` that are not 0."""
+    numbers = torch.zeros(rows, columns)
+    return numbers.scatter_(1, torch.randint(columns, (rows, most)), torch.randint(-1, 2, (rows, most)).float())
+
+
+def reference(inputs: Inputs, *, fp8_hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact result and the error that rounding may cause, both float64 [tokens, hidden].
 
     Rounded to the dtype are what enters the down projection, what leaves it, and the sum: three times at most `eps` of
     the sum of absolute terms (hardware rounds to nearest, which is half of it; the interpreter truncates bfloat16). The
     rest is float32 arithmetic on sums of absolute terms: a small multiple of its eps, far below the worst case.
+
+    With `fp8_hidden` what enters the down projection is rounded to float8_e4m3fn, scaled so that a token's largest is
+    448: by at most 1/16 of it or, where it is small, 2^-10 of a scale.
     """
     x, gate_up, down, offsets, topk_weights, topk_ids, _ = inputs
     x64, gate64, up64, down64 = x.double(), gate_up[0].double(), gate_up[1].double(), down.double()
-    result, rounded, computed = (torch.zeros_like(x64) for _ in range(3))
+    result, rounded, computed, coarse = (torch.zeros_like(x64) for _ in range(4))
     bounds = offsets.tolist()
     for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         weight = (topk_weights.double() * (topk_ids == expert)).sum(1, keepdim=True)
@@ -115,8 +137,12 @@ def reference(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         result += weight * (product @ down64[begin:end])
         rounded += weight * (product.abs() @ down64[begin:end].abs())
         computed += weight * (absolute @ down64[begin:end].abs())
+        if fp8_hidden and begin < end:
+            error = torch.maximum(product.abs() / 16, product.abs().amax(1, keepdim=True) / 448 / 1024)
+            coarse += weight * (error @ down64[begin:end].abs())
     smallest = torch.finfo(x.dtype).smallest_normal
-    return result, 3 * torch.finfo(x.dtype).eps * (rounded + smallest) + 16 * torch.finfo(torch.float32).eps * computed
+    allowed = 3 * torch.finfo(x.dtype).eps * (rounded + smallest) + 16 * torch.finfo(torch.float32).eps * computed
+    return result, allowed + coarse
 
 
 @contextlib.contextmanager
@@ -176,39 +202,62 @@ def compare(actual: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor,
 
 def schedule(topk_ids: list[list[int]], offsets: list[int], block_m: int) -> tuple[list[list[int]], list[int]]:
     """The list of tiles and the sorted pairs that the kernel makes."""
-    from pruned_vllm.kernels.ragged_moe_triton import _schedule
+    from pruned_vllm.kernels.ragged_moe_schedule import make_schedule
 
     with poisoned_memory():
-        _, tiles, sorted_pairs = _schedule(torch.tensor(topk_ids), torch.tensor(offsets), block_m)
+        _, tiles, sorted_pairs = make_schedule(torch.tensor(topk_ids), torch.tensor(offsets), block_m)
     return tiles.tolist(), sorted_pairs.tolist()
 
 
-def compile_config(config: Config, dtype: str, compute_capability: int) -> list:
-    """The gate-and-up and the down kernel compiled for a GPU that need not be there. Sizes are multiples of 16.
+class Types(NamedTuple):
+    """What kernels are compiled for, in Triton's names of types: "bf16", "fp8e4nv", "i8", "u8" ...
 
-    Args:
-        dtype: of the weights, as Triton calls it: "bf16", "fp16" or "fp32".
+    Attributes:
+        x: the input and output.
+        weights: codes where they are not like x.
+        inputs: what is multiplied, where it is not like x.
+        group_size: 0: a scale for each row.
     """
+
+    x: str
+    weights: str | None = None
+    inputs: str | None = None
+    group_size: int = 0
+
+
+def compile_config(config: Config, types: Types, compute_capability: int) -> list:
+    """The gate-and-up and the down kernel compiled for a GPU that need not be there. Sizes are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from pruned_vllm.kernels import ragged_moe_triton as kernels
 
-    numbers = dict.fromkeys(("x", "gate_up", "down", "intermediate", "partial"), f"*{dtype}")
-    integers = dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "*i32")
-    multiples = ("hidden", "up_offset", "intermediate_stride")
+    inputs, weights, is_scaled = types.inputs or types.x, types.weights or types.x, types.weights is not None
+    pointers = {"gate_up": weights, "down": weights, "partial": types.x, "topk_weights": "fp32"}
+    pointers |= dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "i32")
+    pointers |= {"scales": "fp32", "run_offsets": "i32"} if is_scaled else {}
+    multiples = ("hidden", "row_size", "up_offset", "intermediate_stride")
     compiled = []
-    for kernel, tile in ((kernels._gate_up_kernel, config.gate_up), (kernels._down_kernel, config.down)):
+    for kernel, tile, more in (
+        (kernels._gate_up_kernel, config.gate_up, {"x": inputs, "x_scales": "fp32", "intermediate": types.x}),
+        (kernels._down_kernel, config.down, {"intermediate": inputs, "intermediate_scales": "fp32"}),
+    ):
         constants = {
             "SORTED": config.is_sorted,
             "GROUP": config.group,
+            "GROUP_SIZE": types.group_size,
             "BLOCK_M": config.block_m,
-        } | tile.launch_options()
+            "VECTOR": kernels.VECTOR,
+        } | tile.launch_options(types.group_size)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        constants["VECTOR"] = kernels.VECTOR
-        types = numbers | integers | {"topk_weights": "*fp32"} | dict.fromkeys(constants, "constexpr")
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        if not types.inputs:
+            constants |= dict.fromkeys(("x_scales", "intermediate_scales"))
+        if not is_scaled:
+            constants |= dict.fromkeys(("scales", "run_offsets"))
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        kinds = {name: f"*{kind}" for name, kind in (pointers | more).items()} | dict.fromkeys(constants, "constexpr")
+        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in multiples]
         source = ASTSource(
             kernel,

@@ -6,33 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.ragged_moe import CASES, DTYPES, Case, Inputs, check, compare, random_inputs
+from helpers.ragged_moe import CASES, DTYPES, MORE_CASES, Case, Inputs, check, compare, few_numbers, random_inputs
 
 from pruned_vllm.kernels import ragged_moe_cpu
 from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
 
-# What passes over weights more than once, ends within a vector or a panel, or has rows that are no multiple of a cache
-# line.
-MORE_CASES = (
-    Case(9, 1056, (31, 0, 64, 33), 1, "one"),
-    Case(40, 2048, (70, 5), 2),
-    Case(3, 33, (1, 2, 3, 4, 5, 6, 7, 8), 8),
-    Case(64, 96, (100,), 1),
-    Case(5, 1, (1, 1), 1, "any"),
-    Case(131, 130, (3, 259), 2),
-    Case(150, 197, (300, 0, 131, 1), 2, "any"),
-)
 TABLE = [
     pytest.param(case, dtype, id=f"{index}-{str(dtype)[6:]}")
     for index, case in enumerate(CASES + MORE_CASES)
     for dtype in DTYPES
 ]
-
-
-def few_numbers(rows: int, columns: int, most: int) -> torch.Tensor:
-    """-1, 0 and 1: in each row at most `most` that are not 0."""
-    numbers = torch.zeros(rows, columns)
-    return numbers.scatter_(1, torch.randint(columns, (rows, most)), torch.randint(-1, 2, (rows, most)).float())
 
 
 def integer_inputs(case: Case, dtype: torch.dtype) -> Inputs:
@@ -68,19 +51,12 @@ def integer_problem(case: Case, dtype: torch.dtype) -> str:
 @pytest.fixture
 def compiled():
     """Sees to it that a test does not pass by what stands in for the kernel."""
-    assert ragged_moe_cpu._library() is not None, "the kernel could not be compiled; see the warning"
+    assert ragged_moe_cpu._library(None) is not None, "the kernel could not be compiled; see the warning"
 
 
 @pytest.fixture
 def without_a_compiler(monkeypatch):
-    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda: None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights: None)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -117,9 +93,9 @@ def test_instructions_of_other_processors(capability, tmp_path, monkeypatch):
         pytest.skip(f"needs a CPU that can more than {capability}")
     monkeypatch.setattr(ragged_moe_cpu, "_capability", lambda: capability)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = ragged_moe_cpu._library.__wrapped__()
+    library = ragged_moe_cpu._library.__wrapped__(None)
     assert library is not None
-    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda: library)
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights: library)
     problems = [check(ragged_moe, *case.values, 3, "cpu") for case in TABLE]
     problems += [integer_problem(*case.values) for case in TABLE]
     assert not any(problems), problems
@@ -131,7 +107,7 @@ def test_other_flags_are_another_library(tmp_path, monkeypatch):
     monkeypatch.setattr(ragged_moe_cpu, "INSTRUCTIONS", {})
     for flags in (("-O1", "-shared", "-fPIC", "-std=c++17"), ("-O0", "-shared", "-fPIC", "-std=c++17")):
         monkeypatch.setattr(ragged_moe_cpu, "FLAGS", flags)
-        assert ragged_moe_cpu._library.__wrapped__() is not None
+        assert ragged_moe_cpu._library.__wrapped__(None) is not None
     assert len(list(tmp_path.rglob("*.so"))) == 2
 
 
@@ -258,7 +234,7 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    assert ragged_moe_cpu._library.__wrapped__() is None
+    assert ragged_moe_cpu._library.__wrapped__(None) is None
     assert "Install a C++ compiler with OpenMP" in caplog.text and "no-such-compiler" in caplog.text
     assert not list(tmp_path.rglob("ragged_moe_cpu*"))
 
@@ -268,6 +244,6 @@ def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(ragged_moe_cpu, "FLAGS", ("-fno-such-flag",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    assert ragged_moe_cpu._library.__wrapped__() is None
+    assert ragged_moe_cpu._library.__wrapped__(None) is None
     assert "-fno-such-flag" in caplog.text
     assert not list(tmp_path.rglob("ragged_moe_cpu*"))

@@ -17,6 +17,7 @@ from helpers.ragged_moe import (
     DTYPES,
     MANY,
     Case,
+    Types,
     check_triton,
     compare,
     compare_contestants,
@@ -74,7 +75,7 @@ def test_compiled_for_hopper(config, tmp_path, monkeypatch):
     """Without a GPU in sight: every configuration fits in the shared memory of small GPUs, and all weights and inputs
     are copied there 16 bytes at a time while the products of earlier ones are computed."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for compiled in compile_config(config, "bf16", compute_capability=90):
+    for compiled in compile_config(config, Types("bf16"), compute_capability=90):
         assert compiled.metadata.shared <= 99 * 1024
         assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
         assert "cp.async.ca.shared.global" not in compiled.asm["ptx"]  # copies of 4 or 8 bytes
