@@ -3,6 +3,7 @@
     python -m bench.ragged_moe                      # a GPU where there is one, else CPU at half the sizes
     python -m bench.ragged_moe --widths-from out/   # the widths that a converted model has
     python -m bench.ragged_moe --device cpu --shapes qwen3-30b-a3b --keep 0.5 --tokens 1 64    # quick
+    python -m bench.ragged_moe --device cpu --scale 1 --keep 0.5 --tokens 1 8 --scheme int8 fp8 int4    # quantized, too
     TRITON_INTERPRET=1 python -m bench.ragged_moe --device cpu --scale 0.04 --tokens 1 8 --repeats 1  # outputs only
 
 Prints a line for each layer and number of tokens and writes ragged_moe.json to --output-dir after each layer. What is
@@ -12,9 +13,10 @@ compared before anything is timed.
 Notable:
 - A repeat draws a routing, each token to different experts and each expert as likely as any other, and times every
   contestant on it, in turning order. Speedups are medians of the ratios within a repeat, with quartiles.
-- Ideal is the dense layer's channels over the ragged one's, of the experts that the repeat's tokens chose: what few
-  tokens cost is reading these weights. On average, and for many tokens in FLOPs too, that is the ratio of all widths.
-  "of ideal" is the median of speedup over ideal within a repeat.
+- Ideal is the bytes of the dense layer's weights over those of the ragged one's, of the experts that the repeat's
+  tokens chose: what few tokens cost is reading them. On average, and for many tokens in FLOPs too, that is the ratio of
+  all widths. "of ideal" is the median of speedup over ideal within a repeat.
+- Quantized ragged experts are compared with the dense layer in bfloat16, by vLLM's op; their scales count as bytes.
 - On CUDA a call is captured into a CUDA graph, as vLLM replays it, and timed with triton.testing.do_bench: the median
   of its CUDA events, the L2 cache flushed before each.
 - On CPU one call is timed. Two OpenMP runtimes fight over the cores there, so one thread is the default.
@@ -39,7 +41,9 @@ DEFAULT_TOKENS = {"cpu": (1, 8, 64, 512, 4096), "cuda": (1, 4, 16, 64, 256, 1024
 DEFAULT_SCALE = {"cpu": 0.5, "cuda": 1.0}
 
 
-def measure(layers: Sequence[Layer], tokens: Sequence[int], repeats: int, device: str) -> Iterator[dict]:
+def measure(
+    layers: Sequence[Layer], tokens: Sequence[int], repeats: int, device: str, schemes: Sequence[str] = ()
+) -> Iterator[dict]:
     """The record of each layer; prints its cases as they come. Raises InputError."""
     import torch
 
@@ -53,7 +57,7 @@ def measure(layers: Sequence[Layer], tokens: Sequence[int], repeats: int, device
             f"{layer.name}: hidden size {layer.hidden_size}, {layer.top_k} of {len(layer.widths)} experts, {widths}",
             flush=True,
         )
-        ready = contestants(RandomExperts(layer, device))
+        ready = contestants(RandomExperts(layer, device), schemes)
         cases = []
         for count in tokens:
             x = torch.randn(count, layer.hidden_size, device=device).to(DTYPE)
@@ -63,12 +67,14 @@ def measure(layers: Sequence[Layer], tokens: Sequence[int], repeats: int, device
 
 
 def print_case(case: dict) -> None:
-    """One line; numbers after a name are its time, the speedup over it, quartiles, ideal and share of the ideal."""
+    """One line; numbers after a name are its time, the speedup of "ragged" over it, or of a quantized layer over the
+    dense one, quartiles, ideal and share of the ideal."""
     parts = []
     for name, record in case["contestants"].items():
         text = f"{name} {record['median_s'] * 1e3:.3f} ms"
-        if "speedup_of_ragged" in record:
-            text += f" {record['speedup_of_ragged']:.2f}x ({record['speedup_q1']:.2f}-{record['speedup_q3']:.2f})"
+        speedup = record.get("speedup_of_ragged", record.get("speedup_over_dense"))
+        if speedup is not None:
+            text += f" {speedup:.2f}x ({record['speedup_q1']:.2f}-{record['speedup_q3']:.2f})"
             text += f" of {record['ideal_speedup']:.2f}x: {record['of_ideal']:.2f}"
         else:
             text += f" {record['gb_per_s']:.0f} GB/s {record['tflop_per_s']:.2f} TFLOP/s"
@@ -104,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=[0.8, 0.6, 0.5, 0.4],
         metavar="SHARE",
         help="mean shares of their channels that experts keep, drawn from beta distributions; default: 0.8 0.6 0.5 0.4",
+    )
+    add(
+        "--scheme",
+        nargs="+",
+        choices=("int8", "fp8", "int4"),
+        default=[],
+        help="run ragged experts quantized like that, too: 8 bits with a scale per row, 4 with one for 128 columns",
     )
     add("--widths-from", type=Path, metavar="OUT_DIR", help="a converted model; replaces --shapes and --keep")
     add("--layers", nargs="+", type=int, metavar="INDEX", help="of --widths-from; default: all that have experts")
@@ -142,7 +155,7 @@ def _run(args: argparse.Namespace) -> None:
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "ragged_moe.json"
-    for record in measure(layers, args.tokens or DEFAULT_TOKENS[device], args.repeats, device):
+    for record in measure(layers, args.tokens or DEFAULT_TOKENS[device], args.repeats, device, args.scheme):
         records.append(record)
         write_json(path, results)
     print(f"written: {path}")

@@ -1,13 +1,14 @@
 """Ways to compute one layer's routed experts, with the same random weights, for bench/ragged_moe.py.
 
-    for contestant in contestants(RandomExperts(layer, "cuda")):
+    for contestant in contestants(RandomExperts(layer, "cuda"), ["int8"]):
         contestant.run(x, topk_weights, topk_ids)
 
-"ragged" is what the served model runs. "dense" is the layer before pruning and "widest" the pruned one padded to its
-widest expert, both by vLLM's fused op: `cpu_fused_moe` on CPU, its Triton kernel `fused_experts` on CUDA. It has tuned
-tiles for some GPUs and widths, mostly those of dense models, and defaults elsewhere; vLLM may serve with other kernels.
-"dense, same kernel" is the layer before pruning by the kernel of "ragged", so that tiles and tuning cancel out;
-without vLLM that kernel computes "widest", too, and there is no other "dense".
+"ragged" is what the served model runs, "ragged int8" and the like what it runs with quantized experts. "dense" is the
+layer before pruning and "widest" the pruned one padded to its widest expert, both by vLLM's fused op: `cpu_fused_moe`
+on CPU, its Triton kernel `fused_experts` on CUDA. It has tuned tiles for some GPUs and widths, mostly those of dense
+models, and defaults elsewhere; vLLM may serve with other kernels. "dense, same kernel" is the layer before pruning by
+the kernel of "ragged", so that tiles and tuning cancel out; without vLLM that kernel computes "widest", too, and there
+is no other "dense".
 
 With TRITON_INTERPRET=1 the kernel for GPUs runs in CPU memory, beside vLLM's op for CPUs: times mean nothing then, but
 outputs are compared.
@@ -21,6 +22,8 @@ from typing import NamedTuple
 import torch
 
 from bench.experts.layers import Layer
+from bench.experts.quantized import SCHEMES, expert_bytes, quantize
+from pruned_vllm.kernels.ragged_moe_arguments import Scales
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 DTYPE = torch.bfloat16
@@ -32,13 +35,19 @@ class Contestant(NamedTuple):
     Attributes:
         run: x [tokens, hidden_size], router weights [tokens, top_k] float32, ids [tokens, top_k] int32 -> like x.
         widths: channels that it reads of each expert, padding included.
+        expert_bytes: what it reads of each expert, scales included.
         is_pruned: whether it computes the pruned layer; else the one before.
+        scheme: how its weights are quantized, a key of SCHEMES; "": they are bfloat16.
+        tolerance: how far outputs may be from those of the first with the same weights, as a share of the largest.
     """
 
     name: str
     run: Run
     widths: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
     is_pruned: bool
+    scheme: str = ""
+    tolerance: float = 0.05  # bfloat16 rounds differently
 
 
 class RandomExperts:
@@ -70,23 +79,36 @@ class RandomExperts:
         return gate_up.contiguous(), torch.where(kept, self.down[:, :width], 0).mT.contiguous()
 
 
-def contestants(experts: RandomExperts) -> list[Contestant]:
-    """All that can run where the experts are; "ragged" comes first. Each has a copy of the weights."""
+def contestants(experts: RandomExperts, schemes: Sequence[str] = ()) -> list[Contestant]:
+    """All that can run where the experts are; "ragged" comes first. Each has a copy of the weights.
+
+    Args:
+        schemes: keys of SCHEMES; the pruned layer runs with weights quantized like that, too.
+    """
     layer = experts.layer
     full, padded = ((width,) * len(layer.widths) for width in (layer.full_width, layer.widest))
-    found = [
-        Contestant("ragged", _ragged(*experts.rows(layer.widths)), layer.widths, True),
-        Contestant("dense, same kernel", _ragged(*experts.rows(full)), full, False),
-    ]
+    of_pruned, of_full, of_padded = (
+        expert_bytes(widths, layer.hidden_size, None) for widths in (layer.widths, full, padded)
+    )
+    rows = experts.rows(layer.widths)
+    found = [Contestant("ragged", _ragged(*rows), layer.widths, of_pruned, True)]
+    for name in schemes:
+        gate_up, down, scales = quantize(*rows, SCHEMES[name])
+        run = _ragged(gate_up, down, rows[2], scales)
+        read = expert_bytes(layer.widths, layer.hidden_size, SCHEMES[name])
+        found.append(
+            Contestant(f"ragged {name}", run, layer.widths, read, True, name, SCHEMES[name].tolerance),
+        )
+    found.append(Contestant("dense, same kernel", _ragged(*experts.rows(full)), full, of_full, False))
     try:
         fused = _fused_cpu() if experts.device == "cpu" else _fused_cuda()
     except ImportError:
         weights = experts.stacked(layer.widest, layer.widths)
-        return [*found, Contestant("widest, same kernel", _padded_same_kernel(*weights), padded, True)]
+        return [*found, Contestant("widest, same kernel", _padded_same_kernel(*weights), padded, of_padded, True)]
     return [
         *found,
-        Contestant("dense", fused(*experts.stacked(layer.full_width, full)), full, False),
-        Contestant("widest", fused(*experts.stacked(layer.widest, layer.widths)), padded, True),
+        Contestant("dense", fused(*experts.stacked(layer.full_width, full)), full, of_full, False),
+        Contestant("widest", fused(*experts.stacked(layer.widest, layer.widths)), padded, of_padded, True),
     ]
 
 
@@ -119,7 +141,7 @@ def _padded_same_kernel(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
     return _ragged(rows, down.mT.flatten(0, 1).contiguous(), range(0, (num_experts + 1) * width, width))
 
 
-def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int]) -> Run:
+def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int], scales: Scales | None = None) -> Run:
     if down.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
     else:
@@ -128,7 +150,7 @@ def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int]) -
     max_width = max(end - start for start, end in pairwise(offsets))
 
     def run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return ragged_moe(x, gate_up, down, bounds, topk_weights, topk_ids, max_width)
+        return ragged_moe(x, gate_up, down, bounds, topk_weights, topk_ids, max_width, scales)
 
     return run
 

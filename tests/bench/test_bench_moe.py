@@ -4,9 +4,13 @@ import json
 
 import pytest
 import torch
+from helpers.quantized_moe import with_codes
+from helpers.ragged_moe import Inputs
 
 from bench.experts import timing as moe_timing
+from bench.experts.contestants import Contestant, RandomExperts
 from bench.experts.layers import Layer, converted_layers, drawn_layers
+from bench.experts.quantized import SCHEMES, quantize
 from bench.ragged_moe import measure
 from bench.scale import read_pattern, scale_model
 from bench.speed.widths import beta_shares, quantiles, widths_of
@@ -133,7 +137,47 @@ def test_contestants_agree_and_are_timed(one_thread, monkeypatch, capsys):
     assert "20 tokens | ragged" in capsys.readouterr().out
 
 
+def test_quantized_contestants_are_compared_with_the_dense_layer(one_thread, monkeypatch):
+    monkeypatch.setattr(moe_timing, "SHORT_CASE_SECONDS", 0)
+    widths = (64, 7, 0, 33, 20, 1, 40, 30)
+    layer = Layer("tiny", 64, 2, 96, widths)
+    (record,) = measure([layer], [1, 20], repeats=1, device="cpu", schemes=list(SCHEMES))
+    names = [f"ragged {name}" for name in SCHEMES]
+    contestants = record["cases"][1]["contestants"]
+    assert list(contestants) == ["ragged", *names, "dense, same kernel", "dense", "widest"]
+    dense, rows, with_channels = 8 * 96 * 3 * 64 * 2, sum(widths), 7
+    scales_of_rows = 4 * (2 * rows + with_channels * 64)
+    scales_of_groups = 4 * (2 * rows * 2 + (2 + 1 + 0 + 2 + 1 + 1 + 2 + 1) * 64)
+    for name, read in {
+        "int8": 3 * rows * 64 + scales_of_rows,
+        "fp8": 3 * rows * 64 + scales_of_rows,
+        "int4": 3 * rows * 64 // 2 + scales_of_groups,
+    }.items():
+        quantized = contestants[f"ragged {name}"]
+        assert quantized["ideal_speedup"] == pytest.approx(dense / read)
+        dense_s, quantized_s = contestants["dense"]["samples_s"][0], quantized["samples_s"][0]
+        assert quantized["speedup_over_dense"] == pytest.approx(dense_s / quantized_s)
+
+
+@pytest.mark.parametrize("group_size, limits", [(None, {"int8": 0.006, "fp8": 0.04}), (128, {"int4": 0.09})])
+def test_weights_are_rounded_to_the_nearest_codes(group_size, limits):
+    """Integers are off by half of 1/127 or 1/7 of the largest that shares a scale, floats by half of 32/448."""
+    experts = RandomExperts(Layer("tiny", 256, 2, 160, (160, 7, 0)), "cpu")
+    gate_up, down, offsets = experts.rows((160, 7, 0))
+    for name, limit in limits.items():
+        *codes, scales = quantize(gate_up, down, offsets, SCHEMES[name])
+        assert scales.group_size == group_size
+        _, _, exact = with_codes(_inputs(gate_up, down, offsets), *codes, scales)
+        assert (exact.gate_up - gate_up.double()).abs().max() <= limit * gate_up.abs().max()
+        assert (exact.down - down.double()).abs().max() <= limit * down.abs().max()
+
+
+def _inputs(gate_up: torch.Tensor, down: torch.Tensor, offsets: list[int]) -> Inputs:
+    nothing = torch.empty(0)
+    return Inputs(nothing, gate_up, down, torch.tensor(offsets), nothing, nothing, 0)
+
+
 def test_contestants_that_disagree_are_refused(one_thread, monkeypatch):
-    monkeypatch.setattr(moe_timing, "TOLERANCE", -1)
+    monkeypatch.setattr(Contestant, "tolerance", -1)
     with pytest.raises(InputError, match="'dense, same kernel' and 'dense' differ"):
         list(measure([Layer("tiny", 64, 2, 96, (64, 7))], [1], repeats=1, device="cpu"))
