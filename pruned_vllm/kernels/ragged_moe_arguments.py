@@ -1,8 +1,32 @@
 """What a ragged mixture-of-experts kernel accepts."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of quantized experts, whose weights are int8 or float8_e4m3fn, or uint8 with two weights of 4 bits.
+
+    Of the two in a byte the low one is for the even column; a weight is what is stored less 8. An expert computes the
+    sum over runs g of its channels of down[g] * (sum over channels c of g of hidden_c * down weight of c).
+
+    Attributes:
+        gate_up: float32 [2, rows, hidden / group_size], one column where group_size is None.
+        down: float32 [runs, hidden]: down_proj's scale for each output, for each run of `group_size` channels of an
+            expert, of which the last may be shorter; one run of all channels where group_size is None.
+        down_offsets: int32 [experts + 1]: where each expert's runs begin.
+        group_size: inputs that share a scale; None for one scale for each output.
+        quantize_input: whether the kernel may quantize its input to float8, a scale for each token; CPUs never do.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    down_offsets: torch.Tensor
+    group_size: int | None
+    quantize_input: bool = False
 
 
 def check_arguments(

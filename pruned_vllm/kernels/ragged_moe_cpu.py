@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from pruned_vllm.kernels.compilation import load_library
-from pruned_vllm.kernels.ragged_moe_arguments import check_arguments, check_offsets
+from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments, check_offsets
 
 logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
@@ -51,15 +51,20 @@ def ragged_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     max_width: int,
+    scales: Scales | None = None,
 ) -> torch.Tensor:
     """Sums the chosen experts' outputs, each times its router weight; the same input gives the same bits.
 
     Args and errors are those of `ragged_moe_triton.ragged_moe`; `max_width` is not needed here.
+    Quantized weights (`scales`) are widened to float32 at every call.
 
     Raises:
         ValueError: also where an expert's rows are not among the rows of weights.
         MemoryError: two rows of float32 for each token, and the channels of its experts, did not fit.
     """
+    if scales is not None:
+        weights = _dequantized(gate_up, down, offsets, scales)
+        return _matrix_products(x.float(), *weights, offsets, topk_weights, topk_ids).to(x.dtype)
     check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
     num_experts, rows = len(offsets) - 1, len(down)
     check_offsets(offsets.tolist(), rows)
@@ -76,6 +81,22 @@ def ragged_moe(
     if getattr(library, FUNCTIONS[x.dtype])(*pointers, *x.shape, rows, num_experts, topk_ids.shape[1]):
         raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
     return out
+
+
+def _dequantized(
+    gate_up: torch.Tensor, down: torch.Tensor, offsets: torch.Tensor, scales: Scales
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [2, rows, hidden] and down [rows, hidden] in float32."""
+    if gate_up.dtype == torch.uint8:
+        gate_up, down = (torch.stack((w & 15, w >> 4), -1).flatten(-2).to(torch.int8) - 8 for w in (gate_up, down))
+    groups = scales.gate_up.shape[-1]
+    wide = (gate_up.float().unflatten(-1, (groups, -1)) * scales.gate_up[..., None]).flatten(-2)
+    factors = torch.empty(down.shape)
+    for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
+        first = int(scales.down_offsets[expert])
+        size = scales.group_size or max(1, end - start)
+        factors[start:end] = scales.down[first + torch.arange(end - start) // size]
+    return wide, down.float() * factors
 
 
 def _matrix_products(

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pruned_vllm.kernels.ragged_moe_arguments import check_arguments
+from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments
 from pruned_vllm.kernels.ragged_moe_config import choose_config
 
 # Rows of the intermediate start at multiples of this, and what the down projection reads of a row ends at one, with
@@ -212,6 +212,7 @@ def ragged_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     max_width: int,
+    scales: Scales | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, (silu(x gate^T) * (x up^T)) down, each at its own width.
 
@@ -228,6 +229,7 @@ def ragged_moe(
         topk_ids: [tokens, topk] int32 or int64; an id outside 0 to experts - 1 is routed nowhere and adds nothing.
         max_width: width of the widest expert. It sizes the grid and a workspace and must not be smaller than the
             widest one; that cannot be checked without waiting for the device.
+        scales: of quantized weights; not supported.
 
     Returns:
         [tokens, hidden], dtype of x.
@@ -235,6 +237,8 @@ def ragged_moe(
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit; the message lists everything that does not.
     """
+    if scales is not None:
+        raise ValueError("ragged_moe has no quantized weights on GPUs")
     check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width)
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError("ragged_moe got tensors in CPU memory, where Triton's kernels do not run")
