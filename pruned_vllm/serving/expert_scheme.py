@@ -71,7 +71,7 @@ def expert_scheme(
         return None
     if model.quantization == _EXPERTS_INT8:
         return ExpertScheme("int8", is_online=True)
-    online = _online(model, f"model.layers.{index}.mlp.experts")
+    online = _online(model, f"model.layers.{index}.mlp.experts", is_stored=quantization is not None)
     if quantization is None:
         if not _is_online(model):
             raise InputError(
@@ -120,23 +120,28 @@ def _is_online(model: "ModelConfig") -> bool:
     return model.quantization in ONLINE_QUANT_SHORTHAND_NAMES
 
 
-def _online(model: "ModelConfig", prefix: str) -> ExpertScheme | None:
-    """What --quantization-config, or the name that stands for one, does to the experts; vLLM resolves it itself."""
+def _online(model: "ModelConfig", prefix: str, is_stored: bool) -> ExpertScheme | None:
+    """What --quantization-config, or the name that stands for one, does to the experts; vLLM resolves it itself.
+
+    Args:
+        is_stored: whether the name is that of the checkpoint's own quantization.
+    """
     from vllm.config.quantization import QUANT_KEY_NAMES, resolve_quantization_config
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
-    # vLLM resolves some names, such as mxfp8, only later.
-    arguments = model.quantization_config or resolve_quantization_config(model.quantization, {})
+    arguments = model.quantization_config
+    if arguments is None and not is_stored:  # vLLM resolves some names, such as mxfp8, only later
+        arguments = resolve_quantization_config(model.quantization, {})
     if arguments is None or (arguments.linear is None and arguments.moe is None and arguments.targets is None):
         return None
     resolved = OnlineQuantizationConfig(arguments).resolve_quant_method_cls(RoutedExperts, prefix)
     if resolved is None:
         return None
     names: dict[Any, str] = {key: name for name, key in QUANT_KEY_NAMES.items()}
-    name = names.get(resolved[3].weight, str(resolved[3].weight))
+    name = names.get(resolved[3].weight, f"--quantization {model.quantization}")
     if name not in _ONLINE:
-        raise InputError(f"{name}, asked for, does not reach experts of different widths; {_TAKEN}")
+        raise InputError(f"{name} does not reach experts of different widths; {_TAKEN}")
     return ExpertScheme(_ONLINE[name], is_online=True, quantizes_input=_ONLINE[name] == "fp8")
 
 
