@@ -69,7 +69,19 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
             "convert-pruned, or restore the config.json that belongs to them:",
             problems,
         )
+    if "quantization_config" in config:
+        _unify_dtypes(model)
     return model
+
+
+def _unify_dtypes(model: PreTrainedModel) -> None:
+    """Gives all weights of 16 bits and more one dtype.
+
+    In a quantized model Transformers leaves those that it renames (Mixtral's) in the dtype of the file.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            parameter.data = parameter.data.to(model.dtype)
 
 
 def _check_quantized(

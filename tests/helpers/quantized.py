@@ -168,26 +168,36 @@ def packed(numbers: torch.Tensor, num_bits: int) -> dict[str, torch.Tensor]:
     return {"weight_packed": words, "weight_shape": torch.tensor(numbers.shape)}
 
 
-def quantize_inputs(x: torch.Tensor, is_float: bool) -> torch.Tensor:
-    """Rounds each token's inputs as dynamic schemes do, in float32."""
-    most = 448.0 if is_float else 127.0
+def quantize_inputs(x: torch.Tensor, is_float: bool, most: float) -> torch.Tensor:
+    """Rounds each token's inputs as dynamic schemes do, in float32; `most` is what the largest one becomes."""
     scale = (x.float().abs().amax(-1, keepdim=True) / most).clamp_min(1e-12)
     numbers = x.float() / scale
-    return (numbers.to(FP8).float() if is_float else numbers.round()) * scale
+    return (numbers.to(FP8).float() if is_float else numbers.round().clamp(-128, 127)) * scale
 
 
 @contextmanager
-def inputs_quantized(model: nn.Module, scheme: Scheme) -> Iterator[None]:
-    """While it lasts, the projections of `model` round their inputs, experts excepted: on a CPU theirs stay."""
+def inputs_quantized(
+    model: nn.Module, scheme: Scheme, experts: bool = False, most: float | None = None
+) -> Iterator[None]:
+    """While it lasts, the projections of `model` round their inputs.
+
+    Args:
+        experts: also those of experts, which vLLM leaves as they are on a CPU.
+        most: what the largest of a token's int8 inputs becomes: 127 in vLLM, 127.5 in compressed-tensors.
+    """
 
     def rounding(_, inputs: tuple) -> tuple:
-        return (quantize_inputs(inputs[0], scheme.is_float),)
+        return (quantize_inputs(inputs[0], scheme.is_float, 448 if scheme.is_float else most or 127),)
 
     hooks = []
     if scheme.inputs is not None:
         for name, module in model.named_modules():
             projection = name.removesuffix(".base_layer")  # what PEFT makes of one
-            if isinstance(module, nn.Linear) and is_quantized(projection, scheme) and ".experts." not in name:
+            if (
+                isinstance(module, nn.Linear)
+                and is_quantized(projection, scheme)
+                and (experts or ".experts." not in name)
+            ):
                 hooks.append(module.register_forward_pre_hook(rounding))
     try:
         yield

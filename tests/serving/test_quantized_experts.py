@@ -180,17 +180,18 @@ def test_a_scale_for_a_tensor_is_taken_as_one_for_each_output():
     )
 
 
-W4, INT8, STATIC = SCHEMES["w4a16 in groups of 32"], SCHEMES["w8a8-int8"], {"dynamic": False, "strategy": "tensor"}
+W4, INT8 = SCHEMES["w4a16 in groups of 32"], SCHEMES["w8a8-int8"]
+STATIC = {"dynamic": False, "strategy": "tensor"}
 BLOCKS = ONE_SCALE | {"strategy": "block", "block_structure": [16, 16]}
 REFUSED = {
-    "asymmetric": (replace(W4, weights=W4.weights | {"symmetric": False}), "zero points, packed, .*: .* no zero points"),
+    "asymmetric": (replace(W4, weights=W4.weights | {"symmetric": False}), "zero points, packed, .*: .* no zero point"),
     "static inputs": (replace(INT8, inputs=DYNAMIC | STATIC), "no stored scales of inputs"),
     "two bits": (replace(W4, weights=W4.weights | {"num_bits": 2}), "no weights of 2 bits"),
     "three bits": (replace(W4, weights=W4.weights | {"num_bits": 3}), "pack-quantized: int3 weights"),
     "groups": (replace(W4, weights=W4.weights | {"group_size": 48}), "groups of 48 do not divide hidden_size 64"),
     "blocks": (replace(SCHEMES["fp8-dynamic"], weights=BLOCKS),
                "a scale for each block of 16 x 16, .*: the kernel has no blocks"),
-    "order of activations": (replace(W4, weights=W4.weights | {"actorder": "group"}), "in the order of activations"),
+    "order of activations": (replace(W4, weights=W4.weights | {"actorder": "group"}), "order of activations"),
     "nvfp4": (replace(INT8, layout="nvfp4-pack-quantized"), "nvfp4-pack-quantized: int8 weights"),
     "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "stores experts as fp8, float8_e4m3fn weights"),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}, "as gptq, int4 weights"),
