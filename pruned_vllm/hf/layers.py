@@ -53,7 +53,7 @@ class _RaggedExperts(nn.ModuleList):
         for index, expert in enumerate(self):
             token, choice = torch.where(top_k_index == index)
             if expert.width and len(token):
-                # As a batch of one: with two dimensions, compressed-tensors gives all tokens one scale for their inputs.
+                # A batch of one: where there is none, compressed-tensors rounds the inputs of all tokens by one scale.
                 output = expert(hidden_states[token][None])[0] * top_k_weights[token, choice, None]
                 result.index_add_(0, token, output.to(result.dtype))
         return result
