@@ -176,6 +176,6 @@ def _reason_against(quantization: Quantization, scheme: Scheme | None, hidden_si
         return "the kernel has no blocks"
     if scheme.group_size is not None and hidden_size % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide hidden_size {hidden_size}"
-    if scheme.num_bits == 4 and hidden_size % 2:
-        return f"two weights of 4 bits share a byte, and hidden_size is {hidden_size}"
+    if scheme.num_bits == 4 and (hidden_size % 2 or (scheme.group_size or 2) % 2):
+        return f"two weights of 4 bits share a byte, and hidden_size {hidden_size} or the group size is odd"
     return ""

@@ -97,7 +97,9 @@ def quantized(weight: torch.Tensor, scheme: ExpertScheme) -> tuple[torch.Tensor,
     return (numbers.round() if scheme.number == "int8" else numbers).to(DTYPES[scheme.number]), scale
 
 
-def rank_weight(tensor: torch.Tensor, place: Place, projection: str, num_bits: int | None, hidden_size: int):
+def rank_weight(
+    tensor: torch.Tensor, place: Place, projection: str, num_bits: int | None, hidden_size: int
+) -> torch.Tensor:
     """A weight of the checkpoint, quantized or plain, as the rank's rows of the parameter have it.
 
     Args:

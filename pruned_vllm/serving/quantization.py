@@ -11,9 +11,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import extract_layer_index
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.quantized_tensors import linear_scheme
+from pruned_vllm.formats.quantized_tensors import expert_modules, linear_scheme
 from pruned_vllm.serving.model_layout import ModelLayout
 from pruned_vllm.serving.ragged_moe import RaggedExperts
 
@@ -30,7 +31,8 @@ def check_quantized(model: nn.Module, method: str | None, layout: ModelLayout) -
         method: vLLM's name of the quantization; None for none.
 
     Raises:
-        InputError: layers would stay in 16 or 32 bits, each is named; or all of them would.
+        InputError: layers that the checkpoint has quantized were built for 16 bits, or the other way round, each is
+            named; or nothing at all would be quantized.
     """
     if method is None:
         return
@@ -41,15 +43,18 @@ def check_quantized(model: nn.Module, method: str | None, layout: ModelLayout) -
             f"quantization {method!r} changes no layer of this pruned model: it is for layers that the model has not, "
             "or ignores all that it has; serve the model without it, or choose another"
         )
-    left = [name for name, kind in kinds.items() if kind is None and _is_quantized_on_disk(name, layout)]
-    if left:
-        raise InputError(
-            f"quantization {method!r}: these layers are quantized in the checkpoint, but vLLM built them without:", left
-        )
+    problems = []
+    for name, kind in kinds.items():
+        is_stored = _is_stored(name, layers[name], layout)
+        if is_stored and kind is None:
+            problems.append(f"{name}: quantized in the checkpoint, but vLLM built it for plain weights")
+        if is_stored is False and kind is not None and "Online" not in kind:
+            problems.append(f"{name}: plain in the checkpoint, but vLLM built it for {kind}")
+    if problems:
+        raise InputError(f"quantization {method!r} is not that of the checkpoint in {len(problems)} layers:", problems)
     counts = Counter(kind or "as they are" for kind in kinds.values())
-    logger.info_once(
-        "Layers by quantization: %s", "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    )
+    found = "; ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    logger.info_once("Layers by quantization: %s", found)
 
 
 def _is_quantizable(module: nn.Module) -> bool:
@@ -59,19 +64,22 @@ def _is_quantizable(module: nn.Module) -> bool:
 def _kind(module: Any) -> str | None:
     """What quantizes a layer; None where nothing does."""
     if isinstance(module, RaggedExperts):
-        return None if module.scheme is None else f"experts {module.scheme}"
+        return None if module.scheme is None else f"experts: {module.scheme}"
     scheme = getattr(module, "scheme", None)
     name = type(module.quant_method if scheme is None else scheme).__name__
     return None if name.startswith("Unquantized") else name
 
 
-def _is_quantized_on_disk(name: str, layout: ModelLayout) -> bool:
-    """Whether config.json says so of a layer; of routed experts `expert_scheme` has decided, and routers never are."""
+def _is_stored(name: str, module: nn.Module, layout: ModelLayout) -> bool | None:
+    """Whether the checkpoint has a layer quantized; None where config.json does not tell, or nobody need ask."""
+    quantization, geometry = layout.quantization, layout.geometry
+    if quantization is None or quantization.by_tensors or isinstance(module, RaggedExperts):
+        return None
+    if isinstance(module, RoutedExperts):
+        experts = expert_modules(geometry, extract_layer_index(name))
+        return any(quantization.scheme_of(expert) is not None for expert in experts)
     parent, _, last = name.rpartition(".")
-    quantization = layout.quantization
-    if quantization is None or quantization.by_tensors or last in ("gate", "experts", "routed_experts"):
+    if last == "gate":  # a router, which has this name in all families
         return False
-    return (
-        linear_scheme(layout.geometry, quantization, f"{parent}.{_FIRST.get(last, last)}" if parent else name)
-        is not None
-    )
+    stored_name = f"{parent}.{_FIRST.get(last, last)}" if parent else name
+    return linear_scheme(geometry, quantization, stored_name) is not None

@@ -16,6 +16,7 @@ from helpers.tiny import converted, expert_masks, masks_for, tiny_model
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -103,6 +104,16 @@ QUANTIZATIONS = [
     "mxfp4",
 ]
 ON_DISK = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+BY_HEAD = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+STORED = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "0": {"targets": ["Linear"], "weights": INT8, "input_activations": INT8 | {"strategy": "tensor"}}
+    },
+    "kv_cache_scheme": BY_HEAD,
+}
 CASES = [
     *[Case(("--quantization",), NOT_REACHED, "ragged", {"quantization": name}) for name in QUANTIZATIONS],
     Case(("--quantization",), NOT_REACHED, "mixed", {"quantization": "fp8_per_tensor"}),
@@ -155,6 +166,12 @@ CASES = [
         CUT_BY_HEADS,
         "llama",
         {"kv_offloading_backend": "lmcache", "kv_offloading_size": 1},
+    ),
+    Case(
+        ("--kv-cache-dtype", "--kv-cache-dtype-skip-layers"),
+        "has scales by attn_head, which vLLM cuts by one number of heads",
+        "llama",
+        {"hf_overrides": {"quantization_config": STORED}},
     ),
     Case(("--load-format",), "read pickles", "llama", {"load_format": "pt"}),
     Case(("--load-format",), "read pickles", "llama", {"load_format": "npcache"}),
@@ -242,7 +259,14 @@ def test_a_quantization_that_reaches_no_layer_is_refused(models):
         check_quantized(torch.nn.ModuleDict({"plain": plain}), "torchao", online)
     check_quantized(torch.nn.ModuleDict({"plain": plain, "other": reached}), "compressed-tensors", on_disk)
     layers = {"plain": plain, "left": Layer(UnquantizedLinearMethod()), "other": reached}
-    with pytest.raises(ValueError, match=r"these layers are quantized in the checkpoint, but .*:\n  - left$"):
+    with pytest.raises(
+        ValueError, match=r"in 1 layers:\n  - left: quantized in the checkpoint, but vLLM built it for pl"
+    ):
+        check_quantized(torch.nn.ModuleDict(layers), "compressed-tensors", on_disk)
+    layers = {"plain": Layer(object.__new__(CompressedTensorsLinearMethod)), "other": reached}
+    with pytest.raises(
+        ValueError, match="in 1 layers:\n  - plain: plain in the checkpoint, but vLLM built it for Compr"
+    ):
         check_quantized(torch.nn.ModuleDict(layers), "compressed-tensors", on_disk)
 
 
