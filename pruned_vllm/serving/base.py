@@ -106,7 +106,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
             if name in self._layout_changes:
                 tensor = take_or_zero(tensor, *self._layout_changes[name])
             module, _, part = name.rpartition(".")
-            yield f"{self._module_names.get(module, module)}.{part}", tensor
+            yield f"{self._module_names[module]}.{part}" if module in self._module_names else name, tensor
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         check = TensorCheck(self._geometry, self._quantization, self._all_tensors_expected)

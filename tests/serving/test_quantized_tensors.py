@@ -3,12 +3,14 @@ vLLM looks them up."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.quantized import SCHEMES, to_bfloat16, write_quantized
 from helpers.serving import Geometry, rewrite
 from helpers.tiny import converted, expert_masks, masks_for, tiny_model
+from safetensors.torch import load_file
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
@@ -16,6 +18,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.quantization import Quantization, UnknownScheme
 from pruned_vllm.formats.quantized_tensors import expected_tensors
 from pruned_vllm.formats.tensor_check import TensorCheck
+from pruned_vllm.serving.base import PrunedForCausalLM
 
 WIDE = Geometry(((3, 1, 0, 4), (0, 0, 0, 0), (4, 3, 2, 1)), (64, 96, 0), group=4)  # vLLM's kernels take 32 channels
 
@@ -87,6 +90,26 @@ def test_every_damage_to_every_kind_of_tensor_is_named(quantized, tmp_path, mode
     assert f"in {len(expected)} tensors" in message
     for sentence in expected.values():
         assert sentence in message, sentence
+
+
+def test_what_is_loaded_is_judged_again(quantized):
+    """As where the files are not in a directory, or a loader of vLLM's reads them in its own way."""
+    directory = quantized("mixtral", "w4a16 in groups of 32")
+    config = json.loads((directory / "config.json").read_text())
+    model = SimpleNamespace(
+        _geometry=ModelGeometry.from_config(config),
+        _quantization=Quantization.from_config(config),
+        _all_tensors_expected=True,
+    )
+    tensors = load_file(directory / "model.safetensors")
+    assert dict(PrunedForCausalLM._checked(model, tensors.items())).keys() == tensors.keys()
+    expert = "model.layers.0.block_sparse_moe.experts.2.w2"
+    tensors[f"{expert}.weight_packed"] = tensors[f"{expert}.weight_packed"].float()
+    del tensors[f"{expert}.weight_scale"]
+    with pytest.raises(ValueError, match="in 2 tensors") as error:
+        list(PrunedForCausalLM._checked(model, tensors.items()))
+    assert f"{expert}.weight_packed: the file has F32 numbers, config.json says I32" in str(error.value)
+    assert f"{expert}.weight_scale [96, 1]: missing" in str(error.value)
 
 
 def test_weights_of_another_scheme_are_not_taken_by_value(quantized, tmp_path):
