@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.quantized import SCHEMES, inputs_quantized, log_probabilities, to_bfloat16, write_quantized
+from helpers.compressed import SCHEMES, inputs_quantized, log_probabilities, to_bfloat16, write_quantized
 from helpers.serving import ODD, UNEVEN, Geometry, rewrite
 from helpers.tiny import converted, expert_masks, masks_for, prompts, tiny_model
 

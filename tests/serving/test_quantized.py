@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.quantized import (
+from helpers.compressed import (
     SCHEMES,
     Scheme,
     differences,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.quantized import DYNAMIC, SCHEMES, Scheme, packed, rounded, widened
+from helpers.compressed import DYNAMIC, SCHEMES, Scheme, packed, rounded, widened
 from vllm.config.quantization import resolve_quantization_config
 
 from pruned_vllm.formats.geometry import ModelGeometry

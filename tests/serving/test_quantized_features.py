@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.quantized import (
+from helpers.compressed import (
     FP8,
     SCHEMES,
     emulated_differences,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.quantized import SCHEMES, packed, rounded, widened
+from helpers.compressed import SCHEMES, packed, rounded, widened
 
 from pruned_vllm.common.padding import PAD, take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.quantized import SCHEMES, to_bfloat16, write_quantized
+from helpers.compressed import SCHEMES, to_bfloat16, write_quantized
 from helpers.serving import Geometry, rewrite
 from helpers.tiny import converted, expert_masks, masks_for, tiny_model
 from safetensors.torch import load_file
