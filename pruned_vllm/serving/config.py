@@ -38,8 +38,8 @@ class PrunedConfig(VerifyAndUpdateConfig):
         check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
         check_options(vllm_config, layout)
         _check_tensor_parallelism(vllm_config, layout)
-        check_directory(vllm_config, layout.geometry, layout.quantization)
-        check_kernels(vllm_config, layout)
+        names = check_directory(vllm_config, layout.geometry, layout.quantization)
+        check_kernels(vllm_config, layout, names)
         if not layout.geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
         sizes = vllm_config.model_config.model_arch_config

@@ -20,8 +20,12 @@ _OTHER_SCHEMES = "fp8-dynamic and w8a8-int8 have kernels for every size"
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def check_kernels(vllm_config: "VllmConfig", layout: ModelLayout) -> None:
+def check_kernels(vllm_config: "VllmConfig", layout: ModelLayout, names: frozenset[str]) -> None:
     """Asks vLLM's kernels about every linear layer of a quantized checkpoint.
+
+    Args:
+        names: of the tensors of the checkpoint, as far as they are known; they tell which layers of GPTQ and AWQ are
+            quantized.
 
     Raises:
         InputError: a layer for which there is none, with its size on each rank, the reasons and the fix.
@@ -32,7 +36,7 @@ def check_kernels(vllm_config: "VllmConfig", layout: ModelLayout) -> None:
         return
     problems = list(_online_problems(vllm_config))
     answers: dict[tuple[Any, ...], str] = {}
-    for module, scheme, inputs, outputs in _linear_layers(layout):
+    for module, scheme, inputs, outputs in _linear_layers(layout, names):
         size = (scheme, inputs, outputs)
         if size not in answers:
             answers[size] = _reason_against(*size)
@@ -72,10 +76,10 @@ def _is_stored(vllm_config: "VllmConfig") -> bool:
     return getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
 
 
-def _linear_layers(layout: ModelLayout) -> Iterator[tuple[str, Scheme, int, int]]:
+def _linear_layers(layout: ModelLayout, names: frozenset[str]) -> Iterator[tuple[str, Scheme, int, int]]:
     """Every quantized linear layer of the decoder as vLLM builds it on a rank: name, scheme, inputs and outputs."""
     geometry = layout.geometry
-    if layout.quantization is None or layout.quantization.by_tensors:  # config.json does not tell those that are plain
+    if layout.quantization is None:
         return
     for number, (layer, sizes) in enumerate(zip(geometry.layers, layout.layers, strict=True)):
         prefix, hidden, head_dim = f"model.layers.{number}", geometry.hidden_size, geometry.head_dim
@@ -93,7 +97,7 @@ def _linear_layers(layout: ModelLayout) -> Iterator[tuple[str, Scheme, int, int]
             parent, _, last = name.rpartition(".")
             stored = f"{prefix}.{parent}.{_FUSED.get(last, (last,))[0]}"
             scheme = linear_scheme(geometry, layout.quantization, stored)
-            if scheme is not None:
+            if scheme is not None and (not layout.quantization.by_tensors or f"{stored}.qweight" in names):
                 yield f"{prefix}.{name}", scheme, inputs, outputs
 
 

@@ -23,8 +23,13 @@ logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging confi
 SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 
 
-def check_directory(vllm_config: "VllmConfig", geometry: ModelGeometry, quantization: Quantization | None) -> None:
+def check_directory(
+    vllm_config: "VllmConfig", geometry: ModelGeometry, quantization: Quantization | None
+) -> frozenset[str]:
     """Checks the files that vLLM will load, where they lie in a directory.
+
+    Returns:
+        the names of the tensors; none where nothing was checked.
 
     Raises:
         InputError: files that are missing, cannot be read or that other readers would not take, or tensors that do not
@@ -32,13 +37,14 @@ def check_directory(vllm_config: "VllmConfig", geometry: ModelGeometry, quantiza
     """
     directory = Path(vllm_config.model_config.model)
     if not directory.is_dir() or vllm_config.load_config.load_format not in SAFETENSORS_FORMATS:
-        return
-    check = TensorCheck(geometry, quantization)
+        return frozenset()
+    check, names = TensorCheck(geometry, quantization), set()
     for path in find_weight_files(directory):
         with open_safetensors(path) as file:  # reads the header alone
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_slice(name)
                 check.accepts(canonical_name(name), tuple(tensor.get_shape()), tensor.get_dtype())
+                names.add(canonical_name(name))
     check.finish(str(directory))
     if modules := check.unjudged:
         logger.warning(
@@ -46,3 +52,4 @@ def check_directory(vllm_config: "VllmConfig", geometry: ModelGeometry, quantiza
             len(modules),
             modules[0],
         )
+    return frozenset(names)

@@ -54,6 +54,10 @@ FROM_DISK = {
     "w8a16": dict.fromkeys(MODELS, EIGHT_BITS),
     "w4a16": PACKED,
     "w4a16 in groups of 32": PACKED,
+    "w8a8-int8 with stored scales of inputs": ALL | {"ragged MoE": NOT_REACHED},
+    "w4a16 with zero points": PACKED | {"ragged MoE": NOT_REACHED},
+    "gptq": PACKED | {"ragged MoE": NOT_REACHED},
+    "awq": PACKED | {"ragged MoE": NOT_REACHED},
 }
 ONLINE = {
     "fp8_per_channel": ALL,
@@ -78,6 +82,7 @@ SLOW = [("dense Llama", scheme) for scheme in (*FROM_DISK, *ONLINE)] + [
     ("odd widths", "fp8_per_channel"),
     ("uneven GQA", "w4a16"),
     ("ragged MoE", "w4a16"),
+    ("odd widths", "w8a8-int8 with stored scales of inputs"),
     ("ragged MoE", "experts_int8"),
 ]
 
@@ -160,9 +165,10 @@ def test_refused_online(models, scheme, model, verdict):
 
 @pytest.mark.parametrize(("scheme", "model", "verdict"), cells(FROM_DISK, served=True))
 def test_served_from_disk(models, quantized, scheme, model, verdict):
-    if "w4a16" in scheme and not HAS_AVX512:
+    has_4_bits = SCHEMES[scheme].num_bits == 4
+    if has_4_bits and not HAS_AVX512:
         pytest.skip("vLLM's kernel for 4 bits needs AVX-512")
-    written, dtype = quantized(model, scheme), "bfloat16" if "w4a16" in scheme else "float32"
+    written, dtype = quantized(model, scheme), "bfloat16" if has_4_bits else "float32"
     assert_serves_the_emulation(written.directory, written.widened, models[model], SCHEMES[scheme], dtype=dtype)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.compressed import DYNAMIC, SCHEMES, Scheme, packed, rounded, widened
+from helpers.compressed import SCHEMES, Scheme, round_weight, store
 from vllm.config.quantization import resolve_quantization_config
 
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -72,7 +72,7 @@ def wide(experts: RaggedExperts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", TAKEN)
 def test_weights_of_a_checkpoint_reach_the_kernel(name, ranks, monkeypatch):
     """The ranks' rows together are the experts' weights; nothing else is in them."""
     scheme, generator = SCHEMES[name], torch.Generator().manual_seed(0)
@@ -80,13 +80,12 @@ def test_weights_of_a_checkpoint_reach_the_kernel(name, ranks, monkeypatch):
     for expert, width in enumerate(WIDTHS):
         for projection in ("w1", "w2", "w3") if width else ():
             shape = (HIDDEN, width) if projection == "w2" else (width, HIDDEN)
-            numbers, scale = rounded(torch.randn(shape, generator=generator), scheme)
-            parts = packed(numbers, scheme.num_bits) if scheme.layout == "pack-quantized" else {"weight": numbers}
-            parts["weight_scale"] = scale.bfloat16() if scheme.is_float else scale
+            rounded = round_weight(torch.randn(shape, generator=generator), scheme)
+            if scheme.is_float:  # as llm-compressor writes them
+                rounded = replace(rounded, scale=rounded.scale.bfloat16())
+            parts = store(rounded, scheme)
             stored += [(f"{expert}.{projection}.{key}", value) for key, value in parts.items()]
-            expected[expert, projection] = widened(
-                parts | {"weight_scale": parts["weight_scale"].float()}, scheme, shape
-            )
+            expected[expert, projection] = rounded.widened()
     found = {key: [] for key in expected}
     for rank in range(ranks):
         experts = experts_on(rank, ranks, TAKEN[name], monkeypatch)
@@ -113,8 +112,7 @@ def test_16_bit_weights_are_rounded_as_they_are_loaded(number, ranks, monkeypatc
             shape = (HIDDEN, width) if projection == "w2" else (width, HIDDEN)
             weight = torch.randn(shape, generator=generator).bfloat16()
             weights.append((f"{expert}.{projection}.weight", weight))
-            numbers, scale = rounded(weight.float(), as_stored)
-            expected[expert, projection] = widened({"weight": numbers, "weight_scale": scale}, as_stored, shape)
+            expected[expert, projection] = round_weight(weight.float(), as_stored).widened()
     for rank in range(ranks):
         experts = experts_on(rank, ranks, scheme, monkeypatch)
         list(experts.load_weights(iter(weights)))
@@ -164,7 +162,7 @@ def online(name: str | None, arguments: dict | None = None) -> ExpertScheme | No
     return expert_scheme(model_config(name, arguments), ModelGeometry.from_config(CONFIG), None, 0)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", TAKEN)
 def test_schemes_of_checkpoints_that_are_taken(name):
     assert of_checkpoint(SCHEMES[name]) == TAKEN[name]
     assert of_checkpoint(replace(SCHEMES[name], ignore=(r"re:.*experts\..*",))) is None
@@ -181,11 +179,10 @@ def test_a_scale_for_a_tensor_is_taken_as_one_for_each_output():
 
 
 W4, INT8 = SCHEMES["w4a16 in groups of 32"], SCHEMES["w8a8-int8"]
-STATIC = {"dynamic": False, "strategy": "tensor"}
 BLOCKS = ONE_SCALE | {"strategy": "block", "block_structure": [16, 16]}
 REFUSED = {
-    "asymmetric": (replace(W4, weights=W4.weights | {"symmetric": False}), "zero points, packed, .*: .* no zero point"),
-    "static inputs": (replace(INT8, inputs=DYNAMIC | STATIC), "no stored scales of inputs"),
+    "asymmetric": (SCHEMES["w4a16 with zero points"], "zero points, packed, .*: the kernel has no zero points"),
+    "static inputs": (SCHEMES["w8a8-int8 with stored scales of inputs"], "no stored scales of inputs"),
     "two bits": (replace(W4, weights=W4.weights | {"num_bits": 2}), "no weights of 2 bits"),
     "three bits": (replace(W4, weights=W4.weights | {"num_bits": 3}), "pack-quantized: int3 weights"),
     "groups": (replace(W4, weights=W4.weights | {"group_size": 48}), "groups of 48 do not divide hidden_size 64"),
@@ -194,8 +191,8 @@ REFUSED = {
     "order of activations": (replace(W4, weights=W4.weights | {"actorder": "group"}), "order of activations"),
     "nvfp4": (replace(INT8, layout="nvfp4-pack-quantized"), "nvfp4-pack-quantized: int8 weights"),
     "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "stores experts as fp8, float8_e4m3fn weights"),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}, "as gptq, int4 weights"),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}, "as awq, int4 weights"),
+    "gptq": (SCHEMES["gptq"], "as gptq, int4 weights"),
+    "awq": (SCHEMES["awq"], "as awq, int4 weights"),
     "mxfp4": ({"quant_method": "mxfp4"}, "as mxfp4, mxfp4"),
 }  # fmt: skip
 

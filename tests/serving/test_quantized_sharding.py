@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.compressed import SCHEMES, packed, rounded, widened
+from helpers.compressed import COMPRESSED, SCHEMES, read, round_weight, store
 
 from pruned_vllm.common.padding import PAD, take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -43,7 +43,7 @@ def changed(tensor: torch.Tensor, name: str, changes: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", COMPRESSED)
 def test_each_rank_gets_the_weights_it_would_get_plain(name, ranks):
     """Stock loaders cut every tensor into equal parts; each part must widen to the part of the widened weight."""
     scheme, generator = SCHEMES[name], torch.Generator().manual_seed(0)
@@ -57,10 +57,9 @@ def test_each_rank_gets_the_weights_it_would_get_plain(name, ranks):
         last = module.rpartition(".")[2]
         if part != "weight" or not last.endswith("_proj"):
             continue
-        numbers, scale = rounded(torch.randn(shape, generator=generator), scheme)
-        stored = packed(numbers, scheme.num_bits) if scheme.layout == "pack-quantized" else {"weight": numbers}
-        stored["weight_scale"] = scale
-        expected = changed(widened(stored, scheme, shape), tensor_name, moves)
+        rounded = round_weight(torch.randn(shape, generator=generator), scheme)
+        stored = store(rounded, scheme)
+        expected = changed(rounded.widened(), tensor_name, moves)
         if last not in COLUMN_PARALLEL and ranks > 1 and scheme.group_size:
             assert expected.shape[1] % (ranks * scheme.group_size) == 0
         tensors = {key: changed(value, f"{module}.{key}", changes) for key, value in stored.items()}
@@ -69,7 +68,7 @@ def test_each_rank_gets_the_weights_it_would_get_plain(name, ranks):
         for rank in range(ranks):
             held = {key: part_of(value, key, last, rank, ranks, scheme) for key, value in tensors.items()}
             wanted = part_of(expected, "weight", last, rank, ranks, scheme)
-            found = widened(held, scheme, wanted.shape)
+            found = read(held, scheme, wanted.shape)
             if last == "down_proj" and tensor_name in moves:
                 # Behind the last channel a packed number may hold anything: that channel of padding is 0.
                 index = moves[tensor_name][1]
@@ -80,7 +79,9 @@ def test_each_rank_gets_the_weights_it_would_get_plain(name, ranks):
 def part_of(tensor: torch.Tensor, key: str, projection: str, rank: int, ranks: int, scheme) -> torch.Tensor:
     """What vLLM's parameters take: outputs of joined layers, inputs of the others; some tensors whole."""
     is_column = projection in COLUMN_PARALLEL
-    if key == "weight_shape" or (key == "weight_scale" and not is_column and scheme.group_size is None):
+    if key in ("weight_shape", "input_scale") or (
+        key == "weight_scale" and not is_column and scheme.group_size is None
+    ):
         return tensor
     dim = 0 if is_column else 1
     # A KV head that several ranks share is not moved: vLLM's own loader repeats it.
