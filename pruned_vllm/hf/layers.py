@@ -53,7 +53,8 @@ class _RaggedExperts(nn.ModuleList):
         for index, expert in enumerate(self):
             token, choice = torch.where(top_k_index == index)
             if expert.width and len(token):
-                output = expert(hidden_states[token]) * top_k_weights[token, choice, None]
+                # A batch of one: where there is none, compressed-tensors rounds the inputs of all tokens by one scale.
+                output = expert(hidden_states[token][None])[0] * top_k_weights[token, choice, None]
                 result.index_add_(0, token, output.to(result.dtype))
         return result
 

@@ -4,6 +4,10 @@
     ...                                 # train it, or peft.get_peft_model(model, ...)
     model.save_pretrained("tuned/")     # again a converted model: `vllm serve tuned/` and load_pruned("tuned/") read it
 
+A model that quantize-pruned or llm-compressor quantized is loaded by Transformers' integration of compressed-tensors:
+weights are widened in the first forward pass, or at once with
+`quantization_config=CompressedTensorsConfig(dequantize=True)` of Transformers, which training needs.
+
 Needs torch and transformers, not vllm.
 """
 
@@ -19,7 +23,10 @@ from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import count_problems, read_headers
+from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
+from pruned_vllm.formats.quantization import COMPRESSED_TENSORS, Quantization
+from pruned_vllm.formats.quantized_tensors import linear_scheme
+from pruned_vllm.formats.tensor_check import TensorCheck
 from pruned_vllm.hf.classes import pruned_class
 
 
@@ -36,13 +43,14 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
     Raises:
         InputError: config.json is missing or describes no pruned model, Transformers lacks its architecture, the
             weights are not in safetensors files that all readers agree on, or tensors do not fit config.json; every one
-            is listed.
+            is listed. The weights are quantized in a format of another project.
     """
     config = read_config(Path(directory))
     geometry = ModelGeometry.from_config(config)
     tensors = read_headers(Path(directory))  # what this accepts, Transformers reads in the same way
     if problems := count_problems(tensors, geometry):
         raise InputError(f"The tensors in {directory} do not fit its config.json:", problems)
+    _check_quantized(directory, config, geometry, tensors)
     names = config.get("architectures", ())
     if "per_layer_config" in config or any(name.startswith(PRUNED_PREFIX) for name in names):
         model_class = pruned_class(geometry.family)
@@ -61,7 +69,43 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
             "convert-pruned, or restore the config.json that belongs to them:",
             problems,
         )
+    if "quantization_config" in config:
+        _unify_dtypes(model)
     return model
+
+
+def _unify_dtypes(model: PreTrainedModel) -> None:
+    """Gives all weights of 16 bits and more one dtype.
+
+    In a quantized model Transformers leaves those that it renames (Mixtral's) in the dtype of the file.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def _check_quantized(
+    directory: str | Path, config: Mapping[str, Any], geometry: ModelGeometry, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Refuses quantized tensors that Transformers would leave out, or take for others."""
+    quantization = Quantization.from_config(config)
+    if quantization is None:
+        return
+    if quantization.method != COMPRESSED_TENSORS:
+        raise InputError(
+            f"{directory} is quantized by {quantization.method}; load_pruned reads the format of compressed-tensors "
+            "alone: load the pruned model before it was quantized, or serve this one with vLLM"
+        )
+    check = TensorCheck(geometry, quantization)
+    for name, tensor in tensors.items():
+        check.accepts(name, tensor.shape, tensor.dtype)
+    check.finish(str(directory))
+    if modules := check.unjudged:
+        scheme = linear_scheme(geometry, quantization, modules[0])
+        raise InputError(
+            f"{directory}: {len(modules)} linear layers, {modules[0]} first, are quantized as {scheme}, which "
+            "load_pruned does not know; load the pruned model before it was quantized, or serve this one with vLLM"
+        )
 
 
 def _loading_problems(info: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from vllm.sequence import IntermediateTensors
 
 from pruned_vllm.common.padding import take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.tensor_check import TensorCheck
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.serving.attention import AttentionBuilder
 from pruned_vllm.serving.layer import PrunedDecoderLayer
@@ -24,13 +25,24 @@ from pruned_vllm.serving.layout_changes import layout_changes, module_names
 from pruned_vllm.serving.model_layout import model_layout
 from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.rank_failure import failing_together
-from pruned_vllm.serving.tensor_check import TensorCheck
 from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
 
 # The name puts the records under vLLM's own logging configuration.
 logger = init_logger("vllm.pruned_vllm")
 
 TESTED_VLLM = "0.32."
+
+# What safetensors calls the dtypes that checkpoints have.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+}
 
 
 class PrunedForCausalLM(LlamaForCausalLM):
@@ -50,15 +62,13 @@ class PrunedForCausalLM(LlamaForCausalLM):
             with smallest_vocabulary(config, layout.ranks):
                 super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
             build_vocabulary(self, vllm_config, prefix)
-        check_quantized(self, vllm_config.model_config.quantization)
+        check_quantized(self, vllm_config.model_config.quantization, layout)
         self._geometry = geometry
+        self._quantization = layout.quantization
         self._layout_changes = layout_changes(layout)
-        # A checkpoint quantized on disk has tensors of its own (scales, packed weights) that only vLLM can judge, and
-        # after dummy loading the first call is a weight update, which may bring any subset.
-        quantized = getattr(config, "quantization_config", None) is not None
         self._module_names = module_names(geometry)
-        self._quantized = quantized
-        self._all_tensors_expected = not quantized and vllm_config.load_config.load_format != "dummy"
+        # After dummy loading the first call is a weight update, which may bring any subset.
+        self._all_tensors_expected = vllm_config.load_config.load_format != "dummy"
         logger.info_once(_summary(geometry, vllm_config.model_config.dtype.itemsize))
 
     def forward(
@@ -80,10 +90,10 @@ class PrunedForCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads a stream of (name, tensor).
 
-        Every tensor is compared with the geometry before it is loaded (`tensor_check.py` says why).
+        Every tensor is compared with config.json before it is loaded (formats/tensor_check.py says why).
 
         Raises:
-            InputError: after the whole stream was seen, with every wrong shape, missing and unknown tensor.
+            InputError: after the whole stream was seen, with every tensor that is wrong, missing or unknown.
         """
         loaded = super().load_weights(self._laid_out(self._checked(weights)))
         self._all_tensors_expected = False  # later calls (weight updates) may bring any subset
@@ -95,13 +105,14 @@ class PrunedForCausalLM(LlamaForCausalLM):
         for name, tensor in weights:
             if name in self._layout_changes:
                 tensor = take_or_zero(tensor, *self._layout_changes[name])
-            yield self._module_names.get(name, name), tensor
+            module, _, part = name.rpartition(".")
+            yield f"{self._module_names[module]}.{part}" if module in self._module_names else name, tensor
 
     def _checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        check = TensorCheck(self._geometry, self._quantized, self._all_tensors_expected)
+        check = TensorCheck(self._geometry, self._quantization, self._all_tensors_expected)
         for stored_name, tensor in weights:
             name = canonical_name(stored_name)
-            if check.accepts(name, tuple(tensor.shape), tensor.is_floating_point()):
+            if check.accepts(name, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype))):
                 yield name, tensor
         check.finish()
 

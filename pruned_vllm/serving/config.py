@@ -8,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import check_agreement, left_out
 from pruned_vllm.formats.families import Family
+from pruned_vllm.serving.cpu_kernels import check_kernels
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import check_options
 from pruned_vllm.serving.tensor_check import check_directory
@@ -35,9 +36,10 @@ class PrunedConfig(VerifyAndUpdateConfig):
         """
         layout = model_layout(vllm_config)
         check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
-        check_options(vllm_config, layout.geometry)
+        check_options(vllm_config, layout)
         _check_tensor_parallelism(vllm_config, layout)
-        check_directory(vllm_config, layout.geometry)
+        names = check_directory(vllm_config, layout.geometry, layout.quantization)
+        check_kernels(vllm_config, layout, names)
         if not layout.geometry.num_key_value_heads:  # vLLM's prefix caching fails where there is no KV cache to manage
             vllm_config.cache_config.enable_prefix_caching = False
         sizes = vllm_config.model_config.model_arch_config
@@ -77,12 +79,8 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
             f"{vllm_config.model_config.model}: at least one rank would hold zeros alone in all of them; use at most "
             f"{most_heads}"
         )
-    # Only plain weights can be brought into a new order and padded while they are loaded.
-    quantized = getattr(vllm_config.model_config.hf_config, "quantization_config", None) is not None
-    reasons = ["the checkpoint is quantized on disk"] * quantized
-    reasons += ["LoRA adapters have the unpadded shapes"] * (vllm_config.lora_config is not None)
-    if reasons and layout_changes(layout):
+    if layout_changes(layout) and vllm_config.lora_config is not None:
         raise InputError(
             f"--tensor-parallel-size {ranks} does not divide the heads and channels of every layer, so they are padded "
-            f"while the weights are loaded, but {' and '.join(reasons)}; use --tensor-parallel-size 1"
+            "while the weights are loaded, but LoRA adapters have the unpadded shapes; use --tensor-parallel-size 1"
         )

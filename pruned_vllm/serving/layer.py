@@ -1,5 +1,6 @@
 """A decoder layer of any geometry: stock attention and MLP at their real sizes, or nothing where they were removed."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -50,7 +52,7 @@ class PrunedDecoderLayer(nn.Module):
             self.self_attn = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
         if layer.expert_intermediate_sizes:
             self.post_attention_layernorm = norm()
-            self.mlp: nn.Module = MoEBlock(vllm_config, geometry, layer, f"{prefix}.mlp")
+            self.mlp: nn.Module = MoEBlock(vllm_config, model_layout, index, f"{prefix}.mlp")
         elif layer.intermediate_size:
             self.post_attention_layernorm = norm()
             self.mlp = LlamaMLP(
@@ -184,6 +186,14 @@ class UnevenGroups(nn.Module):
         self.head_dim = attn.head_size
         self.register_buffer("source", torch.tensor(layout.op_source(rank)), persistent=False)
         self.register_buffer("target", torch.tensor(layout.op_target(rank)), persistent=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        """Hands the scales of the KV cache on to the op, which the checkpoint knows by this module's name."""
+        for name, tensor in weights:
+            parameter = getattr(self.attn, name, None)
+            if parameter is not None:  # as in stock models, scales that the op does not know are left out
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+                yield f"attn.{name}"
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [tokens, query_heads * head_dim], k and v [tokens, kv_heads * head_dim] -> like q."""

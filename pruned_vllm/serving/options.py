@@ -1,7 +1,7 @@
 """Options of vLLM that a pruned model cannot honour: each is refused with a sentence, none is ignored.
 
 OPTIONS.md beside this file says what becomes of every option; a test holds the two together. Options that tensor
-parallelism meets are checked in config.py.
+parallelism meets are checked in config.py, quantization also in expert_scheme.py and cpu_kernels.py.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.serving.expert_scheme import expert_problems
+from pruned_vllm.serving.model_layout import ModelLayout
 from pruned_vllm.serving.sharding import has_ragged_experts
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
@@ -37,13 +39,19 @@ class Refusal:
     sentence: str | Callable[["VllmConfig", ModelGeometry], str]
 
 
-def check_options(vllm_config: "VllmConfig", geometry: ModelGeometry) -> None:
-    """Refuses what a model of this geometry cannot honour.
+def check_options(vllm_config: "VllmConfig", layout: ModelLayout) -> None:
+    """Refuses what a model of these sizes cannot honour.
 
     Raises:
         InputError: with a sentence for each option.
     """
-    problems = []
+    geometry = layout.geometry
+    problems = expert_problems(vllm_config.model_config, geometry, layout.quantization, layout.ranks)
+    if layout.quantization is not None and layout.quantization.kv_cache_strategy not in (None, "tensor"):
+        problems.append(
+            f"kv_cache_scheme in quantization_config has scales by {layout.quantization.kv_cache_strategy}, which vLLM "
+            "cuts by one number of heads for all layers; quantize with strategy tensor"
+        )
     for refusal in REFUSALS:
         if refusal.is_asked(vllm_config, geometry):
             sentence = refusal.sentence
@@ -55,25 +63,6 @@ def check_options(vllm_config: "VllmConfig", geometry: ModelGeometry) -> None:
 def _has_ragged_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
     ranks = vllm_config.parallel_config.tensor_parallel_size
     return any(has_ragged_experts(layer, ranks) for layer in geometry.layers)
-
-
-def _quantizes_ragged_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
-    """Whether experts that are not vLLM's own would stay in 16 bits though quantization was asked for."""
-    model = vllm_config.model_config
-    if model.quantization is None or not _has_ragged_experts(vllm_config, geometry):
-        return False
-    arguments = model.quantization_config
-    linear_alone = model.quantization == "online" and not (arguments.moe or arguments.targets)
-    return not linear_alone
-
-
-def _quantization_sentence(vllm_config: "VllmConfig", geometry: ModelGeometry) -> str:
-    return (
-        f"quantization {vllm_config.model_config.quantization!r} (from --quantization, or quantization_config in "
-        "config.json or --hf-overrides) does not reach experts of different widths, which would stay as they are; "
-        "serve the model without it, or quantize the other layers alone: --quantization online --quantization-config "
-        '\'{"linear": {"weight": "fp8_per_channel_static"}}\''
-    )
 
 
 def _shares_out_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
@@ -130,7 +119,6 @@ def _connector_needs_equal_heads(vllm_config: "VllmConfig", geometry: ModelGeome
 
 
 REFUSALS = (
-    Refusal(("--quantization",), _quantizes_ragged_experts, _quantization_sentence),
     Refusal(
         ("--quantization",),
         lambda vllm_config, geometry: (

@@ -1,26 +1,28 @@
 """A mixture-of-experts block whose routed experts have widths of their own, stored and computed without padding.
 
-The router, its top-k and the shared experts are vLLM's. The routed experts' rows lie one expert after the other:
-gate and up [2, rows, hidden_size], down [rows, hidden_size] (transposed), expert e from offsets[e] to offsets[e + 1].
-One custom op computes them, so that torch.compile and CUDA graphs see a single node. Where all experts of a layer have
-the same width, they are vLLM's own FusedMoE.
+The router, its top-k and the shared experts are vLLM's. The routed experts' weights are what `expert_weights.py` makes
+of them, expert e in the rows from offsets[e] to offsets[e + 1]. One custom op computes them, so that torch.compile and
+CUDA graphs see a single node. Where all experts of a layer have the same width, they are vLLM's own FusedMoE, unless
+they are quantized and vLLM computes on a CPU.
+
+Experts may be quantized (`expert_scheme.py`). On a CPU their inputs are not, also where the scheme asks for that: the
+results are closer to the 16-bit model, and a line of the log says so.
 """
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import accumulate
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import (
     LayerNameType,
     _encode_layer_name,
@@ -28,23 +30,38 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.kernels.ragged_moe_arguments import Scales
+from pruned_vllm.serving.expert_scheme import ExpertScheme, expert_scheme, takes_uniform_experts
+from pruned_vllm.serving.expert_weights import (
+    make_parameters,
+    parameter_name,
+    place_experts,
+    quantized,
+    rank_scale,
+    rank_weight,
+    target_of,
+)
 from pruned_vllm.serving.layout_changes import DOWN, GATE, UP
+from pruned_vllm.serving.model_layout import ModelLayout
 from pruned_vllm.serving.sharding import has_ragged_experts, shard_experts
+
+logger = init_logger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
 
 class MoEBlock(nn.Module):
     """What stands in a decoder layer's `mlp`: router, routed experts, and shared experts where the family has them."""
 
-    def __init__(self, vllm_config: VllmConfig, geometry: ModelGeometry, layer: LayerGeometry, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, layout: ModelLayout, index: int, prefix: str) -> None:
         super().__init__()
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        experts, hidden_size = geometry.dense_experts, geometry.hidden_size
+        geometry, ranks = layout.geometry, layout.ranks
+        layer, experts, hidden_size = geometry.layers[index], geometry.dense_experts, geometry.hidden_size
+        scheme_arguments = vllm_config.model_config, geometry, layout.quantization, index
         self.ranks = ranks
         self.gate = GateLinear(hidden_size, experts.num_experts, prefix=f"{prefix}.gate")
         top_k = experts.num_experts_per_tok
-        self.is_stock = not has_ragged_experts(layer, ranks)
+        self.is_stock = not has_ragged_experts(layer, ranks) and not (
+            current_platform.is_cpu() and takes_uniform_experts(*scheme_arguments)
+        )
         if self.is_stock:
             self.experts = FusedMoEFactory(
                 num_experts=experts.num_experts,
@@ -62,7 +79,11 @@ class MoEBlock(nn.Module):
                 top_k=top_k, global_num_experts=experts.num_experts, renormalize=experts.norm_topk_prob
             )
             self.experts = RaggedExperts(
-                vllm_config, layer.expert_intermediate_sizes, hidden_size, prefix=f"{prefix}.experts"
+                vllm_config,
+                layer.expert_intermediate_sizes,
+                hidden_size,
+                prefix=f"{prefix}.experts",
+                scheme=expert_scheme(*scheme_arguments),
             )
         self.shared = None
         names = geometry.family.experts_format
@@ -70,7 +91,7 @@ class MoEBlock(nn.Module):
             self.shared = names.shared_module.removeprefix("mlp.")
             shared = LlamaMLP(
                 hidden_size,
-                -(-experts.shared_intermediate_size // ranks) * ranks,
+                layout.shared_channels[index] * ranks,
                 "silu",
                 quant_config=vllm_config.quant_config,
                 prefix=f"{prefix}.{self.shared}",
@@ -106,24 +127,43 @@ class RaggedExperts(nn.Module):
     Args:
         widths: FFN channels of each expert on all ranks together; 0 is an expert that outputs zeros.
         prefix: the module's name, by which the custom op finds it.
+        scheme: how they are quantized; None if they are not.
     """
 
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    gate_up_scale: nn.Parameter
+    down_scale: nn.Parameter
     offsets: torch.Tensor  # int32 [experts + 1]
+    down_offsets: torch.Tensor  # int32 [experts + 1], in runs of scales
 
-    def __init__(self, vllm_config: VllmConfig, widths: tuple[int, ...], hidden_size: int, prefix: str) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        widths: tuple[int, ...],
+        hidden_size: int,
+        prefix: str,
+        scheme: ExpertScheme | None = None,
+    ) -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        self.channels = shard_experts(widths, ranks)[get_tensor_model_parallel_rank() if ranks > 1 else 0]
-        local_widths = [len(channels) for channels in self.channels]
-        self.max_width = max(local_widths)
-        self.starts = [0, *accumulate(local_widths)]
-        rows = self.starts[-1]
+        quantum = scheme.group_size or 1 if scheme is not None else 1
+        channels = shard_experts(widths, ranks, quantum)[get_tensor_model_parallel_rank() if ranks > 1 else 0]
+        self.scheme, self.hidden_size, self.widths = scheme, hidden_size, widths
+        self.places = place_experts(channels, scheme)
+        self.max_width = max(map(len, channels))
         # Without a channel there is nothing to load, and vLLM wants every parameter loaded.
-        make: Callable[[torch.Tensor], Any] = (
-            partial(nn.Parameter, requires_grad=False) if rows else lambda weight: None
-        )
-        self.gate_up, self.down = make(torch.empty(2, rows, hidden_size)), make(torch.empty(rows, hidden_size))
-        self.register_buffer("offsets", torch.tensor(self.starts, dtype=torch.int32), persistent=False)
+        for name, parameter in make_parameters(self.places, hidden_size, scheme).items() if self.max_width else ():
+            parameter.weight_loader = self.load_part  # type: ignore[attr-defined]
+            self.register_parameter(name, parameter)
+        for name, ends in (
+            ("offsets", [place.rows.stop for place in self.places]),
+            ("down_offsets", [place.runs.stop for place in self.places]),
+        ):
+            self.register_buffer(name, torch.tensor([0, *ends], dtype=torch.int32), persistent=False)
+        self.quantize_input = scheme is not None and scheme.quantizes_input and not current_platform.is_cpu()
+        if scheme is not None:
+            logger.info_once("Experts of different widths: %s%s", scheme, self._note())
         self.layer_name = prefix
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
@@ -131,19 +171,37 @@ class RaggedExperts(nn.Module):
         context[prefix] = self
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        """Takes this rank's channels of "{expert}.w1.weight" (gate), "w3" (up) and "w2" (down)."""
+        """Takes this rank's channels of "{expert}.w1.weight" (gate), "w3" (up) and "w2" (down), and of their scales.
+
+        16-bit weights of experts that are to be quantized become int8 or float8 on the spot. A scale of down_proj is
+        that of the whole row, whatever part of it the rank holds.
+        """
         for name, tensor in weights:
-            expert, projection, _ = name.split(".")
-            channels = self.channels[int(expert)]
-            if not channels:
+            expert, projection, part = name.split(".")
+            place = self.places[int(expert)]
+            loaded = parameter_name(projection, part)
+            if loaded is None or not place.channels:
                 continue
-            rows = slice(self.starts[int(expert)], self.starts[int(expert) + 1])
-            if projection == DOWN:
-                self.down.data[rows].copy_(tensor[:, channels.start : channels.stop].T)
-                yield "down"
-            else:
-                self.gate_up.data[(GATE, UP).index(projection), rows].copy_(tensor[channels.start : channels.stop])
-                yield "gate_up"
+            values = {loaded: tensor}
+            if self.scheme is not None and self.scheme.is_online:
+                numbers, scale = quantized(tensor, self.scheme)
+                values = {loaded: numbers, f"{loaded}_scale": scale}
+            for target, value in values.items():
+                parameter = getattr(self, target)
+                # vLLM puts a loader of its own in place of this one when it loads a model again.
+                parameter.weight_loader(parameter, value, target, int(expert), projection)
+                yield target
+
+    def load_part(self, param: torch.Tensor, tensor: torch.Tensor, name: str, expert: int, projection: str) -> None:
+        """Copies this rank's part of a projection of an expert, or of its scale, into the parameter `name`."""
+        place, scheme = self.places[expert], self.scheme
+        if scheme is not None and name.endswith("_scale"):
+            outputs = self.hidden_size if projection == DOWN else self.widths[expert]
+            value = rank_scale(tensor, place, projection, scheme.group_size, outputs)
+        else:
+            num_bits = scheme.num_bits if scheme is not None and tensor.dtype == torch.int32 else None
+            value = rank_weight(tensor, place, projection, num_bits, self.hidden_size)
+        target_of(name, param, place, projection).copy_(value)
 
     def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden_size], top-k [tokens, k] -> this rank's part of the output [tokens, hidden_size]."""
@@ -157,7 +215,20 @@ class RaggedExperts(nn.Module):
             from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
         else:
             from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
-        return ragged_moe(x, self.gate_up, self.down, self.offsets, topk_weights, topk_ids, self.max_width)
+        scales = None
+        if self.scheme is not None:
+            scales = Scales(
+                self.gate_up_scale, self.down_scale, self.down_offsets, self.scheme.group_size, self.quantize_input
+            )
+        return ragged_moe(
+            x, self.gate_up, self.down, self.offsets, topk_weights, topk_ids, self.max_width, scales=scales
+        )
+
+    def _note(self) -> str:
+        """What a reader of the log may not expect."""
+        if self.scheme is None or not self.scheme.quantizes_input or self.quantize_input:
+            return ""
+        return "; their inputs stay as they are on a CPU, although the scheme quantizes them too"
 
 
 # vLLM's own type for names of layers: torch.compile makes them inputs of the graph, where a string would be a constant

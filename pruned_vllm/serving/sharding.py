@@ -121,13 +121,17 @@ class LayerLayout:
         return _padded(slots, self.op_heads)
 
 
-def shard_layer(layer: LayerGeometry, tensor_parallel_size: int) -> LayerLayout:
-    """How `layer` is spread over the ranks. With one rank everything is in the layer's own order."""
+def shard_layer(layer: LayerGeometry, tensor_parallel_size: int, channel_quantum: int = 1) -> LayerLayout:
+    """How `layer` is spread over the ranks. With one rank everything is in the layer's own order.
+
+    Args:
+        channel_quantum: every rank holds a multiple of so many FFN channels, padding included.
+    """
     if layer.num_key_value_heads >= tensor_parallel_size:
         assigned = _spread_kv_heads(layer.query_heads_per_kv_head, tensor_parallel_size)
     else:
         assigned = _repeat_kv_heads(layer.query_heads_per_kv_head, tensor_parallel_size)
-    width = -(-layer.intermediate_size // tensor_parallel_size)
+    width = share_of(layer.intermediate_size, tensor_parallel_size, channel_quantum)
     shards = tuple(
         Shard(
             tuple(head for head, _ in heads),
@@ -145,6 +149,11 @@ def shard_layer(layer: LayerGeometry, tensor_parallel_size: int) -> LayerLayout:
     )
 
 
+def share_of(width: int, tensor_parallel_size: int, quantum: int = 1) -> int:
+    """Channels of each rank, padding included: the least multiple of `quantum` that does. One rank has no padding."""
+    return width if tensor_parallel_size == 1 else -(-width // (tensor_parallel_size * quantum)) * quantum
+
+
 def has_ragged_experts(layer: LayerGeometry, tensor_parallel_size: int) -> bool:
     """Whether the layer has experts that vLLM's own expert layer cannot hold: of different widths, of none, or of one
     that the ranks do not divide."""
@@ -153,20 +162,23 @@ def has_ragged_experts(layer: LayerGeometry, tensor_parallel_size: int) -> bool:
     )
 
 
-def shard_experts(widths: tuple[int, ...], tensor_parallel_size: int) -> list[list[range]]:
+def shard_experts(widths: tuple[int, ...], tensor_parallel_size: int, quantum: int = 1) -> list[list[range]]:
     """For each rank the channels that it holds of each expert, of which `widths` are the channels in all.
 
     Every expert is shared out as evenly as it goes, and what is left over goes round the ranks, so that two ranks
     differ by one channel at most, of an expert and of all experts together. Nothing is padded.
+
+    Args:
+        quantum: an expert is cut at multiples of so many channels only; "one channel" is then one such run.
     """
     held: list[list[range]] = [[] for _ in range(tensor_parallel_size)]
     turn = 0  # the rank whose turn it is to take one more
     for width in widths:
-        share, rest = divmod(width, tensor_parallel_size)
+        share, rest = divmod(-(-width // quantum), tensor_parallel_size)
         start = 0
         for rank, channels in enumerate(held):
-            stop = start + share + ((rank - turn) % tensor_parallel_size < rest)
-            channels.append(range(start, stop))
+            stop = start + quantum * (share + ((rank - turn) % tensor_parallel_size < rest))
+            channels.append(range(min(start, width), min(stop, width)))
             start = stop
         turn = (turn + rest) % tensor_parallel_size
     return held

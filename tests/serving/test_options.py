@@ -3,6 +3,7 @@
 A VllmConfig is enough: what the plugin refuses, it refuses before vLLM starts a process.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,14 +15,16 @@ from helpers.serving import Geometry
 from helpers.tiny import converted, expert_masks, masks_for, tiny_model
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.quantization import Quantization
 from pruned_vllm.serving import options
+from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import REFUSALS, check_options
 from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.stock_architectures import DenseOnly
@@ -86,12 +89,9 @@ CUT_BY_HEADS = "cut KV caches by one number of heads"
 QUANTIZATIONS = [
     "fp8",
     "fp8_per_tensor",
-    "fp8_per_channel",
     "fp8_per_block",
     "mxfp8",
     "nvfp4_per_token",
-    "int8_per_channel_weight_only",
-    "experts_int8",
     "compressed-tensors",
     "awq",
     "gptq",
@@ -104,15 +104,25 @@ QUANTIZATIONS = [
     "mxfp4",
 ]
 ON_DISK = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+BY_HEAD = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+STORED = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "0": {"targets": ["Linear"], "weights": INT8, "input_activations": INT8 | {"strategy": "tensor"}}
+    },
+    "kv_cache_scheme": BY_HEAD,
+}
 CASES = [
     *[Case(("--quantization",), NOT_REACHED, "ragged", {"quantization": name}) for name in QUANTIZATIONS],
-    Case(("--quantization",), NOT_REACHED, "mixed", {"quantization": "fp8_per_channel"}),
+    Case(("--quantization",), NOT_REACHED, "mixed", {"quantization": "fp8_per_tensor"}),
     Case(("--quantization",), NOT_REACHED, "ragged", {"hf_overrides": {"quantization_config": ON_DISK}}),
     Case(
         ("--quantization",),
         NOT_REACHED,
         "ragged",
-        {"quantization": "online", "quantization_config": LINEAR | {"moe": {"weight": "fp8_per_channel_static"}}},
+        {"quantization": "online", "quantization_config": LINEAR | {"moe": {"weight": "fp8_per_tensor_static"}}},
     ),
     # Experts of one width that two ranks do not divide have the ragged kernel, too.
     Case(("--quantization",), NOT_REACHED, "equal", {"quantization": "fp8"}, parallel(tensor_parallel_size=3)),
@@ -157,6 +167,12 @@ CASES = [
         "llama",
         {"kv_offloading_backend": "lmcache", "kv_offloading_size": 1},
     ),
+    Case(
+        ("--kv-cache-dtype", "--kv-cache-dtype-skip-layers"),
+        "has scales by attn_head, which vLLM cuts by one number of heads",
+        "llama",
+        {"hf_overrides": {"quantization_config": STORED}},
+    ),
     Case(("--load-format",), "read pickles", "llama", {"load_format": "pt"}),
     Case(("--load-format",), "read pickles", "llama", {"load_format": "npcache"}),
     Case(("--enable-mfu-metrics",), "counts operations by one size", "llama", {"enable_mfu_metrics": True}),
@@ -192,9 +208,8 @@ def test_what_cannot_be_honoured_is_refused(models, case):
         return
     config = vllm_config(models[case.model], **case.arguments)
     case.change(config)
-    geometry = ModelGeometry.from_config(config.model_config.hf_config.to_dict())
     with pytest.raises(ValueError, match=re.escape(case.sentence)):
-        check_options(config, geometry)
+        check_options(config, model_layout(config))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +217,9 @@ def test_what_cannot_be_honoured_is_refused(models, case):
     [
         ("ragged", {"quantization": "online", "quantization_config": LINEAR}),
         ("equal", {"quantization": "fp8_per_channel"}),
+        ("ragged", {"quantization": "fp8_per_channel"}),
+        ("mixed", {"quantization": "experts_int8"}),
+        ("ragged", {"quantization": "int8_per_channel_weight_only"}),
         ("llama", {"quantization": "fp8_per_channel"}),
         ("llama", {"data_parallel_size": 2}),
         ("llama", {"pipeline_parallel_size": 2}),
@@ -217,19 +235,39 @@ def test_what_can_be_honoured_is_not_refused(models, model, arguments):
     vllm_config(models[model], **arguments)
 
 
-def test_a_quantization_that_reaches_no_layer_is_refused():
+def test_a_quantization_that_reaches_no_layer_is_refused(models):
     """Whatever vLLM does with a method that nobody has listed: what counts is what the layers got."""
 
-    class Layer(torch.nn.Module):
+    class Layer(LinearBase):
         def __init__(self, quant_method) -> None:
-            super().__init__()
+            torch.nn.Module.__init__(self)
             self.quant_method = quant_method
 
-    plain = [Layer(UnquantizedLinearMethod()), Layer(UnquantizedEmbeddingMethod()), torch.nn.Linear(1, 1)]
-    check_quantized(torch.nn.ModuleList(plain), None)
-    check_quantized(torch.nn.ModuleList([*plain, Layer(object.__new__(Fp8PtpcOnlineLinearMethod))]), "fp8_per_channel")
+    config = json.loads((models["llama"] / "config.json").read_text())
+    groups = {"0": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "channel"}}}
+    stored = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    stored["ignore"] = ["plain"]
+    geometry = ModelGeometry.from_config(config)
+    online, on_disk = (
+        ModelLayout.from_geometry(geometry, 1, Quantization.from_config(config | changes))
+        for changes in ({}, {"quantization_config": stored})
+    )
+    plain, reached = Layer(UnquantizedLinearMethod()), Layer(object.__new__(Fp8PtpcOnlineLinearMethod))
+    check_quantized(torch.nn.ModuleDict({"plain": plain}), None, online)
+    check_quantized(torch.nn.ModuleDict({"plain": plain, "other": reached}), "fp8_per_channel", online)
     with pytest.raises(ValueError, match="quantization 'torchao' changes no layer of this pruned model"):
-        check_quantized(torch.nn.ModuleList(plain), "torchao")
+        check_quantized(torch.nn.ModuleDict({"plain": plain}), "torchao", online)
+    check_quantized(torch.nn.ModuleDict({"plain": plain, "other": reached}), "compressed-tensors", on_disk)
+    layers = {"plain": plain, "left": Layer(UnquantizedLinearMethod()), "other": reached}
+    with pytest.raises(
+        ValueError, match=r"in 1 layers:\n  - left: quantized in the checkpoint, but vLLM built it for pl"
+    ):
+        check_quantized(torch.nn.ModuleDict(layers), "compressed-tensors", on_disk)
+    layers = {"plain": Layer(object.__new__(CompressedTensorsLinearMethod)), "other": reached}
+    with pytest.raises(
+        ValueError, match="in 1 layers:\n  - plain: plain in the checkpoint, but vLLM built it for Compr"
+    ):
+        check_quantized(torch.nn.ModuleDict(layers), "compressed-tensors", on_disk)
 
 
 def test_all_that_is_wrong_is_said_at_once(models):

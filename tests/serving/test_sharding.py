@@ -88,15 +88,27 @@ def test_query_heads_are_spread_evenly(groups, ranks, query_heads):
     assert shard_layer(LayerGeometry(groups, 64), ranks).query_heads == query_heads
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=20).map(tuple), st.integers(1, 8))
-def test_channels_of_experts_are_spread_evenly(widths, ranks):
-    held = shard_experts(widths, ranks)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=20).map(tuple), st.integers(1, 8), st.sampled_from((1, 8, 32)))
+def test_channels_of_experts_are_spread_evenly(widths, ranks, quantum):
+    held = shard_experts(widths, ranks, quantum)
     for expert, width in enumerate(widths):
         assert [channel for rank in held for channel in rank[expert]] == list(range(width))
-        shares = [len(rank[expert]) for rank in held]
-        assert max(shares) - min(shares) <= 1
-    totals = [sum(map(len, rank)) for rank in held]
+        assert all(rank[expert].start % quantum == 0 for rank in held if rank[expert])
+    runs = [[-(-len(channels) // quantum) for channels in rank] for rank in held]
+    totals = [sum(rank) for rank in runs]
     assert max(totals) - min(totals) <= 1
+    for shares in zip(*runs, strict=True):
+        assert max(shares) - min(shares) <= 1
+
+
+@given(st.integers(0, 500), st.integers(1, 8), st.sampled_from((1, 8, 32, 96)))
+def test_channels_of_a_layer_come_in_multiples(width, ranks, quantum):
+    layout = shard_layer(LayerGeometry((1,) * ranks, width), ranks, quantum)
+    if ranks == 1:
+        assert layout.channels == width
+    else:
+        assert layout.channels % quantum == 0 and 0 <= layout.channels * ranks - width < ranks * quantum
+    assert [channel for channel in layout.channel_index if channel != PAD] == list(range(width))
 
 
 @pytest.mark.parametrize(("groups", "ranks"), [((1,) * 8, 2), ((4,) * 8, 4), ((4, 4), 4), ((8,), 8), ((3, 3), 1)])
@@ -146,7 +158,7 @@ def test_changes_of_weights_stay_on_the_cpu():
     """vLLM builds a model under the device that it will run on; the weights come from files."""
     with torch.device("meta"):
         changes = layout_changes(ModelLayout.from_geometry(ModelGeometry.from_config(CONFIG), 2))
-    assert len(changes) == 24 and all(index.device.type == "cpu" for _, index in changes.values())
+    assert len(changes) == 24 and all(index.device.type == "cpu" for _, index, _ in changes.values())
 
 
 def test_padding_is_zero():
