@@ -154,7 +154,7 @@ class _Writing:
         plan, done = self._plan, []
         if name in self._folded.changed:
             done.append("the adapter was merged")
-        if name in plan.cuts:
+        if name in plan.cuts and plan.source.pruning is None:  # else it was converted before
             done.append("the masks were folded in")
         if plan.dtype is not None:
             done.append(f"it was cast to {str(plan.dtype).removeprefix('torch.')}")
