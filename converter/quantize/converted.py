@@ -14,8 +14,9 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.masked import MASKS_FILE, LayerMasks
 
-# Of a converted config.json; `converted_config` writes them anew.
-PER_LAYER_KEYS = (
+# Of a converted config.json; they are written anew.
+CONVERTED_KEYS = (
+    "pruning",
     "per_layer_config",
     "allow_global_per_layer_attribute_access",
     "query_heads_per_kv_head",
@@ -62,7 +63,7 @@ def _read(directory: Path, hub_id: str | None) -> Source:
     checkpoint = Checkpoint.from_directory(directory)
     geometry = ModelGeometry.from_config(checkpoint.config)
     weights = checkpoint.with_config(
-        {key: value for key, value in checkpoint.config.items() if key not in PER_LAYER_KEYS}
+        {key: value for key, value in checkpoint.config.items() if key not in CONVERTED_KEYS}
     )
     pruning = config.get("pruning") if isinstance(config.get("pruning"), dict) else {}
     method = str(pruning.get("method"))

@@ -57,7 +57,7 @@ def quantization_lines(plan: Plan) -> list[str]:
             f"Padding: {padding / 1e6:,.3g} MB of zeros ({padding / (total - padding):.1%}), since kernels for "
             f"{scheme.name}{ranks} want widths in multiples of {step}; the output is the same."
         )
-    lines += _ideal_lines(plan)
+    lines.append(_ideal_line(plan))
     if uneven := _unevenly_shared(plan.pruned, quantization.ranks):
         lines.append(
             f"{quantization.ranks} ranks do not share the heads of {uneven} layers evenly: the plugin pads those while "
@@ -66,7 +66,7 @@ def quantization_lines(plan: Plan) -> list[str]:
     return [*lines, *filter(None, [scheme.note])]
 
 
-def _ideal_lines(plan: Plan) -> list[str]:
+def _ideal_line(plan: Plan) -> str:
     quantization, sizes = _quantization(plan), plan.written().sizes
     element_bytes = ELEMENT_BYTES[DTYPES[plan.dtype_of("model.embed_tokens.weight")]]
 
@@ -79,10 +79,10 @@ def _ideal_lines(plan: Plan) -> list[str]:
         return ", ".join(texts)
 
     what = f"Ideal speedup of decoding with {CONTEXT:,} tokens of context, by bytes read"
-    lines = [f"{what}: {speedups(quantization.unpadded)} over the same model before."]
+    line = f"{what}: {speedups(quantization.unpadded)} over the same model before"
     if plan.dense.num_parameters > quantization.unpadded.num_parameters:
-        lines.append(f"{what}: {speedups(plan.dense)} over the dense model.")
-    return lines
+        line += f"; {speedups(plan.dense)} over the dense model"
+    return f"{line}."
 
 
 def quantized_card(plan: Plan) -> str:
