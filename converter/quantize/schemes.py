@@ -113,7 +113,7 @@ SCHEMES = {
             good_multiple=64,
             needed_inputs=32,
             needed_outputs=32,
-            note="On CPUs w4a16 needs AVX-512.",
+            note="On CPUs w4a16 needs AVX-512; on GPUs it needs groups of 32, 64 or 128 inputs, or of all.",
         ),
     )
 }

@@ -30,6 +30,8 @@ def choose_group_size(wanted: Wanted, geometry: ModelGeometry, modules: frozense
         return None, refused
     if wanted.group_size == 0:
         return None, []
+    if wanted.group_size and wanted.group_size % scheme.pack_factor:
+        return None, [f"a group of {wanted.group_size} inputs does not fill int32 numbers of {scheme.pack_factor} each"]
     inputs = _fixed_inputs(wanted, geometry, modules)
     for size in (wanted.group_size,) if wanted.group_size else GROUP_SIZES:
         wrong = [what for what, number in inputs.items() if number % size]

@@ -45,6 +45,11 @@ REFUSED = {
         ["--scheme", "w4a16", "--group-size", "64"],
         ["the hidden size 96 is no multiple of the group size 64; choose --group-size 32 or channel"],
     ),
+    "a group that ends inside of a number": (
+        lambda: tiny_model("llama", 6, 6, 40),
+        ["--scheme", "w4a16", "--group-size", "12"],
+        ["a group of 12 inputs does not fill int32 numbers of 8 each"],
+    ),
     "groups of another scheme": (
         lambda: tiny_model("llama", 6, 6, 40),
         ["--scheme", "fp8-dynamic", "--group-size", "32"],
