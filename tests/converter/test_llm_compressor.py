@@ -55,7 +55,7 @@ def llama():
 
 def experts():
     model = tiny_model("qwen3_moe", 6, 3, 24)
-    return model, expert_masks(model, [[17, 0, 24, 5], [3, 3, 3, 3], [1, 2, 3, 4]])
+    return model, expert_masks(model, [[17, 0, 24, 5], [3, 4, 3, 3], [1, 2, 3, 4]])
 
 
 RECIPES = {
@@ -71,6 +71,8 @@ def test_recipes_write_the_tensors_that_quantize_pruned_writes(tmp_path, monkeyp
     from datasets import Dataset
     from llmcompressor import oneshot
 
+    if name == "AWQ" and not torch.accelerator.is_available():
+        pytest.skip("llm-compressor's AWQ pins memory, which takes an accelerator")
     make_model, make_recipe, options = RECIPES[name]
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", os.environ.get("TOKENIZERS_PARALLELISM", "false"))
     monkeypatch.chdir(tmp_path)  # it writes logs
