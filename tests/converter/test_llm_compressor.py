@@ -7,6 +7,8 @@ Runs where llm-compressor is installed; it is in no list of requirements, since 
 """
 
 import os
+import random
+import string
 
 import pytest
 import torch
@@ -82,16 +84,16 @@ def test_recipes_write_the_tensors_that_quantize_pruned_writes(tmp_path, monkeyp
     tokenizer.save_pretrained(ckpt)
     assert cli.main([str(ckpt), str(out), "--align", "64" if "experts" not in name else "1"]) == 0
     loaded = load_pruned(out, dtype=torch.float32)
-    data = Dataset.from_dict(
-        {"text": [f"{word} and so on, and so forth" * 2 for word in ("the", "of", "to", "in", "is")]}
-    )
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(string.ascii_letters, k=64)) for _ in range(16)]  # all experts must get some
+    data = Dataset.from_dict({"text": texts})
     oneshot(
         model=loaded,
         processor=tokenizer,
         dataset=data,
         recipe=make_recipe(),
-        num_calibration_samples=5,
-        max_seq_length=32,
+        num_calibration_samples=16,
+        max_seq_length=64,
     )
     loaded.save_pretrained(tmp_path / "saved", save_compressed=True)
     assert quantize_pruned(out, tmp_path / "quantized", *options) == 0
