@@ -116,7 +116,8 @@ def _main(arguments: list[str]) -> int:
         "is printed. Nothing is written where a layer differs, from the same input, by more than 1e-4 of what it adds "
         "plus four times what rounding does: that is measured on the pruned model, whose weights are multiplied by "
         "random numbers, rounded to the dtype of OUT (float32, where neither masks nor casts round anything) and "
-        "divided again. Reads the weights a few times (default: --verify up to 2 GB of weights)",
+        "divided again. Reads the weights a few times. With --quantize, that is done for the weights before they are "
+        "rounded, and each one is compared with what it became (default: --verify up to 2 GB of weights)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
     parser.add_argument(
