@@ -99,15 +99,19 @@ class Folding:
         """Bytes of a row that is written."""
         return self.shape[1] * self.dtype.itemsize
 
-    def blocks(self) -> Iterator[slice]:
-        """Rows that are written, so many at a time as make BLOCK_BYTES of what is read."""
-        step = max(1, BLOCK_BYTES // max(1, self.matrix.num_columns * self.matrix.dtype.itemsize))
+    def blocks(self, parts: int = 1) -> Iterator[slice]:
+        """Rows that are written, so many at a time as make BLOCK_BYTES of what is read, or one of `parts` of that."""
+        step = max(1, BLOCK_BYTES // max(1, parts * self.matrix.num_columns * self.matrix.dtype.itemsize))
         for start in range(0, self.shape[0], step):
             yield slice(start, min(start + step, self.shape[0]))
 
     def expect(self, block: slice) -> None:
         """Says that `fold` will be called for these rows soon."""
         self.matrix.expect(self._rows[block])
+
+    def rows(self, block: slice, memory: Memory) -> torch.Tensor:
+        """These rows [rows, columns] as they are written; valid until the next call with this memory."""
+        return torch.from_numpy(self.fold(block, memory)).view(self.dtype).view(-1, self.shape[1])
 
     def fold(self, block: slice, memory: Memory) -> np.ndarray:
         """Bytes of these rows as they are written; they stay until the next call with this memory."""

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from converter.arguments import add_source_arguments
 from converter.importers import importer_summaries
+from converter.quantize.arguments import add_quantization_arguments, wanted_quantization
+from converter.quantize.schemes import require_library
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
@@ -37,6 +39,7 @@ examples:
   convert-pruned ckpt/ out/ && vllm serve out/
   convert-pruned nuteprune/epoch6/ out/ --from nuteprune --base-model meta-llama/Llama-2-7b-hf
   convert-pruned me/masked-model out/ --push-to-hub me/pruned-model
+  convert-pruned ckpt/ out/ --quantize w8a8-int8     # and round the weights; afterwards: quantize-pruned --help
   convert-pruned inspect out/     # what it is, its sizes, what serving needs: convert-pruned inspect --help
   convert-pruned export out/ out.gguf     # for llama.cpp: convert-pruned export --help
 """
@@ -97,6 +100,7 @@ def _main(arguments: list[str]) -> int:
         "mean fewer graphs to compile at start-up, but more bytes to read at every step; --dry-run prints both "
         "(default: no limit)",
     )
+    add_quantization_arguments(parser, "--quantize", required=False)
     parser.add_argument(
         "--max-shard-size",
         type=_size,
@@ -112,7 +116,8 @@ def _main(arguments: list[str]) -> int:
         "is printed. Nothing is written where a layer differs, from the same input, by more than 1e-4 of what it adds "
         "plus four times what rounding does: that is measured on the pruned model, whose weights are multiplied by "
         "random numbers, rounded to the dtype of OUT (float32, where neither masks nor casts round anything) and "
-        "divided again. Reads the weights a few times (default: --verify up to 2 GB of weights)",
+        "divided again. Reads the weights a few times. With --quantize, that is done for the weights before they are "
+        "rounded, and each one is compared with what it became (default: --verify up to 2 GB of weights)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
     parser.add_argument(
@@ -166,6 +171,8 @@ def _convert(args: argparse.Namespace) -> None:
         prepare_output(args.out, writer=WRITER, overwrite=args.overwrite)
     if args.plot:
         require_matplotlib()
+    if (wanted := wanted_quantization(args)) is not None:
+        require_library()
     plan = make_plan(
         args.input,
         args.base_model,
@@ -176,12 +183,13 @@ def _convert(args: argparse.Namespace) -> None:
         gqa_layout=args.gqa_layout,
         alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,
+        quantize=wanted,
     )
     print_plan(plan)
     if not args.dry_run:
         verify = plan.bytes_of(plan.pruned) <= VERIFIED_BYTES if args.verify is None else args.verify
         found = convert(plan, args.out, overwrite=args.overwrite, max_shard_bytes=args.max_shard_size, verify=verify)
-        print(found or "Not verified: --verify compares what was written with the pruned model.")
+        print("\n".join(found) or "Not verified: --verify compares what was written with the pruned model.")
         if args.plot:
             write_report(pattern_of_geometry(plan.pruned), args.out)
         print(f"Wrote {args.out}. Serve it: {serve_command(plan, shlex.quote(str(args.out)))}")

@@ -1,6 +1,7 @@
 """Writes a converted checkpoint from a plan."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from converter.plan import Plan
@@ -23,7 +24,9 @@ def convert(
     max_shard_bytes: int = 5_000_000_000,
     verify: bool = False,
     threads: int | None = None,
-) -> str | None:
+    writer: str = WRITER,
+    card: Callable[[Plan], str] = model_card,
+) -> list[str]:
     """Writes the converted model to the directory `out`, which appears whole or not at all.
 
     Args:
@@ -31,9 +34,11 @@ def convert(
         max_shard_bytes: size of a file of weights.
         verify: compare what was written with the masked model before `out` appears, see `converter.verify`.
         threads: that read, fold and write; None: as the cores suggest. The result is the same with any number.
+        writer: the command that may replace `out` later.
+        card: makes the model card.
 
     Returns:
-        a sentence about the comparison, if there was one.
+        sentences about the comparison, if there was one.
 
     Raises:
         InputError: `out` exists, holds the masks or the weights, there is too little disk, a value overflows, an input
@@ -41,14 +46,24 @@ def convert(
         OSError: the disk cannot be written.
     """
     _check_place(plan, out)
-    with atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
+    with atomic_directory(out, writer=writer, overwrite=overwrite) as directory:
         write_tensors(plan, directory, max_shard_bytes, threads)
         write_json(directory / "config.json", plan.config())
-        found = check_conversion(plan, directory) if verify else None
+        found = _verify(plan, directory) if verify else []
         if plan.source.companions is not None:
             copy_companions(plan.source.companions, directory)
-        (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
+        (directory / "README.md").write_text(card(plan), encoding="utf-8")
     return found
+
+
+def _verify(plan: Plan, directory: Path) -> list[str]:
+    if plan.quantization is None:
+        return [check_conversion(plan, directory)]
+    from converter.quantize.verify import check_rounding  # an import of seconds
+
+    # What neither cuts nor casts has nothing to compare before it is rounded.
+    before = [f"Before rounding: {check_conversion(plan, directory)}"] if plan.cuts or plan.dtype else []
+    return [*before, *check_rounding(plan, directory)]
 
 
 def _check_place(plan: Plan, out: Path) -> None:
@@ -57,6 +72,6 @@ def _check_place(plan: Plan, out: Path) -> None:
         if target == used or target in used.parents:
             raise InputError(f"{out} contains {used}, which is to be converted; choose another directory")
     existing = next(parent for parent in target.parents if parent.exists())
-    needed, free = plan.bytes_of(plan.pruned), shutil.disk_usage(existing).free
+    needed, free = sum(plan.written().sizes.values()), shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(f"{out} needs {needed:,} bytes, but its disk has {free:,} left")

@@ -12,6 +12,7 @@ Where a model clips v (OLMoE), every head mask goes into W_O: m clip(v) is not c
 Padding is exact too: a padded KV head has zero values, a padded query head or channel zero columns in W_O or W_down.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,22 +103,30 @@ def cut_layer(
         linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if into_v_proj else None))
         cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if into_v_proj else factors)
     if masks.channel is not None:
-        gate, up, down = _cut_mlp(masks.channel, channel_mask_site, target.intermediate_size)
+        gate, up, down = cut_mlp(masks.channel, channel_mask_site, target.intermediate_size)
         linear("mlp.gate_proj", gate)
         linear("mlp.up_proj", up)
         cuts["mlp.down_proj.weight"] = down
-    if masks.expert is not None:
-        for expert, width in enumerate(target.expert_intermediate_sizes):
-            modules, mlp_cuts = (
-                family.experts_format.modules_of(expert),
-                _cut_mlp(masks.expert[expert], channel_mask_site, width),
-            )
-            cuts |= {f"{module}.weight": cut for module, cut in zip(modules, mlp_cuts, strict=True)}
+    for expert, mask in enumerate(_expert_masks(layer, masks, target)):
+        modules = family.experts_format.modules_of(expert)
+        mlp_cuts = cut_mlp(mask, channel_mask_site, target.expert_intermediate_sizes[expert])
+        cuts |= {f"{module}.weight": cut for module, cut in zip(modules, mlp_cuts, strict=True)}
     return cuts
 
 
-def _cut_mlp(channel_mask: torch.Tensor, channel_mask_site: str, width: int) -> tuple[Cut, Cut, Cut]:
-    """The cuts of the gate, up and down projection that leave `width` channels, those beyond the mask's zeros."""
+def _expert_masks(
+    layer: LayerGeometry, masks: LayerMasks[torch.Tensor], target: LayerGeometry
+) -> Sequence[torch.Tensor]:
+    """The mask of each expert, ones where there is no mask, but padding; none where nothing changes."""
+    if masks.expert is not None:
+        return list(masks.expert)
+    if target.expert_intermediate_sizes == layer.expert_intermediate_sizes:
+        return []
+    return [torch.ones(width) for width in layer.expert_intermediate_sizes]
+
+
+def cut_mlp(channel_mask: torch.Tensor, channel_mask_site: str, width: int) -> tuple[Cut, Cut, Cut]:
+    """The cuts of the gate, up and down projection that leave `width` channels: those of the mask, and padding."""
     kept = channel_mask.nonzero().view(-1)
     channels = torch.cat((kept, torch.full((width - len(kept),), PAD)))
     factors = _factors(channel_mask, channels)
@@ -127,14 +136,12 @@ def _cut_mlp(channel_mask: torch.Tensor, channel_mask_site: str, width: int) -> 
 
 def _with_masks_to_pad(layer: LayerGeometry, masks: LayerMasks, target: LayerGeometry) -> LayerMasks:
     """`masks` with ones where there is no mask, but padding: a mask that keeps all says where what is there goes."""
-    head, channel, expert = masks.head, masks.channel, masks.expert
+    head, channel = masks.head, masks.channel
     if head is None and target.query_heads_per_kv_head != layer.query_heads_per_kv_head:
         head = torch.ones(layer.num_attention_heads)
     if channel is None and target.intermediate_size != layer.intermediate_size:
         channel = torch.ones(layer.intermediate_size)
-    if expert is None and target.expert_intermediate_sizes != layer.expert_intermediate_sizes:
-        expert = torch.ones(len(layer.expert_intermediate_sizes), layer.expert_width)  # all the same: others get none
-    return LayerMasks(head, channel, expert)
+    return LayerMasks(head, channel, masks.expert)
 
 
 def _kept_query_heads(layer: LayerGeometry, head_mask: torch.Tensor) -> dict[int, list[int]]:

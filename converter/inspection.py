@@ -17,6 +17,7 @@ from converter.checkpoint import Checkpoint
 from converter.importers import AUTO, recognise
 from converter.inspection_keys import ALIGNMENTS, BATCH_SIZES, CONTEXT
 from converter.plan import Plan, make_plan
+from converter.quantize.schemes import describe_quantization
 from converter.serving_needs import ServingNeeds, serving_needs, widths
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import refusals
@@ -36,6 +37,7 @@ class Inspection:
 
     Attributes:
         path, kind, format, method, dtypes, notes, unknown: see JSON_KEYS.
+        quantization: what `describe_quantization` says; None where weights are floats.
         geometry: as it is, or as convert-pruned would write it without padding.
         dense: before pruning; None where that is not known.
         dense_parameters: of the model before pruning; known in some cases where `dense` is not.
@@ -56,6 +58,7 @@ class Inspection:
     element_bytes: int
     dtypes: tuple[str, ...]
     serving: ServingNeeds
+    quantization: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
 
@@ -64,7 +67,7 @@ class Inspection:
         return sum(self.tensor_bytes.values())
 
     def layer_bytes(self, index: int) -> int:
-        return sum(self.tensor_bytes.get(name, 0) for name in self.geometry.layer_tensor_shapes(index))
+        return sum(size for name, size in self.tensor_bytes.items() if name.startswith(f"model.layers.{index}."))
 
     def kv_cache_bytes(self, geometry: ModelGeometry | None) -> int | None:
         """Bytes of a token in the KV cache; None where the geometry is not known."""
@@ -74,10 +77,18 @@ class Inspection:
         """Ratios of bytes and of operations of one decoding step; None where the dense model is not known."""
         if self.dense is None:
             return None
-        sides = (self.dense, self.geometry)
-        dense, pruned = (moved_bytes(side, batch_size, batch_size * CONTEXT, self.element_bytes) for side in sides)
-        dense_flops, pruned_flops = (sequence_flops(side, 1, CONTEXT) for side in sides)
-        return {"bytes": dense / pruned, "flops": dense_flops / pruned_flops}
+        dense_flops, pruned_flops = (sequence_flops(side, 1, CONTEXT) for side in (self.dense, self.geometry))
+        return {"bytes": self._speedup_over(self.dense, batch_size), "flops": dense_flops / pruned_flops}
+
+    def quantization_speedup(self, batch_size: int) -> float:
+        """Ratio of bytes of one decoding step, of the same model with weights as wide as the embedding's over its."""
+        return self._speedup_over(self.geometry, batch_size)
+
+    def _speedup_over(self, before: ModelGeometry, batch_size: int) -> float:
+        """Ratio of bytes of one decoding step, of a model whose weights are not quantized over this one's."""
+        step = batch_size, batch_size * CONTEXT, self.element_bytes
+        sizes = None if self.quantization is None else self.tensor_bytes
+        return moved_bytes(before, *step) / moved_bytes(self.geometry, *step, sizes)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, under JSON_KEYS."""
@@ -92,6 +103,7 @@ class Inspection:
             "hidden_size": geometry.hidden_size,
             "vocab_size": geometry.vocab_size,
             "dtypes": list(self.dtypes),
+            "quantization": self._quantization(),
             "parameters": {"dense": self.dense_parameters, "pruned": geometry.num_parameters},
             "bytes": {"dense": self.dense_bytes, "pruned": self.total_bytes},
             "kv_cache_bytes_per_token": {
@@ -109,6 +121,12 @@ class Inspection:
             "notes": list(self.notes),
             "unknown": list(self.unknown),
         }
+
+    def _quantization(self) -> dict[str, Any] | None:
+        if self.quantization is None:
+            return None
+        speedups = {str(size): self.quantization_speedup(size) for size in BATCH_SIZES}
+        return {**self.quantization, "ideal_speedup": speedups}
 
     def _layer(self, index: int) -> dict[str, Any]:
         layer = self.geometry.layers[index]
@@ -145,8 +163,11 @@ def inspect(
     """
     path, _, revision = local_input(path, revision)
     if importer == AUTO:
-        if (path / "config.json").is_file() and _is_converted(read_config(path)):
+        config = read_config(path) if (path / "config.json").is_file() else {}
+        if _is_converted(config):
             return _of_model(path, "converted")
+        if describe_quantization(config) is not None:
+            return _of_model(path, "stock")
         importer = recognise(path)
         if importer == "zeros":
             return _of_model(path, "stock")
@@ -165,25 +186,26 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
     checkpoint = Checkpoint.from_directory(path)
     config, tensors = checkpoint.config, checkpoint.tensors
     geometry = ModelGeometry.from_config(config)
-    is_quantized = "quantization_config" in config
+    quantization = describe_quantization(config)
+    is_quantized = quantization is not None
     if not is_quantized and (problems := dense_problems(tensors, geometry)):
         raise InputError(f"The tensors in {path} do not fit its config.json:", problems)
     pruning = config["pruning"] if isinstance(config.get("pruning"), Mapping) else {}
     method = pruning.get("method")
     before = geometry.with_layers(geometry.dense_layers)
     dense_parameters = geometry.num_parameters if kind == "stock" else _dense_parameters(pruning, before)
-    dense = before if before.num_parameters == dense_parameters and not geometry.is_dense else None
+    gained = is_quantized or not geometry.is_dense
+    dense = before if before.num_parameters == dense_parameters and gained else None
     embedding = tensors.get("model.embed_tokens.weight")
     element_bytes = ELEMENT_BYTES.get(embedding.dtype, 2) if embedding is not None else 2
+    architecture = (config.get("architectures") or [geometry.family.architecture])[0]
     unknown = []
-    if kind == "stock":
+    if kind == "stock" and not is_quantized:
         unknown.append(
             "whether rows or columns of the weights are zero: convert-pruned --from zeros --dry-run reads all of them"
         )
-    elif dense is None:
+    elif kind == "converted" and dense is None:
         unknown.append("the sizes before pruning, so the ideal speedup: config.json has them only where layers differ")
-    if is_quantized:
-        unknown.append(f"what quantized weights gain: the ideal speedup counts {element_bytes} bytes for every weight")
     return Inspection(
         path=path,
         kind=kind,
@@ -192,11 +214,12 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
         geometry=geometry,
         dense=dense,
         dense_parameters=dense_parameters,
-        dense_bytes=None if dense is None or is_quantized else dense.num_parameters * element_bytes,
+        dense_bytes=None if dense is None else dense.num_parameters * element_bytes,
         tensor_bytes={name: tensor.span[1] - tensor.span[0] for name, tensor in tensors.items()},
         element_bytes=element_bytes,
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
-        serving=serving_needs(geometry, (config.get("architectures") or [geometry.family.architecture])[0]),
+        serving=serving_needs(geometry, architecture, quantization),
+        quantization=quantization,
         notes=tuple(f"config.json: {problem}." for problem in refusals(geometry.family, config)),
         unknown=tuple(unknown),
     )

@@ -13,6 +13,9 @@ JSON_KEYS = {
     "method": "what pruned it",
     "model_type, head_dim, hidden_size, vocab_size": "as in config.json",
     "dtypes": "of the tensors",
+    "quantization": "null, or {scheme, format, num_bits, group_size, ideal_speedup} of quantized weights: scheme is "
+    "one of quantize-pruned's, or what config.json calls the method; ideal_speedup is by batch size, in bytes of a "
+    "decoding step, over the same model with weights as wide as its embedding's",
     "parameters, bytes, kv_cache_bytes_per_token": "each {dense, pruned}; bytes are those of the weights",
     "layers": "a list of {layer, num_attention_heads, num_key_value_heads, query_heads_per_kv_head, "
     "intermediate_size, expert_intermediate_sizes, skip, parameters, bytes}",

@@ -63,6 +63,7 @@ def _sentences(found: Inspection) -> list[str]:
         f"Parameters: {geometry.num_parameters:,}{_before(found.dense_parameters, geometry.num_parameters)}.",
         f"Weights: {found.total_bytes / 1e9:,.3f} GB in {', '.join(found.dtypes)}"
         f"{'' if found.dense_bytes is None else f'; {found.dense_bytes / 1e9:,.3f} GB before pruning'}.",
+        *_quantization(found),
         f"KV cache: {cache:,} bytes per token{_before(dense_cache, cache)}.",
         f"Distinct layer shapes: {len(set(geometry.layers))} in {len(geometry.layers)} layers. "
         f"Of {len(sizes):,} widths, so many are multiples: {aligned}.",
@@ -75,6 +76,19 @@ def _sentences(found: Inspection) -> list[str]:
             f"{first['flops']:.2f}x by operations."
         )
     return [*lines, *found.notes, *(f"Not known: {sentence}." for sentence in found.unknown)]
+
+
+def _quantization(found: Inspection) -> list[str]:
+    if found.quantization is None:
+        return []
+    about = found.quantization
+    bits = f", {about['num_bits']} bits" if about["num_bits"] else ""
+    groups = f" and a scale for each {about['group_size']} inputs" if about["group_size"] else ""
+    speedups = ", ".join(f"{found.quantization_speedup(size):.2f}x at batch {size}" for size in BATCH_SIZES)
+    return [
+        f"Quantization: {about['scheme'] or 'of an unknown kind'}{bits}{groups}. Ideal speedup of decoding over the "
+        f"same model before, by bytes read: {speedups}."
+    ]
 
 
 def _before(dense: int | None, now: int | None) -> str:

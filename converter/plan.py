@@ -1,7 +1,7 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 
 from converter.checkpoint import DTYPES, Checkpoint
-from converter.fold import Cut, cut_layer, kept_layer
+from converter.fold import Cut, cut_layer, cut_mlp, kept_layer
 from converter.hidden import EMBEDDING, LM_HEAD, HiddenCut, make_hidden_cut
 from converter.importers import AUTO, read_source
+from converter.quantize.quantization import Quantization, Written, plan_quantization
+from converter.quantize.schemes import Wanted
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from converter.source import HiddenMask, Request, Source
 from pruned_vllm.common.errors import InputError
@@ -37,6 +39,7 @@ class Plan:
         cuts: by full tensor name; a tensor that is not named is copied.
         rms_norm_eps: the new one, where hidden dimensions were cut.
         dtype: of the tensors that are written; None is the one that each has.
+        quantization: how weights are rounded, after all else; None: they are not.
     """
 
     source: Source
@@ -46,6 +49,7 @@ class Plan:
     cuts: dict[str, Cut]
     rms_norm_eps: float | None
     dtype: torch.dtype | None
+    quantization: Quantization | None = None
 
     @property
     def dense(self) -> ModelGeometry:
@@ -76,6 +80,14 @@ class Plan:
             return self.checkpoint.bytes_of(shapes)
         return ELEMENT_BYTES[DTYPES[self.dtype]] * sum(map(math.prod, shapes.values()))
 
+    def written(self) -> Written:
+        """The tensors of the files."""
+        shapes = self.pruned.tensor_shapes()
+        dtypes = {name: DTYPES[self.dtype_of(name)] for name in shapes}
+        if self.quantization is None:
+            return Written(shapes, dtypes, {name: name for name in shapes})
+        return self.quantization.written(shapes, dtypes)
+
     def config(self) -> dict[str, Any]:
         """The converted config.json."""
         config = dict(self.checkpoint.config)
@@ -85,17 +97,29 @@ class Plan:
         if self.dtype is not None:
             config.pop("torch_dtype", None)  # the name of the key before Transformers 5
             config["dtype"] = str(self.dtype).removeprefix("torch.")
-        return converted_config(self.pruned, config) | {
-            "pruning": {
-                "format_version": FORMAT_VERSION,
-                "method": self.source.method,
-                "source": self.source.hub_id,
-                "alignment": self.alignment,
-                "sizes": {
-                    "parameters": [self.dense.num_parameters, self.pruned.num_parameters],
-                    "num_key_value_heads": [self.dense.num_key_value_heads, self.pruned.num_key_value_heads],
-                },
-            }
+        config = converted_config(self.pruned, config)
+        if pruning := self._pruning():
+            config["pruning"] = pruning
+        if self.quantization is not None:
+            from converter.quantize.library import library_config  # an import of seconds
+
+            config["quantization_config"] = library_config(self.quantization)
+        return config
+
+    def _pruning(self) -> dict[str, Any]:
+        """The key `pruning`; empty for a model that was not pruned."""
+        if self.source.pruning is not None:
+            return dict(self.source.pruning)
+        after = self.pruned if self.quantization is None else self.quantization.unpadded
+        return {
+            "format_version": FORMAT_VERSION,
+            "method": self.source.method,
+            "source": self.source.hub_id,
+            "alignment": self.alignment,
+            "sizes": {
+                "parameters": [self.dense.num_parameters, after.num_parameters],
+                "num_key_value_heads": [self.dense.num_key_value_heads, after.num_key_value_heads],
+            },
         }
 
 
@@ -110,6 +134,7 @@ def make_plan(
     gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int = 1,
     max_distinct_shapes: int | None = None,
+    quantize: Wanted | None = None,
 ) -> Plan:
     """Reads the pruned model in `path` and checks all of it.
 
@@ -125,6 +150,7 @@ def make_plan(
         alignment: pads FFN widths to multiples of this, at most to the dense width. Experts of different widths stay
             as they are: their kernels take any number of rows.
         max_distinct_shapes: pads layers until there are at most so many different ones, at the least possible bytes.
+        quantize: how weights are to be rounded, if they are.
 
     Raises:
         InputError: with every problem of the first stage that has any (files, config, tensors and masks, geometry).
@@ -139,7 +165,7 @@ def make_plan(
             f"--max-distinct-shapes is for models without experts, and {dense.family.architecture} has some; "
             "their layers are served at any width without padding"
         )
-    _check(path, source)
+    check_source(f"{path} cannot be converted:", source)
     hidden = make_hidden_cut(source.hidden or HiddenMask(), dense, source.weights.config, alignment)
     model = dense if hidden is None else replace(dense, hidden_size=hidden.hidden_size)
     if dense.tie_word_embeddings and hidden is not None and hidden.embedding is not None:
@@ -156,19 +182,23 @@ def make_plan(
             return source.weights.bytes_of(dense.with_layers((layer,)).layer_tensor_shapes(0))
 
         layers = with_few_shapes(layers, layer_bytes, max_distinct_shapes)
+    quantization, pruned = None, model.with_layers(tuple(layers))
+    if quantize is not None:
+        quantization, pruned = plan_quantization(quantize, pruned)
     return Plan(
         source=source,
         exact=replace(model, layers=tuple(exact), hidden_size=hidden.exact_size if hidden else dense.hidden_size),
-        pruned=model.with_layers(tuple(layers)),
+        pruned=pruned,
         alignment=alignment,
-        cuts=_make_cuts(source, layers, hidden),
+        cuts=make_cuts(source, pruned, hidden),
         rms_norm_eps=hidden.rms_norm_eps if hidden else None,
         dtype=dtype,
+        quantization=quantization,
     )
 
 
-def _check(path: Path, source: Source) -> None:
-    """Refuses what cannot be converted, with every problem."""
+def check_source(what: str, source: Source) -> None:
+    """Raises InputError, which begins with `what`, where the weights cannot be read or a key cannot be honoured."""
     weights = source.weights
     problems = [f"config.json: {problem}" for problem in refusals(source.dense.family, weights.config)]
     problems += dense_problems(weights.tensors, source.dense.with_layers(source.layers))
@@ -179,7 +209,7 @@ def _check(path: Path, source: Source) -> None:
     except InputError as error:
         problems.append(str(error))
     if problems:
-        raise InputError(f"{path} cannot be converted:", problems)
+        raise InputError(what, problems)
 
 
 def _with_lm_head(source: Source) -> Source:
@@ -194,14 +224,16 @@ def _largest_width(dense: LayerGeometry, given: LayerGeometry) -> int:
     return max(layer.intermediate_size or layer.expert_width for layer in (dense, given))
 
 
-def _make_cuts(source: Source, layers: Sequence[LayerGeometry], hidden: HiddenCut | None) -> dict[str, Cut]:
-    """The cut of every tensor that changes, by full name."""
+def make_cuts(source: Source, target: ModelGeometry, hidden: HiddenCut | None) -> dict[str, Cut]:
+    """The cut of every tensor that changes, by full name, that makes `source` into a model of this geometry."""
     dense = source.dense
     cuts: dict[str, Cut] = {}
-    for index, (masks, layer) in enumerate(zip(source.masks, layers, strict=True)):
+    for index, (masks, layer) in enumerate(zip(source.masks, target.layers, strict=True)):
         layer_cuts = cut_layer(
             dense.family, source.layers[index], dense.head_dim, masks, source.channel_mask_site, layer
         )
+        if layer.expert_intermediate_sizes:
+            layer_cuts |= _shared_cuts(dense, target)
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     if hidden is not None:
         untied = hidden.embedding is not None
@@ -209,3 +241,12 @@ def _make_cuts(source: Source, layers: Sequence[LayerGeometry], hidden: HiddenCu
         changed = {name: hidden.cut(name, shape, cuts.get(name)) for name, shape in given.tensor_shapes().items()}
         cuts = {name: cut for name, cut in changed.items() if cut is not None}
     return cuts
+
+
+def _shared_cuts(dense: ModelGeometry, target: ModelGeometry) -> dict[str, Cut]:
+    """The cuts that pad the MLP that all tokens share, by names in a layer; none where it stays as it is."""
+    before, after = dense.dense_experts.shared_intermediate_size, target.dense_experts.shared_intermediate_size
+    if before == after:
+        return {}
+    names = (f"{dense.family.experts_format.shared_module}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    return dict(zip(names, cut_mlp(torch.ones(before), "product", after), strict=True))

@@ -3,13 +3,15 @@
 pruned_vllm/serving/OPTIONS.md has all options; here is what depends on the geometry.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
+from typing import Any
 
 from packaging.requirements import Requirement
 
 from converter.advice import head_dim_warning
+from converter.quantize.schemes import SCHEMES
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
@@ -41,8 +43,14 @@ class ServingNeeds:
     notes: tuple[str, ...]
 
 
-def serving_needs(geometry: ModelGeometry, architecture: str) -> ServingNeeds:
-    """What a model of this geometry needs that config.json calls `architecture`."""
+def serving_needs(
+    geometry: ModelGeometry, architecture: str, quantization: Mapping[str, Any] | None = None
+) -> ServingNeeds:
+    """What a model of this geometry needs that config.json calls `architecture`.
+
+    Args:
+        quantization: what `describe_quantization` says of its weights.
+    """
     needs_plugin = architecture.startswith(PRUNED_PREFIX)
     heads = max(layer.num_attention_heads for layer in geometry.layers)
     sizes = range(1, min(max(heads, 1), LARGEST_SIZE) + 1)
@@ -54,7 +62,7 @@ def serving_needs(geometry: ModelGeometry, architecture: str) -> ServingNeeds:
         versions=supported_versions(),
         largest_tensor_parallel_size=max(heads, 1) if any_size else max(even),
         even_tensor_parallel_sizes=even,
-        notes=tuple(_notes(geometry, needs_plugin)),
+        notes=(*_quantization_notes(geometry, quantization), *_notes(geometry, needs_plugin)),
     )
 
 
@@ -92,13 +100,17 @@ def _divides(size: int, layer: LayerGeometry, geometry: ModelGeometry) -> bool:
     return layer.expert_width % size == 0 and geometry.dense_experts.shared_intermediate_size % size == 0
 
 
-def _notes(geometry: ModelGeometry, needs_plugin: bool) -> Iterable[str]:
+def _quantization_notes(geometry: ModelGeometry, quantization: Mapping[str, Any] | None) -> Iterable[str]:
+    if quantization is not None:
+        if quantization["scheme"] in SCHEMES and (note := SCHEMES[quantization["scheme"]].note):
+            yield note
+        return
     ragged = any(layer.expert_intermediate_sizes and not layer.expert_width for layer in geometry.layers)
     if ragged:
         yield (
             "Quantization by vLLM does not reach experts of different widths and is refused for them; the other layers "
             "can be quantized: --quantization online --quantization-config "
-            '\'{"linear": {"weight": "fp8_per_channel_static"}}\'.'
+            '\'{"linear": {"weight": "fp8_per_channel_static"}}\'. quantize-pruned quantizes the experts too.'
         )
     else:
         yield "Quantization by vLLM (--quantization) reaches every linear layer; they are vLLM's own."
@@ -106,11 +118,14 @@ def _notes(geometry: ModelGeometry, needs_plugin: bool) -> Iterable[str]:
     if odd and not ragged:
         yield (
             f"Kernels for quantized weights want multiples of 16 at least; {len(odd)} of {len(widths(geometry))} "
-            "widths are none (convert-pruned pads them, see its --align)."
+            "widths are none (quantize-pruned pads them, and so does convert-pruned, see its --align)."
         )
+
+
+def _notes(geometry: ModelGeometry, needs_plugin: bool) -> Iterable[str]:
     if needs_plugin:
         yield (
-            "LoRA adapters and weights quantized on disk need a tensor-parallel size that divides every layer; other "
+            "LoRA adapters need a tensor-parallel size that divides every layer; other "
             "sizes pad layers with zeros while they are loaded."
         )
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -63,6 +63,7 @@ class Source:
         hub_id: the model on the hub whose weights these are, if they come from there.
         inputs: directories and files that were read. OUT must not contain them.
         companions: directory of the tokenizer and of what else goes along with the model; None: there is nothing.
+        pruning: the key `pruning` of config.json that stays, of a model that was converted before; None: a new one.
         notes: sentences for the user about what was found, and what of it is lost.
         problems: what keeps it from being converted, beside what the tensors' shapes and the keys of config.json tell.
     """
@@ -78,6 +79,7 @@ class Source:
     hub_id: str | None = None
     inputs: tuple[Path, ...] = ()
     companions: Path | None = None
+    pruning: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Writes the tensors of a plan: reading, folding and writing overlap on all cores, a block of rows each.
+"""Writes the tensors of a plan: reading, folding, rounding and writing overlap on all cores, a block of rows each.
 
 Memory is needed for a few blocks of each thread, whatever the size of the model; with an adapter for the largest
 weight that it changes too. What is written depends on nothing but the plan: each block is computed by one thread, in
@@ -6,7 +6,6 @@ the same way whichever it is.
 """
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,19 +15,17 @@ from pathlib import Path
 
 import torch
 
-from converter.blocks import Folding, Memory, count_not_finite
-from converter.checkpoint import DTYPES
-from converter.fold import Cut
-from converter.matrices import LoadedMatrix, Matrix
+from converter.blocks import Folding, count_not_finite
+from converter.checkpoint import TORCH_DTYPES
+from converter.folded import FoldedTensors
 from converter.plan import Plan
-from converter.source import WeightChanges
+from converter.quantize.quantization import Written
 from converter.writer import Shard, ShardFile, lay_out, shard_file, write_index
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 from pruned_vllm.common.signals import uninterrupted
 
 EXPECTED_BLOCKS = 32  # that the disk is told of before they are read
-MERGED_BYTES = 1 << 30  # of weights that an adapter is merged into at the same time, in float32; one at least
 
 
 def write_tensors(plan: Plan, directory: Path, max_shard_bytes: int, threads: int | None = None) -> None:
@@ -41,14 +38,14 @@ def write_tensors(plan: Plan, directory: Path, max_shard_bytes: int, threads: in
         InputError: a source cannot be read or changed meanwhile, or a value is not finite.
         OSError: the disk is full or cannot be written.
     """
-    writing = _Writing(plan, threads or min(32, len(os.sched_getaffinity(0)) + 4))
-    shapes = plan.pruned.tensor_shapes()
-    dtypes = {name: DTYPES[plan.dtype_of(name)] for name in shapes}
-    shards = lay_out(shapes, dtypes, max_shard_bytes)
+    written = plan.written()
+    writing = _Writing(plan, written, threads or min(32, len(os.sched_getaffinity(0)) + 4))
+    shards = lay_out(written.shapes, written.dtypes, max_shard_bytes, written.origins)
     total = sum(shard.content_bytes for shard in shards)
+    title = "converting" if plan.quantization is None else "quantizing"
     with (
         _one_thread_an_operation(),
-        progress_bar(total=total, desc="converting", unit="B", unit_scale=True) as progress,
+        progress_bar(total=total, desc=title, unit="B", unit_scale=True) as progress,
     ):
         for shard in shards:
             with shard_file(directory, shard) as file:
@@ -74,12 +71,18 @@ class _Part:
 
 
 class _Writing:
-    def __init__(self, plan: Plan, threads: int) -> None:
-        self._plan, self._threads, self._memory = plan, threads, Memory()
-        self._shapes = plan.pruned.tensor_shapes()
-        self._changed = plan.source.changes.names if plan.source.changes is not None else set()
-        sizes = [4 * torch.Size(plan.checkpoint.tensors[name].shape).numel() for name in self._changed]
-        self._merging = threading.Semaphore(max(1, MERGED_BYTES // max(sizes, default=MERGED_BYTES)))
+    def __init__(self, plan: Plan, written: Written, threads: int) -> None:
+        self._plan, self._written, self._threads = plan, written, threads
+        self._folded = FoldedTensors(plan)
+        self._sizes: dict[str, int] = {}  # bytes of all that is made of a tensor
+        for name, size in written.sizes.items():
+            origin = written.origins[name]
+            self._sizes[origin] = self._sizes.get(origin, 0) + size
+        self._round: Callable[[torch.Tensor, torch.dtype], dict[str, torch.Tensor]] | None = None
+        if plan.quantization is not None:
+            from converter.quantize.library import Rounding  # an import of seconds
+
+            self._round = Rounding(plan.quantization.scheme, plan.quantization.group_size).round
 
     def write(self, shard: Shard, file: ShardFile, report: Callable[[int], object]) -> None:
         """Writes the tensors of a shard; reports bytes as they are written."""
@@ -97,56 +100,61 @@ class _Writing:
 
         # In the order in which they lie on the disk.
         tensors = self._plan.checkpoint.tensors
-        names = sorted(shard.places, key=lambda name: (tensors[name].file, tensors[name].span))
+        origins = dict.fromkeys(self._written.origins[name] for name in shard.places)
+        names = sorted(origins, key=lambda name: (tensors[name].file, tensors[name].span))
         with _workers(self._threads) as pool:
             for name in names:
-                for part in self._begin(name, shard.places[name], file, pool):
+                for part in self._begin(name, shard, file, pool):
                     pending.append(part)
                     if len(pending) >= max(EXPECTED_BLOCKS, 2 * self._threads):
                         finish()
             while pending:
                 finish()
 
-    def _begin(self, name: str, place: int, file: ShardFile, pool: ThreadPoolExecutor) -> Iterator[_Part]:
+    def _begin(self, name: str, shard: Shard, file: ShardFile, pool: ThreadPoolExecutor) -> Iterator[_Part]:
         """Has a tensor written to its place, part by part."""
-        folding = self._folding(name, self._plan.checkpoint.matrix(name))
-        changes = self._plan.source.changes
-        if changes is not None and name in self._changed:
-            size = folding.shape[0] * folding.row_bytes
-            yield _Part(name, size, True, pool.submit(self._write_merged, changes, name, place, file))
+        if name in self._folded.changed:
+            yield _Part(name, self._sizes[name], True, pool.submit(self._write_merged, name, shard, file))
             return
-        for block in folding.blocks():
+        folding = self._folded.stored(name)
+        num_rows = folding.shape[0]
+        for block in self._folded.blocks(name, folding):
             folding.expect(block)
-            size = (block.stop - block.start) * folding.row_bytes
-            written = pool.submit(self._write_block, folding, block, place, file)
-            yield _Part(name, size, block.stop == folding.shape[0], written)
+            size = self._sizes[name] * block.stop // num_rows - self._sizes[name] * block.start // num_rows
+            written = pool.submit(self._write_block, name, folding, block, shard, file)
+            yield _Part(name, size, block.stop == num_rows, written)
 
-    def _folding(self, name: str, matrix: Matrix) -> Folding:
-        cut = self._plan.cuts.get(name, Cut())
-        shape = self._shapes[name]
-        folding = Folding(matrix, cut, len(shape), self._plan.dtype_of(name))
-        if folding.shape != (shape if len(shape) == 2 else (1, *shape)):
-            raise AssertionError(f"{name}: cut to {list(folding.shape)}, the geometry says {list(shape)}")
-        return folding
-
-    def _write_block(self, folding: Folding, block: slice, place: int, file: ShardFile) -> int:
-        result = folding.fold(block, self._memory)
-        bad = count_not_finite(result, folding.dtype)
-        file.write(result.data, place + block.start * folding.row_bytes)
-        return bad
-
-    def _write_merged(self, changes: WeightChanges, name: str, place: int, file: ShardFile) -> int:
+    def _write_merged(self, name: str, shard: Shard, file: ShardFile) -> int:
         """An adapter is merged into a weight as a whole."""
-        with self._merging:
-            merged = changes.merge(name, self._plan.checkpoint.read(name))
-            folding = self._folding(name, LoadedMatrix(merged))
-            return sum(self._write_block(folding, block, place, file) for block in folding.blocks())
+        with self._folded.merging:
+            folding = self._folded.merged(name)
+            blocks = self._folded.blocks(name, folding)
+            return sum(self._write_block(name, folding, block, shard, file) for block in blocks)
+
+    def _write_block(self, name: str, folding: Folding, block: slice, shard: Shard, file: ShardFile) -> int:
+        """Writes some rows of what is made of a tensor; returns how many of their numbers are not finite."""
+        result = folding.fold(block, self._folded.memory)
+        bad = count_not_finite(result, folding.dtype)
+        quantization = self._plan.quantization
+        if quantization is None or self._round is None or not quantization.quantizes(name):
+            file.write(result.data, shard.places[name] + block.start * folding.row_bytes)
+            return bad
+        if bad:
+            return bad
+        weight = torch.from_numpy(result).view(folding.dtype).view(-1, folding.shape[1])
+        parts = self._round(weight, TORCH_DTYPES[self._written.dtypes[f"{name}_scale"]])
+        if parts.pop("_shape", None) is not None and block.start == 0:  # of the weight, not of these rows
+            file.write(torch.tensor(folding.shape).numpy().data, shard.places[f"{name}_shape"])
+        for suffix, part in parts.items():
+            content = part.contiguous().view(torch.uint8).numpy()
+            file.write(content.data, shard.places[f"{name}{suffix}"] + block.start * content.nbytes // len(weight))
+        return bad
 
     def _not_finite(self, name: str, count: int) -> str:
         plan, done = self._plan, []
-        if name in self._changed:
+        if name in self._folded.changed:
             done.append("the adapter was merged")
-        if name in plan.cuts:
+        if name in plan.cuts and plan.source.pruning is None:  # else it was converted before
             done.append("the masks were folded in")
         if plan.dtype is not None:
             done.append(f"it was cast to {str(plan.dtype).removeprefix('torch.')}")

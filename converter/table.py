@@ -9,6 +9,7 @@ from rich.table import Table
 from converter.advice import serve_command
 from converter.checkpoint import ELEMENT_BYTES
 from converter.plan import Plan
+from converter.quantize.report import quantization_lines
 from pruned_vllm.formats.agreement import left_out
 from pruned_vllm.formats.layer import LayerGeometry
 
@@ -31,7 +32,11 @@ def print_plan(plan: Plan) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    console.print("\n".join(totals(plan)), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(_lines(plan)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(plan: Plan) -> list[str]:
+    return totals(plan) if plan.quantization is None else [*totals(plan), *quantization_lines(plan)]
 
 
 def _is_padded(plan: Plan) -> bool:
@@ -165,7 +170,10 @@ def _shape_totals(plan: Plan) -> list[str]:
 def model_card(plan: Plan) -> str:
     """README.md of the converted checkpoint."""
     config = plan.config()
-    header = ["---", "library_name: vllm", "tags:", "- pruned", f"- {plan.source.method}"]
+    tags = ["pruned", plan.source.method]
+    if plan.quantization is not None:
+        tags += ["quantized", "compressed-tensors", plan.quantization.scheme.name]
+    header = ["---", "library_name: vllm", "tags:", *(f"- {tag}" for tag in tags)]
     if plan.source.hub_id:
         header.append(f"base_model: {plan.source.hub_id}")
     plugin = "" if "per_layer_config" not in config else "    pip install pruned-vllm\n"
@@ -179,7 +187,7 @@ def model_card(plan: Plan) -> str:
             f"Masks learned by `{plan.source.method}` on `{plan.source.hub_id or plan.dense.family.architecture}`, "
             "folded into the weights by pruned-vllm.",
             "",
-            *(f"- {line}" for line in totals(plan)),
+            *(f"- {line}" for line in _lines(plan)),
             "",
             "Serve it:",
             "",

@@ -13,6 +13,8 @@ Where no weight was rounded, because masks are zeros and ones and the dtype stay
 computes is measured by what it adds to the states of a token, and by a hundredth of the states.
 
 Every run sends a token to the experts that the first one chose: a tie that rounding decides otherwise is no error.
+
+Where weights are quantized, they are taken as they were before: converter/quantize/verify.py looks at what was rounded.
 """
 
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 
 from converter.checkpoint import Checkpoint
+from converter.folded import FoldedTensors
 from converter.hidden import EMBEDDING
 from converter.plan import Plan
 from converter.reference import ReferenceModel
@@ -131,7 +134,8 @@ def _models(plan: Plan, written: Checkpoint) -> tuple[ReferenceModel, ReferenceM
     )
     if source.hidden is not None:
         pruned = replace(pruned, hidden=source.hidden)
-    converted = ReferenceModel(written.config, ModelGeometry.from_config(written.config), _reader(written))
+    read = _reader(written) if plan.quantization is None else _reader_before_rounding(plan, written)
+    converted = ReferenceModel(written.config, ModelGeometry.from_config(written.config), read)
     return pruned, replace(pruned, rounding=_rounded_to(plan)), converted
 
 
@@ -145,6 +149,12 @@ def _reader(checkpoint: Checkpoint, changes: WeightChanges | None = None) -> Cal
         return changes.merge(name, tensor) if changes is not None and name in changed else tensor
 
     return read
+
+
+def _reader_before_rounding(plan: Plan, written: Checkpoint) -> Callable[[str], torch.Tensor | None]:
+    quantization, folded, read_written = plan.quantization, FoldedTensors(plan), _reader(written)
+    assert quantization is not None
+    return lambda name: folded.read(name) if quantization.quantizes(name) else read_written(name)
 
 
 def _rounded_to(plan: Plan) -> torch.dtype:

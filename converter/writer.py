@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from pruned_vllm.common.files import write_json
@@ -18,7 +19,9 @@ from pruned_vllm.formats.tensors import Shapes
 from pruned_vllm.formats.weights import INDEX_FILE, SINGLE_FILE
 
 ALIGNMENT = 8  # of the place where the content begins; spaces fill up the header
-_DTYPE_ORDER = ("F64", "F32", "BF16", "F16")  # in a file, which aligns all of them
+WRITTEN_BYTES = {"I64": 8, **ELEMENT_BYTES, "I32": 4, "F8_E4M3": 1, "I8": 1}  # of a number, by dtype
+# In a file, which aligns all of them.
+_DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8")
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,24 @@ class Shard:
     content_bytes: int
 
 
-def lay_out(shapes: Shapes, dtypes: Mapping[str, str], max_shard_bytes: int) -> list[Shard]:
-    """Spreads tensors over files in their order; a file has at least one, and no more than `max_shard_bytes` else."""
-    sizes = {name: ELEMENT_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items()}
+def lay_out(
+    shapes: Shapes, dtypes: Mapping[str, str], max_shard_bytes: int, origins: Mapping[str, str] | None = None
+) -> list[Shard]:
+    """Spreads tensors over files in their order; a file has at least one, and no more than `max_shard_bytes` else.
+
+    Args:
+        origins: what tensors are made of; neighbours of the same origin stay in one file.
+    """
+    sizes = {name: WRITTEN_BYTES[dtypes[name]] * math.prod(shape) for name, shape in shapes.items()}
     groups: list[list[str]] = []
     room = 0
-    for name, size in sizes.items():
+    for _, together in groupby(sizes, key=lambda name: (origins or {}).get(name, name)):
+        names = list(together)
+        size = sum(sizes[name] for name in names)
         if not groups or size > room:
             groups.append([])
             room = max_shard_bytes
-        groups[-1].append(name)
+        groups[-1] += names
         room -= size
     files = [f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups))]
     if len(groups) == 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("convert-pruned", "learn-masks", "finetune-pruned")
+COMMANDS = ("convert-pruned", "quantize-pruned", "learn-masks", "finetune-pruned")
 
 
 def crash(directory: Path, command: str, kills: int, *options: str) -> None:

@@ -14,6 +14,7 @@ import bench.sweep.__main__
 from bench.report.__main__ import main as report
 from converter.cli import SUBCOMMANDS
 from converter.cli import main as convert_pruned
+from converter.quantize.command import main as quantize_pruned
 from learner.cli import main as learn_masks
 from learner.finetune.cli import main as finetune_pruned
 
@@ -60,7 +61,7 @@ def test_modules_and_make_targets_exist(name):
 def test_options_exist(name, capsys):
     """`--option` in backticks, and every option in an example line of one of the commands. Not where it is vLLM's."""
     known = set()
-    for command in (convert_pruned, learn_masks, finetune_pruned, report):
+    for command in (convert_pruned, quantize_pruned, learn_masks, finetune_pruned, report):
         with pytest.raises(SystemExit):
             command(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
@@ -70,9 +71,10 @@ def test_options_exist(name, capsys):
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     for benchmark in (bench.breakdown, bench.e2e_speedup, bench.online_speedup, bench.sweep.__main__):
         known |= set(re.findall(r"--[\w-]+", benchmark.build_parser().format_help()))
-    lines = re.findall(r"^ {4}(?:convert-pruned|learn-masks|finetune-pruned) .*", text_of(name), flags=re.MULTILINE)
+    text, ours = text_of(name), r"(?:(?:convert|quantize|finetune)-pruned|learn-masks) "
+    lines = re.findall(rf"^ {{4}}{ours}.*", text, flags=re.MULTILINE)
     named = {option for line in lines for option in re.findall(r"--[\w-]+", line.split("#")[0])}
-    named |= set(re.findall(r"`(?:convert-pruned |learn-masks |finetune-pruned )?(--[\w-]+)", text_of(name)))
+    named |= set(re.findall(rf"`(?:{ours})?(--[\w-]+)", text))
     elsewhere = {
         "--enable-lora",
         "--enable-expert-parallel",

@@ -18,7 +18,7 @@ from helpers.masked import ragged_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pruned_vllm", "converter", "learner")
-COMMANDS = ("convert-pruned", "learn-masks", "finetune-pruned")
+COMMANDS = ("convert-pruned", "quantize-pruned", "learn-masks", "finetune-pruned")
 pytestmark = pytest.mark.slow
 
 

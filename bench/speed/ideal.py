@@ -7,6 +7,7 @@ the operations of a prefill. What counts is in pruned_vllm/formats/cost.py.
     ideal_speedup(dense_geometry, pruned_geometry, case, element_bytes=2)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pruned_vllm.formats.cost import moved_bytes, sequence_flops
@@ -70,13 +71,19 @@ def ideal_speedup(dense: ModelGeometry, pruned: ModelGeometry, case: Case, eleme
     return step_flops(dense, case) / step_flops(pruned, case)
 
 
-def step_bytes(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
+def step_bytes(
+    geometry: ModelGeometry, case: Case, element_bytes: int, tensor_bytes: Mapping[str, int] | None = None
+) -> float:
     """Bytes that the average step of the timed part moves; of the KV cache in decode what a step reads of every
-    sequence, in prefill what it writes."""
+    sequence, in prefill what it writes.
+
+    Args:
+        tensor_bytes: of a quantized model, as in `moved_bytes`.
+    """
     decode = case.kind == "decode"
     tokens = case.batch_size * (1 if decode else case.input_len)
     kv_tokens = case.batch_size * (case.mean_context if decode else case.input_len)
-    return moved_bytes(geometry, tokens, kv_tokens, element_bytes)
+    return moved_bytes(geometry, tokens, kv_tokens, element_bytes, tensor_bytes)
 
 
 def step_flops(geometry: ModelGeometry, case: Case) -> float:

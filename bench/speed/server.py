@@ -4,6 +4,7 @@ with running_server("out/", ["--dtype", "bfloat16"], Path("server.log")) as serv
     urllib.request.urlopen(f"{server.url}/health")
 """
 
+import json
 import os
 import re
 import shlex
@@ -173,13 +174,29 @@ def _time_of(text: str, log: str) -> datetime | None:
 
 
 @contextmanager
-def served(model: Path, log: Path, name: str):
-    """Serves a model in float32, eager, and yields an OpenAI client. Raises InputError as `running_server` does."""
+def served(
+    model: Path,
+    log: Path,
+    name: str,
+    dtype: str = "float32",
+    hf_overrides: Mapping | None = None,
+    tokenizer: Path | None = None,
+):
+    """Serves a model, eager, and yields an OpenAI client. Raises InputError as `running_server` does.
+
+    Args:
+        hf_overrides: keys of config.json that are others.
+        tokenizer: the directory that it is in, where that is not the model's.
+    """
     from openai import OpenAI
 
     environment = (
         {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     )
-    options = ["--dtype", "float32", "--enforce-eager", "--served-model-name", name]
+    options = ["--dtype", dtype, "--enforce-eager", "--served-model-name", name]
+    if hf_overrides is not None:
+        options += ["--hf-overrides", json.dumps(hf_overrides)]
+    if tokenizer is not None:
+        options += ["--tokenizer", str(tokenizer)]
     with running_server(model, options, log, environment=environment) as server:
         yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

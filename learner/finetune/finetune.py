@@ -199,6 +199,8 @@ def _check(job: FinetuneJob, source: Path) -> None:
     geometry = ModelGeometry.from_config(config)
     if "pruning" not in config:
         raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")
+    if "quantization_config" in config:
+        raise InputError(f"{source} is quantized; train the model that it was made from, and quantize the result")
     if not hasattr(transformers, geometry.family.architecture):
         raise InputError(
             f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run, so {source} "

@@ -7,7 +7,7 @@ from typing import Any
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import agreed_config, stock_agrees
-from pruned_vllm.formats.config_values import flag
+from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -51,6 +51,11 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     config = agreed_config(geometry.family, config) | {"hidden_size": geometry.hidden_size}
     if flag("tie_word_embeddings", config) != geometry.tie_word_embeddings:
         config["tie_word_embeddings"] = geometry.tie_word_embeddings
+    experts = geometry.family.experts
+    if experts is not None and experts.shared_width_key is not None:
+        shared_width = geometry.dense_experts.shared_intermediate_size
+        if natural(geometry.family.with_defaults(config), experts.shared_width_key, 0) != shared_width:
+            config[experts.shared_width_key] = shared_width
     stock = _stock_config(geometry, config)
     if stock is not None:
         return stock

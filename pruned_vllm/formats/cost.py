@@ -10,11 +10,21 @@ Trained routers prefer some experts, and tokens of one text resemble each other:
 """
 
 import math
+import re
+from collections.abc import Mapping
 
 from pruned_vllm.formats.geometry import ModelGeometry
 
+_ROUTED = re.compile(r"\.experts\.\d+\.")
 
-def moved_bytes(geometry: ModelGeometry, tokens: int, kv_tokens: float, element_bytes: int) -> float:
+
+def moved_bytes(
+    geometry: ModelGeometry,
+    tokens: int,
+    kv_tokens: float,
+    element_bytes: int,
+    tensor_bytes: Mapping[str, int] | None = None,
+) -> float:
     """Bytes that a step moves: layers, of routed experts those that some token is sent to, final norm, lm_head, an
     embedding row a token, and the KV cache.
 
@@ -22,13 +32,19 @@ def moved_bytes(geometry: ModelGeometry, tokens: int, kv_tokens: float, element_
         tokens: of all sequences together.
         kv_tokens: tokens whose keys and values are read or written.
         element_bytes: of a weight and of the cache; 2 for bfloat16.
+        tensor_bytes: of every tensor of a quantized model, by name, in place of `element_bytes` a weight. lm_head and
+            embeddings are not quantized.
     """
-    unread = routed_weights(geometry) * (1 - chosen_share(geometry)) ** tokens
-    layers = geometry.num_layer_parameters - unread
+    if tensor_bytes is None:
+        layers, routed = geometry.num_layer_parameters * element_bytes, routed_weights(geometry) * element_bytes
+    else:
+        layers = sum(size for name, size in tensor_bytes.items() if name.startswith("model.layers."))
+        routed = sum(size for name, size in tensor_bytes.items() if _ROUTED.search(name))
+    unread = routed * (1 - chosen_share(geometry)) ** tokens
     lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
     embedding_rows = tokens * geometry.hidden_size
     kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
-    return (layers + geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
+    return layers - unread + (geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
 
 
 def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) -> float:

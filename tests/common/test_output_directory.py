@@ -115,8 +115,12 @@ def test_too_little_disk_is_noticed_before_writing(ckpt, tmp_path, capsys, monke
     assert "bytes, but its disk has 100 left" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(ckpt, tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signum", "options"),
+    [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGINT, ["--quantize", "w4a16"])],
+    ids=["Ctrl-C", "kill", "Ctrl-C while quantizing"],
+)
+def test_interrupt_leaves_nothing(ckpt, tmp_path, signum, options):
     slow = (
         "import signal, sys, time, converter.writer as w; write = w.ShardFile.write\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what runs in the background
@@ -125,7 +129,7 @@ def test_interrupt_leaves_nothing(ckpt, tmp_path, signum):
         "from converter.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, ckpt, tmp_path / "out"],
+        [sys.executable, "-c", slow, ckpt, tmp_path / "out", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.hidden import hidden_masks, hidden_z
 from helpers.masked import RAGGED, convert_pruned, keep
+from helpers.quantized import nearest, padded, widened
 from helpers.tiny import MOE_CONFIGS, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -159,6 +160,20 @@ def test_hidden_size_is_padded_to_the_alignment(tmp_path, monkeypatch, alignment
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == size
     if alignment == 8:
         assert_is_the_masked_model(load_pruned(tmp_path / "out", dtype=torch.float32), model, mask, {})
+
+
+@pytest.mark.parametrize("name", ["norms of q and k, biases", "shared experts"])
+def test_what_is_left_can_be_quantized_in_one_go(tmp_path, monkeypatch, name):
+    case = CASES[name]
+    assert convert(tmp_path, monkeypatch, case)[0] == 0
+    floats = load_file(tmp_path / "out" / "model.safetensors")
+    assert convert(tmp_path, monkeypatch, case, "--quantize", "w8a8-int8", "--overwrite")[0] == 0
+    values, quantized = widened(tmp_path / "out")
+    assert floats.keys() == values.keys() and len(quantized) > 10
+    for tensor, before in floats.items():
+        before = padded(before, values[tensor].shape)
+        expected = nearest(before, "w8a8-int8", None) if tensor in quantized else before
+        torch.testing.assert_close(values[tensor], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

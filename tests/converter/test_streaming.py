@@ -137,13 +137,15 @@ import json, os, sys, threading, time
 from pathlib import Path
 from converter.convert import convert
 from converter.plan import make_plan
+from converter.quantize.schemes import SCHEMES, Wanted
 
 def anonymous():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 
-directory = Path(sys.argv[1])
-convert(make_plan(directory / "small"), directory / "small-out", threads=2)  # what is imported late
-plan = make_plan(directory / "ckpt")
+directory, scheme = Path(sys.argv[1]), sys.argv[2]
+quantize = Wanted(SCHEMES[scheme]) if scheme in SCHEMES else None
+convert(make_plan(directory / "small", quantize=quantize), directory / "small-out", threads=2)  # what is imported late
+plan = make_plan(directory / "ckpt", quantize=quantize)
 before, most, done = anonymous(), [0], threading.Event()
 
 def sample():
@@ -159,7 +161,8 @@ print(max(most) - before)
 """
 
 
-def test_memory_is_bounded_whatever_the_size_of_tensors(tmp_path):
+@pytest.mark.parametrize("scheme", ["floats", "w4a16"])
+def test_memory_is_bounded_whatever_the_size_of_tensors(tmp_path, scheme):
     """Weights of 370 MB, each tensor 245 MB in float32; their file is all zeros and takes no disk."""
     ragged_checkpoint(tmp_path / "small")
     model = tiny_model("llama", 4, 2, 1, hidden_size=512, num_hidden_layers=1, vocab_size=40)
@@ -172,7 +175,7 @@ def test_memory_is_bounded_whatever_the_size_of_tensors(tmp_path):
     write_zeros(tmp_path / "ckpt" / "model.safetensors", shapes)
     mask = torch.rand(width).mul(3) * (torch.rand(width) < 0.5)
     save_file({"model.layers.0.mlp.channel_mask": mask}, tmp_path / "ckpt" / "pruning_masks.safetensors")
-    done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path, scheme], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) < 80e6
 

@@ -15,6 +15,7 @@ from helpers.tiny import expert_masks, masks_for, tiny_model, write_masked
 from safetensors.torch import save_file
 
 from converter import cli
+from converter.quantize import command as quantize_command
 from converter.torch_files import read_torch_file
 from pruned_vllm.common.command import run_command
 
@@ -59,6 +60,10 @@ def with_base(importer: str) -> Run:
         )
 
     return run
+
+
+def quantize(path: Path, out: Path) -> int:
+    return quantize_command.main([str(path), str(out), "--scheme", "w8a8-int8", "--no-verify"])
 
 
 def inspect(path: Path, out: Path) -> int:
@@ -112,6 +117,13 @@ def _converted(directory: Path) -> Path:
     ckpt = _masked(directory.with_name("ckpt"))
     assert convert(ckpt, directory) == 0
     shutil.rmtree(ckpt)
+    return directory
+
+
+def _quantized(directory: Path) -> Path:
+    converted = _converted(directory.with_name("converted"))
+    assert quantize(converted, directory) == 0
+    shutil.rmtree(converted)
     return directory
 
 
@@ -197,6 +209,8 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "biases": Seed(lambda path: _masked(path, attention_bias=True, mlp_bias=True), "config.json", "json", convert),
         "experts": Seed(_experts, "config.json", "json", convert),
         "converted": Seed(_converted, "config.json", "json", inspect),
+        "to quantize": Seed(_converted, "config.json", "json", quantize),
+        "quantized": Seed(_quantized, "config.json", "json", inspect),
         "cut": Seed(_cut, "config.json", "json", convert),
         "zeros": Seed(_zeros, "config.json", "json", convert),
     },
@@ -208,6 +222,8 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "llama": Seed(_masked, "model.safetensors", "safetensors", convert),
         "experts": Seed(_experts, "model.safetensors", "safetensors", convert),
         "converted": Seed(_converted, "model.safetensors", "safetensors", inspect),
+        "to quantize": Seed(_converted, "model.safetensors", "safetensors", quantize),
+        "quantized": Seed(_quantized, "model.safetensors", "safetensors", inspect),
         "cut": Seed(_cut, "model.safetensors", "safetensors", convert),
         "zeros": Seed(_zeros, "model.safetensors", "safetensors", convert),
     },

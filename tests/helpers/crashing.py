@@ -26,6 +26,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from converter import cli as converter_cli
+from converter.quantize import command as quantize_command
+from converter.quantize import library  # noqa: F401  before a child is forked, which takes seconds else
 from learner import cli as learner_cli
 from learner.finetune import cli as finetune_cli
 from pruned_vllm.hf.loading import load_pruned
@@ -38,13 +40,20 @@ def arguments_of(command: str, directory: Path, variant: int) -> list[str]:
     out, text = str(directory / "out"), str(directory / "text.txt")
     if command == "convert-pruned":
         return [str(directory / "ckpt"), out, "--align", str((1, 8)[variant])]
+    if command == "quantize-pruned":
+        return [str(directory / "model"), out, "--scheme", ("w8a8-int8", "w4a16")[variant]]
     if command == "learn-masks":
         return [str(directory / "ckpt"), out, "--method", "magnitude", "--sparsity", str((0.5, 0.3)[variant])]
     small = ["--steps", "1", "--batch-size", "1", "--sequence-length", "16", "--device", "cpu"]
     return [str(directory / "model"), out, "--data", text, "--seed", str(variant), *small]
 
 
-MAINS = {"convert-pruned": converter_cli.main, "learn-masks": learner_cli.main, "finetune-pruned": finetune_cli.main}
+MAINS = {
+    "convert-pruned": converter_cli.main,
+    "quantize-pruned": quantize_command.main,
+    "learn-masks": learner_cli.main,
+    "finetune-pruned": finetune_cli.main,
+}
 
 
 def prepare(directory: Path) -> None:
@@ -61,7 +70,7 @@ def contents(out: Path) -> str:
     for path in out.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert all(file.get_tensor(name).isfinite().all() for name in file.keys()), path  # noqa: SIM118
-    if (out / "config.json").exists():
+    if (out / "config.json").exists() and "quantization_config" not in (out / "config.json").read_text():
         with torch.no_grad():
             assert load_pruned(out)(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()

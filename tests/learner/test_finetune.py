@@ -1,10 +1,12 @@
 """finetune-pruned: trains what is there and nothing else, can be interrupted, and leaves a converted model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.masked import edit_json
 from helpers.tiny import byte_tokenizer, converted, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
 
@@ -185,8 +187,11 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
     stranger.resize_token_embeddings(99)
     stranger.save_pretrained(tmp_path / "stranger")
     byte_tokenizer().save_pretrained(tmp_path / "stranger")
+    shutil.copytree(out, tmp_path / "quantized")
+    edit_json(tmp_path / "quantized" / "config.json", quantization_config={"quant_method": "compressed-tensors"})
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
+        ([tmp_path / "quantized", "--data", text], "is quantized; train the model that it was made from"),
         ([out, "--data", tmp_path / "none.txt"], "none.txt"),
         ([tmp_path / "ckpt", "--data", text], "says nothing of pruning"),
         ([tmp_path, "--data", text], "config.json is missing"),

@@ -1,0 +1,151 @@
+"""Sizes that the kernels of a scheme want: what is padded for them, and what is refused. Pure Python.
+
+FFN widths are padded with channels of zeros to what the scheme's kernels want, times the number of tensor-parallel
+ranks: a channel of zeros computes nothing. Experts of different widths have kernels of our own, which take any width;
+they are padded to whole groups only, where a scale is for a group. Heads and the hidden size are not padded: a layer
+whose heads no kernel takes is refused.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from converter.quantize.schemes import GROUP_SIZES, Scheme, Wanted
+from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
+
+ANY_SIZE = "fp8-dynamic and w8a8-int8 take any size"
+
+
+def width_step(scheme: Scheme, group_size: int | None, ranks: int) -> int:
+    """What FFN widths are padded to multiples of."""
+    return math.lcm(scheme.good_multiple, group_size or 1) * ranks
+
+
+def choose_group_size(wanted: Wanted, geometry: ModelGeometry, modules: frozenset[str]) -> tuple[int | None, list[str]]:
+    """The group size, or problems; None is a scale for each output."""
+    scheme = wanted.scheme
+    if not scheme.has_groups:
+        refused = [f"--group-size is for w4a16; {scheme.name} has a scale for each output"] * bool(wanted.group_size)
+        return None, refused
+    if wanted.group_size == 0:
+        return None, []
+    if wanted.group_size and wanted.group_size % scheme.pack_factor:
+        return None, [f"a group of {wanted.group_size} inputs does not fill int32 numbers of {scheme.pack_factor} each"]
+    inputs = _fixed_inputs(wanted, geometry, modules)
+    for size in (wanted.group_size,) if wanted.group_size else GROUP_SIZES:
+        wrong = [what for what, number in inputs.items() if number % size]
+        if not wrong:
+            return size, []
+    fits = [str(size) for size in GROUP_SIZES if not any(number % size for number in inputs.values())]
+    fix = f"choose --group-size {' or '.join([*fits, 'channel'])}"
+    return None, [f"{what} is no multiple of the group size {size}; {fix}" for what in wrong]
+
+
+def padded_sizes(
+    wanted: Wanted, group_size: int | None, geometry: ModelGeometry, modules: frozenset[str]
+) -> ModelGeometry:
+    """The sizes that are written."""
+    step = width_step(wanted.scheme, group_size, wanted.ranks)
+    layers = []
+    for index, layer in enumerate(geometry.layers):
+        width, experts = layer.intermediate_size, layer.expert_intermediate_sizes
+        if _any_in(modules, (f"model.layers.{index}.mlp.{name}_proj" for name in ("gate", "up", "down"))):
+            width = _up(width, step)
+        if experts and _any_in(modules, expert_modules(geometry, index)):
+            experts = tuple(_up(channels, group_size or 1) for channels in experts)
+            if len(set(experts)) == 1:
+                experts = tuple(_up(channels, step) for channels in experts)
+        layers.append(replace(layer, intermediate_size=width, expert_intermediate_sizes=experts))
+    padded = geometry.with_layers(tuple(layers))
+    names, experts_before = geometry.family.experts, geometry.experts
+    if names is None or experts_before is None or names.shared_width_key is None:
+        return padded
+    if not _any_in(modules, (f"model.layers.{index}.{names.shared_module}.up_proj" for index in range(len(layers)))):
+        return padded
+    shared = _up(experts_before.shared_intermediate_size, step)
+    return replace(padded, experts=replace(experts_before, shared_intermediate_size=shared))
+
+
+def size_problems(
+    wanted: Wanted, group_size: int | None, geometry: ModelGeometry, modules: frozenset[str]
+) -> list[str]:
+    """Sizes that no padding changes and that the scheme's kernels refuse."""
+    scheme, problems = wanted.scheme, []
+
+    def check(what: str, size: int, multiple: int, fix: str) -> None:
+        if size % multiple:
+            problems.append(f"{what} is no multiple of {multiple}, which {scheme.name} needs; {fix}")
+
+    other = f"choose another --scheme ({ANY_SIZE})"
+    hidden = f"the hidden size {geometry.hidden_size}"
+    check(hidden, geometry.hidden_size, math.lcm(scheme.needed_inputs, scheme.needed_outputs), other)
+    fix = f"{other}, or leave attention as it is: --ignore 're:.*self_attn.*'"
+    for index, layer in enumerate(geometry.layers):
+        heads = _heads(layer, geometry, wanted.ranks)
+        if f"model.layers.{index}.self_attn.o_proj" in modules:
+            size = _head_inputs(layer, geometry.head_dim, wanted.ranks)
+            check(f"layer {index}: o_proj, whose inputs are {heads} = {size},", size, scheme.needed_inputs, fix)
+        if f"model.layers.{index}.self_attn.q_proj" in modules:
+            size = _qkv_outputs(layer, geometry.head_dim, wanted.ranks)
+            what = f"layer {index}: q, k and v, whose outputs are {heads} and {layer.num_key_value_heads} KV heads"
+            check(f"{what} = {size},", size, scheme.needed_outputs, fix)
+    names, experts = geometry.family.experts, geometry.experts
+    if names is not None and experts is not None and names.shared_count_key is not None:
+        # DeepSeekMoE: their width is a multiple of the routed experts' before pruning, and so cannot be padded.
+        modules_of_shared = [name for name in modules if f".{names.shared_module}." in name]
+        multiple = math.lcm(scheme.needed_inputs, scheme.needed_outputs, group_size or 1) * wanted.ranks
+        if modules_of_shared:
+            fix = f"{other}, --group-size or --tensor-parallel-size, or --ignore 're:.*{names.shared_module}.*'"
+            width = experts.shared_intermediate_size
+            check(f"the width {width} of the shared experts", width, multiple, fix)
+    return problems
+
+
+def expert_modules(geometry: ModelGeometry, index: int) -> Iterator[str]:
+    """Full names of the projections of a layer's routed experts."""
+    names, widths = geometry.family.experts_format, geometry.layers[index].expert_intermediate_sizes
+    for expert, width in enumerate(widths):
+        if width:
+            yield from (f"model.layers.{index}.{module}" for module in names.modules_of(expert))
+
+
+def _fixed_inputs(wanted: Wanted, geometry: ModelGeometry, modules: frozenset[str]) -> dict[str, int]:
+    """Numbers of inputs that cannot be padded, on each rank, by what they are."""
+    inputs = {f"the hidden size {geometry.hidden_size}": geometry.hidden_size}
+    for index, layer in enumerate(geometry.layers):
+        if f"model.layers.{index}.self_attn.o_proj" in modules:
+            size = _head_inputs(layer, geometry.head_dim, wanted.ranks)
+            inputs[f"layer {index}: o_proj, whose inputs are {_heads(layer, geometry, wanted.ranks)} = {size},"] = size
+    return inputs
+
+
+def _head_inputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:
+    """Inputs of o_proj on each rank; one head's where ranks hold different numbers, all of which it divides."""
+    if ranks == 1:
+        return layer.num_attention_heads * head_dim
+    even = layer.has_even_groups and layer.num_attention_heads % ranks == 0
+    return layer.num_attention_heads // ranks * head_dim if even else head_dim
+
+
+def _qkv_outputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:
+    """Outputs of q, k and v together on each rank; one head's where ranks hold different numbers."""
+    heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+    if ranks > 1:
+        if not layer.has_even_groups or heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+            return head_dim
+        heads, kv_heads = heads // ranks, max(1, kv_heads // ranks)
+    return (heads + 2 * kv_heads) * head_dim
+
+
+def _heads(layer: LayerGeometry, geometry: ModelGeometry, ranks: int) -> str:
+    heads = f"{layer.num_attention_heads} heads of {geometry.head_dim}"
+    return heads if ranks == 1 else f"{heads} on {ranks} ranks, so on one"
+
+
+def _any_in(modules: frozenset[str], names: Iterator[str]) -> bool:
+    return any(name in modules for name in names)
+
+
+def _up(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
