@@ -47,7 +47,7 @@ check: lint
 real: setup
 	$(BIN)/python -m bench.real --output-dir real
 	mkdir -p bench/results/real
-	cp real/real.json real/real.png bench/results/real/
+	cp real/real.json real/real.png real/report.md real/report.html bench/results/real/
 
 methods: setup
 	$(BIN)/python -m bench.methods table --output-dir bench/results/methods

@@ -10,7 +10,7 @@ vLLM, which must agree; 40 multiple-choice questions; a chat. The text is the En
 
 Ctrl-C stops it; the same command goes on from there, also in the middle of learning. A step is done again when its
 options have changed, or a step that it builds on. --output-dir keeps all models (about 6 GB), logs of the servers, a
-record of each step in records/, and in the end real.json and real.png.
+record of each step in records/, and in the end real.json, real.png and a report of the speeds.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def real(args: argparse.Namespace, command: str) -> None:
     results = collect(records, args.output_dir, command)
     write(results, args.output_dir)
     print(summary(results))
-    print(f"written: {args.output_dir}/real.json, {args.output_dir}/real.png")
+    files = ("real.json", "real.png", "report.md", "report.html")
+    print(f"written: {', '.join(f'{args.output_dir}/{file}' for file in files)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `make real` found: real.json and its picture, from the records of all steps.
+"""What `make real` found: real.json, its picture and a report of speeds, from the records of all steps.
 
 real.json: {
   "command", "versions", "hardware": where they were collected,
@@ -23,6 +23,9 @@ from typing import Any
 
 from bench.real import plan
 from bench.real.records import LIBRARIES, Records
+from bench.report.reports import results_report
+from bench.report.results import Result
+from bench.report.write import write as write_report
 from bench.tables.real import title
 from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 from pruned_vllm.common.files import write_json
@@ -96,9 +99,13 @@ def _known(results: Mapping, name: str) -> dict:
 
 
 def write(results: Mapping, directory: Path) -> None:
-    """Writes RESULTS_FILE and PICTURE."""
+    """Writes RESULTS_FILE, PICTURE, report.md and report.html."""
     write_json(directory / RESULTS_FILE, results)
     draw(results, directory / PICTURE)
+    speeds = [
+        Result(title(found["pruned"], results["models"]), "offline", found) for found in results["speed"].values()
+    ]
+    write_report(results_report(speeds), directory)
 
 
 def draw(results: Mapping, path: Path) -> None:

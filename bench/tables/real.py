@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from bench.tables.markdown import case_name, markdown_table, millions, paragraph, percent, results, with_quartiles
+from bench.speed.statistics import interval_text
+from bench.tables.markdown import case_name, markdown_table, millions, paragraph, percent, results, short_case_name
 
 REAL = "real/real.json"
 TITLES = {"ddp": "DDP", "tyr": "Tyr", "maskprune": "MaskPrune", "wanda": "Wanda", "magnitude": "magnitude"}
@@ -68,9 +69,34 @@ def speedups(measured: Mapping) -> str:
         name = title(found["pruned"], measured["models"])
         for case in found["cases"]:
             about = name if case is found["cases"][0] else ""
-            ideal = f"{case['ideal_speedup']:.2f}x"
-            rows.append((about, case_name(case), with_quartiles(case), ideal, f"{case['of_ideal']:.2f}"))
-    return markdown_table(("model", "case", "speedup (quartiles)", "ideal", "of ideal"), rows)
+            rows.append((about, case_name(case), _speedup(case), f"{case['of_ideal']:.2f}"))
+    return markdown_table(("model", "case", "speedup (95 % interval) of the ideal", "of ideal"), rows)
+
+
+def _speedup(case: Mapping) -> str:
+    return f"{case['speedup']:.2f}x ({interval_text(case)}) of {case['ideal_speedup']:.2f}x"
+
+
+def headline() -> str:
+    """The dense model, and the best of each sparsity before and after recovery."""
+    measured = results(REAL)
+    models = measured["models"]
+    cases = [short_case_name(case["name"]) for case in measured["speed"]["20"]["cases"]]
+    rows = [("dense", *_facts(models["dense"]), *[""] * len(cases))]
+    for share, found in measured["speed"].items():
+        best = found["pruned"]
+        rows.append((title(best, models), *_facts(models[best]), *map(_speedup, found["cases"])))
+        rows.append((title(f"recovered-{share}", models), *_facts(models[f"recovered-{share}"]), *[""] * len(cases)))
+    return markdown_table(("", "parameters", "perplexity", "right answers", *cases), rows)
+
+
+def _facts(model: Mapping) -> tuple[str, str, str]:
+    questions = model["questions"]
+    return (
+        millions(model["parameters"]),
+        f"{model['perplexity']['served']:.1f}",
+        f"{questions['right']} of {questions['questions']}",
+    )
 
 
 def chat() -> str:

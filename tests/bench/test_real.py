@@ -12,6 +12,7 @@ from bench.real.__main__ import main
 from bench.real.pipeline import check_same
 from bench.tables import real as tables
 from pruned_vllm.common.errors import InputError
+from tests.helpers.speed_results import offline
 
 KINDS = ("model", "text", "learn", "convert", "know", "serve", "recover", "speed")
 
@@ -71,7 +72,7 @@ def commands(tmp_path, monkeypatch):
         called.append((name, *words))
         if name == "python":
             out = SimpleNamespace(path=tmp_path / "real" / words[words.index("--output-dir") + 1].rsplit("/")[-1])
-            result, file = {"command": "x", "models": {}, "cases": [SPEED_CASE]}, "e2e_speedup.json"
+            result, file = offline(1.12), "e2e_speedup.json"
         else:
             out = SimpleNamespace(path=tmp_path / "real" / "/".join(words[1].rsplit("/")[-2:]))
             result = {"results": {"head_sparsity": 0.5, "channel_sparsity": 0.5, "learning_seconds": 90.0}}
@@ -102,20 +103,14 @@ def commands(tmp_path, monkeypatch):
     return called
 
 
-SPEED_CASE = {"kind": "decode", "batch_size": 1, "input_len": 32, "output_len": 64, "speedup": 1.12} | {
-    "speedup_q1": 1.1,
-    "speedup_q3": 1.15,
-    "ideal_speedup": 1.17,
-    "of_ideal": 0.96,
-}
-
-
 def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, capsys):
     out = tmp_path / "real"
     assert main(["--output-dir", str(out)]) == 0
     assert f"about 1 min; at most {round(sum(plan.planned().values()) / 60)} min" in capsys.readouterr().out
     measured = json.loads((out / "real.json").read_text())
     assert (out / "real.png").stat().st_size > 10_000
+    assert "## Offline: Wanda, 50 %" in (out / "report.md").read_text()
+    assert str(tmp_path) not in (out / "report.html").read_text()
     assert list(measured["steps"]) == list(plan.planned())
     assert list(measured["models"]) == ["dense", *plan.names(), *plan.recovered_names()]
     assert str(tmp_path) not in json.dumps(measured), "paths of this machine"
@@ -129,9 +124,15 @@ def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, c
     assert rows[4] == "| DDP, 50 % | 0M | 50.0 % | 50.0 % | 60.01 | 60.00 | 20 of 40 | 2 |"
     assert rows[-3] == "| magnitude, 50 % | 0M | 50.0 % | 50.0 % | 200.02 | 200.01 | 20 of 40 | 2 |"
     assert rows[-1].startswith("| Wanda, 50 %, recovered | 0M | | | 40.00 | 40.00 | 20 of 40 |")
-    assert tables.speed().splitlines()[2] == (
-        "| Wanda, 20 % | decode, batch 1, 32 + 64 tokens | 1.12x (1.10 to 1.15) | 1.17x | 0.96 |"
-    )
+    speeds = tables.speed().splitlines()
+    assert speeds[2].startswith("| Wanda, 20 % | decode, batch 8, 32 + 64 tokens | 1.12x (1.1")
+    assert speeds[2].endswith(") of 1.75x | 0.64 |")
+    best = tables.headline().splitlines()
+    assert [row.split(" | ")[0] for row in best[2:]] == [
+        "| dense",
+        *("| Wanda, 20 %", "| Wanda, 20 %, recovered", "| Wanda, 50 %", "| Wanda, 50 %, recovered"),
+    ]
+    assert best[3].startswith("| Wanda, 20 % | 0M | 50.0 | 20 of 40 | 1.12x (1.1")
     assert r"wanda-50 \| \*says\* What is the capital" in tables.chat()
     assert "9 held-out tokens" in tables.notes() and "3.2 answers" in tables.notes()
 
