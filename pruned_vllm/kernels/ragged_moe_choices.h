@@ -58,6 +58,7 @@ class Choices {
     int64_t words = 0;
     for (int64_t e = 0; e < num_experts; ++e) {
       words += starts_[e + 1] * words_of(e);
+      most_ = std::max(most_, starts_[e + 1]);
       starts_[e + 1] += starts_[e];
     }
     choices_.resize(starts_[num_experts]);
@@ -71,6 +72,7 @@ class Choices {
   }
 
   int64_t count(int64_t e) const { return starts_[e + 1] - starts_[e]; }
+  int64_t most() const { return most_; }  // choices of one expert
   const Choice* of(int64_t e) const { return choices_.data() + starts_[e]; }
 
   // Calls `call` with up to MOST of the expert's choices at a time: where the channels of each are, from `word` on, and
@@ -95,6 +97,7 @@ class Choices {
 
  private:
   std::vector<int64_t> starts_;  // [experts + 1]: where an expert's choices begin
+  int64_t most_ = 0;
   std::vector<Choice> choices_;
   Buffer<Word> hidden_;
 };

@@ -12,8 +12,8 @@
 // time differs:
 //
 // - An expert with at most FEW tokens takes as long as reading its weights does. So its rows are read in the order in
-//   which they lie in memory. Lines of memory are asked for one step ahead, since the CPU by itself stops looking ahead
-//   at the end of each 4 KiB page, and a row is about one page.
+//   which they lie in memory. Lines of memory are asked for one step ahead, in that order, since the CPU by itself stops
+//   looking ahead at the end of each 4 KiB page, and a row is about one page.
 // - An expert with more tokens takes as long as multiplying does. So a step has several tokens and several channels or
 //   columns: as many as there are registers for their sums. What a step has loaded is used several times, and codes are
 //   widened once for all tokens.
@@ -58,9 +58,8 @@ class Layer {
     inputs_ = allocate<Word>(num_tokens * input_size_);
     outputs_ = allocate<float>(num_tokens * row_size_);
     if constexpr (SCALED) {
-      widened_ = allocate<Word>(omp_get_max_threads() * WIDENED_ROWS * input_size_);
       unscaled_ = allocate<float>(FEW * row_size_);
-      std::fill_n(unscaled_.get(), FEW * row_size_, 0.0f);
+      if (choices.most() > FEW) widened_ = allocate<Word>(omp_get_max_threads() * WIDENED_ROWS * input_size_);
     }
 #pragma omp parallel
     {
@@ -217,14 +216,14 @@ class Layer {
       add_few(down, rows, hidden, outputs, first, last);
     } else {
       std::array<float*, M> sums;
-      for (size_t m = 0; m < M; ++m) sums[m] = unscaled_.get() + m * row_size_;
+      for (size_t m = 0; m < M; ++m) {
+        sums[m] = unscaled_.get() + m * row_size_;
+        std::fill(sums[m] + first, sums[m] + (last + PAIR - 1) / PAIR * PAIR, 0.0f);
+      }
       add_few(down, rows, hidden, sums, first, last);
       for (int64_t column = first; column < last; column += PAIR) {
         const Pair scale = load_scales<T>(scales + column, last - column);
-        for (size_t m = 0; m < M; ++m) {
-          add_scaled(outputs[m] + column, scale, load(sums[m] + column));
-          store(sums[m] + column, Pair{});
-        }
+        for (size_t m = 0; m < M; ++m) add_scaled(outputs[m] + column, scale, load(sums[m] + column));
       }
     }
   }
@@ -237,9 +236,11 @@ class Layer {
     const int64_t row_size = layout_.row_size;
     const auto add_steps = [&](auto steps) {
       constexpr int64_t taken = steps.value * NUMBERS<T>;
+      Lines lines(down + taken * row_size + first / COLUMNS, (last - first) / COLUMNS * sizeof(W), row_size * sizeof(W));
       const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
-        pack<1, T>(down + column / COLUMNS, rows, row_size, count, taken * row_size, steps.value, panel);
+        lines.ask(taken * PAIR / COLUMNS * sizeof(W));
+        pack<1, false, T>(down + column / COLUMNS, rows, row_size, count, steps.value, panel);
         add<1, T>(hidden, panel, steps.value, outputs, column);
       };
       int64_t column = first;
@@ -262,7 +263,7 @@ class Layer {
     const auto add_columns = [&](auto pairs) {
       constexpr int P = pairs.value;
       alignas(CACHE_LINE) Panel<P> panel[STEPS];
-      pack<P, T>(down + column / COLUMNS, rows, layout_.row_size, last - column, P * PAIR / COLUMNS, steps, panel);
+      pack<P, true, T>(down + column / COLUMNS, rows, layout_.row_size, last - column, steps, panel);
       Pair scale[P];
       if constexpr (SCALED)
         for (int p = 0; p < P; ++p) scale[p] = load_scales<T>(scales + column + p * PAIR, last - column - p * PAIR);
@@ -282,8 +283,8 @@ class Layer {
   const int64_t hidden_size_, run_;  // run_: rows of down with the same scales
   const Layout layout_;
   const int64_t input_size_, row_size_;  // of a token: words of the input; columns, rounded up to PAIR
-  Buffer<Word> inputs_, widened_;        // widened_: WIDENED_ROWS for each thread
-  Buffer<float> outputs_, unscaled_;     // unscaled_: rows of sums for FEW tokens, between calls 0
+  Buffer<Word> inputs_, widened_;        // widened_: WIDENED_ROWS for each thread, where experts have many tokens
+  Buffer<float> outputs_, unscaled_;     // unscaled_: rows of sums for FEW tokens
 };
 
 #ifdef WEIGHTS
