@@ -153,7 +153,7 @@ def check_offsets(offsets: list[int], rows: int) -> None:
 def run_offsets(offsets: Sequence[int], group_size: int | None) -> list[int]:
     """`Scales.down_offsets` for experts whose rows begin at `offsets`, where the scales of no expert lie unused."""
     most = group_size or max(1, offsets[-1])  # rows in a run
-    return [0, *accumulate((end - begin + most - 1) // most for begin, end in pairwise(offsets))]
+    return [*accumulate(((end - begin + most - 1) // most for begin, end in pairwise(offsets)), initial=0)]
 
 
 def check_down_offsets(scales: Scales, offsets: list[int]) -> None:

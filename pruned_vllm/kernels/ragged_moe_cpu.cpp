@@ -38,9 +38,19 @@ struct Weights {
   const int32_t* offsets;
   const float *gate_up_scales, *down_scales;
   const int32_t* down_offsets;  // [experts + 1]: where the runs of an expert begin in down_scales
-  int64_t rows, num_experts, hidden_size, group_size;
+  int64_t rows, runs, num_experts, hidden_size, group_size;
 
   int64_t width(int64_t e) const { return offsets[e + 1] - offsets[e]; }
+
+  // Whether each expert has as many scales of down as its rows need, all among the runs.
+  bool has_scales() const {
+    for (int64_t e = 0; down_offsets && e < num_experts; ++e) {
+      const int64_t begin = down_offsets[e], end = down_offsets[e + 1];
+      const int64_t most = group_size ? group_size : std::max<int64_t>(rows, 1);
+      if (begin < 0 || end > runs || end - begin != (width(e) + most - 1) / most) return false;
+    }
+    return true;
+  }
 };
 
 template <typename T, typename W>
@@ -73,7 +83,7 @@ class Layer {
       // A thread has columns of its own, so that tokens need no locks.
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), units = row_size_ / PAIR;
       const int64_t start = units * thread / threads * PAIR, end = units * (thread + 1) / threads * PAIR;
-      for (int64_t e = 0; e < weights_.num_experts; ++e) add_down(choices, e, start, std::min(end, hidden_size_));
+      for (const int64_t e : choices.experts()) add_down(choices, e, start, std::min(end, hidden_size_));
 #pragma omp barrier
 #pragma omp for
       for (int64_t t = 0; t < num_tokens; ++t) narrow_row(outputs_.get() + t * row_size_, out + t * hidden_size_);
@@ -103,8 +113,8 @@ class Layer {
 
   std::vector<Task> tasks_of(const Choices& choices) const {
     std::vector<Task> tasks;
-    for (int64_t e = 0; e < weights_.num_experts; ++e)
-      for (int64_t start = 0, end; choices.count(e) && start < weights_.width(e); start = end)
+    for (const int64_t e : choices.experts())
+      for (int64_t start = 0, end; start < weights_.width(e); start = end)
         tasks.push_back({e, start, end = std::min(start + CHANNELS, run_end(e, start))});
     return tasks;
   }
@@ -191,7 +201,7 @@ class Layer {
   // one run, and scaled as a whole.
   void add_down(const Choices& choices, int64_t e, int64_t first, int64_t last) {
     constexpr int64_t block = STEPS * NUMBERS<T>;
-    for (int64_t row = 0, end; choices.count(e) && row < weights_.width(e); row = end) {
+    for (int64_t row = 0, end; row < weights_.width(e); row = end) {
       end = std::min(row + block, run_end(e, row));
       const W* down = weights_.down + (weights_.offsets[e] + row) * layout_.row_size;
       const float* scales = nullptr;
@@ -298,16 +308,18 @@ using Stored = T;
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
-// [num_tokens, top_k], offsets [num_experts + 1], none above `rows`. Returns 1 when memory ran out.
+// [num_tokens, top_k], offsets [num_experts + 1], none above `rows`. Scales are null for weights like x. Returns 1 when
+// memory ran out, and 2 where the scales of an expert's rows of down are not among the `runs`.
 #define RAGGED_MOE(name, T)                                                                                           \
   extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
                                    const float* gate_up_scales, const float* down_scales,                             \
                                    const int32_t* down_offsets, const float* topk_weights, const int32_t* topk_ids,   \
-                                   void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows,                  \
+                                   void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows, int64_t runs,    \
                                    int64_t num_experts, int64_t top_k, int64_t group_size) try {                      \
     using W = Stored<T>;                                                                                              \
     const Weights<W> weights{static_cast<const W*>(gate_up), static_cast<const W*>(down), offsets, gate_up_scales,    \
-                             down_scales, down_offsets, rows, num_experts, hidden_size, group_size};                  \
+                             down_scales, down_offsets, rows, runs, num_experts, hidden_size, group_size};            \
+    if (!weights.has_scales()) return 2;                                                                              \
     Layer<T, W>(weights).run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k,                     \
                              static_cast<T*>(out));                                                                   \
     return 0;                                                                                                         \

@@ -46,6 +46,7 @@ FUNCTIONS = {
     torch.bfloat16: "ragged_moe_bfloat16",
     torch.float16: "ragged_moe_float16",
 }
+SCALES_ARE_MISSING = 2  # what these return where down_offsets do not fit
 WEIGHTS = {torch.int8: "Int8", torch.float8_e4m3fn: "Float8", torch.uint8: "Int4"}  # of ragged_moe_readers.h
 
 
@@ -71,24 +72,29 @@ def ragged_moe(
     check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales)
     num_experts, rows, bounds = len(offsets) - 1, len(down), offsets.tolist()
     check_offsets(bounds, rows)
-    if scales is not None:
-        check_down_offsets(scales, bounds)
     if x.numel() == 0:
         return torch.empty_like(x)
     library = _library(None if scales is None else WEIGHTS[down.dtype])
     if library is None:
+        if scales is not None:
+            check_down_offsets(scales, bounds)
         return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids, scales)
     x, offsets, topk_weights = x.contiguous(), offsets.to(torch.int32), topk_weights.to(torch.float32).contiguous()
     if topk_ids.dtype != torch.int32:
         topk_ids = topk_ids.clamp(-1, num_experts).to(torch.int32)  # so that a huge id does not turn into another one
     topk_ids = topk_ids.contiguous()
     out = torch.empty_like(x)
-    scaling = (None, None, None) if scales is None else (scales.gate_up, scales.down, scales.down_offsets)
+    scaling, runs, group_size = (None, None, None), 0, 0
+    if scales is not None:
+        scaling, runs = (scales.gate_up, scales.down, scales.down_offsets), len(scales.down)
+        group_size = scales.group_size or 0
     tensors = (x, gate_up, down, offsets, *scaling, topk_weights, topk_ids, out)
     pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
-    group_size = (scales and scales.group_size) or 0
-    sizes = (*x.shape, rows, num_experts, topk_ids.shape[1], group_size)
-    if getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes):
+    sizes = (*x.shape, rows, runs, num_experts, topk_ids.shape[1], group_size)
+    failure = getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes)
+    if failure == SCALES_ARE_MISSING and scales is not None:
+        check_down_offsets(scales, bounds)  # says which
+    if failure:
         raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
     return out
 
@@ -160,5 +166,5 @@ def _library(weights: str | None) -> ctypes.CDLL | None:
         )
         return None
     for name in FUNCTIONS.values():
-        getattr(library, name).argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 6
+        getattr(library, name).argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 7
     return library
