@@ -4,16 +4,16 @@
 //
 // Weights are gate_up [2, rows, hidden_size] and down [rows, hidden_size]. A row is one channel, and expert e has the
 // rows from offsets[e] to offsets[e + 1]. They are read where they lie: nothing is padded, no whole matrix is copied.
-// They are numbers like x, or codes of 8 or 4 bits with scales (WEIGHTS, see ragged_moe_readers.h), which are widened in
-// registers: a row of gate or up has a scale for each group of columns, and down has scales [runs, hidden_size], one for
-// each column of a run of an expert's rows.
+// They are numbers like x, or codes of 8 or 4 bits with scales (WEIGHTS, see ragged_moe_readers.h), which are widened
+// in registers: a row of gate or up has a scale for each group of columns, and down has scales [runs, hidden_size], one
+// for each column of a run of an expert's rows.
 //
-// This file divides the work among threads; ragged_moe_products.h multiplies. There are two ways, because what takes the
-// time differs:
+// This file divides the work among threads; ragged_moe_products.h multiplies. There are two ways, because what takes
+// the time differs:
 //
 // - An expert with at most FEW tokens takes as long as reading its weights does. So its rows are read in the order in
-//   which they lie in memory. Lines of memory are asked for one step ahead, in that order, since the CPU by itself stops
-//   looking ahead at the end of each 4 KiB page, and a row is about one page.
+//   which they lie in memory. Lines of memory are asked for one step ahead, in that order, since the CPU by itself
+//   stops looking ahead at the end of each 4 KiB page, and a row is about one page.
 // - An expert with more tokens takes as long as multiplying does. So a step has several tokens and several channels or
 //   columns: as many as there are registers for their sums. What a step has loaded is used several times, and codes are
 //   widened once for all tokens.
@@ -30,8 +30,8 @@ namespace {
 
 constexpr int64_t FEW = 4;  // at this number of tokens both ways were equally fast
 
-// Weights, and what they are scaled by: null where they are numbers like x. Without a group size, 0, a row of gate or up
-// is one group, and so are all rows of an expert in down.
+// Weights, and what they are scaled by: null where they are numbers like x. Without a group size, 0, a row of gate or
+// up is one group, and so are all rows of an expert in down.
 template <typename W>
 struct Weights {
   const W *gate_up, *down;
@@ -123,7 +123,7 @@ class Layer {
     for (int64_t group = 0; group < layout_.groups; ++group, from += layout_.columns, to += layout_.group_words) {
       using R = Reader<T, W>;
       const T* const rows[] = {from};
-      for_steps<R::STEP, 1>(rows, layout_.columns, 0, [&](int64_t k, const auto& inputs) {
+      for_steps<R::STEP, 1>(rows, layout_.columns, layout_.columns, 0, [&](int64_t k, const auto& inputs) {
         const T* step = inputs(0);
         T ordered[R::STEP];
         if constexpr (SCALED) {
@@ -246,7 +246,8 @@ class Layer {
     const int64_t row_size = layout_.row_size;
     const auto add_steps = [&](auto steps) {
       constexpr int64_t taken = steps.value * NUMBERS<T>;
-      Lines lines(down + taken * row_size + first / COLUMNS, (last - first) / COLUMNS * sizeof(W), row_size * sizeof(W));
+      const W* ahead = down + taken * row_size + first / COLUMNS;
+      Lines lines(ahead, (last - first) / COLUMNS * sizeof(W), row_size * sizeof(W));
       const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
         lines.ask(taken * PAIR / COLUMNS * sizeof(W));

@@ -42,12 +42,12 @@ struct Layout {
 };
 
 // Reads `columns` columns of N rows, STEP at a time, PER_ELEMENT in an element. Calls `use` with the first column of a
-// step and with a function that says where it lies in a row. A last step that is not full ends with zeros. What lies
-// `ahead` elements further is asked for.
+// step and with a function that says where it lies in a row. A last step that is not full ends with what follows in the
+// row, where `readable` columns are there, else with zeros. What lies `ahead` elements further is asked for.
 template <int STEP, int PER_ELEMENT, int N, typename E, typename Use>
-inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t ahead, Use use) {
+inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t readable, int64_t ahead, Use use) {
   int64_t k = 0;
-  for (; k + STEP <= columns; k += STEP) {
+  for (const int64_t last = std::min(columns - 1, readable - STEP); k <= last; k += STEP) {
     for (int row = 0; row < N; ++row) __builtin_prefetch(rows[row] + k / PER_ELEMENT + ahead);
     use(k, [&](int row) { return rows[row] + k / PER_ELEMENT; });
   }
@@ -59,17 +59,18 @@ inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t ahead,
   }
 }
 
-// Adds the products of M inputs and C rows of gate and of up, which take turns in `rows`.
+// Adds the products of M inputs and C rows of gate and of up, which take turns in `rows`. Where weights are codes,
+// inputs end with zeros.
 template <int M, int C, typename T, typename W>
-inline void multiply(const Word* const (&inputs)[M], const W* const (&rows)[2 * C], int64_t columns, int64_t ahead,
-                     Floats (&sums)[2 * C][M]) {
+inline void multiply(const Word* const (&inputs)[M], const W* const (&rows)[2 * C], int64_t columns, int64_t readable,
+                     int64_t ahead, Floats (&sums)[2 * C][M]) {
   using R = Reader<T, W>;
-  for_steps<R::STEP, R::COLUMNS>(rows, columns, ahead, [&](int64_t k, const auto& weights) {
+  for_steps<R::STEP, R::COLUMNS>(rows, columns, readable, ahead, [&](int64_t k, const auto& weights) {
     for (int vector = 0; vector < R::VECTORS; ++vector) {
       Words weight[2 * C];
       for (int row = 0; row < 2 * C; ++row) weight[row] = R::words(weights(row), vector);
       for (int m = 0; m < M; ++m) {
-        const Words input = load_words(inputs[m] + k / NUMBERS<T> + vector * LANES);
+        const Words input = R::load_input(inputs[m] + k / NUMBERS<T> + vector * LANES);
         for (int row = 0; row < 2 * C; ++row) sums[row][m] = multiply_add<T>(sums[row][m], input, weight[row]);
       }
     }
@@ -88,11 +89,11 @@ inline void dot(const Word* const* x, const W* gate, const W* up, const Layout& 
   const int64_t ahead = std::max<int64_t>(C * layout.row_size, AHEAD / sizeof(W));
   Floats sums[2 * C][M] = {};
   if constexpr (std::is_same_v<T, W>) {
-    multiply<M, C, T>(inputs, rows, layout.columns, ahead, sums);
+    multiply<M, C, T>(inputs, rows, layout.columns, layout.columns, ahead, sums);
   } else {
     for (int64_t group = 0; group < layout.groups; ++group) {
       Floats unscaled[2 * C][M] = {};
-      multiply<M, C, T>(inputs, rows, layout.columns, ahead, unscaled);
+      multiply<M, C, T>(inputs, rows, layout.columns, (layout.groups - group) * layout.columns, ahead, unscaled);
       for (int row = 0; row < 2 * C; ++row) {
         const float scale = (row % 2 ? up_scales : gate_scales)[row / 2 * layout.groups + group];
         for (int m = 0; m < M; ++m) sums[row][m] += scale * unscaled[row][m];
@@ -114,10 +115,12 @@ inline void widen_row(const W* row, const Layout& layout, Word* to) {
   using R = Reader<T, W>;
   for (int64_t group = 0; group < layout.groups; ++group) {
     const W* rows[] = {row + group * layout.group_size};
-    for_steps<R::STEP, R::COLUMNS>(rows, layout.columns, layout.row_size, [&](int64_t k, const auto& weights) {
+    const int64_t readable = (layout.groups - group) * layout.columns;
+    const auto widen = [&](int64_t k, const auto& weights) {
       for (int vector = 0; vector < R::VECTORS; ++vector)
         *reinterpret_cast<WordsAt*>(to + k / NUMBERS<T> + vector * LANES) = R::words(weights(0), vector);
-    });
+    };
+    for_steps<R::STEP, R::COLUMNS>(rows, layout.columns, readable, layout.row_size, widen);
     to += layout.group_words;
   }
 }
@@ -126,8 +129,8 @@ inline void widen_row(const W* row, const Layout& layout, Word* to) {
 template <int P>
 using Panel = Columns[P];
 
-// Asks for rows of a matrix, a few lines at a time, in the order in which they lie in memory. Asked for column by column,
-// a line of each row, they came at half the speed.
+// Asks for rows of a matrix, a few lines at a time, in the order in which they lie in memory. Asked for column by
+// column, a line of each row, they came at half the speed.
 class Lines {
  public:
   // Rows are `bytes` long and begin `stride` bytes after each other.
