@@ -42,11 +42,13 @@ struct Weights {
 
   int64_t width(int64_t e) const { return offsets[e + 1] - offsets[e]; }
 
-  // Whether each expert has as many scales of down as its rows need, all among the runs.
-  bool has_scales() const {
-    for (int64_t e = 0; down_offsets && e < num_experts; ++e) {
+  // Whether each expert's rows are there, and as many scales of down as they need.
+  bool are_there() const {
+    const int64_t most = group_size ? group_size : std::max<int64_t>(rows, 1);  // rows in a run
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (offsets[e] < 0 || width(e) < 0 || offsets[e + 1] > rows) return false;
+      if (!down_offsets) continue;
       const int64_t begin = down_offsets[e], end = down_offsets[e + 1];
-      const int64_t most = group_size ? group_size : std::max<int64_t>(rows, 1);
       if (begin < 0 || end > runs || end - begin != (width(e) + most - 1) / most) return false;
     }
     return true;
@@ -309,8 +311,8 @@ using Stored = T;
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
-// [num_tokens, top_k], offsets [num_experts + 1], none above `rows`. Scales are null for weights like x. Returns 1 when
-// memory ran out, and 2 where the scales of an expert's rows of down are not among the `runs`.
+// [num_tokens, top_k], offsets [num_experts + 1]. Scales are null for weights like x. Returns 1 when memory ran out, and
+// 2 where an expert's rows are not among the `rows` of weights, or its runs of scales not among the `runs` of down.
 #define RAGGED_MOE(name, T)                                                                                           \
   extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
                                    const float* gate_up_scales, const float* down_scales,                             \
@@ -320,7 +322,7 @@ using Stored = T;
     using W = Stored<T>;                                                                                              \
     const Weights<W> weights{static_cast<const W*>(gate_up), static_cast<const W*>(down), offsets, gate_up_scales,    \
                              down_scales, down_offsets, rows, runs, num_experts, hidden_size, group_size};            \
-    if (!weights.has_scales()) return 2;                                                                              \
+    if (!weights.are_there()) return 2;                                                                               \
     Layer<T, W>(weights).run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k,                     \
                              static_cast<T*>(out));                                                                   \
     return 0;                                                                                                         \
