@@ -57,7 +57,9 @@ class Choices {
       if (exists(topk_ids[i])) ++starts_[topk_ids[i] + 1];
     int64_t words = 0;
     for (int64_t e = 0; e < num_experts; ++e) {
+      if (starts_[e + 1]) experts_.push_back(e);
       words += starts_[e + 1] * words_of(e);
+      most_ = std::max(most_, starts_[e + 1]);
       starts_[e + 1] += starts_[e];
     }
     choices_.resize(starts_[num_experts]);
@@ -66,11 +68,13 @@ class Choices {
     for (int64_t i = 0; i < count; ++i)
       if (exists(topk_ids[i])) choices_[next[topk_ids[i]]++] = {i / top_k, topk_weights[i], nullptr};
     Word* hidden = hidden_.get();
-    for (int64_t e = 0; e < num_experts; ++e)
+    for (const int64_t e : experts_)
       for (int64_t i = starts_[e]; i < starts_[e + 1]; ++i, hidden += words_of(e)) choices_[i].hidden = hidden;
   }
 
+  const std::vector<int64_t>& experts() const { return experts_; }  // those that were chosen
   int64_t count(int64_t e) const { return starts_[e + 1] - starts_[e]; }
+  int64_t most() const { return most_; }  // choices of one expert
   const Choice* of(int64_t e) const { return choices_.data() + starts_[e]; }
 
   // Calls `call` with up to MOST of the expert's choices at a time: where the channels of each are, from `word` on, and
@@ -95,6 +99,8 @@ class Choices {
 
  private:
   std::vector<int64_t> starts_;  // [experts + 1]: where an expert's choices begin
+  std::vector<int64_t> experts_;
+  int64_t most_ = 0;
   std::vector<Choice> choices_;
   Buffer<Word> hidden_;
 };

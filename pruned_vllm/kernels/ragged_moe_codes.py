@@ -40,6 +40,16 @@ def dot(a, b, total):
 
 
 @triton.jit
+def _to_fp8(value):
+    """The nearest code of a float32 number that is not above LARGEST_FP8."""
+    if _INTERPRETED:  # the interpreter cuts digits off, so it gets none that a code does not have
+        exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 0xFF, 121)
+        digit = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+        value = (value / digit + 1.5 * 2**23 - 1.5 * 2**23) * digit
+    return value.to(tl.float8e4nv)
+
+
+@triton.jit
 def _quantize_kernel(
     values, codes, scales, sorted_pairs, topk_ids, offsets, num_pairs, num_experts, columns, stride,
     ROUTED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
@@ -64,8 +74,8 @@ def _quantize_kernel(
     for start in range(0, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(values + row * stride + column, column < end, 0.0).to(tl.float32) / scale
-        code = tl.clamp(value, -_LARGEST_FP8, _LARGEST_FP8, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
-        tl.store(codes + row * stride + column, code, column < end)
+        value = tl.clamp(value, -_LARGEST_FP8, _LARGEST_FP8, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(codes + row * stride + column, _to_fp8(value), column < end)
 
 
 def quantize_rows(

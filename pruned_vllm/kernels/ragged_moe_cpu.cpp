@@ -4,16 +4,16 @@
 //
 // Weights are gate_up [2, rows, hidden_size] and down [rows, hidden_size]. A row is one channel, and expert e has the
 // rows from offsets[e] to offsets[e + 1]. They are read where they lie: nothing is padded, no whole matrix is copied.
-// They are numbers like x, or codes of 8 or 4 bits with scales (WEIGHTS, see ragged_moe_readers.h), which are widened in
-// registers: a row of gate or up has a scale for each group of columns, and down has scales [runs, hidden_size], one for
-// each column of a run of an expert's rows.
+// They are numbers like x, or codes of 8 or 4 bits with scales (WEIGHTS, see ragged_moe_readers.h), which are widened
+// in registers: a row of gate or up has a scale for each group of columns, and down has scales [runs, hidden_size], one
+// for each column of a run of an expert's rows.
 //
-// This file divides the work among threads; ragged_moe_products.h multiplies. There are two ways, because what takes the
-// time differs:
+// This file divides the work among threads; ragged_moe_products.h multiplies. There are two ways, because what takes
+// the time differs:
 //
 // - An expert with at most FEW tokens takes as long as reading its weights does. So its rows are read in the order in
-//   which they lie in memory. Lines of memory are asked for one step ahead, since the CPU by itself stops looking ahead
-//   at the end of each 4 KiB page, and a row is about one page.
+//   which they lie in memory. Lines of memory are asked for one step ahead, in that order, since the CPU by itself
+//   stops looking ahead at the end of each 4 KiB page, and a row is about one page.
 // - An expert with more tokens takes as long as multiplying does. So a step has several tokens and several channels or
 //   columns: as many as there are registers for their sums. What a step has loaded is used several times, and codes are
 //   widened once for all tokens.
@@ -30,17 +30,29 @@ namespace {
 
 constexpr int64_t FEW = 4;  // at this number of tokens both ways were equally fast
 
-// Weights, and what they are scaled by: null where they are numbers like x. Without a group size, 0, a row of gate or up
-// is one group, and so are all rows of an expert in down.
+// Weights, and what they are scaled by: null where they are numbers like x. Without a group size, 0, a row of gate or
+// up is one group, and so are all rows of an expert in down.
 template <typename W>
 struct Weights {
   const W *gate_up, *down;
   const int32_t* offsets;
   const float *gate_up_scales, *down_scales;
   const int32_t* down_offsets;  // [experts + 1]: where the runs of an expert begin in down_scales
-  int64_t rows, num_experts, hidden_size, group_size;
+  int64_t rows, runs, num_experts, hidden_size, group_size;
 
   int64_t width(int64_t e) const { return offsets[e + 1] - offsets[e]; }
+
+  // Whether each expert's rows are there, and as many scales of down as they need.
+  bool are_there() const {
+    const int64_t most = group_size ? group_size : std::max<int64_t>(rows, 1);  // rows in a run
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (offsets[e] < 0 || width(e) < 0 || offsets[e + 1] > rows) return false;
+      if (!down_offsets) continue;
+      const int64_t begin = down_offsets[e], end = down_offsets[e + 1];
+      if (begin < 0 || end > runs || end - begin != (width(e) + most - 1) / most) return false;
+    }
+    return true;
+  }
 };
 
 template <typename T, typename W>
@@ -58,9 +70,8 @@ class Layer {
     inputs_ = allocate<Word>(num_tokens * input_size_);
     outputs_ = allocate<float>(num_tokens * row_size_);
     if constexpr (SCALED) {
-      widened_ = allocate<Word>(omp_get_max_threads() * WIDENED_ROWS * input_size_);
       unscaled_ = allocate<float>(FEW * row_size_);
-      std::fill_n(unscaled_.get(), FEW * row_size_, 0.0f);
+      if (choices.most() > FEW) widened_ = allocate<Word>(omp_get_max_threads() * WIDENED_ROWS * input_size_);
     }
 #pragma omp parallel
     {
@@ -74,7 +85,7 @@ class Layer {
       // A thread has columns of its own, so that tokens need no locks.
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), units = row_size_ / PAIR;
       const int64_t start = units * thread / threads * PAIR, end = units * (thread + 1) / threads * PAIR;
-      for (int64_t e = 0; e < weights_.num_experts; ++e) add_down(choices, e, start, std::min(end, hidden_size_));
+      for (const int64_t e : choices.experts()) add_down(choices, e, start, std::min(end, hidden_size_));
 #pragma omp barrier
 #pragma omp for
       for (int64_t t = 0; t < num_tokens; ++t) narrow_row(outputs_.get() + t * row_size_, out + t * hidden_size_);
@@ -104,8 +115,8 @@ class Layer {
 
   std::vector<Task> tasks_of(const Choices& choices) const {
     std::vector<Task> tasks;
-    for (int64_t e = 0; e < weights_.num_experts; ++e)
-      for (int64_t start = 0, end; choices.count(e) && start < weights_.width(e); start = end)
+    for (const int64_t e : choices.experts())
+      for (int64_t start = 0, end; start < weights_.width(e); start = end)
         tasks.push_back({e, start, end = std::min(start + CHANNELS, run_end(e, start))});
     return tasks;
   }
@@ -114,7 +125,7 @@ class Layer {
     for (int64_t group = 0; group < layout_.groups; ++group, from += layout_.columns, to += layout_.group_words) {
       using R = Reader<T, W>;
       const T* const rows[] = {from};
-      for_steps<R::STEP, 1>(rows, layout_.columns, 0, [&](int64_t k, const auto& inputs) {
+      for_steps<R::STEP, 1>(rows, layout_.columns, layout_.columns, 0, [&](int64_t k, const auto& inputs) {
         const T* step = inputs(0);
         T ordered[R::STEP];
         if constexpr (SCALED) {
@@ -192,7 +203,7 @@ class Layer {
   // one run, and scaled as a whole.
   void add_down(const Choices& choices, int64_t e, int64_t first, int64_t last) {
     constexpr int64_t block = STEPS * NUMBERS<T>;
-    for (int64_t row = 0, end; choices.count(e) && row < weights_.width(e); row = end) {
+    for (int64_t row = 0, end; row < weights_.width(e); row = end) {
       end = std::min(row + block, run_end(e, row));
       const W* down = weights_.down + (weights_.offsets[e] + row) * layout_.row_size;
       const float* scales = nullptr;
@@ -217,14 +228,14 @@ class Layer {
       add_few(down, rows, hidden, outputs, first, last);
     } else {
       std::array<float*, M> sums;
-      for (size_t m = 0; m < M; ++m) sums[m] = unscaled_.get() + m * row_size_;
+      for (size_t m = 0; m < M; ++m) {
+        sums[m] = unscaled_.get() + m * row_size_;
+        std::fill(sums[m] + first, sums[m] + (last + PAIR - 1) / PAIR * PAIR, 0.0f);
+      }
       add_few(down, rows, hidden, sums, first, last);
       for (int64_t column = first; column < last; column += PAIR) {
         const Pair scale = load_scales<T>(scales + column, last - column);
-        for (size_t m = 0; m < M; ++m) {
-          add_scaled(outputs[m] + column, scale, load(sums[m] + column));
-          store(sums[m] + column, Pair{});
-        }
+        for (size_t m = 0; m < M; ++m) add_scaled(outputs[m] + column, scale, load(sums[m] + column));
       }
     }
   }
@@ -237,9 +248,12 @@ class Layer {
     const int64_t row_size = layout_.row_size;
     const auto add_steps = [&](auto steps) {
       constexpr int64_t taken = steps.value * NUMBERS<T>;
+      const W* ahead = down + taken * row_size + first / COLUMNS;
+      Lines lines(ahead, (last - first) / COLUMNS * sizeof(W), row_size * sizeof(W));
       const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
-        pack<1, T>(down + column / COLUMNS, rows, row_size, count, taken * row_size, steps.value, panel);
+        lines.ask(taken * PAIR / COLUMNS * sizeof(W));
+        pack<1, false, T>(down + column / COLUMNS, rows, row_size, count, steps.value, panel);
         add<1, T>(hidden, panel, steps.value, outputs, column);
       };
       int64_t column = first;
@@ -262,7 +276,7 @@ class Layer {
     const auto add_columns = [&](auto pairs) {
       constexpr int P = pairs.value;
       alignas(CACHE_LINE) Panel<P> panel[STEPS];
-      pack<P, T>(down + column / COLUMNS, rows, layout_.row_size, last - column, P * PAIR / COLUMNS, steps, panel);
+      pack<P, true, T>(down + column / COLUMNS, rows, layout_.row_size, last - column, steps, panel);
       Pair scale[P];
       if constexpr (SCALED)
         for (int p = 0; p < P; ++p) scale[p] = load_scales<T>(scales + column + p * PAIR, last - column - p * PAIR);
@@ -282,8 +296,8 @@ class Layer {
   const int64_t hidden_size_, run_;  // run_: rows of down with the same scales
   const Layout layout_;
   const int64_t input_size_, row_size_;  // of a token: words of the input; columns, rounded up to PAIR
-  Buffer<Word> inputs_, widened_;        // widened_: WIDENED_ROWS for each thread
-  Buffer<float> outputs_, unscaled_;     // unscaled_: rows of sums for FEW tokens, between calls 0
+  Buffer<Word> inputs_, widened_;        // widened_: WIDENED_ROWS for each thread, where experts have many tokens
+  Buffer<float> outputs_, unscaled_;     // unscaled_: rows of sums for FEW tokens
 };
 
 #ifdef WEIGHTS
@@ -297,16 +311,18 @@ using Stored = T;
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
-// [num_tokens, top_k], offsets [num_experts + 1], none above `rows`. Returns 1 when memory ran out.
+// [num_tokens, top_k], offsets [num_experts + 1]. Scales are null for weights like x. Returns 1 when memory ran out, and
+// 2 where an expert's rows are not among the `rows` of weights, or its runs of scales not among the `runs` of down.
 #define RAGGED_MOE(name, T)                                                                                           \
   extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
                                    const float* gate_up_scales, const float* down_scales,                             \
                                    const int32_t* down_offsets, const float* topk_weights, const int32_t* topk_ids,   \
-                                   void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows,                  \
+                                   void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows, int64_t runs,    \
                                    int64_t num_experts, int64_t top_k, int64_t group_size) try {                      \
     using W = Stored<T>;                                                                                              \
     const Weights<W> weights{static_cast<const W*>(gate_up), static_cast<const W*>(down), offsets, gate_up_scales,    \
-                             down_scales, down_offsets, rows, num_experts, hidden_size, group_size};                  \
+                             down_scales, down_offsets, rows, runs, num_experts, hidden_size, group_size};            \
+    if (!weights.are_there()) return 2;                                                                               \
     Layer<T, W>(weights).run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k,                     \
                              static_cast<T*>(out));                                                                   \
     return 0;                                                                                                         \

@@ -46,6 +46,8 @@ FUNCTIONS = {
     torch.bfloat16: "ragged_moe_bfloat16",
     torch.float16: "ragged_moe_float16",
 }
+WRONG_OFFSETS = 2  # what these return where offsets lead outside of the weights or their scales
+NO_SCALES = [0, 0, 0]  # null pointers
 WEIGHTS = {torch.int8: "Int8", torch.float8_e4m3fn: "Float8", torch.uint8: "Int4"}  # of ragged_moe_readers.h
 
 
@@ -69,28 +71,41 @@ def ragged_moe(
         MemoryError: two rows of float32 for each token, and the channels of its experts, did not fit.
     """
     check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales)
-    num_experts, rows, bounds = len(offsets) - 1, len(down), offsets.tolist()
-    check_offsets(bounds, rows)
-    if scales is not None:
-        check_down_offsets(scales, bounds)
     if x.numel() == 0:
         return torch.empty_like(x)
     library = _library(None if scales is None else WEIGHTS[down.dtype])
+    if library is None or offsets.dtype != torch.int32:
+        _check_values(offsets, len(down), scales)
     if library is None:
         return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids, scales)
+    num_experts, runs, group_size = len(offsets) - 1, 0, 0
     x, offsets, topk_weights = x.contiguous(), offsets.to(torch.int32), topk_weights.to(torch.float32).contiguous()
     if topk_ids.dtype != torch.int32:
         topk_ids = topk_ids.clamp(-1, num_experts).to(torch.int32)  # so that a huge id does not turn into another one
     topk_ids = topk_ids.contiguous()
     out = torch.empty_like(x)
-    scaling = (None, None, None) if scales is None else (scales.gate_up, scales.down, scales.down_offsets)
-    tensors = (x, gate_up, down, offsets, *scaling, topk_weights, topk_ids, out)
-    pointers = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
-    group_size = (scales and scales.group_size) or 0
-    sizes = (*x.shape, rows, num_experts, topk_ids.shape[1], group_size)
-    if getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes):
+    pointers = [tensor.data_ptr() for tensor in (x, gate_up, down, offsets)]
+    if scales is None:
+        pointers += NO_SCALES
+    else:
+        pointers += [tensor.data_ptr() for tensor in (scales.gate_up, scales.down, scales.down_offsets)]
+        runs, group_size = len(scales.down), scales.group_size or 0
+    pointers += [tensor.data_ptr() for tensor in (topk_weights, topk_ids, out)]
+    sizes = (*x.shape, len(down), runs, num_experts, topk_ids.shape[1], group_size)
+    failure = getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes)
+    if failure == WRONG_OFFSETS:
+        _check_values(offsets, len(down), scales)  # says which
+    if failure:
         raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
     return out
+
+
+def _check_values(offsets: torch.Tensor, rows: int, scales: Scales | None) -> None:
+    """Raises ValueError where offsets would lead outside of the weights or their scales."""
+    bounds = offsets.tolist()
+    check_offsets(bounds, rows)
+    if scales is not None:
+        check_down_offsets(scales, bounds)
 
 
 def _matrix_products(
@@ -160,5 +175,5 @@ def _library(weights: str | None) -> ctypes.CDLL | None:
         )
         return None
     for name in FUNCTIONS.values():
-        getattr(library, name).argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 6
+        getattr(library, name).argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 7
     return library

@@ -9,6 +9,7 @@
 constexpr int CHANNELS = 24;  // of gate and up, at most, are one task of a thread
 constexpr int ROWS = 4;       // of down are added at once to few tokens
 constexpr int STEPS = 64;     // of one or two rows of down are added at once to more tokens
+constexpr int AHEAD = 2048;   // bytes of gate and up, at least, are asked for before they are multiplied
 
 // What shares a step. Its sums take up most of the 32 registers of AVX-512, and at least half of the 16 of other CPUs.
 #ifdef __AVX512F__
@@ -41,12 +42,12 @@ struct Layout {
 };
 
 // Reads `columns` columns of N rows, STEP at a time, PER_ELEMENT in an element. Calls `use` with the first column of a
-// step and with a function that says where it lies in a row. A last step that is not full ends with zeros. What lies
-// `ahead` elements further is asked for.
+// step and with a function that says where it lies in a row. A last step that is not full ends with what follows in the
+// row, where `readable` columns are there, else with zeros. What lies `ahead` elements further is asked for.
 template <int STEP, int PER_ELEMENT, int N, typename E, typename Use>
-inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t ahead, Use use) {
+inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t readable, int64_t ahead, Use use) {
   int64_t k = 0;
-  for (; k + STEP <= columns; k += STEP) {
+  for (const int64_t last = std::min(columns - 1, readable - STEP); k <= last; k += STEP) {
     for (int row = 0; row < N; ++row) __builtin_prefetch(rows[row] + k / PER_ELEMENT + ahead);
     use(k, [&](int row) { return rows[row] + k / PER_ELEMENT; });
   }
@@ -58,17 +59,18 @@ inline void for_steps(const E* const (&rows)[N], int64_t columns, int64_t ahead,
   }
 }
 
-// Adds the products of M inputs and C rows of gate and of up, which take turns in `rows`.
+// Adds the products of M inputs and C rows of gate and of up, which take turns in `rows`. Where weights are codes,
+// inputs end with zeros.
 template <int M, int C, typename T, typename W>
-inline void multiply(const Word* const (&inputs)[M], const W* const (&rows)[2 * C], int64_t columns, int64_t ahead,
-                     Floats (&sums)[2 * C][M]) {
+inline void multiply(const Word* const (&inputs)[M], const W* const (&rows)[2 * C], int64_t columns, int64_t readable,
+                     int64_t ahead, Floats (&sums)[2 * C][M]) {
   using R = Reader<T, W>;
-  for_steps<R::STEP, R::COLUMNS>(rows, columns, ahead, [&](int64_t k, const auto& weights) {
+  for_steps<R::STEP, R::COLUMNS>(rows, columns, readable, ahead, [&](int64_t k, const auto& weights) {
     for (int vector = 0; vector < R::VECTORS; ++vector) {
       Words weight[2 * C];
       for (int row = 0; row < 2 * C; ++row) weight[row] = R::words(weights(row), vector);
       for (int m = 0; m < M; ++m) {
-        const Words input = load_words(inputs[m] + k / NUMBERS<T> + vector * LANES);
+        const Words input = R::load_input(inputs[m] + k / NUMBERS<T> + vector * LANES);
         for (int row = 0; row < 2 * C; ++row) sums[row][m] = multiply_add<T>(sums[row][m], input, weight[row]);
       }
     }
@@ -84,14 +86,14 @@ inline void dot(const Word* const* x, const W* gate, const W* up, const Layout& 
   for (int c = 0; c < C; ++c) rows[2 * c] = gate + c * layout.row_size, rows[2 * c + 1] = up + c * layout.row_size;
   const Word* inputs[M];
   std::copy_n(x, M, inputs);
-  const int64_t ahead = C * layout.row_size;
+  const int64_t ahead = std::max<int64_t>(C * layout.row_size, AHEAD / sizeof(W));
   Floats sums[2 * C][M] = {};
   if constexpr (std::is_same_v<T, W>) {
-    multiply<M, C, T>(inputs, rows, layout.columns, ahead, sums);
+    multiply<M, C, T>(inputs, rows, layout.columns, layout.columns, ahead, sums);
   } else {
     for (int64_t group = 0; group < layout.groups; ++group) {
       Floats unscaled[2 * C][M] = {};
-      multiply<M, C, T>(inputs, rows, layout.columns, ahead, unscaled);
+      multiply<M, C, T>(inputs, rows, layout.columns, (layout.groups - group) * layout.columns, ahead, unscaled);
       for (int row = 0; row < 2 * C; ++row) {
         const float scale = (row % 2 ? up_scales : gate_scales)[row / 2 * layout.groups + group];
         for (int m = 0; m < M; ++m) sums[row][m] += scale * unscaled[row][m];
@@ -113,10 +115,12 @@ inline void widen_row(const W* row, const Layout& layout, Word* to) {
   using R = Reader<T, W>;
   for (int64_t group = 0; group < layout.groups; ++group) {
     const W* rows[] = {row + group * layout.group_size};
-    for_steps<R::STEP, R::COLUMNS>(rows, layout.columns, layout.row_size, [&](int64_t k, const auto& weights) {
+    const int64_t readable = (layout.groups - group) * layout.columns;
+    const auto widen = [&](int64_t k, const auto& weights) {
       for (int vector = 0; vector < R::VECTORS; ++vector)
         *reinterpret_cast<WordsAt*>(to + k / NUMBERS<T> + vector * LANES) = R::words(weights(0), vector);
-    });
+    };
+    for_steps<R::STEP, R::COLUMNS>(rows, layout.columns, readable, layout.row_size, widen);
     to += layout.group_words;
   }
 }
@@ -124,6 +128,29 @@ inline void widen_row(const W* row, const Layout& layout, Word* to) {
 // A step of down: one row, or two that share words, in P pairs of columns.
 template <int P>
 using Panel = Columns[P];
+
+// Asks for rows of a matrix, a few lines at a time, in the order in which they lie in memory. Asked for column by
+// column, a line of each row, they came at half the speed.
+class Lines {
+ public:
+  // Rows are `bytes` long and begin `stride` bytes after each other.
+  Lines(const void* first, int64_t bytes, int64_t stride)
+      : next_(static_cast<const char*>(first)), end_(next_ + bytes), gap_(stride - bytes), stride_(stride) {}
+
+  // The lines of the next `bytes` bytes, rounded up.
+  void ask(int bytes) {
+    for (; bytes > 0; bytes -= LINE) {
+      __builtin_prefetch(next_);
+      next_ += LINE;
+      if (next_ >= end_) next_ += gap_, end_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int LINE = 64;
+  const char *next_, *end_;
+  const int64_t gap_, stride_;
+};
 
 // The first `count` of PAIR columns; the others are read as zeros.
 template <typename T, typename W>
@@ -136,18 +163,19 @@ template <typename T, typename W>
 }
 
 // Fills a panel with `steps` steps. `down` points to the first of its rows, of which there are `rows`, and `count` is
-// the number of columns from there to the last. What lies `ahead` elements further is asked for.
-template <int P, typename T, typename W>
-[[gnu::always_inline]] inline void pack(const W* down, int64_t rows, int64_t row_size, int64_t count, int64_t ahead,
-                                        int steps, Panel<P>* panel) {
+// the number of columns from there to the last. With LOOKS_AHEAD the next columns of the rows are asked for.
+template <int P, bool LOOKS_AHEAD, typename T, typename W>
+[[gnu::always_inline]] inline void pack(const W* down, int64_t rows, int64_t row_size, int64_t count, int steps,
+                                        Panel<P>* panel) {
   using R = Reader<T, W>;
+  constexpr int64_t ahead = P * PAIR / R::COLUMNS;
   for (int step = 0; step < steps; ++step) {
     const W* row = down + step * NUMBERS<T> * row_size;
     const bool has_next = NUMBERS<T> == 2 && step * NUMBERS<T> + 1 < rows;
     for (int p = 0; p < P; ++p, row += PAIR / R::COLUMNS) {
       const W* next = has_next ? row + row_size : nullptr;
-      __builtin_prefetch(row + ahead);
-      if (next) __builtin_prefetch(next + ahead);
+      if (LOOKS_AHEAD) __builtin_prefetch(row + ahead);
+      if (LOOKS_AHEAD && next) __builtin_prefetch(next + ahead);
       panel[step][p] = count >= (p + 1) * PAIR ? R::columns(row, next) : last_columns<T>(row, next, count - p * PAIR);
     }
   }

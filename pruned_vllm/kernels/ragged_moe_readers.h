@@ -36,6 +36,7 @@ template <typename T>
 struct Reader<T, T> {
   static constexpr int COLUMNS = 1, STEP = PAIR, VECTORS = STEP / LANES / NUMBERS<T>;
   static Words words(const T* p, int vector) { return ::words(p, vector); }
+  static Words load_input(const Word* p) { return load_words(p); }
   static Columns columns(const T* row, const T* next) { return ::columns(row, next); }
 };
 
@@ -44,6 +45,7 @@ template <typename T>
 struct Reader<T, Word> {
   static constexpr int COLUMNS = NUMBERS<T>, STEP = PAIR, VECTORS = STEP / LANES / NUMBERS<T>;
   static Words words(const Word* p, int vector) { return load_words(p + vector * LANES); }
+  static Words load_input(const Word* p) { return load_words(p); }
 };
 
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(float))));
@@ -75,9 +77,15 @@ inline Pair decode(const Int4* p) {
   return {__builtin_convertvector((codes & 15) - 8, Floats), __builtin_convertvector((codes >> 4 & 15) - 8, Floats)};
 }
 
+// Reading codes leaves no place for the instruction that joins the halves of `load_words`.
+struct CodeReader {
+  static Words load_input(const Word* p) { return *reinterpret_cast<const WordsAt*>(p); }
+};
+
 // Words of one float.
 template <typename T, typename W>
-struct Reader<T, W, std::enable_if_t<NUMBERS<T> == 1 && !std::is_same_v<T, W> && !std::is_same_v<W, Word>>> {
+struct Reader<T, W, std::enable_if_t<NUMBERS<T> == 1 && !std::is_same_v<T, W> && !std::is_same_v<W, Word>>>
+    : CodeReader {
   static constexpr bool IS_INT4 = std::is_same_v<W, Int4>;
   static constexpr int COLUMNS = 1 + IS_INT4, STEP = 4 * LANES, VECTORS = 4;
 
@@ -177,7 +185,7 @@ inline Words to_bfloat16(__m512i codes) {
 
 // Words of two bfloat16 numbers.
 template <typename W>
-struct Reader<BFloat16, W, std::enable_if_t<std::is_same_v<W, Int8> || std::is_same_v<W, Float8>>> {
+struct Reader<BFloat16, W, std::enable_if_t<std::is_same_v<W, Int8> || std::is_same_v<W, Float8>>> : CodeReader {
   static constexpr int COLUMNS = 1, STEP = 64, VECTORS = 2;
 
   static Words words(const W* p, int vector) {
@@ -202,7 +210,7 @@ struct Reader<BFloat16, W, std::enable_if_t<std::is_same_v<W, Int8> || std::is_s
 };
 
 template <>
-struct Reader<BFloat16, Int4> {
+struct Reader<BFloat16, Int4> : CodeReader {
   static constexpr int COLUMNS = 2, STEP = 64, VECTORS = 2;
 
   static Words words(const Int4* p, int vector) {

@@ -226,44 +226,48 @@ class Types(NamedTuple):
 
 
 def compile_config(config: Config, types: Types, compute_capability: int) -> list:
-    """The gate-and-up and the down kernel compiled for a GPU that need not be there. Sizes are multiples of 16."""
+    """The gate-and-up and the down kernel compiled for a GPU that need not be there, and what quantizes their inputs.
+    Sizes are multiples of 16."""
+    from pruned_vllm.kernels.ragged_moe_codes import QUANTIZE_BLOCK, _quantize_kernel
+    from pruned_vllm.kernels.ragged_moe_triton import VECTOR, _down_kernel, _gate_up_kernel
+
+    inputs, weights = types.inputs or types.x, types.weights or types.x
+    pointers = {"gate_up": weights, "down": weights, "partial": types.x, "topk_weights": "fp32"}
+    pointers |= dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "i32")
+    pointers |= {"scales": "fp32", "run_offsets": "i32"} if types.weights else {}
+    absent = dict.fromkeys(() if types.inputs else ("x_scales", "intermediate_scales"))
+    absent |= dict.fromkeys(() if types.weights else ("scales", "run_offsets"))
+    options = {"SORTED": config.is_sorted, "GROUP": config.group, "BLOCK_M": config.block_m, "VECTOR": VECTOR}
+    options |= {"GROUP_SIZE": types.group_size} | absent
+    gate_up = {"x": inputs, "x_scales": "fp32", "intermediate": types.x}
+    down = {"intermediate": inputs, "intermediate_scales": "fp32"}
+    compiled = [
+        _compile(kernel, pointers | more, options | tile.launch_options(types.group_size), compute_capability)
+        for kernel, tile, more in ((_gate_up_kernel, config.gate_up, gate_up), (_down_kernel, config.down, down))
+    ]
+    if types.inputs:
+        pointers |= {"values": types.x, "codes": types.inputs, "scales": "fp32"}
+        options = {"ROUTED": True, "BLOCK": QUANTIZE_BLOCK, "VECTOR": VECTOR, "num_warps": 4, "num_stages": 3}
+        compiled.append(_compile(_quantize_kernel, pointers, options, compute_capability))
+    return compiled
+
+
+def _compile(kernel, pointers: dict[str, str], options: dict, compute_capability: int):
+    """A kernel compiled for arguments that are aligned. Of pointers and options it takes those that it has."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pruned_vllm.kernels import ragged_moe_triton as kernels
-
-    inputs, weights, is_scaled = types.inputs or types.x, types.weights or types.x, types.weights is not None
-    pointers = {"gate_up": weights, "down": weights, "partial": types.x, "topk_weights": "fp32"}
-    pointers |= dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "i32")
-    pointers |= {"scales": "fp32", "run_offsets": "i32"} if is_scaled else {}
-    multiples = ("hidden", "row_size", "up_offset", "intermediate_stride")
-    compiled = []
-    for kernel, tile, more in (
-        (kernels._gate_up_kernel, config.gate_up, {"x": inputs, "x_scales": "fp32", "intermediate": types.x}),
-        (kernels._down_kernel, config.down, {"intermediate": inputs, "intermediate_scales": "fp32"}),
-    ):
-        constants = {
-            "SORTED": config.is_sorted,
-            "GROUP": config.group,
-            "GROUP_SIZE": types.group_size,
-            "BLOCK_M": config.block_m,
-            "VECTOR": kernels.VECTOR,
-        } | tile.launch_options(types.group_size)
-        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        if not types.inputs:
-            constants |= dict.fromkeys(("x_scales", "intermediate_scales"))
-        if not is_scaled:
-            constants |= dict.fromkeys(("scales", "run_offsets"))
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        kinds = {name: f"*{kind}" for name, kind in (pointers | more).items()} | dict.fromkeys(constants, "constexpr")
-        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
-        aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in multiples]
-        source = ASTSource(
-            kernel,
-            signature,
-            {(kernel.arg_names.index(name),): value for name, value in constants.items()},
-            {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-        )
-        compiled.append(triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=options))
-    return compiled
+    launch = {name: options[name] for name in ("num_warps", "num_stages")}
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    kinds = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    multiples = ("hidden", "row_size", "up_offset", "intermediate_stride", "columns", "stride")
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in multiples]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=launch)

@@ -96,9 +96,16 @@ def test_matrix_products_against_float64(monkeypatch, kind, dtype):
     assert not found, "\n".join(found)
 
 
+# Compiling takes a few seconds: in every run, each kind of codes meets one capability.
+OTHERS = [
+    pytest.param(capability, codes, marks=() if place == other else pytest.mark.slow)
+    for place, capability in enumerate(("fewest", "AVX2", "AVX512"))
+    for other, codes in enumerate(WEIGHTS)
+]
+
+
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("codes", WEIGHTS, ids=str)
-@pytest.mark.parametrize("capability", ("fewest", "AVX2", "AVX512"))
+@pytest.mark.parametrize(("capability", "codes"), OTHERS, ids=str)
 def test_instructions_of_other_processors(capability, codes, tmp_path, monkeypatch):
     capabilities = ["fewest", *reversed(ragged_moe_cpu.INSTRUCTIONS)]
     mine = ragged_moe_cpu._capability()

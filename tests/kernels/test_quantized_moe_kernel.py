@@ -97,10 +97,12 @@ def test_compiled_for_hopper(types, place, tmp_path, monkeypatch):
     inputs are codes."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = configs(FP8 if types.inputs else torch.bfloat16)[place]
-    for compiled in compile_config(config, types, compute_capability=90):
-        assert compiled.metadata.shared <= 99 * 1024
-        assert "cp.async" in compiled.asm["ptx"]
-        assert ("f32.e4m3.e4m3" in compiled.asm["ptx"]) == bool(types.inputs)
+    gate_up, down, *quantizing = compile_config(config, types, compute_capability=90)
+    for product in (gate_up, down):
+        assert product.metadata.shared <= 99 * 1024
+        assert "cp.async" in product.asm["ptx"]
+        assert ("f32.e4m3.e4m3" in product.asm["ptx"]) == bool(types.inputs)
+    assert ["e4m3x2.f32" in kernel.asm["ptx"] for kernel in quantizing] == [True] * bool(types.inputs)
 
 
 @needs_gpu
