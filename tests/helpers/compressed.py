@@ -199,9 +199,10 @@ def store(rounded: Rounded, scheme: Scheme) -> dict[str, torch.Tensor]:
         parts = {"qweight": pack(numbers.T, bits, dim=0), "qzeros": pack(zeros.T - 1, bits), "g_idx": order}
         return parts | {"scales": rounded.scale.T.half()}
     if scheme.layout == "awq":
-        order = torch.arange(len(numbers)).view(-1, 8)[:, AWQ_ORDER].flatten()
-        parts = {"qweight": pack(numbers[order].T, bits), "qzeros": pack(zeros[order].T, bits)}
-        return parts | {"scales": rounded.scale.T.half()}
+        missing = -len(numbers) % 8
+        order = torch.arange(len(numbers) + missing).view(-1, 8)[:, AWQ_ORDER].flatten()
+        numbers, zeros = (nn.functional.pad(about, (0, 0, 0, missing))[order] for about in (numbers, zeros))
+        return {"qweight": pack(numbers.T, bits), "qzeros": pack(zeros.T, bits), "scales": rounded.scale.T.half()}
     parts = {"weight_scale": rounded.scale}
     if scheme.layout == "pack-quantized":
         parts |= {"weight_packed": pack(numbers, bits), "weight_shape": torch.tensor(numbers.shape)}
