@@ -40,7 +40,7 @@ def ragged(tmp_path_factory):
 
 
 def assert_close(found: torch.Tensor, median: float = 1e-4, mean: float = 0.03) -> None:
-    """As exact as float32, but where an input between two numbers fell to the other side; test_quantized.py has more."""
+    """As exact as float32, but for inputs between two numbers that fell to the other side; see test_quantized.py."""
     assert found.median() < median and found.mean() < mean, f"median {found.median():.6f}, mean {found.mean():.5f}"
 
 
