@@ -56,8 +56,9 @@ def _online_problems(vllm_config: "VllmConfig") -> Iterator[str]:
         return
     arguments = model.quantization_config or _shorthand(model.quantization)
     asked = [] if arguments is None else [arguments, *map(_shorthand, set((arguments.targets or {}).values()))]
+    names = {key: name for name, key in QUANT_KEY_NAMES.items()}
     weights = {spec.linear.weight for spec in asked if spec is not None and spec.linear is not None}
-    for name in sorted(name for name, key in QUANT_KEY_NAMES.items() if key in weights):
+    for name in sorted({names.get(weight, model.quantization) for weight in weights}):
         has_blocks = name == "fp8_per_block_static" and torch.cpu._is_amx_tile_supported()
         if name != "fp8_per_channel_static" and not has_blocks:
             needs_amx = ", which needs AMX" if name == "fp8_per_block_static" else ""

@@ -7,10 +7,12 @@ quantizer and its tables of names and shapes are what the tests judge.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -199,9 +201,10 @@ def store(rounded: Rounded, scheme: Scheme) -> dict[str, torch.Tensor]:
         parts = {"qweight": pack(numbers.T, bits, dim=0), "qzeros": pack(zeros.T - 1, bits), "g_idx": order}
         return parts | {"scales": rounded.scale.T.half()}
     if scheme.layout == "awq":
-        order = torch.arange(len(numbers)).view(-1, 8)[:, AWQ_ORDER].flatten()
-        parts = {"qweight": pack(numbers[order].T, bits), "qzeros": pack(zeros[order].T, bits)}
-        return parts | {"scales": rounded.scale.T.half()}
+        missing = -len(numbers) % 8
+        order = torch.arange(len(numbers) + missing).view(-1, 8)[:, AWQ_ORDER].flatten()
+        numbers, zeros = (nn.functional.pad(about, (0, 0, 0, missing))[order] for about in (numbers, zeros))
+        return {"qweight": pack(numbers.T, bits), "qzeros": pack(zeros.T, bits), "scales": rounded.scale.T.half()}
     parts = {"weight_scale": rounded.scale}
     if scheme.layout == "pack-quantized":
         parts |= {"weight_packed": pack(numbers, bits), "weight_shape": torch.tensor(numbers.shape)}
@@ -252,16 +255,26 @@ def quantize_inputs(x: torch.Tensor, scheme: Scheme, most: float = 127) -> torch
 
 
 @contextmanager
-def inputs_quantized(model: nn.Module, scheme: Scheme, experts: bool = False, most: float = 127) -> Iterator[None]:
+def inputs_quantized(
+    model: nn.Module,
+    scheme: Scheme,
+    experts: bool = False,
+    most: float = 127,
+    shares: Mapping[str, list[list[int]]] = MappingProxyType({}),
+) -> Iterator[None]:
     """While it lasts, the projections of `model` round their inputs.
 
     Args:
         experts: also those of experts, which vLLM leaves as they are on a CPU.
         most: what the largest of a token's int8 inputs becomes: 127 in vLLM, 127.5 in compressed-tensors.
+        shares: of projections whose inputs are on several ranks, the inputs of each: a rank scales its own.
     """
 
-    def rounding(_, inputs: tuple) -> tuple:
-        return (quantize_inputs(inputs[0], scheme, most),)
+    def rounding(projection: str, _, inputs: tuple) -> tuple:
+        rounded = inputs[0].clone()
+        for share in shares.get(projection, [list(range(rounded.shape[-1]))]):
+            rounded[..., share] = quantize_inputs(inputs[0][..., share], scheme, most)
+        return (rounded,)
 
     hooks = []
     if scheme.inputs is not None:
@@ -272,7 +285,7 @@ def inputs_quantized(model: nn.Module, scheme: Scheme, experts: bool = False, mo
                 and is_quantized(projection, scheme)
                 and (experts or ".experts." not in name)
             ):
-                hooks.append(module.register_forward_pre_hook(rounding))
+                hooks.append(module.register_forward_pre_hook(partial(rounding, projection)))
     try:
         yield
     finally:
@@ -297,7 +310,11 @@ def differences(outputs: list, expected: Callable[[list[int]], torch.Tensor]) ->
     return torch.tensor(found)
 
 
-def emulated_differences(outputs: list, model: nn.Module, scheme: Scheme) -> torch.Tensor:
-    """`differences` to the float32 emulation of the scheme by a Hugging Face model with its rounded weights."""
-    with inputs_quantized(model, scheme):
+def emulated_differences(outputs: list, model: nn.Module, scheme: Scheme, **options) -> torch.Tensor:
+    """`differences` to the float32 emulation of the scheme by a Hugging Face model with its rounded weights.
+
+    Args:
+        options: of `inputs_quantized`.
+    """
+    with inputs_quantized(model, scheme, **options):
         return differences(outputs, lambda tokens: log_probabilities(model, tokens))

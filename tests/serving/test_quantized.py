@@ -86,8 +86,10 @@ SLOW = [("dense Llama", scheme) for scheme in (*FROM_DISK, *ONLINE)] + [
     ("ragged MoE", "experts_int8"),
 ]
 
-# Largest and mean |difference of log-probabilities|, by the dtype of the engine.
-TOLERANCES = {"float32": (0.1, 0.01), "bfloat16": (0.5, 0.05)}
+# Median and mean |difference of log-probabilities|, by the dtype of the engine. In float32 both sides add up the same
+# products: to some 1e-6. Where inputs are rounded, one that lies between two numbers may fall to the other side, and
+# what comes after differs by that: seldom, but then by a hundredth or a tenth. float16 has 10 bits, float32 has 23.
+TOLERANCES = {"float32": (1e-4, 0.01), "float16": (0.01, 0.02)}
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +148,8 @@ def assert_serves_the_emulation(directory: Path, widened: Path, plain: Path, sch
     found = emulated_differences(outputs, load_pruned(widened, dtype=torch.float32), scheme)
     model = load_pruned(plain, dtype=torch.float32)
     rounding = differences(outputs, lambda tokens: log_probabilities(model, tokens))
-    most, mean = TOLERANCES[options["dtype"]]
-    assert found.mean() < mean and found.max() < most, f"mean {found.mean():.4f}, up to {found.max():.4f}"
+    median, mean = TOLERANCES[options["dtype"]]
+    assert found.median() < median and found.mean() < mean, f"median {found.median():.6f}, mean {found.mean():.5f}"
     assert found.mean() < rounding.mean() / 3, (
         f"{found.mean():.4f} to the emulation, {rounding.mean():.4f} to the plain model"
     )
@@ -168,17 +170,29 @@ def test_served_from_disk(models, quantized, scheme, model, verdict):
     has_4_bits = SCHEMES[scheme].num_bits == 4
     if has_4_bits and not HAS_AVX512:
         pytest.skip("vLLM's kernel for 4 bits needs AVX-512")
-    written, dtype = quantized(model, scheme), "bfloat16" if has_4_bits else "float32"
+    written, dtype = quantized(model, scheme), "float16" if has_4_bits else "float32"
     assert_serves_the_emulation(written.directory, written.widened, models[model], SCHEMES[scheme], dtype=dtype)
 
 
 @pytest.mark.parametrize(("scheme", "model", "verdict"), cells(ONLINE, served=True))
 def test_served_online(models, tmp_path, scheme, model, verdict):
-    as_on_disk = AS_ON_DISK[scheme]
-    written = write_quantized(models[model], tmp_path, as_on_disk)
-    assert_serves_the_emulation(
-        models[model], written.widened, models[model], as_on_disk, dtype="bfloat16", quantization=scheme
-    )
+    """What is rounded while it is loaded is what a checkpoint with the same rounded weights has."""
+    stored = write_quantized(models[model], tmp_path, AS_ON_DISK[scheme])
+    outputs = []
+    for directory, options in ((models[model], {"quantization": scheme}), (stored.directory, {})):
+        with engine(directory, dtype="bfloat16", **options) as llm:
+            outputs.append(generate(llm))
+    found = []
+    for online, from_disk in zip(*outputs, strict=True):
+        assert online.outputs[0].token_ids == from_disk.outputs[0].token_ids
+        for here, there in zip(logprobs_of(online), logprobs_of(from_disk), strict=True):
+            found += [abs(entry.logprob - there[token].logprob) for token, entry in here.items() if token in there]
+    # Nothing but the order in which products are added up, should an engine put requests together differently.
+    assert len(found) > 100 and sorted(found)[len(found) // 2] < 1e-5 and sum(found) / len(found) < 1e-3
+
+
+def logprobs_of(output) -> list:
+    return [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
 
 
 # The document.
