@@ -23,6 +23,7 @@ if not __package__:  # run as a script: search the repository root instead of be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.speed.engines import through_plugin
+from bench.speed.memory import loaded_bytes
 from bench.speed.null_test import measure_equal_and_slowed, shown, verdict
 from bench.speed.results import case_record, describe_model
 from bench.speed.setting import (
@@ -60,10 +61,11 @@ def compare(dense_dir: Path, pruned_dir: Path, *, plugin_dense: bool = False, **
         models["plugin_dense"] = models["dense"] | through_plugin(dense)
     samples, dtype, machine = time_models(setting, dense, list(models.values()))
     element_bytes = dtype.itemsize
+    tensor_bytes = {name: loaded_bytes(Path(model["model"]), element_bytes) for name, model in models.items()}
     records = []
     for case in setting.cases:
         by_name = dict(zip(models, samples[case], strict=True))
-        records.append(case_record(case, by_name, geometries, element_bytes, machine, setting.rounds))
+        records.append(case_record(case, by_name, geometries, element_bytes, machine, setting.rounds, tensor_bytes))
     return {
         "cases": records,
         "models": {

@@ -66,7 +66,7 @@ def test_it_holds_the_packages_and_nothing_else(wheel):
     (information,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
     code = {name for name in names if not name.startswith(information)}
     sources = [
-        path for package in PACKAGES for suffix in ("py", "cpp") for path in (ROOT / package).rglob(f"*.{suffix}")
+        path for package in PACKAGES for suffix in ("py", "cpp", "h") for path in (ROOT / package).rglob(f"*.{suffix}")
     ]
     assert code == {path.relative_to(ROOT).as_posix() for path in sources}
     assert f"{information}/licenses/LICENSE" in names

@@ -68,7 +68,7 @@ def draw(timed: Sequence[tuple[str, Mapping]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(2.2 + 2.2 * len(timed), 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(max(5.0, 1.5 + 2.0 * len(timed)), 4.4), layout="constrained")
     for number, (_, case) in enumerate(timed):
         speedups = {name: case[name]["speedup"] for name in ("pruned", "quantized", "both")}
         ideals = {name: case[name]["ideal_speedup"] for name in ("pruned", "quantized", "both")}
@@ -83,6 +83,6 @@ def draw(timed: Sequence[tuple[str, Mapping]], path: Path) -> None:
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")  # as fast as the dense model
     axes.set_xticks(range(len(timed)), [title for title, _ in timed])
     axes.set_ylabel("speedup of decoding over the dense model\n(lines: ratio of bytes read)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

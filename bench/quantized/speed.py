@@ -7,12 +7,12 @@ from statistics import median
 from bench.quantized.plan import Settings
 from bench.speed import engines
 from bench.speed.ideal import Case, step_bytes
+from bench.speed.memory import loaded_bytes
 from bench.speed.results import CASE_KEYS
 from bench.speed.setting import Setting, time_models
 from bench.speed.statistics import median_interval, noise_warnings, quartiles, speedup_statistics
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import ELEMENT_BYTES, read_headers
 
 Samples = Mapping[str, Sequence[float]]
 
@@ -40,14 +40,6 @@ def compare(directories: Mapping[str, Path], settings: Settings, *, through_plug
         by_name = dict(zip(directories, samples[case], strict=True))
         records.append(case_record(case, by_name, moved, settings.rounds))
     return {"cases": records, "machine": machine, **setting.describe(dtype)}
-
-
-def loaded_bytes(directory: Path, element_bytes: int) -> dict[str, int]:
-    """Bytes of every tensor in memory, by name: floats in the dtype that is served, others as they are stored."""
-    return {
-        name: (tensor.span[1] - tensor.span[0]) * element_bytes // ELEMENT_BYTES.get(tensor.dtype, element_bytes)
-        for name, tensor in read_headers(directory).items()
-    }
 
 
 def case_record(case: Case, samples: Samples, moved: Mapping[str, float], rounds: int) -> dict:

@@ -30,8 +30,8 @@ def run_steps(pairs: Sequence[Pair], settings: Settings, work: Path, records: Re
                 after.append(f"quantize-{pair.name}-{form}")
                 quantize = partial(_quantize, pair, form, directory)
                 weights = find_weight_files(pair.dense if form.startswith("dense") else pair.pruned)
-                about = {"of": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in weights]}
-                records.step(after[-1], about, quantize, after=before, outputs=(directory,))
+                of = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in weights}
+                records.step(after[-1], {"of": of}, quantize, after=before, outputs=(directory,))
             serve = partial(_serve, pair, directory, work / pair.name / f"server-{form}.log")
             records.step(f"serve-{pair.name}-{form}", {"texts": list(map(str, pair.texts))}, serve, after=after)
         for scheme in settings.schemes:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import ELEMENT_BYTES, read_headers
 from pruned_vllm.formats.weights import find_weight_files
 
 GIB = 2**30
@@ -32,6 +34,19 @@ def weights_bytes(directory: Path, geometry: ModelGeometry, config: Mapping[str,
     if config.get("quantization_config"):
         return sum(file.stat().st_size for file in find_weight_files(directory))
     return geometry.num_parameters * element_bytes
+
+
+def loaded_bytes(directory: Path, element_bytes: int) -> dict[str, int] | None:
+    """Bytes of every tensor of a quantized model in memory, by name; None for a model whose weights are floats.
+
+    Floats are loaded in the dtype that is served, of `element_bytes` bytes, others as they are stored.
+    """
+    if "quantization_config" not in read_config(directory):
+        return None
+    return {
+        name: (tensor.span[1] - tensor.span[0]) * element_bytes // ELEMENT_BYTES.get(tensor.dtype, element_bytes)
+        for name, tensor in read_headers(directory).items()
+    }
 
 
 def share_memory(

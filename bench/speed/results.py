@@ -42,7 +42,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
+from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import GIB
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.common.environment import cpu_features, cpu_name
@@ -59,6 +59,7 @@ def case_record(
     element_bytes: int,
     machine: Mapping | None = None,
     rounds: int = 1,
+    tensor_bytes: Mapping[str, Mapping[str, int] | None] | None = None,
 ) -> dict:
     """The record of one case.
 
@@ -67,13 +68,16 @@ def case_record(
         geometries: of the same contestants.
         machine: what `measure_machine` found; without it there are no shares of what the machine can do.
         rounds: that the samples come from, equally many from each.
+        tensor_bytes: of quantized contestants, as `bench.speed.memory.loaded_bytes` has it.
     """
     dense = samples["dense"]
     statistics = speedup_statistics(dense, samples["pruned"], rounds)
-    ideal = ideal_speedup(geometries["dense"], geometries["pruned"], case, element_bytes)
     record = {key: getattr(case, key) for key in CASE_KEYS}
     for name, seconds in samples.items():
-        record[name] = timing_record(case, seconds, geometries[name], element_bytes, machine)
+        sizes = (tensor_bytes or {}).get(name)
+        record[name] = timing_record(case, seconds, geometries[name], element_bytes, machine, sizes)
+    cost = "bytes_per_step" if case.kind == "decode" else "flops_per_step"
+    ideal = record["dense"][cost] / record["pruned"][cost]
     if "plugin_dense" in samples:
         record["plugin_dense"] |= speedup_statistics(dense, samples["plugin_dense"], rounds)
     return {
@@ -86,12 +90,17 @@ def case_record(
 
 
 def timing_record(
-    case: Case, seconds: Sequence[float], geometry: ModelGeometry, element_bytes: int, machine: Mapping | None
+    case: Case,
+    seconds: Sequence[float],
+    geometry: ModelGeometry,
+    element_bytes: int,
+    machine: Mapping | None,
+    tensor_bytes: Mapping[str, int] | None,
 ) -> dict:
     """What one contestant did in one case, and how near that is to what the machine can do."""
     typical = median(seconds)
     step = typical / case.num_steps
-    moved, operations = step_bytes(geometry, case, element_bytes), step_flops(geometry, case)
+    moved, operations = step_bytes(geometry, case, element_bytes, tensor_bytes), step_flops(geometry, case)
     record = {
         "median_latency_s": typical,
         "throughput_tokens_per_s": case.num_timed_tokens / typical,

@@ -65,7 +65,7 @@ def _read(directory: Path, hub_id: str | None) -> Source:
     weights = checkpoint.with_config(
         {key: value for key, value in checkpoint.config.items() if key not in CONVERTED_KEYS}
     )
-    pruning = config.get("pruning") if isinstance(config.get("pruning"), dict) else {}
+    pruning = config["pruning"] if isinstance(config.get("pruning"), dict) else {}
     method = str(pruning.get("method"))
     return Source(
         weights=weights,

@@ -31,6 +31,15 @@ def test_speedups_are_those_of_pairs_against_the_ideal():
     ]
 
 
+def test_quantized_weights_count_as_they_are_stored():
+    stored = {"model.layers.0.mlp.up_proj.weight": 1000, "model.layers.1.mlp.up_proj.weight_scale": 24}
+    found = case_record(DECODE, SAMPLES, GEOMETRIES, 2, MACHINE, tensor_bytes={"pruned": stored, "dense": None})
+    layers = sum(PRUNED.layer_parameters(index) for index in range(len(PRUNED.layers)))
+    moved = step_bytes(PRUNED, DECODE, 2) - 2 * layers + 1024
+    assert found["pruned"]["bytes_per_step"] == moved
+    assert found["ideal_speedup"] == step_bytes(DENSE, DECODE, 2) / moved
+
+
 def test_rounds_count_and_not_repeats():
     """Of 12 pairs from 2 rounds the interval is that of 2 rounds, for the plugin's class as well."""
     samples = {name: [*seconds, *seconds] * 2 for name, seconds in SAMPLES.items()}
