@@ -54,15 +54,20 @@ class Checkpoint:
     @classmethod
     def from_tensors(cls, file: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Checkpoint":
         """Tensors that were taken out of `file`, by name."""
-        return cls(file.parent, config, {}, {}).replaced(file, tensors)
+        return cls(file.parent, config, {}).replaced({file: tensors})
 
-    def replaced(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> "Checkpoint":
-        """The same with these tensors, which were taken out of `file`, in place of those of the same names."""
+    def replaced(self, files: Mapping[Path, Mapping[str, torch.Tensor]]) -> "Checkpoint":
+        """The same with the tensors that were taken out of these files, in place of those of the same names.
+
+        Shards come together: whether a model has biases is told by the tensors of all of them.
+        """
+        taken = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
         stored = {
             name: StoredTensor(file, name, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
+            for file, tensors in files.items()
             for name, tensor in tensors.items()
         }
-        loaded = {**self._loaded, **tensors}
+        loaded = {**self._loaded, **taken}
         return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, loaded, self._files)
 
     def with_copy(self, name: str, original: str) -> "Checkpoint":

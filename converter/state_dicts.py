@@ -62,13 +62,14 @@ def read_weights(request: Request) -> tuple[Checkpoint, list[str]]:
             f"{files[0]} holds a LoRA adapter and no weights, as the tuning after LLM-Pruner writes: name it "
             f"{ADAPTER_FILE}, put it and {ADAPTER_CONFIG} beside the pickled model, and give that --from llm-pruner"
         )
-    checkpoint = Checkpoint(directory, config, {}, {})
     left_out = tied_copies({name: tensor for tensors in parts.values() for name, tensor in tensors.items()}, config)
-    for file, tensors in parts.items():
-        kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        checkpoint = checkpoint.replaced(file, kept)
+    kept = {
+        file: {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        for file, tensors in parts.items()
+    }
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return checkpoint, [f"The weights are pickled: {files[0].name}{more}. Nothing in it was run."]
+    note = f"The weights are pickled: {files[0].name}{more}. Nothing in it was run."
+    return Checkpoint(directory, config, {}).replaced(kept), [note]
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:

@@ -44,17 +44,17 @@ def read(request: Request) -> Source:
     problems = dense_problems(base.checkpoint.tensors, base.dense)
     if problems:
         raise InputError(f"The dense model in {base.directory} cannot be used:", problems)
-    tensors: dict[str, torch.Tensor] = {}
+    chosen: dict[Path, dict[str, torch.Tensor]] = {}
     for module, level in levels.items():
-        name = canonical_name(f"{module}.weight")
+        name, level_file = canonical_name(f"{module}.weight"), directory / module / f"{level}.pth"
         if name not in base.checkpoint.tensors:
             problems.append(f"{file.name}: {module}: the dense model has no such matrix")
-        elif (tensor := _read_level(directory / module / f"{level}.pth", base, name, problems)) is not None:
-            tensors[name] = tensor
+        elif (tensor := _read_level(level_file, base, name, problems)) is not None:
+            chosen[level_file] = {name: tensor}
     if problems:
         raise InputError(f"{file} does not fit its levels or the dense model in {base.directory}:", problems)
-    weights = base.checkpoint.replaced(file, tensors)
-    units = find_zero_units(weights, base.dense, tensors)
+    weights = base.checkpoint.replaced(chosen)
+    units = find_zero_units(weights, base.dense, {name for tensors in chosen.values() for name in tensors})
     return Source(
         weights=weights,
         method="tyr",
