@@ -45,6 +45,8 @@ class Checkpoint:
         self.config, self.tensors = complete_biases(config, tensors)
         self._loaded = dict(loaded or {})
         self._files = files or OpenFiles()
+        for file in {tensor.file for tensor in self.tensors.values()}:
+            self._files.watch(file)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Checkpoint":
@@ -120,5 +122,5 @@ class Checkpoint:
         return StoredMatrix(self._files, tensor, TORCH_DTYPES[tensor.dtype])
 
     def check_unchanged(self) -> None:
-        """Raises InputError where a file was written to since it was first read."""
+        """Raises InputError where a file was written to, or another took its place, since its tensors are known."""
         self._files.check_unchanged()

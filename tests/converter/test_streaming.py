@@ -119,6 +119,24 @@ def test_an_input_that_is_written_to_meanwhile_is_noticed(ckpt, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_input_that_is_replaced_after_it_was_checked_is_noticed(ckpt, tmp_path, pickled):
+    """Where each tensor lies was told by a header that is gone; a shard may be opened minutes later."""
+    file = ckpt / "model.safetensors"
+    if pickled:
+        file, tensors = ckpt / "pytorch_model.bin", load_file(file)
+        torch.save(tensors, file)
+        for name in ("model.safetensors", "pruning.json", "pruning_masks.safetensors"):
+            (ckpt / name).unlink()
+    plan = make_plan(ckpt)
+    other = file.with_name("other")
+    other.write_bytes(file.read_bytes())
+    other.rename(file)
+    with pytest.raises(InputError, match=f"Files were changed while they were read.*\n.*{file.name}"):
+        convert(plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
 def test_the_first_of_several_tensors_that_are_not_finite_is_named(ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     names = [f"model.layers.{index}.self_attn.q_proj.weight" for index in (0, 2)]
