@@ -71,12 +71,22 @@ def walk_modules(module: Any) -> Iterator[tuple[str, Stub]]:
     """Names and modules of a pickled nn.Module, itself included as "", as `named_modules` gives them.
 
     Raises:
-        InputError: a name is none that a model has.
+        InputError: a name is none that a model has, a part is no module, or one with tensors is there twice: the
+            tensors of its second place would be missing.
     """
-    pending, seen = [("", module)], set()
+    pending, seen = [("", module)] if isinstance(module, Stub) else [], set()
     while pending:
         prefix, current = pending.pop()
-        if not isinstance(current, Stub) or id(current) in seen:
+        if current is None:  # a part that was taken out
+            continue
+        if not isinstance(current, Stub) or not isinstance(current.state, dict):
+            raise InputError(f"The pickled module {prefix[:80]!r} is {_described(current)}, whose parts are not read.")
+        if id(current) in seen:
+            if any(isinstance(held := current.get(kind), dict) and held for kind in ("_parameters", "_modules")):
+                raise InputError(
+                    f"The pickled module {prefix[:80]!r} is a part of the model in two places; save the model's "
+                    "state_dict, which has the tensors of both"
+                )
             continue
         seen.add(id(current))
         yield prefix, current
@@ -87,7 +97,11 @@ def walk_modules(module: Any) -> Iterator[tuple[str, Stub]]:
 
 
 def module_tensors(module: Any) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a pickled nn.Module by their names in its state_dict. Raises as `walk_modules`."""
+    """Parameters and buffers of a pickled nn.Module by their names in its state_dict.
+
+    Raises:
+        InputError: as `walk_modules`; or one is a tensor of a kind that is not read, as sparse and quantized ones.
+    """
     tensors, seen = {}, set()
     transient_names: dict[int, set[str]] = {}  # by id: a pickle can have one list in all modules
     for prefix, part in walk_modules(module):
@@ -101,8 +115,13 @@ def module_tensors(module: Any) -> dict[str, torch.Tensor]:
             seen.add(id(held))
             left_out = transient_names.get(id(transient), set()) if kind == "_buffers" else set()
             for name, tensor in held.items():
-                if isinstance(tensor, torch.Tensor) and name not in left_out:
-                    tensors[_joined(prefix, name)] = tensor
+                if tensor is None or name in left_out:
+                    continue
+                full = _joined(prefix, name)
+                if not isinstance(tensor, torch.Tensor):
+                    kind_of_tensor = _described(tensor)
+                    raise InputError(f"{full} of the pickled module is {kind_of_tensor}, whose numbers are not read.")
+                tensors[full] = tensor
     return tensors
 
 
@@ -113,6 +132,11 @@ def is_state_dict(value: Any) -> bool:
         and bool(value)
         and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
     )
+
+
+def _described(value: Any) -> str:
+    """What stands where a pickle should have a module or a tensor."""
+    return f"a {value.module}.{value.name}" if isinstance(value, Stub) else f"a {type(value).__name__}"
 
 
 def _joined(prefix: str, name: Any) -> str:
