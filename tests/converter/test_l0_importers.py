@@ -179,6 +179,21 @@ def test_results_depend_on_the_project_so_the_user_has_to_say_it(tmp_path, capsy
     assert all(f"--from {project} (" in message for project in PROJECTS), "all three merge"
 
 
+def test_keys_of_every_kind_are_told_apart(tmp_path, capsys):
+    odd = {1: torch.ones(1), ("a",): torch.ones(1), b"b": torch.ones(1)}
+    base, masks = write(tmp_path, RAGGED.model(), RAGGED.zs() | odd)
+    assert convert_pruned(masks, tmp_path / "out", "--base-model", base) == 2
+    assert "--from compresso (Compresso): zs.pt with head_z, intermediate_z, hidden_z" in capsys.readouterr().err
+    assert convert_pruned(masks, tmp_path / "out", "--base-model", base, "--from", "compresso") == 2
+    assert "1: unknown key" in capsys.readouterr().err
+
+
+def test_log_alphas_of_nothing(tmp_path, capsys):
+    base, masks = write(tmp_path, RAGGED.model(), None, module=L0Module({"head": torch.zeros(0, 4)}))
+    assert convert_pruned(masks, tmp_path / "out", "--base-model", base, "--from", "compresso") == 2
+    assert "head_loga has shape [0, 4]; it needs 2 axes, none empty" in capsys.readouterr().err
+
+
 def changed(**changes):
     """Another zs.pt; None takes a mask away."""
     return lambda base, masks: torch.save(
