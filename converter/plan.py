@@ -80,6 +80,7 @@ class Plan:
         """The converted config.json."""
         config = dict(self.checkpoint.config)
         config.pop("auto_map", None)  # code shipped with the dense model does not know the new shapes
+        config.pop("_name_or_path", None)  # where the dense model was on the machine of whoever saved it
         if self.rms_norm_eps is not None:
             config["rms_norm_eps"] = self.rms_norm_eps
         if self.dtype is not None:

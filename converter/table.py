@@ -163,7 +163,7 @@ def _shape_totals(plan: Plan) -> list[str]:
 
 
 def model_card(plan: Plan) -> str:
-    """README.md of the converted checkpoint."""
+    """README.md of the converted checkpoint. It may be uploaded, so it names no place on this machine."""
     config = plan.config()
     header = ["---", "library_name: vllm", "tags:", "- pruned", f"- {plan.source.method}"]
     if plan.source.hub_id:
@@ -183,7 +183,7 @@ def model_card(plan: Plan) -> str:
             "",
             "Serve it:",
             "",
-            f"{plugin}    {serve_command(plan, '<this directory>')}",
+            f"{plugin}    {serve_command(plan, '<this directory>', '<the dense model>')}",
             "",
             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
             "",
