@@ -172,6 +172,8 @@ def _check(path: Path, source: Source) -> None:
     """Refuses what cannot be converted, with every problem."""
     weights = source.weights
     problems = [f"config.json: {problem}" for problem in refusals(source.dense.family, weights.config)]
+    if source.dense.head_dim % 2:
+        problems.append(f"config.json: head_dim is {source.dense.head_dim}; it must be even, as RoPE turns pairs")
     problems += dense_problems(weights.tensors, source.dense.with_layers(source.layers))
     problems += source.problems
     try:

@@ -42,6 +42,10 @@ def convert(path: Path, out: Path) -> int:
     return cli.main([str(path), str(out), "--align", "1", "--no-verify"])
 
 
+def convert_verified(path: Path, out: Path) -> int:
+    return cli.main([str(path), str(out), "--align", "1", "--verify"])
+
+
 def with_base(importer: str) -> Run:
     """Converts what needs the dense model, which lies beside it."""
 
@@ -196,6 +200,8 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "llama": Seed(_masked, "config.json", "json", convert),
         "biases": Seed(lambda path: _masked(path, attention_bias=True, mlp_bias=True), "config.json", "json", convert),
         "experts": Seed(_experts, "config.json", "json", convert),
+        "verified": Seed(_masked, "config.json", "json", convert_verified),
+        "experts_verified": Seed(_experts, "config.json", "json", convert_verified),
         "converted": Seed(_converted, "config.json", "json", inspect),
         "cut": Seed(_cut, "config.json", "json", convert),
         "zeros": Seed(_zeros, "config.json", "json", convert),
