@@ -201,10 +201,12 @@ def changed(**changes):
     )
 
 
+LORA = "model.layers.0.self_attn.q_proj.lora_"
+
+
 def lora_of(**tensors):
-    name = "model.layers.0.self_attn.q_proj.lora_"
     return lambda base, masks: torch.save(
-        {f"{name}{half}" if half in "AB" else half: tensor for half, tensor in tensors.items()},
+        {f"{LORA}{half}" if half in "AB" else half: tensor for half, tensor in tensors.items()},
         masks / "lora_weights.pt",
     )
 
@@ -237,6 +239,14 @@ REFUSED = {
     "LoRA of another width": (lora_of(A=torch.ones(8, 33), B=torch.ones(32, 8)), "lora_A has shape [8, 33]"),
     "LoRA of two ranks": (lora_of(A=torch.ones(8, 32), B=torch.ones(32, 4)), "lora_B [32, 4]"),
     "LoRA that is not finite": (lora_of(A=torch.ones(8, 32), B=torch.full((32, 8), math.inf)), "256 of 512 values"),
+    "LoRA of a format without infinity": (
+        lora_of(A=torch.ones(8, 32).to(torch.float8_e4m3fn), B=torch.ones(32, 8)),
+        "q_proj.lora_A: torch.float8_e4m3fn; only floats can be merged",
+    ),
+    "LoRA twice": (
+        lora_of(A=torch.ones(8, 32), B=torch.ones(32, 8), **{f"module.{LORA}A": torch.zeros(8, 32)}),
+        "q_proj.lora_A: there twice",
+    ),
     "LoRA of something else": (lora_of(bias=torch.ones(32)), "bias: not a LoRA weight"),
 }
 
