@@ -79,6 +79,8 @@ def _slicegpt(given: _Input) -> str | None:
 def _slicing(file: Path) -> str | None:
     """What says that a file of torch.save is SliceGPT's: its config beside it, or a name in its pickle."""
     config = file.with_suffix(".json")
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         is_small = config.is_file() and config.stat().st_size < LARGEST_PICKLE
         if is_small and "attention_input_dimensions" in read_json(config):

@@ -81,7 +81,7 @@ def fitted_config(config: Mapping[str, Any], model: Stub, tensors: Mapping[str, 
         found = [f"{name}: {head_dim}" for name, head_dim in head_dims.items()]
         raise InputError("The attention modules have different head_dim, which no configuration can say:", found)
     head_dim = next(iter(head_dims.values()), None) or ModelGeometry.from_config(config).head_dim
-    fitted = {**config, "head_dim": head_dim}
+    fitted = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "head_dim": head_dim}
     embedding = tensors.get(EMBEDDING)
     if embedding is not None and embedding.dim() == 2:
         fitted |= {"hidden_size": embedding.shape[1], "dtype": str(embedding.dtype).removeprefix("torch.")}
@@ -99,7 +99,7 @@ def _head_dims(model: Stub, tensors: Mapping[str, torch.Tensor]) -> dict[str, in
     found = {}
     for name, part in walk_modules(model):
         query = tensors.get(f"{name}.q_proj.weight")
-        if query is None or not len(query):
+        if query is None or query.dim() != 2 or not len(query):
             continue
         head_dim, heads = _whole(part.get("head_dim")), _whole(part.get("num_heads"))
         if head_dim is None and heads and not len(query) % heads:

@@ -137,6 +137,8 @@ def _expert_totals(plan: Plan) -> list[str]:
     if plan.dense.experts is None:
         return []
     widths = [width for layer in plan.exact.layers for width in layer.expert_intermediate_sizes]
+    if not widths:  # the family has experts, but no layer of this model
+        return []
     channels = plan.dense.experts.intermediate_size * len(widths)
     return [
         f"Experts: {len(widths):,} with {channels:,} channels before, {sum(widths):,} after "

@@ -17,7 +17,7 @@ from helpers.cut import (
     zeroed,
 )
 from helpers.lora import CONFIG as ADAPTER
-from helpers.masked import convert_pruned
+from helpers.masked import convert_pruned, edit_json
 from helpers.tiny import byte_tokenizer, tiny_model
 from helpers.torch_files import FORMATS
 from safetensors.torch import save_file
@@ -136,6 +136,7 @@ def test_the_base_model_gives_configuration_and_tokenizer(tmp_path, pruned):
     directory, _, expected, _ = pruned
     base = tmp_path / "base"
     tiny_model("llama", 6, 6, 40, rms_norm_eps=0.3).save_pretrained(base)
+    edit_json(base / "config.json", torch_dtype="bfloat16")  # as Transformers called it before 5
     byte_tokenizer().save_pretrained(base)
     assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32", "--base-model", base) == 0
     expected.config.rms_norm_eps = 0.3
@@ -144,6 +145,9 @@ def test_the_base_model_gives_configuration_and_tokenizer(tmp_path, pruned):
             part.variance_epsilon = 0.3
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert convert_pruned(directory, tmp_path / "out2", "--base-model", base) == 0
+    config = json.loads((tmp_path / "out2" / "config.json").read_text())
+    assert config["dtype"] == "float16" and "torch_dtype" not in config, "the weights are those of the pickled model"
 
 
 def test_a_base_model_of_another_architecture(tmp_path, pruned, capsys):
@@ -255,6 +259,10 @@ def other_head_dim(pickled, project):
     pickled.get_submodule("model.layers.1.self_attn").head_dim = 16
 
 
+def no_matrix(pickled, project):
+    pickled.get_submodule("model.layers.1.self_attn.q_proj").weight = torch.nn.Parameter(torch.tensor(1.0))
+
+
 def tie(pickled, project):
     pickled.config.tie_word_embeddings = True
 
@@ -279,6 +287,7 @@ REFUSED = {
     "no configuration": (save(lambda model, _: model.__dict__.pop("config") and None), "has no configuration"),
     "sizes missing": (save(lambda model, _: delattr(model.config, "vocab_size")), "vocab_size"),
     "head_dim": (save(other_head_dim), "model.layers.1.self_attn: 16"),
+    "no matrix": (save(no_matrix), "model.layers.1.self_attn.q_proj.weight: shape []; a weight has two dimensions"),
     "tied": (save(tie), "lm_head.weight differs from model.embed_tokens.weight"),
     "both adapters": (both_adapters, "holds both adapter_model.safetensors and adapter_model.bin"),
     "wrong adapter": (wrong_adapter, "layers.1.mlp.up_proj.lora_B.weight: shape [40, 4]"),

@@ -1,6 +1,7 @@
 """What cannot be expressed is refused by its name, and nothing that can be converted is."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ RECOGNISED = {
     "lists of CarveLM, empty": (
         lambda d: edit_json(d / "config.json", attention_layer_to_prune=[], mlp_layer_to_prune=[]), "zeros",
     ),
+    "a pipe beside": (lambda d: os.mkfifo(d / "a.pt"), "zeros"),
     "GGUF beside": (lambda d: (d / "model.gguf").write_bytes(b"GGUF"), "zeros"),
     "a width in config.json": (lambda d: edit_json(d / "config.json", intermediate_size=24), "shapes"),
     "a tensor that is cut": (
