@@ -216,7 +216,7 @@ class Runs:
         return self._called
 
 
-def test_nothing_in_the_pickle_is_run(tmp_path, pruned):
+def test_nothing_in_the_pickle_is_run(tmp_path, pruned, capsys):
     directory, pickled, expected, _ = pruned
     canary = tmp_path / "canary"
     pickled.config.sliding_window = Runs(os.system, f"touch {canary}")
@@ -224,11 +224,13 @@ def test_nothing_in_the_pickle_is_run(tmp_path, pruned):
     pickled.config.max_position_embeddings = 1 << 70
     content = {"model": pickled, "tokenizer": Runs(os.system, f"touch {canary}"), "x": Runs(exec, "1 / 0")}
     torch.save(content, directory / "pytorch_model.bin")
-    assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32") == 0
+    assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32") == 2
+    assert "cannot have, as max_position_embeddings; give the dense model's with --base-m" in capsys.readouterr().err
+    tiny_model("llama", 6, 6, 40).save_pretrained(tmp_path / "base")
+    args = ("--dtype", "float32", "--base-model", tmp_path / "base")
+    assert convert_pruned(directory, tmp_path / "out", *args) == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert not canary.exists()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert not {"sliding_window", "rope_scaling", "max_position_embeddings"} & set(config)
 
 
 def save(change):
