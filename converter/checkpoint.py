@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from converter.matrices import LoadedMatrix, Matrix, StoredMatrix
+from converter.pickled_tensors import span_in_file
 from converter.reading import OpenFiles, Piece
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.biases import complete_biases
@@ -38,7 +39,7 @@ class Checkpoint:
         """A checkpoint of these tensors.
 
         Args:
-            loaded: tensors by name that are not in safetensors files; mapped into memory, where they are large.
+            loaded: tensors by name that are not in a file, or not as they would be read there.
             files: those that are open already.
         """
         self.directory = directory
@@ -63,14 +64,15 @@ class Checkpoint:
 
         Shards come together: whether a model has biases is told by the tensors of all of them.
         """
-        taken = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
-        stored = {
-            name: StoredTensor(file, name, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
-            for file, tensors in files.items()
-            for name, tensor in tensors.items()
-        }
-        loaded = {**self._loaded, **taken}
-        return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, loaded, self._files)
+        stored, loaded = dict(self.tensors), dict(self._loaded)
+        for file, tensors in files.items():
+            for name, tensor in tensors.items():
+                dtype, span = DTYPES.get(tensor.dtype, str(tensor.dtype)), span_in_file(tensor)
+                stored[name] = StoredTensor(file, name, tuple(tensor.shape), dtype, span)
+                loaded.pop(name, None)
+                if span == (0, 0):
+                    loaded[name] = tensor
+        return Checkpoint(self.directory, self.config, stored, loaded, self._files)
 
     def with_copy(self, name: str, original: str) -> "Checkpoint":
         """The same with one more tensor: another one under a second name."""
