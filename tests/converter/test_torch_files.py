@@ -190,10 +190,10 @@ class Frozen(torch.nn.Linear):
 
 SHARED = torch.nn.Sequential(linear(FLOATS[:, :4].clone()))
 NOT_READ = {
-    "sparse": (lambda: linear(torch.eye(4).to_sparse()), r"^1.weight of the pickled module is a torch._utils._rebuild_"),
+    "sparse": (lambda: linear(torch.eye(4).to_sparse()), "^1.weight of the pickled module is a torch._utils._rebuild_"),
     "meta": (lambda: linear(torch.empty(4, 4, device="meta")), "1.weight of the pickled module is a torch._utils._reb"),
     "made by a call": (lambda: Frozen(4, 4), "The pickled module '1' is a torch.nn.modules.linear.Linear, whose parts"),
-    "twice": (lambda: torch.nn.Sequential(SHARED, SHARED), "'1.1' is a part of the model in two places; save the model's"),
+    "twice": (lambda: torch.nn.Sequential(SHARED, SHARED), "'1.1' is a part of the model in two places; save the"),
 }
 
 
