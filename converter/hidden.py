@@ -30,7 +30,7 @@ from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LARGEST_EPSILON = 1e30  # of a norm; more than any model has, and what float32 can say
+LARGEST_EPSILON = 1e30  # of a norm; no model has as much, and float32 can say it
 _OUTPUTS = (".o_proj.", ".down_proj.", ".w2.")
 _NORMED_PROJECTIONS = (".q_proj.", ".k_proj.")
 _HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")

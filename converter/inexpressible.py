@@ -86,13 +86,10 @@ def _slicing(file: Path) -> str | None:
         if is_small and "attention_input_dimensions" in read_json(config):
             return f"slicing dimensions in {config.name}"
         with zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-            plain = [
-                entry
-                for entry in entries
-                if entry.file_size < LARGEST_PICKLE and entry.compress_type == zipfile.ZIP_STORED
-            ]
-            found = any(b"shortcut_Q" in archive.read(entry) for entry in plain)
+            entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")), None)
+            if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size >= LARGEST_PICKLE:
+                return None
+            found = b"shortcut_Q" in archive.read(entry)
     except (OSError, ValueError, RuntimeError, OverflowError, EOFError, zipfile.BadZipFile):  # others report damage
         return None
     return "attn_shortcut_Q or mlp_shortcut_Q" if found else None
