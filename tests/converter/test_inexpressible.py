@@ -108,7 +108,6 @@ RECOGNISED = {
     "lists of CarveLM, empty": (
         lambda d: edit_json(d / "config.json", attention_layer_to_prune=[], mlp_layer_to_prune=[]), "zeros",
     ),
-    "a pipe beside": (lambda d: os.mkfifo(d / "a.pt"), "zeros"),
     "GGUF beside": (lambda d: (d / "model.gguf").write_bytes(b"GGUF"), "zeros"),
     "a width in config.json": (lambda d: edit_json(d / "config.json", intermediate_size=24), "shapes"),
     "a tensor that is cut": (
@@ -130,6 +129,12 @@ def test_a_model_directory_is_one_thing(tmp_path, change, name):
     model(tmp_path / "in")
     change(tmp_path / "in")
     assert list(recognised(tmp_path / "in")) == [name] and name in importer_names()
+
+
+def test_a_pipe_beside_a_model_is_not_waited_for(tmp_path):
+    model(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "a.pt")
+    assert convert_pruned(tmp_path / "in", tmp_path / "out") == 0
 
 
 # What is asked for, of a model directory or of a file in it, and the answer.
