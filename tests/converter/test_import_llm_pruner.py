@@ -297,6 +297,10 @@ REFUSED = {
         lambda directory, model, _: torch.save(model, directory / "b.pt"),
         "holds several pickled models: b.pt",
     ),
+    "other weights too": (
+        lambda directory, *_: save_file({"model.norm.weight": torch.ones(96)}, directory / "model.safetensors"),
+        "holds weights as safetensors as well as the pickled model pytorch_model.bin, and they may differ; give that",
+    ),
     "none": (lambda directory, *_: (directory / "pytorch_model.bin").unlink(), "holds no pickled model; give the file"),
 }
 
