@@ -76,7 +76,8 @@ def walk_modules(module: Any) -> Iterator[tuple[str, Stub]]:
         InputError: a name is none that a model has, a part is no module, or one with tensors is there twice: the
             tensors of its second place would be missing.
     """
-    pending, seen = [("", module)] if isinstance(module, Stub) else [], set()
+    pending: list[tuple[str, Any]] = [("", module)] if isinstance(module, Stub) else []
+    seen: set[int] = set()
     while pending:
         prefix, current = pending.pop()
         if current is None:  # a part that was taken out
