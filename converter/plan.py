@@ -49,8 +49,13 @@ class Plan:
 
     @property
     def dense(self) -> ModelGeometry:
-        """The geometry before pruning."""
+        """The geometry that the weights would have if nothing were cut or masked in a layer."""
         return self.source.dense
+
+    @property
+    def before(self) -> ModelGeometry:
+        """The geometry before pruning, as far as it is known."""
+        return self.source.before or self.source.dense
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -60,7 +65,7 @@ class Plan:
     @property
     def cuts_nothing(self) -> bool:
         """Whether what is written has the sizes of the dense model."""
-        return self.exact.layers == self.dense.layers and self.exact.hidden_size == self.dense.hidden_size
+        return self.exact.layers == self.before.layers and self.exact.hidden_size == self.before.hidden_size
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is written."""
@@ -93,8 +98,8 @@ class Plan:
                 "source": self.source.hub_id,
                 "alignment": self.alignment,
                 "sizes": {
-                    "parameters": [self.dense.num_parameters, self.pruned.num_parameters],
-                    "num_key_value_heads": [self.dense.num_key_value_heads, self.pruned.num_key_value_heads],
+                    "parameters": [self.before.num_parameters, self.pruned.num_parameters],
+                    "num_key_value_heads": [self.before.num_key_value_heads, self.pruned.num_key_value_heads],
                 },
             }
         }

@@ -91,7 +91,7 @@ def _lost(exact: int, padded: int) -> str:
 
 def totals(plan: Plan) -> list[str]:
     """Sentences with the sizes before and after."""
-    before, after = plan.dense, plan.pruned
+    before, after = plan.before, plan.pruned
     layers_before, layers_after = before.num_layer_parameters, after.num_layer_parameters
     kv_before, kv_after = before.num_key_value_heads, after.num_key_value_heads
     config = plan.config()

@@ -73,8 +73,12 @@ def read(request: Request) -> Source:
             f"No LoRA adapter lies beside {file.name}. If the model was tuned after pruning, put {ADAPTER_CONFIG} and "
             f"{ADAPTER_FILE} there, and they are merged."
         )
+    before = source.before
+    if before is not None and (hidden_size := hidden_size_before(model)) is not None:
+        before = replace(before, hidden_size=hidden_size)
     return replace(
         source,
+        before=before,
         changes=adapter,
         inputs=(request.path, *([tokenizer] if tokenizer else [])),
         companions=tokenizer,

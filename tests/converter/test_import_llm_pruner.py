@@ -67,12 +67,15 @@ def test_block_wise_and_global_pruning(tmp_path, monkeypatch, case, container, c
 def test_channel_wise_pruning_cuts_the_hidden_states(tmp_path, monkeypatch, hidden, capsys):
     """The norms are over the dimensions that are left, whatever their number was; heads keep their size."""
     model = half(tiny_model("mistral", 6, 6, 40))
+    before = model.num_parameters()
     pickled, expected = channel_wise(Project(monkeypatch, LLM_PRUNER, "LlamaForCausalLM"), model, hidden)
     torch.save({"model": pickled, "tokenizer": None}, tmp_path / "pytorch_model.bin")
     assert convert_pruned(tmp_path / "pytorch_model.bin", tmp_path / "out", "--dtype", "float32") == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["head_dim"] == 32
-    assert f"The hidden size was 96 before pruning and is {hidden} in all layers." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"The hidden size was 96 before pruning and is {hidden} in all layers." in printed
+    assert f"Parameters: {before:,} before" in printed
 
 
 def test_a_module_of_installed_transformers(tmp_path, capsys):

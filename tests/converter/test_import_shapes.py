@@ -88,9 +88,12 @@ def test_fewer_layers_than_config_json_says(tmp_path, capsys, model_type):
     model.save_pretrained(tmp_path / "in")
     gone = [name for name in stored(tmp_path / "in") if name.startswith("model.layers.2.")]
     edit_weights(tmp_path / "in", {}, tuple(gone))
+    before = model.num_parameters()
     model.model.layers = model.model.layers[:2]
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
-    assert len(pruned.model.layers) == 2 and "The files have 2 layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(pruned.model.layers) == 2 and "The files have 2 layers" in printed
+    assert f"Parameters: {before:,} before, {pruned.num_parameters():,} after" in printed
 
 
 def test_size_lists_say_what_the_tensors_have(tmp_path, capsys):
