@@ -9,16 +9,20 @@ from pruned_vllm.formats.companions import has_mistral_tokenizer, has_tokenizer,
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def serve_command(plan: Plan, out: str) -> str:
+def serve_command(plan: Plan, out: str, dense: str | None = None) -> str:
     """The command for a shell that serves the converted model in `out`, quoted, with the tokenizer of the dense one.
 
     The name of the dense model is quoted here: it may come from a pruning.json, which must not add a command.
+
+    Args:
+        dense: what stands for a dense model that is not on the hub; None is the directory where it is.
     """
-    dense = plan.source.companions
+    directory, hub_id = plan.source.companions, plan.source.hub_id
     command = f"vllm serve {out}"
-    if dense is not None and (code := tokenizer_code(dense)) is not None:
+    if directory is not None and (code := tokenizer_code(directory)) is not None:
         # A class in a repository of the hub is fetched from there. Code in the dense directory stays where it is.
-        command += "" if "--" in code else f" --tokenizer {shlex.quote(plan.source.hub_id or str(dense))}"
+        name = dense if dense is not None and hub_id is None else shlex.quote(hub_id or str(directory))
+        command += "" if "--" in code else f" --tokenizer {name}"
         command += " --trust-remote-code"
     if _is_mistral_repository(plan):
         command += " --tokenizer-mode mistral"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from converter.matrices import LoadedMatrix, Matrix, StoredMatrix
+from converter.pickled_tensors import span_in_file
 from converter.reading import OpenFiles, Piece
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.biases import complete_biases
@@ -38,13 +39,15 @@ class Checkpoint:
         """A checkpoint of these tensors.
 
         Args:
-            loaded: tensors by name that are not in safetensors files; mapped into memory, where they are large.
+            loaded: tensors by name that are not in a file, or not as they would be read there.
             files: those that are open already.
         """
         self.directory = directory
         self.config, self.tensors = complete_biases(config, tensors)
         self._loaded = dict(loaded or {})
         self._files = files or OpenFiles()
+        for file in {tensor.file for tensor in self.tensors.values()}:
+            self._files.watch(file)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Checkpoint":
@@ -54,16 +57,22 @@ class Checkpoint:
     @classmethod
     def from_tensors(cls, file: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Checkpoint":
         """Tensors that were taken out of `file`, by name."""
-        return cls(file.parent, config, {}, {}).replaced(file, tensors)
+        return cls(file.parent, config, {}).replaced({file: tensors})
 
-    def replaced(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> "Checkpoint":
-        """The same with these tensors, which were taken out of `file`, in place of those of the same names."""
-        stored = {
-            name: StoredTensor(file, name, tuple(tensor.shape), DTYPES.get(tensor.dtype, str(tensor.dtype)))
-            for name, tensor in tensors.items()
-        }
-        loaded = {**self._loaded, **tensors}
-        return Checkpoint(self.directory, self.config, {**self.tensors, **stored}, loaded, self._files)
+    def replaced(self, files: Mapping[Path, Mapping[str, torch.Tensor]]) -> "Checkpoint":
+        """The same with the tensors that were taken out of these files, in place of those of the same names.
+
+        Shards come together: whether a model has biases is told by the tensors of all of them.
+        """
+        stored, loaded = dict(self.tensors), dict(self._loaded)
+        for file, tensors in files.items():
+            for name, tensor in tensors.items():
+                dtype, span = DTYPES.get(tensor.dtype, str(tensor.dtype)), span_in_file(tensor)
+                stored[name] = StoredTensor(file, name, tuple(tensor.shape), dtype, span)
+                loaded.pop(name, None)
+                if span == (0, 0):
+                    loaded[name] = tensor
+        return Checkpoint(self.directory, self.config, stored, loaded, self._files)
 
     def with_copy(self, name: str, original: str) -> "Checkpoint":
         """The same with one more tensor: another one under a second name."""
@@ -115,5 +124,5 @@ class Checkpoint:
         return StoredMatrix(self._files, tensor, TORCH_DTYPES[tensor.dtype])
 
     def check_unchanged(self) -> None:
-        """Raises InputError where a file was written to since it was first read."""
+        """Raises InputError where a file was written to, or another took its place, since its tensors are known."""
         self._files.check_unchanged()

@@ -75,18 +75,22 @@ def read_composer(file: Path, content: Any) -> ComposerModel:
     model, problems = ComposerModel(file, {}), []
     for key, tensor in _state_dict(content).items():
         name = str(key)
-        if not isinstance(tensor, torch.Tensor) or _IGNORED.fullmatch(name):
+        mask, match = _MASK.fullmatch(name), _TENSOR.fullmatch(name)
+        if _IGNORED.fullmatch(name) or not (mask or match or isinstance(tensor, torch.Tensor)):
             continue
-        if (mask := _MASK.fullmatch(name)) is not None:
-            model.log_alphas[mask["kind"]] = tensor
-            continue
-        match = _TENSOR.fullmatch(name)
         module = (_WHOLE if match["layer"] is None else _IN_BLOCK).get(match["module"]) if match else None
-        if match is None or module is None:
+        if not isinstance(tensor, torch.Tensor):
+            problems.append(f"{name:.200}: no tensor, or one of a kind that is not read")
+        elif mask is not None:
+            model.log_alphas[mask["kind"]] = tensor
+        elif match is None or module is None:
             problems.append(f"{name:.200}: not a tensor of LLM-Shearing's Llama")
-            continue
-        prefix = "" if match["layer"] is None else f"model.layers.{int(match['layer'])}."
-        model.tensors[f"{prefix}{module}.weight"] = tensor
+        else:
+            prefix = "" if match["layer"] is None else f"model.layers.{int(match['layer'])}."
+            full = f"{prefix}{module}.weight"
+            if full in model.tensors:
+                problems.append(f"{name:.200}: there twice, under different prefixes; keep the one of the pruned model")
+            model.tensors[full] = tensor
     missing = [name for name in ("wte", "ln_f", "output") if f"{_WHOLE[name]}.weight" not in model.tensors]
     problems += [f"transformer.{name}.weight: missing" for name in missing]
     if problems:
@@ -108,9 +112,13 @@ def live_masks(model: ComposerModel) -> tuple[L0Masks, list[str]]:
         if kind not in _TARGETS:
             problems.append(f"{kind}: masks inside of heads cannot be cut: vLLM serves heads of one size")
             continue
+        axes = 2 if kind in ("head", "intermediate") else 1
+        if log_alpha.dim() != axes or not log_alpha.numel():
+            problems.append(f"{kind}: log alpha has shape {list(log_alpha.shape)}; it needs {axes} axes, none empty")
+            continue
         clamped = log_alpha.float().clamp(math.log(1e-2), math.log(1e2))
-        units, target = clamped.shape[-1] if clamped.dim() else 0, targets.get(kind)
-        if not units or (target is not None and not 0 <= target <= units):
+        units, target = clamped.shape[-1], targets.get(kind)
+        if target is not None and not 0 <= target <= units:
             problems.append(f"{kind}: the mask has {units} units, {CONFIG_FILE} says that {target} of them are kept")
             continue
         zeros = None if target is None else units - target

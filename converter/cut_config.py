@@ -27,14 +27,18 @@ def shared_config(weights: Checkpoint, base: Mapping[str, Any] | None) -> tuple[
     """config.json with the sizes that all layers share as the tensors have them, and sentences about what changed.
 
     Args:
-        base: config.json of the model before pruning. Without it, head_dim is what config.json says of it.
+        base: config.json of the model before pruning. Without it, head_dim is what config.json says of it; where that
+            says nothing, what the frequencies of RoPE tell that old checkpoints have; else hidden_size by heads.
 
     Raises:
         InputError: the model is not supported, or its layers have different numbers of experts.
     """
     config = {key: value for key, value in weights.config.items() if key not in (*SIZE_LISTS, *EMPTY_LISTS)}
     stated, notes = dense_geometry(weights.directory, config), list[str]()
-    config["head_dim"] = stated.head_dim if base is None else ModelGeometry.from_config(base).head_dim
+    if base is not None:
+        config["head_dim"] = ModelGeometry.from_config(base).head_dim
+    elif config.get("head_dim") is None:
+        config["head_dim"] = _rotated_dimensions(weights) or stated.head_dim
     embedding = weights.tensors.get(EMBEDDING)
     if embedding is not None and len(embedding.shape) == 2 and embedding.shape[1] != stated.hidden_size:
         config["hidden_size"] = embedding.shape[1]
@@ -86,6 +90,13 @@ def size_list_problems(config: Mapping[str, Any], layers: Sequence[LayerGeometry
         if isinstance(stated, list) and stated != found + [0] * (len(stated) - len(found)):
             problems.append(f"config.json: {key} is {shown(stated)}, the tensors have {found}")
     return problems
+
+
+def _rotated_dimensions(weights: Checkpoint) -> int | None:
+    """head_dim by the frequencies of RoPE [head_dim / 2], if all that there are agree."""
+    shapes = {tensor.shape for name, tensor in weights.tensors.items() if name.endswith(".rotary_emb.inv_freq")}
+    (shape,) = shapes if len(shapes) == 1 else [()]
+    return 2 * shape[0] or None if len(shape) == 1 else None
 
 
 def _num_experts(weights: Checkpoint, stated: ModelGeometry) -> int:

@@ -7,8 +7,6 @@ Why the folds are exact, with m the mask, for every finite m:
 - channel mask on both projections before the activation, act(m_j gate_j) * (m_j up_j): goes into both rows.
 - expert masks are channel masks of each routed expert. The router and the MLP that all tokens share stay as they are.
 
-Where a model clips v (OLMoE), every head mask goes into W_O: m clip(v) is not clip(m v).
-
 Padding is exact too: a padded KV head has zero values, a padded query head or channel zero columns in W_O or W_down.
 """
 

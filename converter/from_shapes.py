@@ -106,7 +106,7 @@ def with_last_biases(weights: Checkpoint, geometry: ModelGeometry) -> Checkpoint
     embedding = weights.tensors[EMBEDDING]
     dtype = TORCH_DTYPES.get(embedding.dtype)
     zeros = {name: torch.zeros(geometry.hidden_size, dtype=dtype) for name in names}
-    return weights.replaced(embedding.file, zeros)
+    return weights.replaced({embedding.file: zeros})
 
 
 class _LayerReader:

@@ -30,6 +30,7 @@ from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LARGEST_EPSILON = 1e30  # of a norm; no model has as much, and float32 can say it
 _OUTPUTS = (".o_proj.", ".down_proj.", ".w2.")
 _NORMED_PROJECTIONS = (".q_proj.", ".k_proj.")
 _HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
@@ -99,9 +100,9 @@ def make_hidden_cut(
         alignment: the hidden size becomes a multiple of this, at most the one before.
 
     Raises:
-        InputError: no dimension is left, or the family cannot have another hidden size.
+        InputError: no dimension is left, the family cannot have another hidden size, or rms_norm_eps is no number.
     """
-    size = dense.hidden_size
+    size, epsilon = dense.hidden_size, _rms_norm_eps(dense.family, config)
     seen, kept = _seen_and_used(mask, size)
     if not len(kept):
         raise InputError("the hidden mask removes every dimension; there is nothing left to compute with")
@@ -124,7 +125,7 @@ def make_hidden_cut(
         outputs=_at(mask.outputs, index),
         norms=None if norms is None else norms.float(),
         normed_projections=math.sqrt(scale) if dense.family.qk_norm is not None else 1,
-        rms_norm_eps=_rms_norm_eps(dense.family, config) * scale if scale != 1 else None,
+        rms_norm_eps=epsilon * scale if scale != 1 else None,
     )
     nothing = cut.kept is cut.embedding is cut.outputs is cut.norms is None
     return None if nothing else cut
@@ -143,10 +144,9 @@ def padded_size(kept: int, dense: ModelGeometry, alignment: int) -> int:
 
 
 def _rms_norm_eps(family: Family, config: Mapping[str, Any]) -> float:
-    value = family.with_defaults(config).get("rms_norm_eps")
-    if value is None:
-        return 1e-6  # in the stock classes of all families that `defaults` do not name
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    # 1e-6 in the stock classes of all families that `defaults` do not name; null they refuse.
+    value = family.with_defaults(config).get("rms_norm_eps", 1e-6)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LARGEST_EPSILON:
         raise InputError(f"config.json: rms_norm_eps is {shown(value)}; it must be a number of at least 0")
     return float(value)
 

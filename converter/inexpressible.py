@@ -79,18 +79,17 @@ def _slicegpt(given: _Input) -> str | None:
 def _slicing(file: Path) -> str | None:
     """What says that a file of torch.save is SliceGPT's: its config beside it, or a name in its pickle."""
     config = file.with_suffix(".json")
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         is_small = config.is_file() and config.stat().st_size < LARGEST_PICKLE
         if is_small and "attention_input_dimensions" in read_json(config):
             return f"slicing dimensions in {config.name}"
         with zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-            plain = [
-                entry
-                for entry in entries
-                if entry.file_size < LARGEST_PICKLE and entry.compress_type == zipfile.ZIP_STORED
-            ]
-            found = any(b"shortcut_Q" in archive.read(entry) for entry in plain)
+            entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")), None)
+            if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size >= LARGEST_PICKLE:
+                return None
+            found = b"shortcut_Q" in archive.read(entry)
     except (OSError, ValueError, RuntimeError, OverflowError, EOFError, zipfile.BadZipFile):  # others report damage
         return None
     return "attn_shortcut_Q or mlp_shortcut_Q" if found else None

@@ -134,7 +134,7 @@ def recognised_masks(path: Path, head_rank: int) -> str | None:
     head_z = zs.get("head_z")
     if isinstance(head_z, torch.Tensor) and head_z.dim() != head_rank:
         return None
-    return f"{file.name} with {', '.join(map(str, sorted(zs)))}"
+    return f"{file.name} with {', '.join(key for key in (*UNIT_AXES, *GATES, *UNSUPPORTED) if key in zs)}"
 
 
 def read_masks(directory: Path) -> L0Masks:
@@ -209,8 +209,8 @@ def _masks_of_module(file: Path, module: Stub) -> Mapping[str, torch.Tensor]:
         if (log_alpha := parameters.get(name)) is None:
             continue
         axes = 1 if key == "hidden_z" or key in GATES else 2
-        if log_alpha.dim() != axes:
-            raise InputError(f"{file}: {name} has shape {list(log_alpha.shape)}; it needs {axes} axes")
+        if log_alpha.dim() != axes or not log_alpha.numel():
+            raise InputError(f"{file}: {name} has shape {list(log_alpha.shape)}; it needs {axes} axes, none empty")
         log_alpha = log_alpha.float()
         if key in GATES:
             zs[key] = torch.tensor([float(not _expected_zeros(gate, temperature)) for gate in log_alpha])

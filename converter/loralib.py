@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from converter.checkpoint import DTYPES
 from converter.mask_values import not_finite
 from converter.torch_files import read_torch_file
 from pruned_vllm.common.errors import InputError
@@ -102,6 +103,10 @@ def _halves(content: Mapping[Any, Any], dense: ModelGeometry) -> tuple[dict[str,
         name = f"{match['module']}.weight" if match else ""
         if match is None or name not in linear or not isinstance(tensor, torch.Tensor):
             problems.append(f"{key!s:.200}: not a LoRA weight of a linear layer of {dense.family.architecture}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{key!s:.200}: {tensor.dtype}; only floats can be merged")
+        elif match["half"] in halves.setdefault(name, {}):
+            problems.append(f"{key!s:.200}: there twice, with and without 'module.' before its name; keep one")
         else:
-            halves.setdefault(name, {})[match["half"]] = tensor
+            halves[name][match["half"]] = tensor
     return halves, problems

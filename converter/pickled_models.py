@@ -54,15 +54,25 @@ def replaced_parts(model: Stub) -> list[str]:
 
 
 def config_of(model: Stub, family: Family) -> dict[str, Any]:
-    """config.json from the configuration in a pickled model: values of known keys that JSON can say. Raises InputError.
+    """config.json from the configuration in a pickled model, of keys that are known.
 
     The sizes are those before pruning, but for hidden_size where a project has corrected it.
+
+    Raises:
+        InputError: there is none, or something that changes what is computed is no value that JSON can say.
     """
-    known = {key for key, row in rows_of(family).items() if row.action != "dropped" and not key.startswith(ROPE)}
-    found = attributes(model.get("config"))
+    rows, found = rows_of(family), attributes(model.get("config"))
+    known = {key for key, row in rows.items() if row.action != "dropped" and not key.startswith(ROPE)}
+    known = (known | {"rms_norm_eps", "rope_scaling"}) - _NOT_TAKEN
+    idle = {key for key, row in rows.items() if row.action == "idle"}  # changes nothing that is computed
+    if odd := sorted(key for key in known - idle if not _is_json(found.get(key))):
+        raise InputError(
+            f"the configuration of the pickled {family.architecture} has values that config.json cannot have, as "
+            f"{odd[0]}; give the dense model's with --base-model"
+        )
     config = {
         key: _as_json(found[key])
-        for key in sorted((known | {"rms_norm_eps", "rope_scaling"}) - _NOT_TAKEN)
+        for key in sorted(known)
         if key in found and _is_json(found[key]) and not (found[key] is None and key in NULL_IS_ABSENT)
     }
     if not config:
@@ -81,7 +91,7 @@ def fitted_config(config: Mapping[str, Any], model: Stub, tensors: Mapping[str, 
         found = [f"{name}: {head_dim}" for name, head_dim in head_dims.items()]
         raise InputError("The attention modules have different head_dim, which no configuration can say:", found)
     head_dim = next(iter(head_dims.values()), None) or ModelGeometry.from_config(config).head_dim
-    fitted = {**config, "head_dim": head_dim}
+    fitted = {**{key: value for key, value in config.items() if key != "torch_dtype"}, "head_dim": head_dim}
     embedding = tensors.get(EMBEDDING)
     if embedding is not None and embedding.dim() == 2:
         fitted |= {"hidden_size": embedding.shape[1], "dtype": str(embedding.dtype).removeprefix("torch.")}
@@ -99,7 +109,7 @@ def _head_dims(model: Stub, tensors: Mapping[str, torch.Tensor]) -> dict[str, in
     found = {}
     for name, part in walk_modules(model):
         query = tensors.get(f"{name}.q_proj.weight")
-        if query is None or not len(query):
+        if query is None or query.dim() != 2 or not len(query):
             continue
         head_dim, heads = _whole(part.get("head_dim")), _whole(part.get("num_heads"))
         if head_dim is None and heads and not len(query) % heads:

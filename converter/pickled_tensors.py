@@ -16,6 +16,7 @@ from pruned_vllm.common.errors import InputError
 
 MOST_DIMENSIONS = 8
 LARGEST_NUMBER = 1 << 48  # of elements: more than any file has
+_PLACE = "place_in_file"  # attribute of a tensor that was taken out of a file
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -278,7 +279,9 @@ class TensorMapper:
             raise InputError(f"{where} repeats {used:,} numbers {count:,} times in all; save it after clone()")
         offset = start + described.offset * dtype.itemsize
         flat = torch.frombuffer(self._mapped, dtype=dtype, count=used, offset=offset)
-        return flat.as_strided(shape, described.stride)
+        tensor = flat.as_strided(shape, described.stride)
+        setattr(tensor, _PLACE, offset)
+        return tensor
 
     def _array(self, array: NumpyArray, dtype: torch.dtype) -> torch.Tensor:
         if not array.data:
@@ -295,6 +298,16 @@ class TensorMapper:
         if array.is_fortran is True:
             return flat.view(array.shape[::-1]).permute(*reversed(range(len(array.shape))))
         return flat.view(array.shape)
+
+
+def span_in_file(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the numbers of a tensor from a file of torch.save begin and end in that file.
+
+    (0, 0) where they are in none, or not one after another. Reading them there says what mapped memory cannot: that the
+    file is truncated meanwhile, or its disk fails.
+    """
+    start = getattr(tensor, _PLACE, None)
+    return (0, 0) if start is None or not tensor.is_contiguous() else (start, start + tensor.nbytes)
 
 
 def _is_container(value: Any) -> bool:

@@ -19,7 +19,7 @@ from pruned_vllm.common.errors import InputError
 # A pickled model with its tokenizer has up to 2 million. One instruction costs about 300 bytes at most.
 MOST_INSTRUCTIONS = 3_000_000
 MOST_ARGUMENTS = 16  # of what builders are called with
-LONGEST_NAME = 1000  # characters of the name of a function, a class or a tensor
+LONGEST_NAME = 1000  # characters of the name of a function, a class or a tensor, and of any other key
 MEMO_SIZE = 1 << 32  # what four bytes can count
 # Python numbers have their own value as their hash up to here; larger ones could be chosen to have the same.
 LARGEST_HASHED = 1 << 60
@@ -75,7 +75,11 @@ class Stateful:
 
 
 class OddKey:
-    """A key of a dictionary that is neither text nor number. Hashing it might take any time, so it is not hashed."""
+    """A key of a dictionary that is neither number nor text of the length of a name.
+
+    Hashing it might take any time, so it is not hashed; nor do readers search a text without end for the names of
+    tensors.
+    """
 
     __slots__ = ("value",)
 
@@ -272,7 +276,9 @@ def _can_be_hashed(key: Any) -> bool:
     """Whether hashing takes no longer than reading did, and a pickle cannot choose keys of the same hash."""
     if type(key) is int:
         return -LARGEST_HASHED < key < LARGEST_HASHED
-    return key is None or type(key) in (str, bytes, bool, float)
+    if type(key) in (str, bytes):
+        return len(key) <= LONGEST_NAME
+    return key is None or type(key) in (bool, float)
 
 
 def _as_list(items: Any = None) -> Any:

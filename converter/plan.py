@@ -53,8 +53,13 @@ class Plan:
 
     @property
     def dense(self) -> ModelGeometry:
-        """The geometry before pruning."""
+        """The geometry that the weights would have if nothing were cut or masked in a layer."""
         return self.source.dense
+
+    @property
+    def before(self) -> ModelGeometry:
+        """The geometry before pruning, as far as it is known."""
+        return self.source.before or self.source.dense
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -64,7 +69,7 @@ class Plan:
     @property
     def cuts_nothing(self) -> bool:
         """Whether what is written has the sizes of the dense model."""
-        return self.exact.layers == self.dense.layers and self.exact.hidden_size == self.dense.hidden_size
+        return self.exact.layers == self.before.layers and self.exact.hidden_size == self.before.hidden_size
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is written."""
@@ -92,6 +97,7 @@ class Plan:
         """The converted config.json."""
         config = dict(self.checkpoint.config)
         config.pop("auto_map", None)  # code shipped with the dense model does not know the new shapes
+        config.pop("_name_or_path", None)  # where the dense model was on the machine of whoever saved it
         if self.rms_norm_eps is not None:
             config["rms_norm_eps"] = self.rms_norm_eps
         if self.dtype is not None:
@@ -117,8 +123,8 @@ class Plan:
             "source": self.source.hub_id,
             "alignment": self.alignment,
             "sizes": {
-                "parameters": [self.dense.num_parameters, after.num_parameters],
-                "num_key_value_heads": [self.dense.num_key_value_heads, after.num_key_value_heads],
+                "parameters": [self.before.num_parameters, after.num_parameters],
+                "num_key_value_heads": [self.before.num_key_value_heads, after.num_key_value_heads],
             },
         }
 
@@ -201,6 +207,8 @@ def check_source(what: str, source: Source) -> None:
     """Raises InputError, which begins with `what`, where the weights cannot be read or a key cannot be honoured."""
     weights = source.weights
     problems = [f"config.json: {problem}" for problem in refusals(source.dense.family, weights.config)]
+    if source.dense.head_dim % 2:
+        problems.append(f"config.json: head_dim is {source.dense.head_dim}; it must be even, as RoPE turns pairs")
     problems += dense_problems(weights.tensors, source.dense.with_layers(source.layers))
     problems += source.problems
     try:

@@ -72,8 +72,16 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
-        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._stamps: dict[Path, tuple[int, ...] | None] = {}
         self._lock = threading.Lock()
+
+    def watch(self, file: Path) -> None:
+        """Has `check_unchanged` notice what happens to a file from now on.
+
+        It may be opened minutes after its header has told what lies where in it, or be read by others.
+        """
+        if file not in self._stamps:
+            self._stamps[file] = _stamp(file)
 
     def expect(self, file: Path, pieces: Sequence[Piece]) -> None:
         """Lets the disk fetch what will be read soon. Raises InputError where the file cannot be opened."""
@@ -105,9 +113,9 @@ class OpenFiles:
                 raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
 
     def check_unchanged(self) -> None:
-        """Raises InputError where a file was written to since it was opened."""
+        """Raises InputError where a file was written to, or another took its place, since it is watched."""
         changed = [
-            str(file) for file, descriptor in self._descriptors.items() if _stamp(descriptor) != self._stamps[file]
+            str(file) for file, stamp in self._stamps.items() if _stamp(self._descriptors.get(file, file)) != stamp
         ]
         if changed:
             raise InputError("Files were changed while they were read; run the command again:", sorted(changed))
@@ -121,7 +129,8 @@ class OpenFiles:
                     raise InputError(f"{file} is gone; it was there when the command began") from None
                 except OSError as error:
                     raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
-                self._descriptors[file], self._stamps[file] = descriptor, _stamp(descriptor)
+                self._descriptors[file] = descriptor
+                self.watch(file)
             return self._descriptors[file]
 
     def __del__(self) -> None:
@@ -129,9 +138,13 @@ class OpenFiles:
             os.close(descriptor)
 
 
-def _stamp(descriptor: int) -> tuple[int, int]:
-    facts = os.fstat(descriptor)
-    return facts.st_size, facts.st_mtime_ns
+def _stamp(file: Path | int) -> tuple[int, ...] | None:
+    """What is another once a file, or the one of a descriptor, was changed; None where there is none."""
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _read_all(descriptor: int, buffers: list[memoryview], offset: int) -> None:

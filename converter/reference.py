@@ -122,7 +122,11 @@ class ReferenceModel:
         keys += ["max_position_embeddings", "original_max_position_embeddings"]
         given = {key: self.config[key] for key in keys if self.config.get(key) is not None}
         one_head = {"head_dim": size, "hidden_size": size, "num_attention_heads": 1, "num_key_value_heads": 1}
-        return LlamaRotaryEmbedding(LlamaConfig(**one_head, **given))
+        try:
+            return LlamaRotaryEmbedding(LlamaConfig(**one_head, **given))
+        except Exception as error:  # its checks raise errors of many kinds
+            found = ", ".join(given)
+            raise InputError(f"config.json: Transformers refuses {found}: {type(error).__name__}: {error}") from None
 
     def _experts(
         self,

@@ -55,6 +55,8 @@ class Source:
         weights: the tensors, and config.json as it was before pruning.
         method: what pruned it, one word; goes into the new config.json.
         dense: the geometry that the top level of `weights.config` describes.
+        before: the geometry of the whole model before pruning, where it is known to be another than `dense`: sizes that
+            all layers share can be cut too. Only reports need it.
         layers: the sizes that the tensors in `weights` have. Those of `dense` where masks are still to be applied.
         masks: one entry for each layer, for tensors of the sizes in `layers`.
         channel_mask_site: what the channel masks multiplied, "product" or "gate_and_up".
@@ -73,6 +75,7 @@ class Source:
     dense: ModelGeometry
     layers: tuple[LayerGeometry, ...]
     masks: list[LayerMasks[torch.Tensor]]
+    before: ModelGeometry | None = None
     channel_mask_site: str = "product"
     hidden: HiddenMask | None = None
     changes: WeightChanges | None = None

@@ -14,7 +14,7 @@ import torch
 from converter.base_model import CONFIG_FILES, find_base_model
 from converter.checkpoint import DTYPES, Checkpoint
 from converter.hidden import EMBEDDING, LM_HEAD
-from converter.pickles import LONGEST_NAME, Stub
+from converter.pickles import Stub
 from converter.source import Request
 from converter.torch_files import is_state_dict, is_torch_file, read_torch_file, texts_at_start
 from pruned_vllm.common.errors import InputError
@@ -62,13 +62,14 @@ def read_weights(request: Request) -> tuple[Checkpoint, list[str]]:
             f"{files[0]} holds a LoRA adapter and no weights, as the tuning after LLM-Pruner writes: name it "
             f"{ADAPTER_FILE}, put it and {ADAPTER_CONFIG} beside the pickled model, and give that --from llm-pruner"
         )
-    checkpoint = Checkpoint(directory, config, {}, {})
     left_out = tied_copies({name: tensor for tensors in parts.values() for name, tensor in tensors.items()}, config)
-    for file, tensors in parts.items():
-        kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        checkpoint = checkpoint.replaced(file, kept)
+    kept = {
+        file: {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        for file, tensors in parts.items()
+    }
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return checkpoint, [f"The weights are pickled: {files[0].name}{more}. Nothing in it was run."]
+    note = f"The weights are pickled: {files[0].name}{more}. Nothing in it was run."
+    return Checkpoint(directory, config, {}).replaced(kept), [note]
 
 
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
@@ -83,7 +84,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     if not is_state_dict(content):
         raise InputError(f"{file} holds no state dict, which is tensors by their names, but {describe(content)}")
     prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    if odd := [name for name in content if len(name) > LONGEST_NAME or not name.isprintable()]:
+    if odd := [name for name in content if not name.isprintable()]:
         raise InputError(f"{file} holds {len(odd):,} tensors whose names are none of a model: {odd[0][:80]!r} ...")
     tensors = {canonical_name(name.removeprefix(prefix)): tensor for name, tensor in content.items()}
     if len(tensors) < len(content):

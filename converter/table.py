@@ -96,7 +96,7 @@ def _lost(exact: int, padded: int) -> str:
 
 def totals(plan: Plan) -> list[str]:
     """Sentences with the sizes before and after."""
-    before, after = plan.dense, plan.pruned
+    before, after = plan.before, plan.pruned
     layers_before, layers_after = before.num_layer_parameters, after.num_layer_parameters
     kv_before, kv_after = before.num_key_value_heads, after.num_key_value_heads
     config = plan.config()
@@ -142,6 +142,8 @@ def _expert_totals(plan: Plan) -> list[str]:
     if plan.dense.experts is None:
         return []
     widths = [width for layer in plan.exact.layers for width in layer.expert_intermediate_sizes]
+    if not widths:  # the family has experts, but no layer of this model
+        return []
     channels = plan.dense.experts.intermediate_size * len(widths)
     return [
         f"Experts: {len(widths):,} with {channels:,} channels before, {sum(widths):,} after "
@@ -168,7 +170,7 @@ def _shape_totals(plan: Plan) -> list[str]:
 
 
 def model_card(plan: Plan) -> str:
-    """README.md of the converted checkpoint."""
+    """README.md of the converted checkpoint. It may be uploaded, so it names no place on this machine."""
     config = plan.config()
     tags = ["pruned", plan.source.method]
     if plan.quantization is not None:
@@ -191,7 +193,7 @@ def model_card(plan: Plan) -> str:
             "",
             "Serve it:",
             "",
-            f"{plugin}    {serve_command(plan, '<this directory>')}",
+            f"{plugin}    {serve_command(plan, '<this directory>', '<the dense model>')}",
             "",
             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
             "",

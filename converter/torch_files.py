@@ -8,6 +8,7 @@ Tensors are mapped into memory, not read: the file may be larger than the memory
 
 import io
 import mmap
+import os
 import pickletools
 import sys
 import zipfile
@@ -23,7 +24,7 @@ from pruned_vllm.common.errors import InputError
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-LARGEST_PICKLE = 1 << 28  # bytes of the pickle in an archive, without tensors; of a 70B model it has about 1 MB
+LARGEST_PICKLE = 1 << 28  # bytes of what is there without tensors; a 70B model has about 1 MB
 LOCAL_HEADER = 30  # bytes of what precedes a file in an archive, without its name and its extra field
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, which Python names from 3.13 on
 
@@ -60,9 +61,10 @@ def texts_at_start(path: Path, most: int = 200) -> list[str]:
         if mapped[:4] == ZIP_MAGIC:
             start, size = _archive_spans(path, mapped)["data.pkl"]
             return _texts(io.BytesIO(mapped[start : start + min(size, 1 << 20)]), most)
+        pickles = _map(path, LARGEST_PICKLE)
         for _ in range(3):
-            run_pickle(mapped, str(path), {})
-        return _texts(mapped, most)
+            run_pickle(pickles, str(path), {})
+        return _texts(pickles, most)
     except (InputError, KeyError):
         return []
 
@@ -71,12 +73,23 @@ def walk_modules(module: Any) -> Iterator[tuple[str, Stub]]:
     """Names and modules of a pickled nn.Module, itself included as "", as `named_modules` gives them.
 
     Raises:
-        InputError: a name is none that a model has.
+        InputError: a name is none that a model has, a part is no module, or one with tensors is there twice: the
+            tensors of its second place would be missing.
     """
-    pending, seen = [("", module)], set()
+    pending: list[tuple[str, Any]] = [("", module)] if isinstance(module, Stub) else []
+    seen: set[int] = set()
     while pending:
         prefix, current = pending.pop()
-        if not isinstance(current, Stub) or id(current) in seen:
+        if current is None:  # a part that was taken out
+            continue
+        if not isinstance(current, Stub) or not isinstance(current.state, dict):
+            raise InputError(f"The pickled module {prefix[:80]!r} is {_described(current)}, whose parts are not read.")
+        if id(current) in seen:
+            if any(isinstance(held := current.get(kind), dict) and held for kind in ("_parameters", "_modules")):
+                raise InputError(
+                    f"The pickled module {prefix[:80]!r} is a part of the model in two places; save the model's "
+                    "state_dict, which has the tensors of both"
+                )
             continue
         seen.add(id(current))
         yield prefix, current
@@ -87,7 +100,11 @@ def walk_modules(module: Any) -> Iterator[tuple[str, Stub]]:
 
 
 def module_tensors(module: Any) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a pickled nn.Module by their names in its state_dict. Raises as `walk_modules`."""
+    """Parameters and buffers of a pickled nn.Module by their names in its state_dict.
+
+    Raises:
+        InputError: as `walk_modules`; or one is a tensor of a kind that is not read, as sparse and quantized ones.
+    """
     tensors, seen = {}, set()
     transient_names: dict[int, set[str]] = {}  # by id: a pickle can have one list in all modules
     for prefix, part in walk_modules(module):
@@ -101,8 +118,13 @@ def module_tensors(module: Any) -> dict[str, torch.Tensor]:
             seen.add(id(held))
             left_out = transient_names.get(id(transient), set()) if kind == "_buffers" else set()
             for name, tensor in held.items():
-                if isinstance(tensor, torch.Tensor) and name not in left_out:
-                    tensors[_joined(prefix, name)] = tensor
+                if tensor is None or name in left_out:
+                    continue
+                full = _joined(prefix, name)
+                if not isinstance(tensor, torch.Tensor):
+                    kind_of_tensor = _described(tensor)
+                    raise InputError(f"{full} of the pickled module is {kind_of_tensor}, whose numbers are not read.")
+                tensors[full] = tensor
     return tensors
 
 
@@ -115,6 +137,11 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
+def _described(value: Any) -> str:
+    """What stands where a pickle should have a module or a tensor."""
+    return f"a {value.module}.{value.name}" if isinstance(value, Stub) else f"a {type(value).__name__}"
+
+
 def _joined(prefix: str, name: Any) -> str:
     """The name of a part of the module `prefix`."""
     full = f"{prefix}.{name}" if prefix and isinstance(name, str) else name
@@ -123,15 +150,16 @@ def _joined(prefix: str, name: Any) -> str:
     return full
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The file as memory of which nothing is read yet. What is changed in it stays out of the file."""
+def _map(path: Path, most: int = 0) -> mmap.mmap:
+    """The file, or its first `most` bytes, as memory of which nothing is read yet; changes stay out of the file."""
     if not path.is_file():  # a pipe would be waited for
         raise InputError(f"{path} {'is no file' if path.exists() else 'is missing'}")
     try:
         with path.open("rb") as file:
             # No reserve: else the system may refuse a private map that is larger than its memory.
             flags, access = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), 0, flags=flags, prot=access)
+            length = min(most, os.fstat(file.fileno()).st_size)
+            return mmap.mmap(file.fileno(), length, flags=flags, prot=access)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError:
@@ -203,11 +231,12 @@ def _archive_spans(path: Path, mapped: mmap.mmap) -> Spans:
     return spans
 
 
-def _read_legacy(path: Path, file: mmap.mmap) -> tuple[Any, Spans]:
+def _read_legacy(path: Path, mapped: mmap.mmap) -> tuple[Any, Spans]:
     """As `_read_archive`. Magic number, protocol, machine, content, keys of the storages; then their numbers."""
+    pickles = _map(path, LARGEST_PICKLE)  # one instruction could ask for the rest of the file
 
     def part(persistent_load: Any = None) -> Any:
-        return run_pickle(file, str(path), BUILDERS, persistent_load)
+        return run_pickle(pickles, str(path), BUILDERS, persistent_load)
 
     if not _is_number(part(), LEGACY_MAGIC) or not _is_number(part(), LEGACY_PROTOCOL):
         raise InputError(f"{path} is a pickle, but torch.save did not write it")
@@ -226,13 +255,12 @@ def _read_legacy(path: Path, file: mmap.mmap) -> tuple[Any, Spans]:
     value, keys = part(load), part()
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise InputError(f"{path} is damaged: the list of its storages is not what the tensors need")
-    data, size = {}, len(file)
+    data, size, end = {}, len(mapped), pickles.tell()
     for key in keys:
-        start = file.tell() + 8
-        data[key] = start, storages[key].count * storages[key].dtype.itemsize
-        if int.from_bytes(file.read(8), "little") != storages[key].count or sum(data[key]) > size:
-            raise InputError(f"{path} ({size:,} bytes) is truncated: a storage ends at byte {sum(data[key]):,}")
-        file.seek(sum(data[key]))
+        start, end = end + 8, end + 8 + storages[key].count * storages[key].dtype.itemsize
+        data[key] = start, end - start
+        if int.from_bytes(mapped[start - 8 : start], "little") != storages[key].count or end > size:
+            raise InputError(f"{path} ({size:,} bytes) is truncated: a storage ends at byte {end:,}")
     return value, data
 
 

@@ -54,7 +54,7 @@ def read(request: Request) -> Source:
     biases = {f"model.layers.{index}.{last[part]}" for index, line in enumerate(lines) for part in WORDS[line]}
     zeros = {name: torch.zeros_like(base.checkpoint.read(name)) for name in biases & base.checkpoint.tensors.keys()}
     return Source(
-        weights=base.checkpoint.replaced(file, zeros),
+        weights=base.checkpoint.replaced({file: zeros}),
         method="depth",
         dense=base.dense,
         layers=base.dense.layers,

@@ -31,7 +31,7 @@ from pruned_vllm.formats.companions import has_tokenizer
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.families import find_family
 from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.formats.weights import ADAPTER_CONFIG
+from pruned_vllm.formats.weights import ADAPTER_CONFIG, has_weight_files
 
 NAME = "LLM-Pruner, and others that pickle the whole model"
 
@@ -73,8 +73,12 @@ def read(request: Request) -> Source:
             f"No LoRA adapter lies beside {file.name}. If the model was tuned after pruning, put {ADAPTER_CONFIG} and "
             f"{ADAPTER_FILE} there, and they are merged."
         )
+    before = source.before
+    if before is not None and (hidden_size := hidden_size_before(model)) is not None:
+        before = replace(before, hidden_size=hidden_size)
     return replace(
         source,
+        before=before,
         changes=adapter,
         inputs=(request.path, *([tokenizer] if tokenizer else [])),
         companions=tokenizer,
@@ -139,4 +143,9 @@ def _find_model(path: Path) -> Path:
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise InputError(f"{path} holds several pickled models: {names}; give the one that is meant")
+    if has_weight_files(path):
+        raise InputError(
+            f"{path} holds weights as safetensors as well as the pickled model {found[0].name}, and they may differ; "
+            "give that file, or say --from shapes or --from zeros for the others"
+        )
     return found[0]

@@ -18,6 +18,7 @@ from converter.source import Request, Source
 from converter.state_dicts import read_weights, recognise_state_dict, refuse_two_formats
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import LayerMasks
 from pruned_vllm.formats.weights import has_weight_files
 
@@ -54,7 +55,8 @@ def source_from_shapes(weights: Checkpoint, request: Request, method: str) -> So
             problems += too_many_heads(found.layers, stated)
     if problems:
         raise InputError(f"The tensors in {request.path} contradict each other, or its config.json:", problems)
-    config = with_largest_layer(config, stated, found.layers)
+    shared, config = config, with_largest_layer(config, stated, found.layers)
+    said = {key: value for key, value in weights.config.items() if shared.get(key) not in (None, value)}
     weights = weights.with_config(config).without(found.leftovers)
     dense = dense_geometry(weights.directory, weights.config)
     companions = companions_of(request, weights.directory)
@@ -62,6 +64,7 @@ def source_from_shapes(weights: Checkpoint, request: Request, method: str) -> So
         weights=with_last_biases(weights, dense.with_layers(tuple(found.layers))),
         method=method,
         dense=dense,
+        before=ModelGeometry.from_config({**config, **said} if base is None else base),
         layers=tuple(found.layers),
         masks=[LayerMasks()] * len(dense.layers),
         inputs=(request.path, companions),

@@ -104,7 +104,7 @@ def _read_masks_alone(request: Request, file: Path, content: Any) -> Source:
     problems = model_problems(NAME, ("llama",), True, base.dense, base.checkpoint.config)
     source = _masked_source(base.checkpoint, masks_from_zs(file, content, first_layer=0), embedding_is_masked=True)
     note = (
-        f"{file.name} has masks alone. LLM-Shearing trains the weights with them, so those of {base.directory} are the "
+        f"{file.name} has masks alone. LLM-Shearing trains the weights with them, so those of the dense model are the "
         "right ones only where nothing was trained but the masks; latest-rank0.pt has both."
     )
     return replace(

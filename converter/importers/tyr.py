@@ -12,7 +12,7 @@ import torch
 
 from converter.base_model import BaseModel, read_base_model
 from converter.beside import with_weights_beside
-from converter.checkpoint import DTYPES
+from converter.checkpoint import DTYPES, Checkpoint
 from converter.source import Request, Source
 from converter.torch_files import read_torch_file
 from converter.zero_units import find_zero_units
@@ -41,20 +41,10 @@ def read(request: Request) -> Source:
     if not levels:
         raise InputError(f"{file} is no list of levels; its lines must look like model.layers.0.mlp.down_proj: -2")
     base = read_base_model(with_weights_beside(request, directory), "some matrices of layers alone")
-    problems = dense_problems(base.checkpoint.tensors, base.dense)
-    if problems:
+    if problems := dense_problems(base.checkpoint.tensors, base.dense):
         raise InputError(f"The dense model in {base.directory} cannot be used:", problems)
-    tensors: dict[str, torch.Tensor] = {}
-    for module, level in levels.items():
-        name = canonical_name(f"{module}.weight")
-        if name not in base.checkpoint.tensors:
-            problems.append(f"{file.name}: {module}: the dense model has no such matrix")
-        elif (tensor := _read_level(directory / module / f"{level}.pth", base, name, problems)) is not None:
-            tensors[name] = tensor
-    if problems:
-        raise InputError(f"{file} does not fit its levels or the dense model in {base.directory}:", problems)
-    weights = base.checkpoint.replaced(file, tensors)
-    units = find_zero_units(weights, base.dense, tensors)
+    weights, names = _with_levels(base, file, levels)
+    units = find_zero_units(weights, base.dense, names)
     return Source(
         weights=weights,
         method="tyr",
@@ -92,6 +82,25 @@ def _levels(file: Path) -> dict[str, int]:
     """The level of each module; empty where a line says something else. The last line for a module counts."""
     matches = [_LINE.fullmatch(line) for line in read_lines(file)]
     return {match[1]: int(match[2]) for match in matches if match} if all(matches) else {}
+
+
+def _with_levels(base: BaseModel, file: Path, levels: dict[str, int]) -> tuple[Checkpoint, list[str]]:
+    """The dense model's weights with the chosen matrices, and the names of those. Raises InputError.
+
+    Hundreds of files are mapped here, and open so long; they are not when the weights are read.
+    """
+    chosen: dict[Path, dict[str, torch.Tensor]] = {}
+    names, problems = [], list[str]()
+    for module, level in levels.items():
+        name, level_file = canonical_name(f"{module}.weight"), file.parent / module / f"{level}.pth"
+        if name not in base.checkpoint.tensors:
+            problems.append(f"{file.name}: {module}: the dense model has no such matrix")
+        elif (tensor := _read_level(level_file, base, name, problems)) is not None:
+            chosen[level_file] = {name: tensor}
+            names.append(name)
+    if problems:
+        raise InputError(f"{file} does not fit its levels or the dense model in {base.directory}:", problems)
+    return base.checkpoint.replaced(chosen), names
 
 
 def _read_level(file: Path, base: BaseModel, name: str, problems: list[str]) -> torch.Tensor | None:

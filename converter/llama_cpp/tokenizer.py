@@ -80,11 +80,18 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int, *, 
 
 
 def read_vocabulary(directory: Path) -> Vocabulary:
-    """Reads the tokenizer of a model directory. Raises InputError for one that llama.cpp has not."""
-    if (directory / SENTENCEPIECE_FILE).is_file():
-        return _sentencepiece(directory)
-    if (directory / TOKENIZER_FILE).is_file():
-        return _byte_level(directory)
+    """Reads the tokenizer of a model directory. Raises InputError for one that is damaged or that llama.cpp has not."""
+    try:
+        if (directory / SENTENCEPIECE_FILE).is_file():
+            return _sentencepiece(directory)
+        if (directory / TOKENIZER_FILE).is_file():
+            return _byte_level(directory)
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # JSON of other kinds than is there
+        raise InputError(
+            f"The tokenizer in {directory} is damaged ({type(error).__name__}: {str(error)[:200]}); {WITHOUT}"
+        ) from None
     raise InputError(
         f"{directory} has a tokenizer, but neither {SENTENCEPIECE_FILE} nor {TOKENIZER_FILE}, the two that can be "
         f"exported; {WITHOUT}"

@@ -22,12 +22,18 @@ def run_command(name: str, body: Callable[[], None]) -> int:
         try:
             body()
         except InputError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+            print(_printable(f"{name}: {error}"), file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"{name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+            message = f"{name}: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
+            print(_printable(message), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             return 130
     return 0
+
+
+def _printable(message: str) -> str:
+    """With the codes that a terminal would obey written out: names of tensors and keys may come from anywhere."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message)

@@ -35,10 +35,10 @@ class StoredTensor:
     """A tensor on disk.
 
     Attributes:
-        file: the safetensors file.
+        file: a safetensors file, or another that it was taken out of.
         key: its name in the file.
         dtype: in the words of safetensors ("BF16").
-        span: where its content begins and ends in the file, in bytes; (0, 0) where it is in no safetensors file.
+        span: where its content begins and ends in the file, in bytes; (0, 0) where it is in none.
         is_zeros: not stored at all, but zeros in the dtype of what is; see pruned_vllm/formats/biases.py.
     """
 
@@ -166,7 +166,7 @@ def _tied_lm_head_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _same_content(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors in safetensors files are equal, byte by byte; what is in no such file equals nothing."""
+    """Whether two tensors in files are equal, byte by byte; what is in no file equals nothing."""
     if (first.shape, first.dtype) != (second.shape, second.dtype) or first.span == (0, 0) or second.span == (0, 0):
         return False
     (start, end), (other_start, _) = first.span, second.span

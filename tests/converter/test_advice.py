@@ -48,7 +48,19 @@ def test_a_tokenizer_that_is_code_is_named(ckpt, tmp_path, capsys, auto_map, opt
     assert f"Serve it: {command}\n" in captured.out
     assert f"{WARNING}the tokenizer is code of the dense model (" in captured.err
     assert not list((tmp_path / "out").glob("*.py"))
-    assert f"vllm serve <this directory> {options.format(ckpt=ckpt)}\n" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"vllm serve <this directory> {options.format(ckpt='<the dense model>')}\n" in card
+
+
+def test_what_may_be_uploaded_names_no_place_on_this_machine(ckpt, tmp_path):
+    (ckpt / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}))
+    edit_json(ckpt / "config.json", _name_or_path=str(tmp_path / "secret"))
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
+    tiny_model("llama", 3, 3, 40).save_pretrained(tmp_path / "base")
+    torch.save({"intermediate_z": torch.ones(3, 1, 1, 40), "head_z": torch.ones(3, 1, 3, 1)}, tmp_path / "zs_s1.pt")
+    assert convert_pruned(tmp_path / "zs_s1.pt", tmp_path / "out2", "--base-model", tmp_path / "base") == 0
+    for path in (*(tmp_path / "out").iterdir(), *(tmp_path / "out2").iterdir()):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 def test_a_tokenizer_of_mistral_common_is_named(ckpt, tmp_path, capsys):

@@ -188,6 +188,22 @@ BAD_INPUTS = {
     "layers list": (lambda c: edit_json(c / "config.json", per_layer_config=[1]), "per_layer_config is a list"),
     "layer number": (lambda c: edit_json(c / "config.json", per_layer_config={"0": 5}), "5 is no mapping of sizes"),
     "head_dim": (lambda c: edit_json(c / "config.json", head_dim="32"), "head_dim is '32'; it must be a whole number"),
+    "odd head_dim": (
+        lambda c: edit_json(c / "config.json", head_dim=3, num_attention_heads=64, num_key_value_heads=64),
+        "head_dim is 3; it must be even",
+    ),
+    "eps text": (lambda c: edit_json(c / "config.json", rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'; it must be"),
+    "eps null": (lambda c: edit_json(c / "config.json", rms_norm_eps=None), "rms_norm_eps is None; it must be"),
+    "eps nan": (lambda c: edit_json(c / "config.json", rms_norm_eps=torch.nan), "rms_norm_eps is nan; it must be"),
+    "eps of 400 digits": (lambda c: edit_json(c / "config.json", rms_norm_eps=10**400), "more than 30 digits"),
+    "yarn without factor": (
+        lambda c: edit_json(c / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        "config.json: Transformers refuses rope_parameters, max_position_embeddings",
+    ),
+    "positions text": (
+        lambda c: edit_json(c / "config.json", max_position_embeddings="256"),
+        "config.json: Transformers refuses rope_parameters, max_position_embeddings",
+    ),
     "tied string": (lambda c: edit_json(c / "config.json", tie_word_embeddings="false"), "must be true or false"),
     "tied without embedding": (
         lambda c: (

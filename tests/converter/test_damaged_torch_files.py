@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -181,6 +182,21 @@ def test_large_pickles_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_files, "LARGEST_PICKLE", 10)
     with pytest.raises(InputError, match="data.pkl has 14 bytes, more than the 10 that are read"):
         read_torch_file(archive(tmp_path / "a.pt", text("abcdefgh") + STOP))
+
+
+def test_an_instruction_does_not_read_the_numbers_of_a_legacy_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_files, "LARGEST_PICKLE", 1 << 20)
+    path = legacy(tmp_path / "a.pt", b"\x8d" + (1 << 62).to_bytes(8, "little"))  # a text without end
+    os.truncate(path, 1 << 28)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="is damaged or no pickle"):
+            read_torch_file(path)
+        assert texts_at_start(path) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_archives_of_more_than_4_gb_are_written_otherwise(tmp_path):

@@ -163,6 +163,15 @@ WRONG_TOKENIZERS = {
         ),
         "has 400 tokens, the model 320",
     ),
+    "a step that is a text": (_of_json(pre_tokenizer="ByteLevel"), "is damaged (AttributeError: "),
+    "a token without id": (
+        _of_json(
+            pre_tokenizer={"type": "ByteLevel"},
+            model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]},
+            added_tokens=[{"content": "b"}],
+        ),
+        "is damaged (KeyError: 'id')",
+    ),
     "neither file": (lambda out: (out / "vocab.txt").write_text("a"), "neither tokenizer.model nor tokenizer.json"),
     "normalised text": (lambda out: sentencepiece_model(out, remove_extra_whitespaces=True), "changes text before"),
     "unknown letters": (lambda out: sentencepiece_model(out, byte_fallback=False), "changes text before"),

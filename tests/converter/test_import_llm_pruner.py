@@ -17,7 +17,7 @@ from helpers.cut import (
     zeroed,
 )
 from helpers.lora import CONFIG as ADAPTER
-from helpers.masked import convert_pruned
+from helpers.masked import convert_pruned, edit_json
 from helpers.tiny import byte_tokenizer, tiny_model
 from helpers.torch_files import FORMATS
 from safetensors.torch import save_file
@@ -67,12 +67,15 @@ def test_block_wise_and_global_pruning(tmp_path, monkeypatch, case, container, c
 def test_channel_wise_pruning_cuts_the_hidden_states(tmp_path, monkeypatch, hidden, capsys):
     """The norms are over the dimensions that are left, whatever their number was; heads keep their size."""
     model = half(tiny_model("mistral", 6, 6, 40))
+    before = model.num_parameters()
     pickled, expected = channel_wise(Project(monkeypatch, LLM_PRUNER, "LlamaForCausalLM"), model, hidden)
     torch.save({"model": pickled, "tokenizer": None}, tmp_path / "pytorch_model.bin")
     assert convert_pruned(tmp_path / "pytorch_model.bin", tmp_path / "out", "--dtype", "float32") == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["head_dim"] == 32
-    assert f"The hidden size was 96 before pruning and is {hidden} in all layers." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"The hidden size was 96 before pruning and is {hidden} in all layers." in printed
+    assert f"Parameters: {before:,} before" in printed
 
 
 def test_a_module_of_installed_transformers(tmp_path, capsys):
@@ -136,6 +139,7 @@ def test_the_base_model_gives_configuration_and_tokenizer(tmp_path, pruned):
     directory, _, expected, _ = pruned
     base = tmp_path / "base"
     tiny_model("llama", 6, 6, 40, rms_norm_eps=0.3).save_pretrained(base)
+    edit_json(base / "config.json", torch_dtype="bfloat16")  # as Transformers called it before 5
     byte_tokenizer().save_pretrained(base)
     assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32", "--base-model", base) == 0
     expected.config.rms_norm_eps = 0.3
@@ -144,6 +148,9 @@ def test_the_base_model_gives_configuration_and_tokenizer(tmp_path, pruned):
             part.variance_epsilon = 0.3
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert convert_pruned(directory, tmp_path / "out2", "--base-model", base) == 0
+    config = json.loads((tmp_path / "out2" / "config.json").read_text())
+    assert config["dtype"] == "float16" and "torch_dtype" not in config, "the weights are those of the pickled model"
 
 
 def test_a_base_model_of_another_architecture(tmp_path, pruned, capsys):
@@ -212,7 +219,7 @@ class Runs:
         return self._called
 
 
-def test_nothing_in_the_pickle_is_run(tmp_path, pruned):
+def test_nothing_in_the_pickle_is_run(tmp_path, pruned, capsys):
     directory, pickled, expected, _ = pruned
     canary = tmp_path / "canary"
     pickled.config.sliding_window = Runs(os.system, f"touch {canary}")
@@ -220,11 +227,13 @@ def test_nothing_in_the_pickle_is_run(tmp_path, pruned):
     pickled.config.max_position_embeddings = 1 << 70
     content = {"model": pickled, "tokenizer": Runs(os.system, f"touch {canary}"), "x": Runs(exec, "1 / 0")}
     torch.save(content, directory / "pytorch_model.bin")
-    assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32") == 0
+    assert convert_pruned(directory, tmp_path / "out", "--dtype", "float32") == 2
+    assert "cannot have, as max_position_embeddings; give the dense model's with --base-m" in capsys.readouterr().err
+    tiny_model("llama", 6, 6, 40).save_pretrained(tmp_path / "base")
+    args = ("--dtype", "float32", "--base-model", tmp_path / "base")
+    assert convert_pruned(directory, tmp_path / "out", *args) == 0
     check_same_logits(load_pruned(tmp_path / "out", dtype=torch.float32), expected)
     assert not canary.exists()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert not {"sliding_window", "rope_scaling", "max_position_embeddings"} & set(config)
 
 
 def save(change):
@@ -255,6 +264,10 @@ def other_head_dim(pickled, project):
     pickled.get_submodule("model.layers.1.self_attn").head_dim = 16
 
 
+def no_matrix(pickled, project):
+    pickled.get_submodule("model.layers.1.self_attn.q_proj").weight = torch.nn.Parameter(torch.tensor(1.0))
+
+
 def tie(pickled, project):
     pickled.config.tie_word_embeddings = True
 
@@ -279,12 +292,17 @@ REFUSED = {
     "no configuration": (save(lambda model, _: model.__dict__.pop("config") and None), "has no configuration"),
     "sizes missing": (save(lambda model, _: delattr(model.config, "vocab_size")), "vocab_size"),
     "head_dim": (save(other_head_dim), "model.layers.1.self_attn: 16"),
+    "no matrix": (save(no_matrix), "model.layers.1.self_attn.q_proj.weight: shape []; a weight has two dimensions"),
     "tied": (save(tie), "lm_head.weight differs from model.embed_tokens.weight"),
     "both adapters": (both_adapters, "holds both adapter_model.safetensors and adapter_model.bin"),
     "wrong adapter": (wrong_adapter, "layers.1.mlp.up_proj.lora_B.weight: shape [40, 4]"),
     "several": (
         lambda directory, model, _: torch.save(model, directory / "b.pt"),
         "holds several pickled models: b.pt",
+    ),
+    "other weights too": (
+        lambda directory, *_: save_file({"model.norm.weight": torch.ones(96)}, directory / "model.safetensors"),
+        "holds weights as safetensors as well as the pickled model pytorch_model.bin, and they may differ; give that",
     ),
     "none": (lambda directory, *_: (directory / "pytorch_model.bin").unlink(), "holds no pickled model; give the file"),
 }

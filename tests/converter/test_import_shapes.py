@@ -88,9 +88,12 @@ def test_fewer_layers_than_config_json_says(tmp_path, capsys, model_type):
     model.save_pretrained(tmp_path / "in")
     gone = [name for name in stored(tmp_path / "in") if name.startswith("model.layers.2.")]
     edit_weights(tmp_path / "in", {}, tuple(gone))
+    before = model.num_parameters()
     model.model.layers = model.model.layers[:2]
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
-    assert len(pruned.model.layers) == 2 and "The files have 2 layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(pruned.model.layers) == 2 and "The files have 2 layers" in printed
+    assert f"Parameters: {before:,} before, {pruned.num_parameters():,} after" in printed
 
 
 def test_size_lists_say_what_the_tensors_have(tmp_path, capsys):
@@ -133,6 +136,20 @@ def test_hidden_size_of_the_tensors(tmp_path, capsys, config, base, message):
         return
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model), *args)
     assert pruned.config.head_dim == HEAD_DIM and pruned.config.hidden_size == 84  # a multiple of the heads
+
+
+def test_old_checkpoints_tell_head_dim(tmp_path):
+    """3 heads of 32 would pass for the 6 of 16 that config.json, with hidden_size alone corrected, speaks of."""
+    model = tiny_model("mistral", 3, 3, 40, sliding_window=None)
+    model.save_pretrained(tmp_path / "in")
+    replace_weights(tmp_path / "in", cut(model, [ALL3] * 3, [40, 17, 40]), keep_empty=False)
+    rotary_embedding = "model.layers.{}.self_attn.rotary_emb.inv_freq".format
+    edit_weights(tmp_path / "in", {rotary_embedding(index): torch.ones(16) for index in range(3)})
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": None}
+    edit_json(tmp_path / "in" / "config.json", **llama, **heads)
+    pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+    assert pruned.config.head_dim == HEAD_DIM and sizes(pruned)[0] == (3, 3, 40)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "qwen2_moe"])

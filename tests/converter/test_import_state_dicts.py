@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from helpers.cut import check_same_logits, cut_weights, zeroed
+from helpers.imports import assert_converts, logits, stored, write_flap
 from helpers.masked import convert_pruned, edit_json
 from helpers.tiny import byte_tokenizer, tiny_model
 from safetensors.torch import save_file
@@ -82,6 +83,15 @@ def test_state_dicts_are_read_like_safetensors(tmp_path, directory, capsys, writ
     assert (tmp_path / "out" / "tokenizer.json").exists()
     if given == path:
         assert list(recognised(path)) == ["shapes"]
+
+
+def test_biases_count_in_whichever_shard_they_are(tmp_path):
+    """FLAP's layers have biases of two projections alone, and config.json knows of none."""
+    model = write_flap(tmp_path / "in", ("llama", 6, 6, [[0, 2], [1], [3, 4, 5]], [40, 3, 7]))
+    weights = stored(tmp_path / "in")
+    (tmp_path / "in" / "model.safetensors").unlink()
+    write_index(tmp_path / "in", **halves(weights))
+    assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
 
 
 def test_a_file_alone_needs_a_base_model(tmp_path, directory, capsys):

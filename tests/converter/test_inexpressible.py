@@ -1,6 +1,7 @@
 """What cannot be expressed is refused by its name, and nothing that can be converted is."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -128,6 +129,12 @@ def test_a_model_directory_is_one_thing(tmp_path, change, name):
     model(tmp_path / "in")
     change(tmp_path / "in")
     assert list(recognised(tmp_path / "in")) == [name] and name in importer_names()
+
+
+def test_a_pipe_beside_a_model_is_not_waited_for(tmp_path):
+    model(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "a.pt")
+    assert convert_pruned(tmp_path / "in", tmp_path / "out") == 0
 
 
 # What is asked for, of a model directory or of a file in it, and the answer.

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.masked import RAGGED, convert_pruned, edit_json, ragged_checkpoint
+from helpers.imports import stored
+from helpers.masked import RAGGED, convert_pruned, edit_json, edit_weights, ragged_checkpoint
 from helpers.tiny import MOE_CONFIGS, NUM_LAYERS, expert_masks, masks_for, tiny_model, write_masked
 from safetensors.torch import load_file
 
@@ -137,6 +138,18 @@ def test_equal_layers_are_a_stock_model_that_forgot_what_it_was(tmp_path, inspec
     )
     assert found["parameters"] == before["parameters"], "the number of parameters before is noted in config.json"
     assert found["widths"]["multiples"] == {"8": 3, "16": 3, "64": 0}
+
+
+def test_layers_that_the_files_have_no_more(tmp_path, inspect):
+    model = tiny_model("llama", 6, 6, 40)
+    model.save_pretrained(tmp_path / "in")
+    before = {name: tensor.clone() for name, tensor in stored(tmp_path / "in").items()}
+    edit_weights(tmp_path / "in", {}, tuple(name for name in before if name.startswith("model.layers.2.")))
+    found = inspect(tmp_path / "in", "--from", "shapes")
+    assert found["parameters"]["dense"] == sum(tensor.numel() for tensor in before.values())
+    assert found["bytes"]["dense"] == sum(tensor.nbytes for tensor in before.values())
+    assert found["kv_cache_bytes_per_token"]["dense"] == 1.5 * found["kv_cache_bytes_per_token"]["pruned"]
+    assert found["ideal_speedup"]["1"]["flops"] > 1.1
 
 
 def test_a_stock_model(tmp_path, inspect, capsys):

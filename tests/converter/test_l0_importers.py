@@ -179,6 +179,21 @@ def test_results_depend_on_the_project_so_the_user_has_to_say_it(tmp_path, capsy
     assert all(f"--from {project} (" in message for project in PROJECTS), "all three merge"
 
 
+def test_keys_of_every_kind_are_told_apart(tmp_path, capsys):
+    odd = {1: torch.ones(1), ("a",): torch.ones(1), b"b": torch.ones(1)}
+    base, masks = write(tmp_path, RAGGED.model(), RAGGED.zs() | odd)
+    assert convert_pruned(masks, tmp_path / "out", "--base-model", base) == 2
+    assert "--from compresso (Compresso): zs.pt with head_z, intermediate_z, hidden_z" in capsys.readouterr().err
+    assert convert_pruned(masks, tmp_path / "out", "--base-model", base, "--from", "compresso") == 2
+    assert "1: unknown key" in capsys.readouterr().err
+
+
+def test_log_alphas_of_nothing(tmp_path, capsys):
+    base, masks = write(tmp_path, RAGGED.model(), None, module=L0Module({"head": torch.zeros(0, 4)}))
+    assert convert_pruned(masks, tmp_path / "out", "--base-model", base, "--from", "compresso") == 2
+    assert "head_loga has shape [0, 4]; it needs 2 axes, none empty" in capsys.readouterr().err
+
+
 def changed(**changes):
     """Another zs.pt; None takes a mask away."""
     return lambda base, masks: torch.save(
@@ -186,10 +201,12 @@ def changed(**changes):
     )
 
 
+LORA = "model.layers.0.self_attn.q_proj.lora_"
+
+
 def lora_of(**tensors):
-    name = "model.layers.0.self_attn.q_proj.lora_"
     return lambda base, masks: torch.save(
-        {f"{name}{half}" if half in "AB" else half: tensor for half, tensor in tensors.items()},
+        {f"{LORA}{half}" if half in "AB" else half: tensor for half, tensor in tensors.items()},
         masks / "lora_weights.pt",
     )
 
@@ -222,6 +239,14 @@ REFUSED = {
     "LoRA of another width": (lora_of(A=torch.ones(8, 33), B=torch.ones(32, 8)), "lora_A has shape [8, 33]"),
     "LoRA of two ranks": (lora_of(A=torch.ones(8, 32), B=torch.ones(32, 4)), "lora_B [32, 4]"),
     "LoRA that is not finite": (lora_of(A=torch.ones(8, 32), B=torch.full((32, 8), math.inf)), "256 of 512 values"),
+    "LoRA of a format without infinity": (
+        lora_of(A=torch.ones(8, 32).to(torch.float8_e4m3fn), B=torch.ones(32, 8)),
+        "q_proj.lora_A: torch.float8_e4m3fn; only floats can be merged",
+    ),
+    "LoRA twice": (
+        lora_of(A=torch.ones(8, 32), B=torch.ones(32, 8), **{f"module.{LORA}A": torch.zeros(8, 32)}),
+        "q_proj.lora_A: there twice",
+    ),
     "LoRA of something else": (lora_of(bias=torch.ones(32)), "bias: not a LoRA weight"),
 }
 

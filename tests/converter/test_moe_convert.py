@@ -150,6 +150,13 @@ def test_folds_in_float32_and_casts_once(tmp_path):
         assert torch.equal(tensors[gate], before[gate])
 
 
+def test_a_model_of_a_family_with_experts_may_have_none(tmp_path, capsys):
+    model = tiny_model("qwen3_moe", 6, 3, 40, mlp_only_layers=[0, 1, 2])
+    write_masked(tmp_path / "ckpt", model, expert_masks(model, [], [9, 0, 40]))
+    assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 0
+    assert "Experts:" not in capsys.readouterr().out
+
+
 def test_an_adapter_is_merged_before_the_masks(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model("qwen3_moe", 6, 3, 40, mlp_only_layers=[1])

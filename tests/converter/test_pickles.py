@@ -35,8 +35,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter import pickles
+from converter.composer import is_composer
 from converter.pickles import Name, OddKey, Stub, run_pickle
-from converter.torch_files import module_tensors, read_torch_file
+from converter.torch_files import is_state_dict, module_tensors, read_torch_file
 from pruned_vllm.common.errors import InputError
 
 INERT = (dict, list, tuple, str, bytes, bytearray, int, float, bool, type(None), Name, Stub, OddKey, torch.Tensor)
@@ -262,7 +263,8 @@ def test_modules_that_share_everything_are_read_once(tmp_path):
 
 def test_modules_in_circles_end():
     ring = name("a", "B") + b")\x81q\x00" + mapping(_modules=mapping(again=GET_0), _parameters=b"}") + b"b" + STOP
-    assert module_tensors(run(ring)) == {}
+    with pytest.raises(InputError, match="'again' is a part of the model in two places"):
+        module_tensors(run(ring))
 
 
 @pytest.mark.parametrize("part", ["a\x1b[31m", "a" * 2000, "\ud800"])
@@ -306,6 +308,14 @@ def test_dictionaries_and_sets_of_every_kind():
         assert (ordered, default, sorted(numbers), frozen) == ({"a": 1, "b": 2}, {"a": [1]}, [1, 2], [3])
         assert [(key.value, value) for key, value in odd.items()] == [(("a", "b"), 1), ((1, (2,)), 2)]
         assert (counter.name, counter.args) == ("Counter", ({"a": 2, "b": 1},))
+
+
+def test_keys_are_no_longer_than_names():
+    """What looks for tensors by their names would search for hours in a text like this one."""
+    text = "transformer." * 100_000
+    content = run(pickle.dumps({text: 1, text.encode(): 2, "a" * pickles.LONGEST_NAME: 3}, protocol=4))
+    assert [type(key) for key in content] == [OddKey, OddKey, str]
+    assert not is_composer(content) and not is_state_dict(content)
 
 
 SAMPLE = pickle.dumps({"a": [1, (2.5, "text"), {"b": None}], "b": Runs(os.getcwd)}, protocol=2)

@@ -121,6 +121,7 @@ def test_a_directory_with_several_checkpoints_is_ambiguous(tmp_path, capsys):
 
 
 HEAD_MASKS = "model.l0_module.masks.head.z_loga"
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 REFUSED = {
     "masks inside of heads": (
         {"model.l0_module.masks.qk_head_dim.z_loga": torch.ones(3, 4, 8)},
@@ -133,6 +134,16 @@ REFUSED = {
     "no lm_head": ({"model.transformer.output.weight": None}, "transformer.output.weight: missing"),
     "no part of attention": ({"model.transformer.blocks.1.attn.wk.weight": None}, "k_proj"),
     "heads of another model": ({HEAD_MASKS: torch.ones(3, 5)}, "head_z is for 5 units, the model has 4"),
+    "masks without layers": ({HEAD_MASKS: torch.ones(4)}, "head: log alpha has shape [4]; it needs 2 axes"),
+    "masks of nothing": ({HEAD_MASKS: torch.ones(0, 4)}, "head: log alpha has shape [0, 4]"),
+    "a tensor that is not read": (
+        {f"model.transformer.blocks.1.{name}.weight": torch.eye(4).to_sparse() for name in MLP},
+        "blocks.1.mlp.up_proj.weight: no tensor, or one of a kind that is not read",
+    ),
+    "a tensor twice": (
+        {"ref_model.transformer.blocks.0.attn.wq.weight": torch.ones(32, 32)},
+        "blocks.0.attn.wq.weight: there twice, under different prefixes",
+    ),
     "layers of another model": ({HEAD_MASKS: torch.ones(2, 4)}, "head_z has masks for 2 layers, the model has 3"),
 }
 

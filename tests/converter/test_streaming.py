@@ -12,6 +12,7 @@ import torch
 from helpers.lora import adapted_checkpoint
 from helpers.masked import convert_pruned, edit_json, edit_weights, ragged_checkpoint
 from helpers.tiny import expert_masks, tiny_model, write_masked
+from helpers.torch_files import FORMATS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +93,26 @@ def test_an_input_that_fails_after_it_was_checked(ckpt, tmp_path, fault, message
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
+def pickle_weights(ckpt: Path, **options) -> Path:
+    """Makes a masked checkpoint a model whose weights are pickled; returns their file."""
+    tensors, file = load_file(ckpt / "model.safetensors"), ckpt / "pytorch_model.bin"
+    for name in ("model.safetensors", "pruning.json", "pruning_masks.safetensors"):
+        (ckpt / name).unlink()
+    torch.save(tensors, file, **options)
+    return file
+
+
+@pytest.mark.parametrize("container", FORMATS)
+def test_a_pickled_input_that_is_truncated_after_it_was_checked(ckpt, tmp_path, container):
+    """Who looks for it in mapped memory dies."""
+    file = pickle_weights(ckpt, **FORMATS[container])
+    plan = make_plan(ckpt)
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin was truncated while it was read"):
+        convert(plan, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_disk_that_fails_is_told(ckpt, tmp_path, capsys, monkeypatch, threads):
     def fails(descriptor, buffers, place):
@@ -116,6 +137,19 @@ def test_an_input_that_is_written_to_meanwhile_is_noticed(ckpt, tmp_path, monkey
     monkeypatch.setattr(ShardFile, "write", touched)
     with pytest.raises(InputError, match="Files were changed while they were read"):
         convert(make_plan(ckpt), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_input_that_is_replaced_after_it_was_checked_is_noticed(ckpt, tmp_path, pickled):
+    """Where each tensor lies was told by a header that is gone; a shard may be opened minutes later."""
+    file = pickle_weights(ckpt) if pickled else ckpt / "model.safetensors"
+    plan = make_plan(ckpt)
+    other = file.with_name("other")
+    other.write_bytes(file.read_bytes())
+    other.rename(file)
+    with pytest.raises(InputError, match=f"Files were changed while they were read.*\n.*{file.name}"):
+        convert(plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 

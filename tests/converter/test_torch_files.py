@@ -11,6 +11,7 @@ from helpers.torch_files import FLOATS, FORMATS, same_bits, saved
 
 from converter.pickles import Stub
 from converter.torch_files import is_state_dict, is_torch_file, module_tensors, read_torch_file, texts_at_start
+from pruned_vllm.common.errors import InputError
 
 BYTES = torch.arange(64, dtype=torch.uint8)
 TENSORS = {
@@ -172,6 +173,37 @@ def test_modules_whose_classes_are_gone(tmp_path, monkeypatch, container):
     assert part.get("head_dim") == 8 and part.get("training") is True and part.get("absent", 5) == 5
     assert part.get("config") is whole.get("config") and whole.get("config").state == {"sizes": [1, 2], "name": "x"}
     assert "gone_project.Whole" in texts_at_start(path)
+
+
+def linear(weight) -> torch.nn.Module:
+    module = torch.nn.Linear(4, 4, bias=False)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+class Frozen(torch.nn.Linear):
+    """Pickled as a call that makes it anew, as torch.fx and others do."""
+
+    def __reduce__(self):
+        return torch.nn.Linear, (4, 4)
+
+
+SHARED = torch.nn.Sequential(linear(FLOATS[:, :4].clone()))
+NOT_READ = {
+    "sparse": (lambda: linear(torch.eye(4).to_sparse()), "^1.weight of the pickled module is a torch._utils._rebuild_"),
+    "meta": (lambda: linear(torch.empty(4, 4, device="meta")), "1.weight of the pickled module is a torch._utils._reb"),
+    "made by a call": (lambda: Frozen(4, 4), "The pickled module '1' is a torch.nn.modules.linear.Linear, whose parts"),
+    "twice": (lambda: torch.nn.Sequential(SHARED, SHARED), "'1.1' is a part of the model in two places; save the"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NOT_READ.values(), ids=NOT_READ)
+def test_what_is_not_read_is_not_taken_for_absent(tmp_path, make, message):
+    """A sublayer without weights is one that was pruned."""
+    activation = torch.nn.SiLU()  # without tensors, it may be anywhere
+    path = saved(tmp_path / "a.pt", torch.nn.Sequential(activation, make(), activation), "zip")
+    with pytest.raises(InputError, match=message):
+        module_tensors(read_torch_file(path))
 
 
 @pytest.mark.parametrize("container", FORMATS)

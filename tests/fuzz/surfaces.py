@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from helpers.composer import with_masks
+from helpers.l0 import L0Module
+from helpers.masked import edit_json
 from helpers.tiny import expert_masks, masks_for, tiny_model, write_masked
 from safetensors.torch import save_file
 
@@ -41,6 +44,10 @@ class Seed:
 
 def convert(path: Path, out: Path) -> int:
     return cli.main([str(path), str(out), "--align", "1", "--no-verify"])
+
+
+def convert_verified(path: Path, out: Path) -> int:
+    return cli.main([str(path), str(out), "--align", "1", "--verify"])
 
 
 def with_base(importer: str) -> Run:
@@ -189,6 +196,41 @@ def _zs() -> object:
     return {"head_z": torch.rand(2, 1, 2, 1, 1), "intermediate_z": torch.rand(2, 1, 1, 8), "hidden_z": torch.ones(16)}
 
 
+def _sheared() -> object:
+    masks = {"head": torch.tensor([[2.0, -2], [3, 1]]), "intermediate": torch.rand(2, 8), "hidden": torch.rand(16)}
+    return {"state": {"model": with_masks(_small("llama"), masks)}}
+
+
+def _l0_module() -> object:
+    return L0Module({"head": torch.rand(2, 2), "intermediate": torch.rand(2, 8), "hidden": torch.rand(16)}, 0, 2)
+
+
+def _lora(directory: Path) -> Path:
+    """Masks, and LoRA of one module beside them."""
+    path = _beside_base(_zs, "zs.pt")(directory)
+    name = "model.layers.0.self_attn.q_proj.lora_"
+    torch.save({f"{name}A": torch.rand(2, 16), f"{name}B": torch.rand(16, 2)}, directory / "lora_weights.pt")
+    return path
+
+
+def _state_dict(directory: Path) -> Path:
+    """A model whose weights are pickled; of the MLPs channels were cut."""
+    model = _small("llama")
+    model.config.save_pretrained(directory)
+    cut = {name: tensor[:5] for name, tensor in model.state_dict().items() if "gate_proj" in name or "up_proj" in name}
+    cut |= {name: tensor[:, :5] for name, tensor in model.state_dict().items() if "down_proj" in name}
+    torch.save({**model.state_dict(), **cut}, directory / "pytorch_model.bin")
+    return directory
+
+
+def _blocks(directory: Path) -> Path:
+    """Sizes of each layer in config.json, as Puzzletron has them."""
+    _small("llama").save_pretrained(directory)
+    block = {"attention": {"num_key_value_heads": 2}, "ffn": {"intermediate_size": 8, "no_op": False}}
+    edit_json(directory / "config.json", block_configs=[block, block])
+    return directory
+
+
 def _ddp() -> object:
     masks = {"head": torch.tensor(HEADS), "intermediate": torch.rand(2, 8)}
     return {f"l0_module.masks.{kind}.z_loga": mask for kind, mask in masks.items()}
@@ -208,6 +250,9 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "llama": Seed(_masked, "config.json", "json", convert),
         "biases": Seed(lambda path: _masked(path, attention_bias=True, mlp_bias=True), "config.json", "json", convert),
         "experts": Seed(_experts, "config.json", "json", convert),
+        "verified": Seed(_masked, "config.json", "json", convert_verified),
+        "experts_verified": Seed(_experts, "config.json", "json", convert_verified),
+        "blocks": Seed(_blocks, "config.json", "json", convert),
         "converted": Seed(_converted, "config.json", "json", inspect),
         "to quantize": Seed(_converted, "config.json", "json", quantize),
         "quantized": Seed(_quantized, "config.json", "json", inspect),
@@ -239,6 +284,14 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "legacy_module": Seed(_torch_file(_module, False), "file.pt", "pickle", read_torch),
         "model": Seed(_torch_file(_whole_model, True), "file.pt", "torch archive", convert),
         "legacy_model": Seed(_torch_file(_whole_model, False), "file.pt", "pickle", convert),
+        "state_dict": Seed(_state_dict, "pytorch_model.bin", "torch archive", convert),
+        "sheared": Seed(
+            _beside_base(_sheared, "latest-rank0.pt"), "latest-rank0.pt", "torch archive", with_base("sheared")
+        ),
+        "l0_module": Seed(
+            _beside_base(_l0_module, "l0_module.pt"), "l0_module.pt", "torch archive", with_base("compresso")
+        ),
+        "lora": Seed(_lora, "lora_weights.pt", "torch archive", with_base("nuteprune")),
         "nuteprune": Seed(_beside_base(_zs, "zs.pt"), "zs.pt", "torch archive", with_base("nuteprune")),
         "ddp": Seed(
             _beside_base(_ddp, "trainable_params.pt"), "trainable_params.pt", "torch archive", with_base("ddp")
