@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from converter.quantize.schemes import Scheme, Wanted
-from converter.quantize.sizes import choose_group_size, expert_modules, padded_sizes, size_problems
+from converter.quantize.sizes import choose_group_size, padded_sizes, size_problems
 from converter.writer import WRITTEN_BYTES
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.quantized_tensors import expert_modules
 from pruned_vllm.formats.tensors import Shapes
 
 
@@ -154,7 +155,7 @@ def _fused(geometry: ModelGeometry) -> Iterator[list[str]]:
             yield [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
         if layer.expert_intermediate_sizes:
             names = geometry.family.experts_format
-            yield list(expert_modules(geometry, index))
+            yield expert_modules(geometry, index)
             if geometry.dense_experts.shared_intermediate_size:
                 yield [f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up")]
         elif layer.intermediate_size:

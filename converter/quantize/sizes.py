@@ -7,12 +7,13 @@ whose heads no kernel takes is refused.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 from converter.quantize.schemes import GROUP_SIZES, Scheme, Wanted
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.quantized_tensors import expert_modules
 
 ANY_SIZE = "fp8-dynamic and w8a8-int8 take any size"
 
@@ -102,14 +103,6 @@ def size_problems(
     return problems
 
 
-def expert_modules(geometry: ModelGeometry, index: int) -> Iterator[str]:
-    """Full names of the projections of a layer's routed experts."""
-    names, widths = geometry.family.experts_format, geometry.layers[index].expert_intermediate_sizes
-    for expert, width in enumerate(widths):
-        if width:
-            yield from (f"model.layers.{index}.{module}" for module in names.modules_of(expert))
-
-
 def _fixed_inputs(wanted: Wanted, geometry: ModelGeometry, modules: frozenset[str]) -> dict[str, int]:
     """Numbers of inputs that cannot be padded, on each rank, by what they are."""
     inputs = {f"the hidden size {geometry.hidden_size}": geometry.hidden_size}
@@ -143,7 +136,7 @@ def _heads(layer: LayerGeometry, geometry: ModelGeometry, ranks: int) -> str:
     return heads if ranks == 1 else f"{heads} on {ranks} ranks, so on one"
 
 
-def _any_in(modules: frozenset[str], names: Iterator[str]) -> bool:
+def _any_in(modules: frozenset[str], names: Iterable[str]) -> bool:
     return any(name in modules for name in names)
 
 
