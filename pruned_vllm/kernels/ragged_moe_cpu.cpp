@@ -25,41 +25,15 @@
 
 #include "ragged_moe_choices.h"
 #include "ragged_moe_products.h"
+#include "ragged_moe_weights.h"
 
 namespace {
-
-constexpr int64_t FEW = 4;  // at this number of tokens both ways were equally fast
-
-// Weights, and what they are scaled by: null where they are numbers like x. Without a group size, 0, a row of gate or
-// up is one group, and so are all rows of an expert in down.
-template <typename W>
-struct Weights {
-  const W *gate_up, *down;
-  const int32_t* offsets;
-  const float *gate_up_scales, *down_scales;
-  const int32_t* down_offsets;  // [experts + 1]: where the runs of an expert begin in down_scales
-  int64_t rows, runs, num_experts, hidden_size, group_size;
-
-  int64_t width(int64_t e) const { return offsets[e + 1] - offsets[e]; }
-
-  // Whether each expert's rows are there, and as many scales of down as they need.
-  bool are_there() const {
-    const int64_t most = group_size ? group_size : std::max<int64_t>(rows, 1);  // rows in a run
-    for (int64_t e = 0; e < num_experts; ++e) {
-      if (offsets[e] < 0 || width(e) < 0 || offsets[e + 1] > rows) return false;
-      if (!down_offsets) continue;
-      const int64_t begin = down_offsets[e], end = down_offsets[e + 1];
-      if (begin < 0 || end > runs || end - begin != (width(e) + most - 1) / most) return false;
-    }
-    return true;
-  }
-};
 
 template <typename T, typename W>
 class Layer {
  public:
   explicit Layer(const Weights<W>& weights)
-      : weights_(weights), hidden_size_(weights.hidden_size), run_(weights.group_size ? weights.group_size : ONE_RUN),
+      : weights_(weights), hidden_size_(weights.hidden_size), run_(weights.rows_of_run()),
         layout_(Layout::of<T, W>(hidden_size_, weights.group_size ? weights.group_size : hidden_size_)),
         input_size_(layout_.input_size()), row_size_((hidden_size_ + PAIR - 1) / PAIR * PAIR) {}
 
@@ -94,7 +68,9 @@ class Layer {
 
  private:
   static constexpr bool SCALED = !std::is_same_v<T, W>;
-  static constexpr int64_t ONE_RUN = int64_t(1) << 40, WIDENED_ROWS = 2 * CHANNELS;
+  // At this number of an expert's tokens both ways were about equally fast. The second has codes to widen.
+  static constexpr int64_t FEW = SCALED ? 8 : 4;
+  static constexpr int64_t WIDENED_ROWS = 2 * CHANNELS;
 
   // Channels of an expert, all in one run.
   struct Task {
@@ -108,16 +84,11 @@ class Layer {
 
   int64_t words_of(int64_t channels) const { return (channels + NUMBERS<T> - 1) / NUMBERS<T>; }
 
-  // The end of the run that a channel is in.
-  int64_t run_end(int64_t e, int64_t channel) const {
-    return std::min(weights_.width(e), (channel / run_ + 1) * run_);
-  }
-
   std::vector<Task> tasks_of(const Choices& choices) const {
     std::vector<Task> tasks;
     for (const int64_t e : choices.experts())
       for (int64_t start = 0, end; start < weights_.width(e); start = end)
-        tasks.push_back({e, start, end = std::min(start + CHANNELS, run_end(e, start))});
+        tasks.push_back({e, start, end = std::min(start + CHANNELS, weights_.run_end(e, start))});
     return tasks;
   }
 
@@ -204,7 +175,7 @@ class Layer {
   void add_down(const Choices& choices, int64_t e, int64_t first, int64_t last) {
     constexpr int64_t block = STEPS * NUMBERS<T>;
     for (int64_t row = 0, end; row < weights_.width(e); row = end) {
-      end = std::min(row + block, run_end(e, row));
+      end = std::min(row + block, weights_.run_end(e, row));
       const W* down = weights_.down + (weights_.offsets[e] + row) * layout_.row_size;
       const float* scales = nullptr;
       if constexpr (SCALED) scales = weights_.down_scales + (weights_.down_offsets[e] + row / run_) * hidden_size_;
@@ -311,8 +282,8 @@ using Stored = T;
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
-// [num_tokens, top_k], offsets [num_experts + 1]. Scales are null for weights like x. Returns 1 when memory ran out, and
-// 2 where an expert's rows are not among the `rows` of weights, or its runs of scales not among the `runs` of down.
+// [num_tokens, top_k], offsets [num_experts + 1]. Scales are null for weights like x. Returns 1 when memory ran out,
+// and 2 where an expert's rows are not among the `rows` of weights, or its runs of scales not among the `runs` of down.
 #define RAGGED_MOE(name, T)                                                                                           \
   extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
                                    const float* gate_up_scales, const float* down_scales,                             \
