@@ -6,14 +6,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.compressed import (
-    SCHEMES,
-    emulated_differences,
-    inputs_quantized,
-    log_probabilities,
-    to_bfloat16,
-    write_quantized,
-)
+from helpers.compressed import SCHEMES, to_bfloat16, write_quantized
+from helpers.emulation import emulated_differences, inputs_quantized, log_probabilities
 from helpers.serving import NUM_TOKENS, Geometry, engine, generate, rewrite
 from helpers.tiny import converted, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
