@@ -126,6 +126,7 @@ def _reason_against(scheme: Scheme, inputs: int, outputs: int) -> str:
 
 
 def _packed_kernel_reason(scheme: WeightScheme, inputs: int, outputs: int) -> str:
+    """What the last of vLLM's kernels says, the one that is for every CPU; "" where any takes the layer."""
     import torch
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
     from vllm.scalar_type import ScalarType
@@ -142,7 +143,7 @@ def _packed_kernel_reason(scheme: WeightScheme, inputs: int, outputs: int) -> st
     try:
         choose_mp_linear_kernel(config)
     except ValueError as error:
-        return " ".join(str(error).split()).partition("Reasons: ")[2] or str(error)
+        return str(error).splitlines()[-1].rpartition(" cannot implement due to: ")[2]
     return ""
 
 

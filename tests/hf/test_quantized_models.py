@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.compressed import COMPRESSED, SCHEMES, inputs_quantized, log_probabilities, to_bfloat16, write_quantized
+from helpers.compressed import COMPRESSED, SCHEMES, to_bfloat16, write_quantized
+from helpers.emulation import inputs_quantized, log_probabilities
 from helpers.serving import ODD, UNEVEN, Geometry, rewrite
 from helpers.tiny import converted, expert_masks, masks_for, prompts, tiny_model
 

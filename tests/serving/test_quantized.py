@@ -11,15 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.compressed import (
-    SCHEMES,
-    Scheme,
-    differences,
-    emulated_differences,
-    log_probabilities,
-    to_bfloat16,
-    write_quantized,
-)
+from helpers.compressed import SCHEMES, Scheme, to_bfloat16, write_quantized
+from helpers.emulation import differences, emulated_differences, log_probabilities
 from helpers.serving import MHA, ODD, UNEVEN, Geometry, engine, generate
 from helpers.tiny import converted, expert_masks, masks_for, tiny_model
 from vllm.engine.arg_utils import EngineArgs
@@ -78,6 +71,9 @@ AS_ON_DISK = {
 # What one model shows for another.
 SLOW = [("dense Llama", scheme) for scheme in (*FROM_DISK, *ONLINE)] + [
     ("uneven GQA", "w8a8-int8"),
+    ("uneven GQA", "w8a8-int8 with stored scales of inputs"),
+    ("uneven GQA", "gptq"),
+    ("uneven GQA", "fp8_per_channel"),
     ("odd widths", "fp8-dynamic"),
     ("odd widths", "fp8_per_channel"),
     ("uneven GQA", "w4a16"),

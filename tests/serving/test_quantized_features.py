@@ -6,14 +6,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.compressed import (
-    SCHEMES,
-    emulated_differences,
-    inputs_quantized,
-    log_probabilities,
-    to_bfloat16,
-    write_quantized,
-)
+from helpers.compressed import SCHEMES, to_bfloat16, write_quantized
+from helpers.emulation import emulated_differences, inputs_quantized, log_probabilities
 from helpers.serving import NUM_TOKENS, Geometry, engine, generate, rewrite
 from helpers.tiny import converted, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
@@ -39,9 +33,12 @@ def ragged(tmp_path_factory):
     return write_quantized(to_bfloat16(converted(root / "plain", *RAGGED.model_and_masks())), root, SCHEME)
 
 
-def assert_close(found: torch.Tensor, median: float = 1e-4, mean: float = 0.03) -> None:
-    """As exact as float32, but for inputs between two numbers that fell to the other side; see test_quantized.py."""
-    assert found.median() < median and found.mean() < mean, f"median {found.median():.6f}, mean {found.mean():.5f}"
+def assert_close(found: torch.Tensor) -> None:
+    """Far from what rounding does (0.1 and more), near enough for inputs that fell to the other side of a number.
+
+    In float32 nothing else differs, see test_quantized.py; where caches or several ranks round too, few stay the same.
+    """
+    assert found.median() < 0.01 and found.mean() < 0.03, f"median {found.median():.6f}, mean {found.mean():.5f}"
 
 
 @pytest.mark.skipif(not HAS_AVX512, reason="vLLM's KV cache in fp8 needs AVX-512 on a CPU")
@@ -203,8 +200,9 @@ def test_ranks(ragged, mixture, tmp_path, monkeypatch, case):
     with engine(written.directory, tensor_parallel_size=ranks, **options) as llm:
         outputs = generate(llm)
     model = load_pruned(written.widened, dtype=torch.float32)
-    found = emulated_differences(outputs, model, SCHEMES[scheme], shares=shares_of_inputs(written.directory, ranks))
-    assert_close(found, 0.01 if options else 1e-4)
+    assert_close(
+        emulated_differences(outputs, model, SCHEMES[scheme], shares=shares_of_inputs(written.directory, ranks))
+    )
 
 
 def shares_of_inputs(directory, ranks: int) -> dict[str, list[list[int]]]:
