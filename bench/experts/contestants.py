@@ -23,6 +23,7 @@ import torch
 
 from bench.experts.layers import Layer
 from bench.experts.quantized import SCHEMES, expert_bytes, quantize
+from pruned_vllm.kernels.huge_pages import prefer_huge_pages
 from pruned_vllm.kernels.ragged_moe_arguments import Scales
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -146,6 +147,7 @@ def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int], s
         from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
     else:
         from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
+    gate_up, down = _as_loaded(gate_up), _as_loaded(down)
     bounds = torch.tensor(offsets, dtype=torch.int32, device=down.device)
     max_width = max(end - start for start, end in pairwise(offsets))
 
@@ -153,6 +155,13 @@ def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int], s
         return ragged_moe(x, gate_up, down, bounds, topk_weights, topk_ids, max_width, scales)
 
     return run
+
+
+def _as_loaded(weights: torch.Tensor) -> torch.Tensor:
+    """A copy in memory like that of a served model's experts."""
+    memory = torch.empty_like(weights)
+    prefer_huge_pages(memory)
+    return memory.copy_(weights)
 
 
 def _fused_cuda() -> Callable[[torch.Tensor, torch.Tensor], Run]:

@@ -26,7 +26,7 @@ class Scales:
         down_offsets: int32 [experts + 1]: where each expert's runs begin in `down`. Without channels it has none.
         group_size: columns of gate and up, and channels of down, that share a scale; it divides hidden. None: all.
         quantize_input: whether large batches may round what enters the products to float8_e4m3fn, with a scale for
-            each token, as schemes with dynamic activations do. For float8_e4m3fn weights on GPUs; CPUs do not.
+            each token, as schemes with dynamic activations do. GPUs do so for float8_e4m3fn weights, CPUs do not.
     """
 
     gate_up: torch.Tensor
@@ -119,7 +119,6 @@ def _fit(
             and scales.down.shape[1] == hidden
             and scales.down_offsets.dtype == torch.int32
             and scales.down_offsets.shape == (bounds,)
-            and not (scales.quantize_input and codes != torch.float8_e4m3fn)
         )
     return (
         weights_fit
@@ -182,8 +181,6 @@ def _scale_problems(scales: Scales, down: torch.Tensor, offsets: torch.Tensor, h
         for name, (tensor, dtype, shape) in expected.items()
         if tensor.dtype != dtype or tensor.shape != shape
     ]
-    if scales.quantize_input and down.dtype != torch.float8_e4m3fn:
-        problems.append(f"quantize_input goes with float8_e4m3fn weights, not with {down.dtype}")
     return problems
 
 

@@ -2,11 +2,11 @@
 
 `ragged_moe` takes what the Triton kernel takes. The work is done by ragged_moe_cpu.cpp, which is compiled on first
 use, in some ten seconds, for the instructions that PyTorch uses on this CPU, and kept (see compilation.py). It needs a
-C++ compiler (c++, or what CXX names) with OpenMP, as torch.compile does on a CPU; tested with GCC 12. Without one a
-warning says so, and each expert is three matrix products.
+C++ compiler (c++, or what CXX names) with OpenMP, as torch.compile does on a CPU; tested with GCC 11 and 12. Without
+one a warning says so, and each expert is three matrix products.
 
-Where the CPU multiplies bfloat16 numbers (AVX-512 BF16) these are not widened, and what enters the down projection is
-rounded to bfloat16, as vLLM's own op does. AMX is not used.
+Where the CPU multiplies bfloat16 numbers (AVX-512 BF16, and VBMI) these are not widened, and what enters the down
+projection is rounded to bfloat16, as vLLM's own op does. AMX is not used.
 
 Quantized weights are read as they are stored, so that a few tokens take as long as reading half or a quarter of the
 bytes does. They become numbers in registers: of the type of `x`, or float32 where that is what the CPU multiplies. Both

@@ -9,7 +9,7 @@
 constexpr int CHANNELS = 24;  // of gate and up, at most, are one task of a thread
 constexpr int ROWS = 4;       // of down are added at once to few tokens
 constexpr int STEPS = 64;     // of one or two rows of down are added at once to more tokens
-constexpr int AHEAD = 2048;   // bytes of gate and up, at least, are asked for before they are multiplied
+constexpr int AHEAD = 4096;   // bytes of gate and up, at least, are asked for before they are multiplied
 
 // What shares a step. Its sums take up most of the 32 registers of AVX-512, and at least half of the 16 of other CPUs.
 #ifdef __AVX512F__

@@ -235,8 +235,13 @@ def ragged_moe(
         return x.new_zeros(num_tokens, hidden)
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     pairs_per_expert = num_pairs / num_experts
-    quantize = scales is not None and scales.quantize_input and pairs_per_expert > QUANTIZED_INPUT_ABOVE
-    config = choose_config(pairs_per_expert, torch.float8_e4m3fn if quantize else x.dtype)
+    quantize = (
+        scales is not None
+        and scales.quantize_input
+        and down.dtype == torch.float8_e4m3fn
+        and pairs_per_expert > QUANTIZED_INPUT_ABOVE
+    )
+    config = choose_config(pairs_per_expert, down.dtype if quantize else x.dtype)
     num_tiles, tiles, sorted_pairs = num_pairs, topk_ids, topk_ids  # placeholders, never read without a schedule
     if config.is_sorted:
         num_tiles, tiles, sorted_pairs = make_schedule(topk_ids, offsets, config.block_m)

@@ -46,18 +46,23 @@ struct Pair {
   Floats first, second;
 };
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
 // Elements in order, as those at even places and at odd ones.
 template <int... I>
 inline Pair deinterleave(Pair pair, std::integer_sequence<int, I...>) {
-  return {__builtin_shufflevector(pair.first, pair.second, (2 * I)...),
-          __builtin_shufflevector(pair.first, pair.second, (2 * I + 1)...)};
+  return {SHUFFLE(pair.first, pair.second, (2 * I)...), SHUFFLE(pair.first, pair.second, (2 * I + 1)...)};
 }
 
 // The other way round.
 template <int... I>
 inline Pair interleave(Pair pair, std::integer_sequence<int, I...>) {
-  return {__builtin_shufflevector(pair.first, pair.second, (I % 2 * LANES + I / 2)...),
-          __builtin_shufflevector(pair.first, pair.second, (I % 2 * LANES + I / 2 + LANES / 2)...)};
+  return {SHUFFLE(pair.first, pair.second, (I % 2 * LANES + I / 2)...),
+          SHUFFLE(pair.first, pair.second, (I % 2 * LANES + I / 2 + LANES / 2)...)};
 }
 
 using Lanes = std::make_integer_sequence<int, LANES>;

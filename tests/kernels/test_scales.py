@@ -54,7 +54,6 @@ def test_what_fits_is_accepted(kind):
             ["scales.down_offsets is torch.int64 [3], not torch.int32 [3]"],
         ),
         (INT8, None, {"down": torch.ones(24, 2).T}, ["scales.down is not contiguous"]),
-        (INT8, None, {"quantize_input": True}, ["quantize_input goes with float8_e4m3fn weights, not with torch.int8"]),
     ],
 )
 def test_scales_that_do_not_fit_are_all_listed(codes, group_size, changes, expected):
