@@ -24,8 +24,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser, scheme_option: s
         "--group-size",
         type=_group_size,
         metavar=f"N|{CHANNEL}",
-        help=f"of w4a16: inputs that share a scale; {CHANNEL} is one scale for each output (default: the first of "
-        f"{sizes} that divides the hidden size and the heads of every layer)",
+        help=f"of w4a16: inputs that share a scale; {CHANNEL} is one scale for each output (default: of {sizes} "
+        "that divide the hidden size and the heads of every layer, what makes the smallest files)",
     )
     parser.add_argument(
         "--tensor-parallel-size",

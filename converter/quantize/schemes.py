@@ -18,7 +18,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 
-GROUP_SIZES = (128, 64, 32)  # what Marlin has kernels for; the first that divides all inputs is taken
+GROUP_SIZES = (128, 64, 32)  # what Marlin has kernels for
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,11 @@ def width_step(scheme: Scheme, group_size: int | None, ranks: int) -> int:
 
 
 def choose_group_size(wanted: Wanted, geometry: ModelGeometry, modules: frozenset[str]) -> tuple[int | None, list[str]]:
-    """The group size, or problems; None is a scale for each output."""
+    """The group size, or problems; None is a scale for each output.
+
+    Where the user leaves it open, it is what makes the smallest files: large groups have few scales, but experts of
+    different widths are padded to whole groups.
+    """
     scheme = wanted.scheme
     if not scheme.has_groups:
         refused = [f"--group-size is for w4a16; {scheme.name} has a scale for each output"] * bool(wanted.group_size)
@@ -34,13 +38,14 @@ def choose_group_size(wanted: Wanted, geometry: ModelGeometry, modules: frozense
     if wanted.group_size and wanted.group_size % scheme.pack_factor:
         return None, [f"a group of {wanted.group_size} inputs does not fill int32 numbers of {scheme.pack_factor} each"]
     inputs = _fixed_inputs(wanted, geometry, modules)
-    for size in (wanted.group_size,) if wanted.group_size else GROUP_SIZES:
-        wrong = [what for what, number in inputs.items() if number % size]
-        if not wrong:
-            return size, []
-    fits = [str(size) for size in GROUP_SIZES if not any(number % size for number in inputs.values())]
-    fix = f"choose --group-size {' or '.join([*fits, 'channel'])}"
-    return None, [f"{what} is no multiple of the group size {size}; {fix}" for what in wrong]
+    fitting = [size for size in GROUP_SIZES if not any(number % size for number in inputs.values())]
+    if wanted.group_size is None and fitting:
+        padded = {size: padded_sizes(wanted, size, geometry, modules) for size in fitting}
+        return min(fitting, key=lambda size: _stored_bits(scheme, size, padded[size], modules)), []
+    size = wanted.group_size or GROUP_SIZES[-1]
+    fix = f"choose --group-size {' or '.join([*map(str, fitting), 'channel'])}"
+    problems = [f"{what} is no multiple of the group size {size}; {fix}" for what in inputs if inputs[what] % size]
+    return (None if problems else size), problems
 
 
 def padded_sizes(
@@ -134,6 +139,13 @@ def _qkv_outputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:
 def _heads(layer: LayerGeometry, geometry: ModelGeometry, ranks: int) -> str:
     heads = f"{layer.num_attention_heads} heads of {geometry.head_dim}"
     return heads if ranks == 1 else f"{heads} on {ranks} ranks, so on one"
+
+
+def _stored_bits(scheme: Scheme, group_size: int, geometry: ModelGeometry, modules: frozenset[str]) -> int:
+    """Of the weights that are quantized: theirs, and 16 for each scale."""
+    shapes = geometry.tensor_shapes().items()
+    numbers = sum(math.prod(shape) for name, shape in shapes if name.removesuffix(".weight") in modules)
+    return numbers * scheme.num_bits + numbers // group_size * 16
 
 
 def _any_in(modules: frozenset[str], names: Iterable[str]) -> bool:

@@ -129,6 +129,33 @@ def test_widths_are_what_kernels_want_on_so_many_ranks(tmp_path, name):
     assert {key: found[key] for key in expected} == expected
 
 
+GROUPS = {
+    "128 where it fits": (lambda: tiny_model("llama", 4, 4, 256, hidden_size=128), None, 128),
+    "what all heads fit": (lambda: tiny_model("llama", 6, 6, 256, hidden_size=192), None, 64),
+    "small groups for narrow experts": (
+        lambda: tiny_model("qwen3_moe", 4, 4, 24, hidden_size=128),
+        [[17, 0, 24, 5], [20, 3, 3, 3], [1, 2, 3, 4]],
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_those_that_make_the_smallest_files(tmp_path, name):
+    make, widths, expected = GROUPS[name]
+    model = make().bfloat16()
+    write_masked(tmp_path / "ckpt", model, expert_masks(model, widths) if widths else {})
+    assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 0
+    sizes = {}
+    for size in (None, 128, 64, 32):
+        options = ["--scheme", "w4a16", "--no-verify", *(["--group-size", size] if size else [])]
+        if quantize_pruned(tmp_path / "out", tmp_path / f"{size}", *options) == 0:
+            sizes[size] = (tmp_path / f"{size}" / "model.safetensors").stat().st_size
+    config = config_of(tmp_path / "None")["quantization_config"]["config_groups"]["group_0"]
+    assert config["weights"]["group_size"] == expected
+    assert sizes[None] == min(sizes.values())
+
+
 def test_the_cost_of_padding_is_printed(tmp_path, capsys):
     out = write_model(tmp_path, "ragged")
     assert quantize_pruned(out, tmp_path / "wide", "--scheme", "w8a8-int8", "--tensor-parallel-size", "2") == 0
