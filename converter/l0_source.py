@@ -28,6 +28,7 @@ from converter.zero_units import find_zero_units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.config import dense_geometry
+from pruned_vllm.formats.config_values import shown
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems
 from pruned_vllm.formats.masked import LayerMasks
@@ -218,6 +219,7 @@ def model_problems(
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if original_llama and (theta != 10000 or kind != "default"):
         problems.append(
-            f"rope_theta is {theta} and rope_type {kind!r}; {name} computes all angles with 10000 and without scaling"
+            f"rope_theta is {shown(theta)} and rope_type {shown(kind)}; {name} computes all angles with 10000 and "
+            "without scaling"
         )
     return problems

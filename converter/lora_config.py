@@ -17,6 +17,7 @@ import torch
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.config_values import shown
 
 _CHARACTER = r"(?:[\w-]|\\?\.|\\d|\[[\w-]+\])"  # a letter, any, a dot, a digit, or one of a set
 _NAME = rf"\^?(?:{_CHARACTER}[*+]?)+\$?"
@@ -104,23 +105,23 @@ def _first_match(pattern: dict[str, Any], name: str, default: Any) -> Any:
 
 def _config_problems(config: dict[str, Any]) -> list[str]:
     if config.get("peft_type") != "LORA":
-        return [f"peft_type is {config.get('peft_type')!r}; only 'LORA' is merged: {USE_PEFT}"]
+        return [f"peft_type is {shown(config.get('peft_type'))}; only 'LORA' is merged: {USE_PEFT}"]
     problems = _number_problems(config, "r", "rank_pattern", _is_rank, "a whole number of at least 1")
     problems += _number_problems(config, "lora_alpha", "alpha_pattern", _is_alpha, "a finite number")
     if not isinstance(config.get("use_rslora"), bool | None):
-        problems.append(f"use_rslora is {config['use_rslora']!r}; it must be true or false")
+        problems.append(f"use_rslora is {shown(config['use_rslora'])}; it must be true or false")
     init = config.get("init_lora_weights")
     if not isinstance(init, bool | None) and str(init).lower() not in PLAIN_INITS:
         problems.append(
-            f"init_lora_weights is {init!r}, which changed base weights that the adapter does not hold; save it with "
-            "PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            f"init_lora_weights is {shown(init)}, which changed base weights that the adapter does not hold; save it "
+            "with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
     if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r}; trained biases are not merged: {USE_PEFT}")
+        problems.append(f"bias is {shown(config['bias'])}; trained biases are not merged: {USE_PEFT}")
     # Whatever else is set, also what a later PEFT adds, may change what the adapter computes.
     for key in sorted(set(config) - CHECKED_KEYS - NEUTRAL_KEYS):
         if config[key]:
-            problems.append(f"{key} is {config[key]!r}; only plain LoRA is merged: {USE_PEFT}")
+            problems.append(f"{key:.200} is {shown(config[key])}; only plain LoRA is merged: {USE_PEFT}")
     return problems
 
 
@@ -130,14 +131,12 @@ def _number_problems(
     """Problems with one number and with the pattern that replaces it for some modules."""
     problems, pattern = [], config.get(pattern_key) or {}
     if not isinstance(pattern, dict):
-        problems, pattern = [f"{pattern_key} is {pattern!r}; it must be a mapping of module names to numbers"], {}
-    numbers = {key: config.get(key)} | {f"{pattern_key}[{module!r}]": value for module, value in pattern.items()}
+        problems, pattern = [f"{pattern_key} is {shown(pattern)}; it must be a mapping of module names to numbers"], {}
+    numbers = [(key, config.get(key)), *((f"{pattern_key}[{shown(name)}]", value) for name, value in pattern.items())]
+    problems += [f"{where} is {shown(value)}; it must be {wanted}" for where, value in numbers if not is_number(value)]
     problems += [
-        f"{where} is {value!r}; it must be {wanted}" for where, value in numbers.items() if not is_number(value)
-    ]
-    problems += [
-        f"{pattern_key}[{module!r}] is no name of modules: letters, digits, _, - and dots, with ^, $, [0-9], \\d, | "
-        f"and at most {MAX_REPEATS} of * and +; write the names out"
+        f"{pattern_key}[{shown(module)}] is no name of modules: letters, digits, _, - and dots, with ^, $, [0-9], \\d, "
+        f"| and at most {MAX_REPEATS} of * and +; write the names out"
         for module in pattern
         if not _is_name_pattern(module)
     ]

@@ -85,8 +85,9 @@ def _stock(config: Mapping[str, Any]) -> dict[str, Any]:
         families += [row for row in FAMILIES.values() if row.architecture == base]
         if not families:
             raise InputError(
-                f"architectures {names} with base_architecture {base!r} and model_type {config.get('model_type')!r} is "
-                f"not supported; supported: {', '.join(row.architecture for row in FAMILIES.values())}"
+                f"architectures {names} with base_architecture {shown(base)} and model_type "
+                f"{shown(config.get('model_type'))} is not supported; supported: "
+                f"{', '.join(row.architecture for row in FAMILIES.values())}"
             )
         stock |= {"model_type": families[0].model_type, "architectures": [families[0].architecture]}
         return {key: value for key, value in stock.items() if not key.startswith("anymodel_")}

@@ -15,6 +15,7 @@ import gguf
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.companions import has_tokenizer
+from pruned_vllm.formats.config_values import shown
 
 NONE = "none"
 SENTENCEPIECE_FILE, TOKENIZER_FILE = "tokenizer.model", "tokenizer.json"
@@ -131,7 +132,7 @@ def _byte_level(directory: Path) -> Vocabulary:
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, dict) else None
         raise InputError(
-            f"{directory / TOKENIZER_FILE} is {kind!r}; byte-level BPE can be exported, or SentencePiece with its "
+            f"{directory / TOKENIZER_FILE} is {shown(kind)}; byte-level BPE can be exported, or SentencePiece with its "
             f"{SENTENCEPIECE_FILE}; {WITHOUT}"
         )
     pre = _pre_tokenizer(directory, tokenizer)
