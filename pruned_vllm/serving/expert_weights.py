@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.kernels.huge_pages import prefer_huge_pages
 from pruned_vllm.serving.expert_scheme import ExpertScheme
 from pruned_vllm.serving.layout_changes import DOWN, GATE, UP
 
@@ -58,6 +59,8 @@ def make_parameters(places: list[Place], hidden_size: int, scheme: ExpertScheme 
             "gate_up_scale": torch.empty(2, rows, groups, dtype=torch.float32),
             "down_scale": torch.empty(runs, hidden_size, dtype=torch.float32),
         }
+    for tensor in tensors.values():
+        prefer_huge_pages(tensor)
     return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
 
