@@ -59,6 +59,14 @@ class WeightScheme:
     inputs_symmetric: bool = True
     scale_name: str = "weight_scale"
 
+    def __post_init__(self) -> None:
+        sizes = {"group": (self.group_size,), "block": self.block_size or (None,)}.get(self.strategy, ())
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise InputError(
+                f"quantization_config of config.json has groups or blocks of the sizes {list(sizes)}; they must be "
+                "positive whole numbers"
+            )
+
     @property
     def pack_factor(self) -> int:
         """Weights in one stored number."""
@@ -179,22 +187,37 @@ def _is_class(pattern: str, class_name: str) -> bool:
     return pattern.lower() in class_name.lower()
 
 
+def _patterns(key: str, values: Any) -> tuple[str, ...]:
+    """Names, and regular expressions behind "re:". Raises InputError for anything else."""
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        raise InputError(f"{key} of quantization_config must be a list of names, not {values!r:.80}")
+    for value in values:
+        try:
+            re.compile(value.removeprefix("re:") if value.startswith("re:") else "")
+        except re.error as error:
+            raise InputError(
+                f"{key} of quantization_config: {value!r:.80} has no regular expression: {error}"
+            ) from None
+    return tuple(values)
+
+
 def _read_compressed_tensors(stored: Mapping[str, Any]) -> Quantization:
-    targets: list[tuple[str, Scheme]] = []
+    targets: dict[str, Scheme] = {}  # of a name that is there twice the last counts, as in vLLM
     for name, group in (stored.get("config_groups") or {}).items():
         if not isinstance(group, Mapping):
             raise InputError(f"config_groups[{name!r}] of quantization_config is no mapping; vLLM reads no presets")
-        if len(group["targets"]) == 1 and group["targets"][0].endswith("Attention"):
+        names = _patterns("targets", group["targets"])
+        if len(names) == 1 and names[0].endswith("Attention"):
             continue  # the KV cache, which kv_cache_scheme describes too
         scheme = _compressed_tensors_scheme(group, group.get("format") or stored.get("format"))
-        targets += [(target, scheme) for target in group["targets"]]
+        targets |= dict.fromkeys(names, scheme)
     if stored.get("transform_config"):
-        targets = [(target, UnknownScheme("weights with transforms")) for target, _ in targets]
+        targets = dict.fromkeys(targets, UnknownScheme("weights with transforms"))
     cache = stored.get("kv_cache_scheme")
     return Quantization(
         COMPRESSED_TENSORS,
-        targets=tuple(targets),
-        ignore=tuple(stored.get("ignore") or ()),
+        targets=tuple(targets.items()),
+        ignore=_patterns("ignore", stored.get("ignore") or ()),
         kv_cache_strategy=None if cache is None or cache.get("dynamic") else _strategy(cache),
     )
 
@@ -256,17 +279,19 @@ def _read_fp8(stored: Mapping[str, Any]) -> Quantization:
         scale_name="weight_scale" if block is None else "weight_scale_inv",
     )
     ignore = stored.get("ignored_layers") or stored.get("modules_to_not_convert") or ()
-    return Quantization("fp8", ignore=tuple(ignore), every_layer=scheme)
+    return Quantization("fp8", ignore=_patterns("ignored_layers", ignore), every_layer=scheme)
 
 
 def _read_gptq(stored: Mapping[str, Any]) -> Quantization:
     if stored.get("dynamic"):
         return Quantization("gptq", every_layer=UnknownScheme("gptq with rules for single layers"))
-    size = stored["group_size"]
+    size, bits = stored["group_size"], stored["bits"]
+    if bits not in (2, 4, 8):  # 3 bits lie across the borders of the integers
+        return Quantization("gptq", every_layer=UnknownScheme(f"gptq with {bits} bits"))
     scheme = WeightScheme(
         layout="gptq",
         number="int",
-        num_bits=stored["bits"],
+        num_bits=bits,
         strategy="channel" if size == -1 else "group",
         group_size=None if size == -1 else size,
         symmetric=stored["sym"],
@@ -277,7 +302,7 @@ def _read_gptq(stored: Mapping[str, Any]) -> Quantization:
 def _read_awq(stored: Mapping[str, Any]) -> Quantization:
     size = stored.get("group_size", stored.get("q_group_size"))
     bits = stored.get("bits", stored.get("w_bit"))
-    if bits != 4 or not isinstance(size, int):
+    if bits != 4 or type(size) is not int:
         return Quantization("awq", every_layer=UnknownScheme(f"awq with {bits} bits and groups of {size}"))
     scheme = WeightScheme(
         layout="awq",

@@ -216,6 +216,8 @@ GROUPS = {
                 "b": {"targets": ["model.layers.1.mlp.down_proj"], "weights": FP8, "format": "naive-quantized"}},
     "names before classes": {"a": {"targets": ["Linear"], "weights": INT8},
                              "b": {"targets": [r"re:.*o_proj$"], "weights": FP8, "format": "naive-quantized"}},
+    "a name twice": {"a": {"targets": ["Linear"], "weights": INT8},
+                     "b": {"targets": ["Linear"], "weights": FP8, "format": "naive-quantized"}},
     "fused names": {"a": {"targets": [r"re:.*qkv_proj$", r"re:.*gate_up_proj$"], "weights": INT8}},
 }  # fmt: skip
 IGNORE = [[], ["lm_head", r"re:.*mlp.gate$"], [r"re:.*layers\.0\..*"], [r"re:.*down_proj"], [r"re:.*gate_up_proj$"]]
@@ -247,6 +249,7 @@ def test_what_is_not_known_is_left_to_vllm_but_the_rest_is_judged():
     geometry = ModelGeometry.from_config(CONFIG)
     for stored_as in (
         {"quant_method": "quark"},
+        NATIVE["gptq"] | {"quant_method": "gptq", "bits": 3},
         stored_config(format="nvfp4-pack-quantized"),
         stored_config(config_groups={"a": {"targets": ["Linear"], "weights": INT8 | {"num_bits": 4}}}),
         stored_config(format="pack-quantized", config_groups={
@@ -275,7 +278,16 @@ def test_projections_that_vllm_joins_must_be_stored_alike():
 
 @pytest.mark.parametrize(
     "stored", [{}, [], {"quant_method": 8}, stored_config(config_groups={"a": ["Linear"]}),
-               stored_config(config_groups={"a": {"targets": ["Linear"]}}), {"quant_method": "gptq"}], ids=str
+               stored_config(config_groups={"a": {"targets": ["Linear"]}}), {"quant_method": "gptq"},
+               stored_config(ignore=[1]), stored_config(ignore="lm_head"), stored_config(ignore=["re:("]),
+               stored_config(config_groups={"a": {"targets": ["re:("], "weights": INT8}}),
+               stored_config(config_groups={"a": {"targets": [1], "weights": INT8}}),
+               *(stored_config(config_groups={"a": {"targets": ["Linear"], "weights": INT8 | {
+                   "strategy": "group", "group_size": size}}}) for size in (0, -2, True, "a", None)),
+               {"quant_method": "fp8", "weight_block_size": [0, 128]},
+               {"quant_method": "fp8", "ignored_layers": [None]},
+               NATIVE["gptq"] | {"quant_method": "gptq", "group_size": 0},
+               NATIVE["awq"] | {"quant_method": "awq", "group_size": 0}], ids=str
 )  # fmt: skip
 def test_what_nobody_can_read_is_refused(stored):
     with pytest.raises(ValueError, match="quantization_config"):
