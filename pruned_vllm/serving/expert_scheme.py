@@ -101,13 +101,21 @@ def expert_problems(
     return list(problems)
 
 
-def takes_uniform_experts(
-    model: "ModelConfig", geometry: ModelGeometry, quantization: Quantization | None, index: int
+def has_own_experts(
+    model: "ModelConfig", geometry: ModelGeometry, quantization: Quantization | None, index: int, ranks: int
 ) -> bool:
-    """Whether experts of one width are computed as those of different widths are, on a CPU.
+    """Whether `RaggedExperts` computes the experts of layer `index`, and not vLLM's own expert layer.
 
-    vLLM's own expert layer has kernels for quantized experts on few CPUs (those with AMX), ours on all.
+    On a CPU it does so for quantized experts of one width, too: vLLM's layer has kernels for those on few CPUs (with
+    AMX), ours on all.
     """
+    from vllm.platforms import current_platform
+
+    layer = geometry.layers[index]
+    if has_ragged_experts(layer, ranks):
+        return True
+    if not layer.expert_intermediate_sizes or not current_platform.is_cpu():
+        return False
     try:
         return expert_scheme(model, geometry, quantization, index) is not None
     except InputError:

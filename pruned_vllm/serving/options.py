@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.serving.expert_scheme import expert_problems
-from pruned_vllm.serving.model_layout import ModelLayout
-from pruned_vllm.serving.sharding import has_ragged_experts
+from pruned_vllm.serving.expert_scheme import expert_problems, has_own_experts
+from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
     from vllm.config import VllmConfig
@@ -60,9 +59,11 @@ def check_options(vllm_config: "VllmConfig", layout: ModelLayout) -> None:
         raise InputError("This pruned model cannot be served so:", problems)
 
 
-def _has_ragged_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    return any(has_ragged_experts(layer, ranks) for layer in geometry.layers)
+def _has_own_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
+    """Whether some layer has experts that vLLM's own expert layer does not compute."""
+    layout = model_layout(vllm_config)
+    arguments = vllm_config.model_config, geometry, layout.quantization
+    return any(has_own_experts(*arguments, index, layout.ranks) for index in range(len(geometry.layers)))
 
 
 def _shares_out_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
@@ -151,18 +152,18 @@ REFUSALS = (
     Refusal(
         ("--moe-backend",),
         lambda vllm_config, geometry: (
-            vllm_config.kernel_config.moe_backend != "auto" and _has_ragged_experts(vllm_config, geometry)
+            vllm_config.kernel_config.moe_backend != "auto" and _has_own_experts(vllm_config, geometry)
         ),
-        "--moe-backend chooses among kernels for experts of one width; these differ and have a kernel of their own; "
-        "leave it at auto",
+        "--moe-backend chooses among kernels for experts of one width; these differ, or are quantized on a CPU, and "
+        "have a kernel of their own; leave it at auto",
     ),
     Refusal(
         ("--enable-return-routed-experts",),
         lambda vllm_config, geometry: (
-            vllm_config.aux_output_config.enable_return_routed_experts and _has_ragged_experts(vllm_config, geometry)
+            vllm_config.aux_output_config.enable_return_routed_experts and _has_own_experts(vllm_config, geometry)
         ),
         "--enable-return-routed-experts reads the choices of vLLM's own expert layers, and layers whose experts have "
-        "different widths are not; serve without it",
+        "different widths, or are quantized on a CPU, are not; serve without it",
     ),
     Refusal(
         ("--decode-context-parallel-size", "--prefill-context-parallel-size"),

@@ -31,7 +31,7 @@ from vllm.utils.torch_utils import (
 )
 
 from pruned_vllm.kernels.ragged_moe_arguments import Scales
-from pruned_vllm.serving.expert_scheme import ExpertScheme, expert_scheme, takes_uniform_experts
+from pruned_vllm.serving.expert_scheme import ExpertScheme, expert_scheme, has_own_experts
 from pruned_vllm.serving.expert_weights import (
     make_parameters,
     parameter_name,
@@ -43,7 +43,7 @@ from pruned_vllm.serving.expert_weights import (
 )
 from pruned_vllm.serving.layout_changes import DOWN, GATE, UP
 from pruned_vllm.serving.model_layout import ModelLayout
-from pruned_vllm.serving.sharding import has_ragged_experts, shard_experts
+from pruned_vllm.serving.sharding import shard_experts
 
 logger = init_logger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
@@ -59,9 +59,7 @@ class MoEBlock(nn.Module):
         self.ranks = ranks
         self.gate = GateLinear(hidden_size, experts.num_experts, prefix=f"{prefix}.gate")
         top_k = experts.num_experts_per_tok
-        self.is_stock = not has_ragged_experts(layer, ranks) and not (
-            current_platform.is_cpu() and takes_uniform_experts(*scheme_arguments)
-        )
+        self.is_stock = not has_own_experts(*scheme_arguments, ranks)
         if self.is_stock:
             self.experts = FusedMoEFactory(
                 num_experts=experts.num_experts,

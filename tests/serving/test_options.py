@@ -139,6 +139,15 @@ CASES = [
     Case(("--data-parallel-size",), SPREAD, "ragged", {"data_parallel_size": 2}),
     Case(("--moe-backend",), "chooses among kernels for experts of one width", "mixed", {"moe_backend": "triton"}),
     Case(("--enable-return-routed-experts",), "reads the choices", "ragged", {"enable_return_routed_experts": True}),
+    *[  # on a CPU those of one width have the ragged kernel, too, where they are quantized
+        Case(
+            (f"--{name.replace('_', '-')}",),
+            "or are quantized on a CPU",
+            "equal",
+            {name: value, "quantization": "experts_int8"},
+        )
+        for name, value in {"moe_backend": "triton", "enable_return_routed_experts": True}.items()
+    ],
     Case(
         ("--decode-context-parallel-size",),
         "share the KV cache out",
