@@ -27,6 +27,8 @@ from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
 from pruned_vllm.formats.hub import local_input
+from pruned_vllm.formats.quantization import Quantization
+from pruned_vllm.formats.tensor_check import TensorCheck
 
 METHOD = re.compile(r"[\w.+-]+")  # as in pruning.json; config.json may come from anywhere
 
@@ -188,7 +190,12 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
     geometry = ModelGeometry.from_config(config)
     quantization = describe_quantization(config)
     is_quantized = quantization is not None
-    if not is_quantized and (problems := dense_problems(tensors, geometry)):
+    if is_quantized:
+        check = TensorCheck(geometry, Quantization.from_config(config))
+        for name, tensor in tensors.items():
+            check.accepts(name, tensor.shape, tensor.dtype)
+        check.finish(str(path))
+    elif problems := dense_problems(tensors, geometry):
         raise InputError(f"The tensors in {path} do not fit its config.json:", problems)
     pruning = config["pruning"] if isinstance(config.get("pruning"), Mapping) else {}
     method = pruning.get("method")

@@ -108,9 +108,9 @@ def _quantization_notes(geometry: ModelGeometry, quantization: Mapping[str, Any]
     ragged = any(layer.expert_intermediate_sizes and not layer.expert_width for layer in geometry.layers)
     if ragged:
         yield (
-            "Quantization by vLLM does not reach experts of different widths and is refused for them; the other layers "
-            "can be quantized: --quantization online --quantization-config "
-            '\'{"linear": {"weight": "fp8_per_channel_static"}}\'. quantize-pruned quantizes the experts too.'
+            "Experts of different widths are quantized by quantize-pruned, or while loading by --quantization "
+            "fp8_per_channel, and they alone by int8_per_channel_weight_only and experts_int8; what else vLLM has is "
+            "refused for them."
         )
     else:
         yield "Quantization by vLLM (--quantization) reaches every linear layer; they are vLLM's own."

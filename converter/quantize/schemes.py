@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.quantization import Quantization, WeightScheme
 
 GROUP_SIZES = (128, 64, 32)  # what Marlin has kernels for
 
@@ -153,33 +154,38 @@ def scheme_text() -> str:
 def describe_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Of a config.json: {"scheme", "format", "num_bits", "group_size"}; None where it has no `quantization_config`.
 
-    `scheme` is one of SCHEMES, else what the file calls the method. Values that are not what one expects are null:
-    config.json may come from anywhere.
+    `scheme` is one of SCHEMES, else what the file calls the method. Values that are not what one expects, and those of
+    layers that are not all quantized in one way, are null: config.json may come from anywhere.
     """
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping):
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping):
         return None
-    groups = quantization.get("config_groups")
-    group: Any = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-    weights = _mapping(group, "weights")
-    num_bits, group_size = weights.get("num_bits"), weights.get("group_size")
-    inputs, form = _mapping(group, "input_activations"), quantization.get("format")
-    method = quantization.get("quant_method")
-    found = [
-        scheme.name
-        for scheme in SCHEMES.values()
-        if (scheme.num_bits, scheme.kind, scheme.format) == (num_bits, weights.get("type"), form)
-        and (scheme.is_packed or inputs.get("dynamic") is True)
-    ]
+    weights, method, form = _only_scheme(config), stored.get("quant_method"), stored.get("format")
     named = method if isinstance(method, str) and method.isprintable() and len(method) < 50 else None
+    found = [scheme for scheme in SCHEMES.values() if weights is not None and _is_of(weights, scheme)]
     return {
-        "scheme": found[0] if found else named,
+        "scheme": found[0].name if found else named,
         "format": form if form in [scheme.format for scheme in SCHEMES.values()] else None,
-        "num_bits": num_bits if type(num_bits) is int and 0 < num_bits <= 16 else None,
-        "group_size": group_size if type(group_size) is int and 0 < group_size < 2**31 else None,
+        "num_bits": None if weights is None else weights.num_bits,
+        "group_size": None if weights is None else weights.group_size,
     }
 
 
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
-    inner = value.get(key) if isinstance(value, Mapping) else None
-    return inner if isinstance(inner, Mapping) else {}
+def _only_scheme(config: Mapping[str, Any]) -> WeightScheme | None:
+    """How all quantized layers are stored; None where they differ, or nobody can tell."""
+    try:
+        quantization = Quantization.from_config(config)
+    except InputError:
+        return None
+    if quantization is None:
+        return None
+    schemes = {scheme for _, scheme in quantization.targets} | {quantization.every_layer} - {None}
+    scheme = schemes.pop() if len(schemes) == 1 else None
+    return scheme if isinstance(scheme, WeightScheme) else None
+
+
+def _is_of(weights: WeightScheme, scheme: Scheme) -> bool:
+    """Whether quantize-pruned stores weights like that."""
+    layout, inputs = ("packed", "none") if scheme.is_packed else ("plain", "dynamic")
+    expected = (layout, scheme.kind, scheme.num_bits, inputs, True)
+    return expected == (weights.layout, weights.number, weights.num_bits, weights.inputs, weights.symmetric)

@@ -8,6 +8,7 @@ from helpers.quantized import (
     tensors_of,
     write_model,
 )
+from safetensors.torch import save_file
 
 from converter import cli
 from converter.quantize.schemes import SCHEMES, describe_quantization
@@ -72,3 +73,54 @@ def test_a_config_that_says_anything_is_described(name):
     found = describe_quantization({"quantization_config": HOSTILE[name]})
     assert (found is None) == (name == "a string")
     assert found is None or all(value is None or value == "compressed-tensors" for value in found.values())
+
+
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([{"weights": INT4}], ("w4a16", 4, 64)),
+        ([{"weights": INT4}, {"weights": INT4}], ("w4a16", 4, 64)),
+        ([{"weights": INT4}, {"weights": INT8}], ("compressed-tensors", None, None)),
+        ([{"weights": INT4}, {"weights": INT8, "format": "int-quantized", "input_activations": {"dynamic": True}}],
+         ("compressed-tensors", None, None)),
+        ([{"weights": INT8, "format": "int-quantized", "input_activations": {"dynamic": True}}],
+         ("w8a8-int8", 8, None)),
+        ([{"weights": INT4 | {"symmetric": False}}], ("compressed-tensors", 4, 64)),
+        ([{"weights": INT4, "input_activations": {"dynamic": True}}], ("compressed-tensors", 4, 64)),
+    ],
+)  # fmt: skip
+def test_only_what_is_true_of_all_layers_is_said(groups, expected):
+    config_groups = {str(number): group | {"targets": [f"re:.*{number}"]} for number, group in enumerate(groups)}
+    stored = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": config_groups}
+    found = describe_quantization({"quantization_config": stored})
+    assert (found["scheme"], found["num_bits"], found["group_size"]) == expected
+
+
+def test_native_formats_are_described():
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+    expected = {"scheme": "gptq", "format": None, "num_bits": 4, "group_size": 128}
+    assert describe_quantization({"quantization_config": stored}) == expected
+
+
+def test_a_damaged_quantized_model_is_not_described(tmp_path, capsys):
+    directory = tmp_path / "quantized"
+    assert quantize_pruned(write_model(tmp_path, "experts"), directory, "--scheme", "w8a8-int8") == 0
+    lost = "model.layers.0.self_attn.o_proj.weight_scale"
+    tensors = {name: tensor for name, tensor in tensors_of(directory).items() if name != lost}
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert cli.main(["inspect", str(directory)]) == 2
+    assert f"{lost} [96, 1]: missing" in capsys.readouterr().err
+
+
+def test_notes_on_quantization_name_what_reaches_the_experts(tmp_path, capsys):
+    assert cli.main(["inspect", str(write_model(tmp_path, "experts"))]) == 0
+    printed = capsys.readouterr().out
+    for name in ("fp8_per_channel", "int8_per_channel_weight_only", "experts_int8", "quantize-pruned"):
+        assert name in printed, name
