@@ -13,7 +13,7 @@ from converter.quantize.sizes import choose_group_size, padded_sizes, size_probl
 from converter.writer import WRITTEN_BYTES
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.quantized_tensors import expert_modules
+from pruned_vllm.formats.quantized_tensors import joined_modules
 from pruned_vllm.formats.tensors import Shapes
 
 
@@ -137,7 +137,7 @@ def _ignore_problems(patterns: Sequence[str], geometry: ModelGeometry, linears: 
                 problems.append(f"--ignore {pattern}: no linear layer has such a name; the first is {first}")
         except re.error as error:
             return [f"--ignore {pattern}: no regular expression: {error}"]
-    for together in _fused(geometry):
+    for together in joined_modules(geometry):
         stay = [name for name in together if any(_matches(name, pattern) for pattern in patterns)]
         if stay and len(stay) < len(together):
             rest = next(name for name in together if name not in stay)
@@ -145,18 +145,3 @@ def _ignore_problems(patterns: Sequence[str], geometry: ModelGeometry, linears: 
                 f"--ignore leaves {stay[0]} as it is, but not {rest}: vLLM computes them together, so name all or none"
             )
     return problems
-
-
-def _fused(geometry: ModelGeometry) -> Iterator[list[str]]:
-    """Layers that vLLM makes one of: q, k and v; gate and up; all experts."""
-    for index, layer in enumerate(geometry.layers):
-        prefix = f"model.layers.{index}."
-        if layer.query_heads_per_kv_head:
-            yield [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
-        if layer.expert_intermediate_sizes:
-            names = geometry.family.experts_format
-            yield expert_modules(geometry, index)
-            if geometry.dense_experts.shared_intermediate_size:
-                yield [f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up")]
-        elif layer.intermediate_size:
-            yield [f"{prefix}mlp.{name}_proj" for name in ("gate", "up")]

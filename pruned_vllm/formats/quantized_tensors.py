@@ -12,6 +12,7 @@ A linear layer [outputs, inputs] is stored so, where it is quantized (the last c
 with 32 / bits in place of 8. Every division rounds up. Where inputs have stored scales there is input_scale [1] too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -117,24 +118,27 @@ def linear_tensors(scheme: WeightScheme, outputs: int, inputs: int) -> Parts:
 def disagreements(geometry: ModelGeometry, quantization: Quantization) -> list[str]:
     """A sentence for all projections that vLLM computes together and the checkpoint stores in different ways."""
     problems = []
+    for modules in joined_modules(geometry):
+        schemes = {str(quantization.scheme_of(module) or "plain"): module for module in reversed(modules)}
+        if len(schemes) > 1:
+            found = "; ".join(f"{module} has {scheme}" for scheme, module in schemes.items())
+            problems.append(f"vLLM computes {modules[0]} and {len(modules) - 1} more together, but {found}")
+    return problems
+
+
+def joined_modules(geometry: ModelGeometry) -> Iterator[list[str]]:
+    """The projections that vLLM computes together: q, k and v; gate and up; all experts of a layer."""
     for index, layer in enumerate(geometry.layers):
         prefix = f"model.layers.{index}"
-        together = []
         if layer.num_key_value_heads:
-            together.append([f"{prefix}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")])
+            yield [f"{prefix}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
         if layer.expert_intermediate_sizes:
-            names = geometry.family.experts_format
-            together.append(expert_modules(geometry, index))
+            yield expert_modules(geometry, index)
             if geometry.dense_experts.shared_intermediate_size:
-                together.append([f"{prefix}.{names.shared_module}.{name}" for name in ("gate_proj", "up_proj")])
+                shared = geometry.family.experts_format.shared_module
+                yield [f"{prefix}.{shared}.{name}" for name in ("gate_proj", "up_proj")]
         elif layer.intermediate_size:
-            together.append([f"{prefix}.mlp.{name}" for name in ("gate_proj", "up_proj")])
-        for modules in together:
-            schemes = {str(quantization.scheme_of(module) or "plain"): module for module in reversed(modules)}
-            if len(schemes) > 1:
-                found = "; ".join(f"{module} has {scheme}" for scheme, module in schemes.items())
-                problems.append(f"vLLM computes {modules[0]} and {len(modules) - 1} more together, but {found}")
-    return problems
+            yield [f"{prefix}.mlp.{name}" for name in ("gate_proj", "up_proj")]
 
 
 def expert_modules(geometry: ModelGeometry, index: int) -> list[str]:
