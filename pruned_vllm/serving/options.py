@@ -21,6 +21,8 @@ PAGE_CONNECTORS = ("ExampleConnector", "OffloadingConnector")
 
 PICKLE_FORMATS = ("pt", "npcache")
 FOR_EXPERTS_ALONE = ("experts_int8", "int8_per_channel_weight_only")
+# What vLLM leaves as it is without a word: its own class for Kimi-K3 takes care of that.
+PASSED_OVER = "int4_per_group_32"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ def _has_own_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool
     layout = model_layout(vllm_config)
     arguments = vllm_config.model_config, geometry, layout.quantization
     return any(has_own_experts(*arguments, index, layout.ranks) for index in range(len(geometry.layers)))
+
+
+def _asks_for_what_is_passed_over(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
+    from vllm.config.quantization import QUANT_KEY_NAMES
+
+    arguments = vllm_config.model_config.quantization_config
+    specs = [] if arguments is None else [arguments.linear, arguments.moe]
+    weights = [spec.weight for spec in specs if spec is not None and spec.weight is not None]
+    return QUANT_KEY_NAMES.get(PASSED_OVER) in weights
 
 
 def _shares_out_experts(vllm_config: "VllmConfig", geometry: ModelGeometry) -> bool:
@@ -133,6 +144,12 @@ REFUSALS = (
             vllm_config.model_config.quantization_config is not None and vllm_config.model_config.quantization is None
         ),
         "--quantization-config alone changes nothing in vLLM; add --quantization online, or leave it out",
+    ),
+    Refusal(
+        ("--quantization-config",),
+        _asks_for_what_is_passed_over,
+        f"--quantization-config with {PASSED_OVER} changes nothing in vLLM but for one model that is not pruned; "
+        "quantize-pruned writes weights of 4 bits",
     ),
     Refusal(
         (

@@ -131,6 +131,15 @@ CASES = [
         for name in ("experts_int8", "int8_per_channel_weight_only")
     ],
     Case(("--quantization-config",), "alone changes nothing", "llama", {"quantization_config": LINEAR}),
+    *[
+        Case(
+            ("--quantization-config",),
+            "int4_per_group_32 changes nothing in vLLM",
+            model,
+            {"quantization": "online", "quantization_config": LINEAR | {"moe": {"weight": "int4_per_group_32"}}},
+        )
+        for model in ("ragged", "equal")
+    ],
     Case(("--enable-expert-parallel",), SPREAD, "equal", {"enable_expert_parallel": True}),
     Case(("--enable-eplb", "--enable-elastic-ep"), SPREAD, "equal", {}, parallel(enable_eplb=True)),
     Case(("--enable-elastic-ep",), SPREAD, "equal", {}, parallel(enable_elastic_ep=True)),
