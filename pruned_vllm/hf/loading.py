@@ -11,7 +11,7 @@ weights are widened in the first forward pass, or at once with
 Needs torch and transformers, not vllm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
-from pruned_vllm.formats.quantization import COMPRESSED_TENSORS, Quantization
+from pruned_vllm.formats.quantization import COMPRESSED_TENSORS, Quantization, WeightScheme
 from pruned_vllm.formats.quantized_tensors import linear_scheme
 from pruned_vllm.formats.tensor_check import TensorCheck
 from pruned_vllm.hf.classes import pruned_class
@@ -43,7 +43,7 @@ def load_pruned(directory: str | Path, **from_pretrained_kwargs) -> PreTrainedMo
     Raises:
         InputError: config.json is missing or describes no pruned model, Transformers lacks its architecture, the
             weights are not in safetensors files that all readers agree on, or tensors do not fit config.json; every one
-            is listed. The weights are quantized in a format of another project.
+            is listed. The weights are quantized in a way that Transformers does not read.
     """
     config = read_config(Path(directory))
     geometry = ModelGeometry.from_config(config)
@@ -106,6 +106,23 @@ def _check_quantized(
             f"{directory}: {len(modules)} linear layers, {modules[0]} first, are quantized as {scheme}, which "
             "load_pruned does not know; load the pruned model before it was quantized, or serve this one with vLLM"
         )
+    if problems := list(_parted_groups(geometry, quantization)):
+        raise InputError(
+            f"{directory} has groups that end inside of a layer, which compressed-tensors cannot widen; load the "
+            "pruned model before it was quantized, or serve this one with vLLM (quantize-pruned pads to whole groups):",
+            problems,
+        )
+
+
+def _parted_groups(geometry: ModelGeometry, quantization: Quantization) -> Iterator[str]:
+    """A sentence for each linear layer whose inputs its groups do not divide."""
+    for name, shape in geometry.tensor_shapes().items():
+        module, _, part = name.rpartition(".")
+        if part != "weight" or len(shape) != 2:
+            continue
+        scheme = linear_scheme(geometry, quantization, module)
+        if isinstance(scheme, WeightScheme) and scheme.group_size and shape[1] % scheme.group_size:
+            yield f"{module}: {shape[1]} inputs in groups of {scheme.group_size}"
 
 
 def _loading_problems(info: Mapping[str, Any]) -> list[str]:
