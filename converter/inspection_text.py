@@ -59,10 +59,11 @@ def _sentences(found: Inspection) -> list[str]:
     geometry, sizes = found.geometry, widths(found.geometry)
     cache, dense_cache = found.kv_cache_bytes(geometry), found.kv_cache_bytes(found.dense)
     aligned = ", ".join(f"{sum(width % step == 0 for width in sizes)} of {step}" for step in ALIGNMENTS)
+    was_pruned = " pruning" if found.dense_parameters != geometry.num_parameters else ""  # else it is quantized
     lines = [
         f"Parameters: {geometry.num_parameters:,}{_before(found.dense_parameters, geometry.num_parameters)}.",
         f"Weights: {found.total_bytes / 1e9:,.3f} GB in {', '.join(found.dtypes)}"
-        f"{'' if found.dense_bytes is None else f'; {found.dense_bytes / 1e9:,.3f} GB before pruning'}.",
+        f"{'' if found.dense_bytes is None else f'; {found.dense_bytes / 1e9:,.3f} GB before{was_pruned}'}.",
         *_quantization(found),
         f"KV cache: {cache:,} bytes per token{_before(dense_cache, cache)}.",
         f"Distinct layer shapes: {len(set(geometry.layers))} in {len(geometry.layers)} layers. "

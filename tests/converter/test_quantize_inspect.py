@@ -54,6 +54,9 @@ def test_inspection_knows_stock_models_that_are_quantized(tmp_path, capsys, sche
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == "stock" and found["quantization"]["scheme"] == scheme
     assert found["quantization"]["group_size"] == (32 if scheme == "w4a16" else None)
+    assert cli.main(["inspect", str(tmp_path / "quantized")]) == 0
+    printed = capsys.readouterr().out
+    assert "GB before." in printed and "before pruning" not in printed
 
 
 HOSTILE = {
