@@ -5,8 +5,8 @@ of them, expert e in the rows from offsets[e] to offsets[e + 1]. One custom op c
 CUDA graphs see a single node. Where all experts of a layer have the same width, they are vLLM's own FusedMoE, unless
 they are quantized and vLLM computes on a CPU.
 
-Experts may be quantized (`expert_scheme.py`). On a CPU their inputs are not, also where the scheme asks for that: the
-results are closer to the 16-bit model, and a line of the log says so.
+Experts may be quantized (`expert_scheme.py`). Their inputs are not, also where the scheme asks for that, but for large
+batches of float8_e4m3fn on a GPU: the results are closer to the 16-bit model, and a line of the log says so.
 """
 
 from collections.abc import Iterable
@@ -159,7 +159,9 @@ class RaggedExperts(nn.Module):
             ("down_offsets", [place.runs.stop for place in self.places]),
         ):
             self.register_buffer(name, torch.tensor([0, *ends], dtype=torch.int32), persistent=False)
-        self.quantize_input = scheme is not None and scheme.quantizes_input and not current_platform.is_cpu()
+        self.quantize_input = (
+            scheme is not None and scheme.quantizes_input and scheme.number == "fp8" and not current_platform.is_cpu()
+        )
         if scheme is not None:
             logger.info_once("Experts of different widths: %s%s", scheme, self._note())
         self.layer_name = prefix
@@ -226,7 +228,7 @@ class RaggedExperts(nn.Module):
         """What a reader of the log may not expect."""
         if self.scheme is None or not self.scheme.quantizes_input or self.quantize_input:
             return ""
-        return "; their inputs stay as they are on a CPU, although the scheme quantizes them too"
+        return "; their inputs stay as they are, although the scheme quantizes them too"
 
 
 # vLLM's own type for names of layers: torch.compile makes them inputs of the graph, where a string would be a constant

@@ -143,6 +143,16 @@ def test_nothing_is_padded_and_weights_are_as_small_as_their_kind():
     assert parameters["down_scale"].shape == (1 + 3 + 1 + 2, HIDDEN)  # a run for every 32 channels
 
 
+@pytest.mark.parametrize(("is_cpu", "number", "expected"), [(True, "fp8", False), (False, "fp8", True),
+                                                            (True, "int8", False), (False, "int8", False)])  # fmt: skip
+def test_inputs_that_no_kernel_quantizes_are_named(is_cpu, number, expected, monkeypatch):
+    monkeypatch.setattr("pruned_vllm.serving.ragged_moe.current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
+    experts = experts_on(0, 1, ExpertScheme(number, quantizes_input=True), monkeypatch)
+    assert experts.quantize_input == expected
+    assert ("their inputs stay as they are" in experts._note()) == (not expected)
+    assert experts_on(0, 1, ExpertScheme(number), monkeypatch)._note() == ""
+
+
 # Which schemes are taken, and what is said of others.
 
 
