@@ -79,7 +79,9 @@ def test_options_exist(name, capsys):
         "--enable-lora",
         "--enable-expert-parallel",
         "--hf-overrides",
+        "--kv-cache-dtype",
         "--nnodes",
+        "--quantization",
         "--data-parallel-size",
     }  # vLLM's
     assert named - known - elsewhere == set()
