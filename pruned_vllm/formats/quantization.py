@@ -61,11 +61,15 @@ class WeightScheme:
 
     def __post_init__(self) -> None:
         sizes = {"group": (self.group_size,), "block": self.block_size or (None,)}.get(self.strategy, ())
-        if not all(type(size) is int and size > 0 for size in sizes):
+        if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
             raise InputError(
-                f"quantization_config of config.json has groups or blocks of the sizes {list(sizes)}; they must be "
-                "positive whole numbers"
+                f"quantization_config of config.json has groups or blocks of the sizes {list(sizes)!r:.80}; they must "
+                "be positive whole numbers"
             )
+        if not isinstance(self.symmetric, bool) or not isinstance(self.inputs_symmetric, bool):
+            raise InputError("quantization_config of config.json says neither true nor false whether it is symmetric")
+        if type(self.num_bits) is not int:
+            raise InputError(f"quantization_config of config.json has weights of {self.num_bits!r:.80} bits")
 
     @property
     def pack_factor(self) -> int:

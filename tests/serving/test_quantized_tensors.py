@@ -283,7 +283,9 @@ def test_projections_that_vllm_joins_must_be_stored_alike():
                stored_config(config_groups={"a": {"targets": ["re:("], "weights": INT8}}),
                stored_config(config_groups={"a": {"targets": [1], "weights": INT8}}),
                *(stored_config(config_groups={"a": {"targets": ["Linear"], "weights": INT8 | {
-                   "strategy": "group", "group_size": size}}}) for size in (0, -2, True, "a", None)),
+                   "strategy": "group", "group_size": size}}}) for size in (0, -2, True, "a", None, 10**30)),
+               stored_config(config_groups={"a": {"targets": ["Linear"], "weights": INT8 | {"symmetric": []}}}),
+               NATIVE["gptq"] | {"quant_method": "gptq", "bits": 4.0},
                {"quant_method": "fp8", "weight_block_size": [0, 128]},
                {"quant_method": "fp8", "ignored_layers": [None]},
                NATIVE["gptq"] | {"quant_method": "gptq", "group_size": 0},
