@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+LONGEST = 10_000  # characters of a sentence: it may quote a file that says anything
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; every problem found is in the message.
@@ -14,5 +16,13 @@ class InputError(ValueError):
     """
 
     def __init__(self, what: str, problems: Sequence[str] = ()):
-        self.problems = tuple(problems)
-        super().__init__("\n  - ".join((what, *self.problems)))
+        self.problems = tuple(map(_shortened, problems))
+        super().__init__("\n  - ".join((_shortened(what), *self.problems)))
+
+
+def _shortened(sentence: str) -> str:
+    """Its beginning and its end."""
+    if len(sentence) <= LONGEST:
+        return sentence
+    left_out = len(sentence) - LONGEST
+    return f"{sentence[: LONGEST // 2]} [... {left_out:,} characters ...] {sentence[-LONGEST // 2 :]}"
