@@ -54,6 +54,7 @@ def test_bfloat16_weights_give_nearly_the_same_gradients(model_type, monkeypatch
         assert similarity > 0.98, f"{kind}: {similarity}"
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_give_nearly_the_same_masks():
     settings = DDPSettings(steps=150, batch_size=4, sequence_length=32)
     exact = ddp.learn(task_of(tiny_model("llama", 6, 6, 40), settings)).values

@@ -103,6 +103,7 @@ def test_scales_by_head_are_refused(ragged, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_lora_adapter_of_a_quantized_model(ragged, tmp_path):
     """The adapter adds to what the rounded layers compute, from inputs that are not rounded."""
     peft = pytest.importorskip("peft")
@@ -123,6 +124,7 @@ def test_lora_adapter_of_a_quantized_model(ragged, tmp_path):
         assert emulated_differences(outputs, model, SCHEME).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_quantized_target_with_a_draft(ragged):
     """The draft is the same model, so that a draft or a target that went wrong shows in what is accepted."""
     draft = {"method": "draft_model", "model": str(ragged.directory), "num_speculative_tokens": 3}
@@ -159,6 +161,7 @@ def test_experts_of_one_width_beside_others(mixture, tmp_path):
     assert_close(emulated_differences(outputs, model, SCHEMES["w8a8-int8"]))
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_again(mixture, tmp_path):
     """`reload_weights` of vLLM puts other weights into the same engine, quantized while they are loaded."""
     other = shutil.copytree(mixture, tmp_path / "other")

@@ -70,6 +70,7 @@ def test_ranks_serve_the_masked_model(tmp_path, ranks, geometry):
     assert_serves_the_masked_model(directory, model, masks, geometry.site, tensor_parallel_size=ranks)
 
 
+@pytest.mark.slow
 def test_stock_result_and_draft_that_three_ranks_do_not_divide(tmp_path):
     """Equal layers are written for a stock class, which refuses what the ranks do not divide; the plugin serves it.
 
