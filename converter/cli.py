@@ -18,7 +18,7 @@ from converter.arguments import add_source_arguments
 from converter.importers import importer_summaries
 from converter.quantize.arguments import add_quantization_arguments, wanted_quantization
 from converter.quantize.schemes import require_library
-from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.arguments import add_overwrite_argument, positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
 from pruned_vllm.common.environment import add_version_argument
@@ -120,12 +120,7 @@ def _main(arguments: list[str]) -> int:
         "rounded, and each one is compared with what it became (default: --verify up to 2 GB of weights)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace OUT if this command wrote it; it stays until the new one is complete, and your own files in it "
-        "stay for good",
-    )
+    add_overwrite_argument(parser, "OUT")
     parser.add_argument(
         "--plot",
         action="store_true",

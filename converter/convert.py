@@ -72,6 +72,6 @@ def _check_place(plan: Plan, out: Path) -> None:
         if target == used or target in used.parents:
             raise InputError(f"{out} contains {used}, which is to be converted; choose another directory")
     existing = next(parent for parent in target.parents if parent.exists())
-    needed, free = sum(plan.written().sizes.values()), shutil.disk_usage(existing).free
+    needed, free = sum(plan.written.sizes.values()), shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(f"{out} needs {needed:,} bytes, but its disk has {free:,} left")

@@ -23,21 +23,24 @@ class FoldedTensors:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.memory = Memory()
-        self.changed = plan.source.changes.names if plan.source.changes is not None else set[str]()
+        self.memory, self._changes = Memory(), plan.source.changes
+        self.changed = set[str]() if self._changes is None else self._changes.names
         self._plan, self._shapes = plan, plan.pruned.tensor_shapes()
         sizes = [4 * torch.Size(plan.checkpoint.tensors[name].shape).numel() for name in self.changed]
         self.merging = threading.Semaphore(max(1, MERGED_BYTES // max(sizes, default=MERGED_BYTES)))
 
-    def stored(self, name: str) -> Folding:
-        """The way of a tensor that no adapter changes."""
-        return self._folding(name, self._plan.checkpoint.matrix(name))
-
-    def merged(self, name: str) -> Folding:
-        """The way of a tensor with its adapter merged into it, which is in memory as a whole."""
-        changes = self._plan.source.changes
-        assert changes is not None
-        return self._folding(name, LoadedMatrix(changes.merge(name, self._plan.checkpoint.read(name))))
+    def folding(self, name: str) -> Folding:
+        """The way of a tensor from its file. One that an adapter changes is merged now, and in memory as a whole."""
+        checkpoint = self._plan.checkpoint
+        if self._changes is not None and name in self.changed:
+            matrix: Matrix = LoadedMatrix(self._changes.merge(name, checkpoint.read(name)))
+        else:
+            matrix = checkpoint.matrix(name)
+        shape = self._shapes[name]
+        folding = Folding(matrix, self._plan.cuts.get(name, Cut()), len(shape), self._plan.dtype_of(name))
+        if folding.shape != (shape if len(shape) == 2 else (1, *shape)):
+            raise AssertionError(f"{name}: cut to {list(folding.shape)}, the geometry says {list(shape)}")
+        return folding
 
     def blocks(self, name: str, folding: Folding) -> Iterator[slice]:
         """The rows of a tensor that are computed at a time."""
@@ -46,7 +49,7 @@ class FoldedTensors:
 
     def rows(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
         """A matrix, some rows [rows, columns] at a time; they are valid until the next ones."""
-        folding = self.merged(name) if name in self.changed else self.stored(name)
+        folding = self.folding(name)
         for block in self.blocks(name, folding):
             yield block, folding.rows(block, self.memory)
 
@@ -54,10 +57,3 @@ class FoldedTensors:
         """All of a tensor."""
         parts = torch.cat([rows.clone() for _, rows in self.rows(name)])
         return parts.view(self._shapes[name])
-
-    def _folding(self, name: str, matrix: Matrix) -> Folding:
-        shape = self._shapes[name]
-        folding = Folding(matrix, self._plan.cuts.get(name, Cut()), len(shape), self._plan.dtype_of(name))
-        if folding.shape != (shape if len(shape) == 2 else (1, *shape)):
-            raise AssertionError(f"{name}: cut to {list(folding.shape)}, the geometry says {list(shape)}")
-        return folding

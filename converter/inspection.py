@@ -10,6 +10,7 @@ read the masks, and what is told is what `convert-pruned --align 1` would write.
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from converter.serving_needs import ServingNeeds, serving_needs, widths
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.config import read_config
-from pruned_vllm.formats.cost import moved_bytes, sequence_flops
+from pruned_vllm.formats.cost import layer_bytes, moved_bytes, sequence_flops
 from pruned_vllm.formats.families import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
@@ -68,8 +69,10 @@ class Inspection:
     def total_bytes(self) -> int:
         return sum(self.tensor_bytes.values())
 
-    def layer_bytes(self, index: int) -> int:
-        return sum(size for name, size in self.tensor_bytes.items() if name.startswith(f"model.layers.{index}."))
+    @cached_property
+    def layer_bytes(self) -> Mapping[int, int]:
+        """By the number of the layer."""
+        return layer_bytes(self.tensor_bytes)
 
     def kv_cache_bytes(self, geometry: ModelGeometry | None) -> int | None:
         """Bytes of a token in the KV cache; None where the geometry is not known."""
@@ -141,7 +144,7 @@ class Inspection:
             "expert_intermediate_sizes": list(layer.expert_intermediate_sizes),
             "skip": layer.skip,
             "parameters": self.geometry.layer_parameters(index),
-            "bytes": self.layer_bytes(index),
+            "bytes": self.layer_bytes[index],
         }
 
 

@@ -1,11 +1,8 @@
 """What `convert-pruned inspect` prints for people."""
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from converter.inspection import Inspection
 from converter.inspection_keys import ALIGNMENTS, BATCH_SIZES, CONTEXT
+from converter.layer_table import print_layers, print_text
 from converter.serving_needs import widths
 from pruned_vllm.formats.layer import LayerGeometry
 
@@ -18,24 +15,22 @@ KINDS = {
 
 def print_inspection(found: Inspection) -> None:
     """Prints the sizes of every layer, and sentences."""
-    console = Console()
     by = f", pruned by {found.method}" if found.method else ""
     read = f" (convert-pruned --from {found.format})" if found.kind == "pruned" else ""
-    console.print(f"{found.path}: {KINDS[found.kind]}{by}{read}", markup=False, highlight=False, soft_wrap=True)
-    console.print(_layers(found))
-    console.print("\n".join(_sentences(found)), markup=False, highlight=False, soft_wrap=True)
+    print_text(f"{found.path}: {KINDS[found.kind]}{by}{read}")
+    print_layers(*_layers(found), _sentences(found))
 
 
-def _layers(found: Inspection) -> Table:
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+def _layers(found: Inspection) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of layers."""
     has_experts = found.geometry.experts is not None
-    for column in ("layer", "query heads", "KV heads", "FFN channels", *(["experts"] * has_experts), "MB"):
-        table.add_column(column, justify="right")
+    header = ["layer", "query heads", "KV heads", "FFN channels", *(["experts"] * has_experts), "MB"]
+    rows = []
     for index, layer in enumerate(found.geometry.layers):
         row = [str(index), _heads(layer), _count(layer.num_key_value_heads), _count(layer.intermediate_size)]
         row += [_experts(layer)] * has_experts
-        table.add_row(*row, f"{found.layer_bytes(index) / 1e6:,.3g}")
-    return table
+        rows.append([*row, f"{found.layer_bytes[index] / 1e6:,.3g}"])
+    return header, rows
 
 
 def _count(number: int) -> str:

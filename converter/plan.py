@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,7 @@ class Plan:
             return self.checkpoint.bytes_of(shapes)
         return ELEMENT_BYTES[DTYPES[self.dtype]] * sum(map(math.prod, shapes.values()))
 
+    @cached_property
     def written(self) -> Written:
         """The tensors of the files."""
         shapes = self.pruned.tensor_shapes()

@@ -30,8 +30,7 @@ class ServingNeeds:
         versions: of the libraries that this pruned-vllm supports, by name; empty where it is not installed.
         largest_tensor_parallel_size: there may be as many ranks as this.
         even_tensor_parallel_sizes: sizes that divide every layer, up to LARGEST_SIZE. With others the plugin pads
-            layers with zeros while it loads them; stock classes and LoRA adapters, and weights that are quantized on
-            disk, need one of these.
+            layers with zeros while it loads them; stock classes and LoRA adapters need one of these.
         notes: sentences about options of vLLM.
     """
 
@@ -85,14 +84,7 @@ def widths(geometry: ModelGeometry) -> list[int]:
 
 def _divides(size: int, layer: LayerGeometry, geometry: ModelGeometry) -> bool:
     """Whether so many ranks share a layer out evenly, as stock classes do."""
-    kv_heads = layer.num_key_value_heads
-    if size == 1:
-        return True
-    if kv_heads and not (
-        layer.has_even_groups
-        and layer.num_attention_heads % size == 0
-        and (kv_heads % size == 0 or size % kv_heads == 0)
-    ):
+    if not layer.shares_heads_evenly(size):
         return False
     if not layer.expert_intermediate_sizes:
         return layer.intermediate_size % size == 0

@@ -38,7 +38,7 @@ def write_tensors(plan: Plan, directory: Path, max_shard_bytes: int, threads: in
         InputError: a source cannot be read or changed meanwhile, or a value is not finite.
         OSError: the disk is full or cannot be written.
     """
-    written = plan.written()
+    written = plan.written
     writing = _Writing(plan, written, threads or min(32, len(os.sched_getaffinity(0)) + 4))
     shards = lay_out(written.shapes, written.dtypes, max_shard_bytes, written.origins)
     total = sum(shard.content_bytes for shard in shards)
@@ -116,7 +116,7 @@ class _Writing:
         if name in self._folded.changed:
             yield _Part(name, self._sizes[name], True, pool.submit(self._write_merged, name, shard, file))
             return
-        folding = self._folded.stored(name)
+        folding = self._folded.folding(name)
         num_rows = folding.shape[0]
         for block in self._folded.blocks(name, folding):
             folding.expect(block)
@@ -127,7 +127,7 @@ class _Writing:
     def _write_merged(self, name: str, shard: Shard, file: ShardFile) -> int:
         """An adapter is merged into a weight as a whole."""
         with self._folded.merging:
-            folding = self._folded.merged(name)
+            folding = self._folded.folding(name)
             blocks = self._folded.blocks(name, folding)
             return sum(self._write_block(name, folding, block, shard, file) for block in blocks)
 

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from converter.advice import serve_command
 from converter.checkpoint import ELEMENT_BYTES
+from converter.layer_table import print_layers
 from converter.plan import Plan
 from converter.quantize.report import quantization_lines
 from pruned_vllm.formats.agreement import left_out
@@ -17,22 +14,8 @@ from pruned_vllm.formats.layer import LayerGeometry
 def print_plan(plan: Plan) -> None:
     """Prints the sizes of every layer and the totals."""
     title = f"{plan.dense.family.architecture} pruned by {plan.source.method}"
-    # No borders: the numbers of a 70B model then fit into 80 columns.
-    table = Table(
-        title=title,
-        caption="sizes: kept + padding" if _is_padded(plan) else None,
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    header, rows = _layer_table(plan)
-    for column in header:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print("\n".join(_lines(plan)), markup=False, highlight=False, soft_wrap=True)
+    caption = "sizes: kept + padding" if _is_padded(plan) else None
+    print_layers(*_layer_table(plan), _lines(plan), title=title, caption=caption)
 
 
 def _lines(plan: Plan) -> list[str]:

@@ -44,16 +44,25 @@ def add_quantization_arguments(parser: argparse.ArgumentParser, scheme_option: s
 
 
 def wanted_quantization(args: argparse.Namespace) -> Wanted | None:
-    """What the options say; None where no scheme is named. Raises InputError for options that then say nothing."""
+    """What the options of convert-pruned say; None where no scheme is named.
+
+    Raises:
+        InputError: other options are given, which then say nothing.
+    """
+    if args.scheme is not None:
+        return required_quantization(args)
     given = {
         "--group-size": args.group_size,
         "--tensor-parallel-size": args.tensor_parallel_size,
         "--ignore": args.ignore,
     }
-    if args.scheme is None:
-        if unused := [option for option, value in given.items() if value is not None]:
-            raise InputError(f"{', '.join(unused)}: only with --quantize, which names a scheme")
-        return None
+    if unused := [option for option, value in given.items() if value is not None]:
+        raise InputError(f"{', '.join(unused)}: only with --quantize, which names a scheme")
+    return None
+
+
+def required_quantization(args: argparse.Namespace) -> Wanted:
+    """What the options say, a scheme among them."""
     ranks = args.tensor_parallel_size or 1
     return Wanted(SCHEMES[args.scheme], args.group_size, ranks, tuple(args.ignore or ()))
 

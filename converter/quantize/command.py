@@ -9,8 +9,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from converter.quantize.arguments import add_quantization_arguments, wanted_quantization
+from converter.quantize.arguments import add_quantization_arguments, required_quantization
 from converter.quantize.schemes import require_library
+from pruned_vllm.common.arguments import add_overwrite_argument
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
 from pruned_vllm.common.environment import add_version_argument
@@ -40,12 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "of weights)",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; write nothing")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace QUANTIZED if this command wrote it; it stays until the new one is complete, and your own files "
-        "in it stay for good",
-    )
+    add_overwrite_argument(parser, "QUANTIZED")
     args = parser.parse_args(argv)
     return run_command(WRITER, lambda: _quantize(args))
 
@@ -61,9 +57,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     if not args.dry_run:
         prepare_output(args.out, writer=WRITER, overwrite=args.overwrite)
-    wanted = wanted_quantization(args)
-    assert wanted is not None
-    plan = plan_of_converted(args.model, wanted)
+    plan = plan_of_converted(args.model, required_quantization(args))
     print_quantization(plan)
     if not args.dry_run:
         verify = plan.bytes_of(plan.pruned) <= VERIFIED_BYTES if args.verify is None else args.verify

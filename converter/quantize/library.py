@@ -33,6 +33,7 @@ class Rounding:
 
     def __init__(self, scheme: Scheme, group_size: int | None) -> None:
         self._scheme = library_scheme(scheme, group_size)
+        self._weights = _weight_arguments(scheme, group_size)
         self._compressor = BaseCompressor.get_value_from_registry(scheme.format)
 
     def round(self, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -62,24 +63,22 @@ class Rounding:
         least, most = groups.amin(-1), groups.amax(-1)
         return calculate_qparams(least, most, self._weights)[0]
 
-    @property
-    def _weights(self) -> QuantizationArgs:
-        assert self._scheme.weights is not None
-        return self._scheme.weights
-
 
 def library_scheme(scheme: Scheme, group_size: int | None) -> QuantizationScheme:
     """The scheme in compressed-tensors' words, for all linear layers."""
     preset = preset_name_to_scheme(scheme.preset, ["Linear"])
-    assert preset.weights is not None
-    kept = preset.weights.model_dump(include={"num_bits", "type", "symmetric", "dynamic"})
-    strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
     return QuantizationScheme(
         targets=preset.targets,
-        weights=QuantizationArgs(**kept, **strategy),
+        weights=_weight_arguments(scheme, group_size),
         input_activations=preset.input_activations,
         format=CompressionFormat(scheme.format),
     )
+
+
+def _weight_arguments(scheme: Scheme, group_size: int | None) -> QuantizationArgs:
+    """Those of the preset, with another group size. All presets are symmetric."""
+    strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    return QuantizationArgs(num_bits=scheme.num_bits, type=scheme.kind, symmetric=True, dynamic=False, **strategy)
 
 
 def library_config(quantization: Quantization) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from converter.quantize.sizes import choose_group_size, padded_sizes, size_probl
 from converter.writer import WRITTEN_BYTES
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.quantization import is_named
 from pruned_vllm.formats.quantized_tensors import joined_modules
 from pruned_vllm.formats.tensors import Shapes
 
@@ -88,7 +89,7 @@ def plan_quantization(wanted: Wanted, geometry: ModelGeometry) -> tuple[Quantiza
     linears = _linear_modules(geometry)
     if problems := _ignore_problems(wanted.ignore, geometry, linears):
         raise InputError("These layers cannot stay as they are:", problems)
-    modules = frozenset(name for name in linears if not any(_matches(name, pattern) for pattern in wanted.ignore))
+    modules = frozenset(name for name in linears if not any(is_named(pattern, (name,)) for pattern in wanted.ignore))
     if not modules:
         raise InputError("There is no layer to quantize: --ignore names all that the model has")
     group_size, problems = choose_group_size(wanted, geometry, modules)
@@ -121,24 +122,17 @@ def _kept_modules(geometry: ModelGeometry) -> Iterator[str]:
             yield from (f"model.layers.{index}.{module}" for module in (names.router, names.shared_gate) if module)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """As compressed-tensors and vLLM do it."""
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
-
-
 def _ignore_problems(patterns: Sequence[str], geometry: ModelGeometry, linears: Sequence[str]) -> list[str]:
     problems = []
     for pattern in patterns:
         try:
-            if not any(_matches(name, pattern) for name in (*linears, "lm_head", *_kept_modules(geometry))):
+            if not any(is_named(pattern, (name,)) for name in (*linears, "lm_head", *_kept_modules(geometry))):
                 first = linears[0] if linears else "lm_head"
                 problems.append(f"--ignore {pattern}: no linear layer has such a name; the first is {first}")
         except re.error as error:
             return [f"--ignore {pattern}: no regular expression: {error}"]
     for together in joined_modules(geometry):
-        stay = [name for name in together if any(_matches(name, pattern) for pattern in patterns)]
+        stay = [name for name in together if any(is_named(pattern, (name,)) for pattern in patterns)]
         if stay and len(stay) < len(together):
             rest = next(name for name in together if name not in stay)
             problems.append(

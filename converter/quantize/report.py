@@ -1,42 +1,27 @@
 """What people read of a quantization: the table on the terminal, sentences, and the model card."""
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from converter.advice import serve_command
 from converter.checkpoint import DTYPES
 from converter.inspection_keys import BATCH_SIZES, CONTEXT
+from converter.layer_table import print_layers
 from converter.plan import Plan
 from converter.quantize.quantization import Quantization
 from converter.quantize.sizes import width_step
-from pruned_vllm.formats.cost import moved_bytes
+from pruned_vllm.formats.cost import layer_bytes, moved_bytes
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
 
 
 def print_quantization(plan: Plan) -> None:
     """Prints the sizes of every layer, and sentences."""
-    table = Table(
-        title=f"{plan.dense.family.architecture} quantized to {_quantization(plan).scheme.name}",
-        caption="sizes: of the model + padding" if _padded_bytes(plan) else None,
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    header, rows = _layer_table(plan)
-    for column in header:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print("\n".join(quantization_lines(plan)), markup=False, highlight=False, soft_wrap=True)
+    title = f"{plan.dense.family.architecture} quantized to {_quantization(plan).scheme.name}"
+    caption = "sizes: of the model + padding" if _padded_bytes(plan) else None
+    print_layers(*_layer_table(plan), quantization_lines(plan), title=title, caption=caption)
 
 
 def quantization_lines(plan: Plan) -> list[str]:
     """Sentences about a quantization: what is rounded, sizes, what padding costs, what is gained at best."""
-    quantization, written = _quantization(plan), plan.written()
+    quantization, written = _quantization(plan), plan.written
     scheme, sizes, total = quantization.scheme, written.sizes, sum(written.sizes.values())
     before = plan.bytes_of(quantization.unpadded)
     rounded = [name for name, origin in written.origins.items() if quantization.quantizes(origin)]
@@ -58,7 +43,7 @@ def quantization_lines(plan: Plan) -> list[str]:
             f"{scheme.name}{ranks} want widths in multiples of {step}; the output is the same."
         )
     lines.append(_ideal_line(plan))
-    if uneven := _unevenly_shared(plan.pruned, quantization.ranks):
+    if uneven := sum(not layer.shares_heads_evenly(quantization.ranks) for layer in plan.pruned.layers):
         lines.append(
             f"{quantization.ranks} ranks do not share the heads of {uneven} layers evenly: the plugin pads those while "
             "it loads them."
@@ -67,7 +52,7 @@ def quantization_lines(plan: Plan) -> list[str]:
 
 
 def _ideal_line(plan: Plan) -> str:
-    quantization, sizes = _quantization(plan), plan.written().sizes
+    quantization, sizes = _quantization(plan), plan.written.sizes
     element_bytes = ELEMENT_BYTES[DTYPES[plan.dtype_of("model.embed_tokens.weight")]]
 
     def speedups(before: ModelGeometry) -> str:
@@ -118,7 +103,7 @@ def quantized_card(plan: Plan) -> str:
 
 def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of layers."""
-    before, sizes = _quantization(plan).unpadded, plan.written().sizes
+    before, stored = _quantization(plan).unpadded, layer_bytes(plan.written.sizes)
     has_experts = before.experts is not None
     header = ["layer", "query heads", "KV heads", "FFN channels", *["experts' channels"] * has_experts]
     rows = []
@@ -128,9 +113,8 @@ def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
         if has_experts:
             widths = sum(layer.expert_intermediate_sizes), sum(padded.expert_intermediate_sizes)
             row.append(_with_padding(*widths))
-        stored = sum(size for name, size in sizes.items() if name.startswith(f"model.layers.{index}."))
         bytes_before = plan.bytes_of_shapes(before.layer_tensor_shapes(index))
-        rows.append([*row, f"{bytes_before / 1e6:,.3g}", f"{stored / 1e6:,.3g}"])
+        rows.append([*row, f"{bytes_before / 1e6:,.3g}", f"{stored[index] / 1e6:,.3g}"])
     return [*header, "MB before", "MB quantized"], rows
 
 
@@ -142,18 +126,7 @@ def _padded_bytes(plan: Plan) -> int:
     """Bytes of what was padded for the kernels."""
     quantization, shapes = _quantization(plan), _quantization(plan).unpadded.tensor_shapes()
     unpadded = quantization.written(shapes, {name: DTYPES[plan.dtype_of(name)] for name in shapes})
-    return sum(plan.written().sizes.values()) - sum(unpadded.sizes.values())
-
-
-def _unevenly_shared(geometry: ModelGeometry, ranks: int) -> int:
-    """Layers whose heads the ranks do not share evenly, as stock classes do."""
-    return sum(
-        not layer.has_even_groups
-        or layer.num_attention_heads % ranks != 0
-        or (layer.num_key_value_heads % ranks != 0 and ranks % layer.num_key_value_heads != 0)
-        for layer in geometry.layers
-        if ranks > 1 and layer.num_key_value_heads
-    )
+    return sum(plan.written.sizes.values()) - sum(unpadded.sizes.values())
 
 
 def _matrices(shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, int]]]:
@@ -161,5 +134,6 @@ def _matrices(shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, 
 
 
 def _quantization(plan: Plan) -> Quantization:
-    assert plan.quantization is not None
+    if plan.quantization is None:
+        raise ValueError("a report of a quantization was asked for, but this plan rounds nothing")
     return plan.quantization

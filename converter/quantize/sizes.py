@@ -130,7 +130,7 @@ def _qkv_outputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:
     """Outputs of q, k and v together on each rank; one head's where ranks hold different numbers."""
     heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
     if ranks > 1:
-        if not layer.has_even_groups or heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+        if not layer.shares_heads_evenly(ranks):
             return head_dim
         heads, kv_heads = heads // ranks, max(1, kv_heads // ranks)
     return (heads + 2 * kv_heads) * head_dim

@@ -58,7 +58,8 @@ def check_rounding(plan: Plan, directory: Path) -> list[str]:
         InputError: weights are off by more than rounding can do; the tensors are named.
     """
     quantization = plan.quantization
-    assert quantization is not None
+    if quantization is None:
+        raise ValueError("there is no rounding to be checked: this plan rounds nothing")
     scheme, rounding = quantization.scheme, Rounding(quantization.scheme, quantization.group_size)
     suffixes = ("_packed", "_scale") if scheme.is_packed else ("", "_scale")
     folded, stored, shapes = FoldedTensors(plan), read_headers(directory), plan.pruned.tensor_shapes()

@@ -1,4 +1,7 @@
-"""Types of command line arguments: a string becomes a value, or argparse prints what is wrong with it. Pure Python."""
+"""Command line arguments that commands share, and types: a string becomes a value, or argparse prints what is wrong.
+
+Pure Python.
+"""
 
 import argparse
 
@@ -53,3 +56,13 @@ def _float(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def add_overwrite_argument(parser: argparse.ArgumentParser, output: str) -> None:
+    """Adds --overwrite of a command that writes a directory at once; `output` is what its help calls that."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"replace {output} if this command wrote it; it stays until the new one is complete, and your own files "
+        "in it stay for good",
+    )

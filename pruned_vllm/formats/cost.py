@@ -11,11 +11,13 @@ Trained routers prefer some experts, and tokens of one text resemble each other:
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from pruned_vllm.formats.geometry import ModelGeometry
 
 _ROUTED = re.compile(r"\.experts\.\d+\.")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def moved_bytes(
@@ -45,6 +47,15 @@ def moved_bytes(
     embedding_rows = tokens * geometry.hidden_size
     kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
     return layers - unread + (geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
+
+
+def layer_bytes(tensor_bytes: Mapping[str, int]) -> Counter[int]:
+    """Bytes of the tensors of each layer, by its number; of every tensor they are given by name."""
+    found = Counter[int]()
+    for name, size in tensor_bytes.items():
+        if layer := _LAYER.match(name):
+            found[int(layer[1])] += size
+    return found
 
 
 def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) -> float:

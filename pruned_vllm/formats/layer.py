@@ -41,6 +41,19 @@ class LayerGeometry:
     def has_even_groups(self) -> bool:
         return len(set(self.query_heads_per_kv_head)) <= 1
 
+    def shares_heads_evenly(self, ranks: int) -> bool:
+        """Whether so many tensor-parallel ranks share the heads as stock classes do, without padding."""
+        kv_heads = self.num_key_value_heads
+        return (
+            ranks == 1
+            or not kv_heads
+            or (
+                self.has_even_groups
+                and self.num_attention_heads % ranks == 0
+                and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+            )
+        )
+
     @property
     def expert_width(self) -> int:
         """The width that all experts have in common; 0 where they differ, have no channels or do not exist."""

@@ -23,10 +23,9 @@ PACKED_BITS = 32  # of the integers that hold several weights
 Inputs = Literal["none", "dynamic", "static"]
 Strategy = Literal["tensor", "channel", "group", "block"]
 
-# Stock layers join these; a name in `ignore` or `targets` may be that of the joined layer.
-_FUSED = {name: "qkv_proj" for name in ("q_proj", "k_proj", "v_proj")} | {
-    name: "gate_up_proj" for name in ("gate_proj", "up_proj")
-}
+# Layers of vLLM, and those of the checkpoint that they join. A name in `ignore` or `targets` may be either's.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_JOINED_BY = {name: joined for joined, names in JOINED.items() for name in names}
 _PLAIN_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -162,10 +161,10 @@ class Quantization:
 
     def _look_up(self, module: str, class_name: str) -> Scheme | None:
         names = _names(module)
-        if any(_is_named(pattern, names) for pattern in self.ignore):
+        if any(is_named(pattern, names) for pattern in self.ignore):
             return None
         for pattern, scheme in self.targets:
-            if _is_named(pattern, names):
+            if is_named(pattern, names):
                 return scheme
         for pattern, scheme in self.targets:
             if _is_class(pattern, class_name):
@@ -176,10 +175,12 @@ class Quantization:
 def _names(module: str) -> tuple[str, ...]:
     """A layer's name, and that of the layer that stock classes join it to."""
     parent, _, name = module.rpartition(".")
-    return (f"{parent}.{_FUSED[name]}", module) if name in _FUSED else (module,)
+    return (f"{parent}.{_JOINED_BY[name]}", module) if name in _JOINED_BY else (module,)
 
 
-def _is_named(pattern: str, names: tuple[str, ...]) -> bool:
+def is_named(pattern: str, names: tuple[str, ...]) -> bool:
+    """Whether an entry of `ignore` or `targets` fits one of a layer's names: equal, or, behind "re:", a regular
+    expression that fits from the beginning. Raises re.error."""
     if pattern.startswith("re:"):
         return any(re.match(pattern[3:], name) for name in names)
     return pattern in names
@@ -292,15 +293,7 @@ def _read_gptq(stored: Mapping[str, Any]) -> Quantization:
     size, bits = stored["group_size"], stored["bits"]
     if bits not in (2, 4, 8):  # 3 bits lie across the borders of the integers
         return Quantization("gptq", every_layer=UnknownScheme(f"gptq with {bits} bits"))
-    scheme = WeightScheme(
-        layout="gptq",
-        number="int",
-        num_bits=bits,
-        strategy="channel" if size == -1 else "group",
-        group_size=None if size == -1 else size,
-        symmetric=stored["sym"],
-    )
-    return Quantization("gptq", every_layer=scheme, by_tensors=True)
+    return _packed_by_group("gptq", bits, size, symmetric=stored["sym"])
 
 
 def _read_awq(stored: Mapping[str, Any]) -> Quantization:
@@ -308,12 +301,17 @@ def _read_awq(stored: Mapping[str, Any]) -> Quantization:
     bits = stored.get("bits", stored.get("w_bit"))
     if bits != 4 or type(size) is not int:
         return Quantization("awq", every_layer=UnknownScheme(f"awq with {bits} bits and groups of {size}"))
+    return _packed_by_group("awq", bits, size, symmetric=not stored.get("zero_point", True))
+
+
+def _packed_by_group(layout: Literal["gptq", "awq"], num_bits: int, size: int, symmetric: bool) -> Quantization:
+    """What both formats say: a group of -1 is all inputs."""
     scheme = WeightScheme(
-        layout="awq",
+        layout=layout,
         number="int",
-        num_bits=bits,
+        num_bits=num_bits,
         strategy="channel" if size == -1 else "group",
         group_size=None if size == -1 else size,
-        symmetric=not stored.get("zero_point", True),
+        symmetric=symmetric,
     )
-    return Quantization("awq", every_layer=scheme, by_tensors=True)
+    return Quantization(layout, every_layer=scheme, by_tensors=True)

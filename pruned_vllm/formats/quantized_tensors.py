@@ -19,6 +19,7 @@ from functools import cache
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.quantization import (
     COMPRESSED_TENSORS,
+    JOINED,
     PACKED_BITS,
     Quantization,
     Scheme,
@@ -131,14 +132,14 @@ def joined_modules(geometry: ModelGeometry) -> Iterator[list[str]]:
     for index, layer in enumerate(geometry.layers):
         prefix = f"model.layers.{index}"
         if layer.num_key_value_heads:
-            yield [f"{prefix}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+            yield [f"{prefix}.self_attn.{name}" for name in JOINED["qkv_proj"]]
         if layer.expert_intermediate_sizes:
             yield expert_modules(geometry, index)
             if geometry.dense_experts.shared_intermediate_size:
                 shared = geometry.family.experts_format.shared_module
-                yield [f"{prefix}.{shared}.{name}" for name in ("gate_proj", "up_proj")]
+                yield [f"{prefix}.{shared}.{name}" for name in JOINED["gate_up_proj"]]
         elif layer.intermediate_size:
-            yield [f"{prefix}.mlp.{name}" for name in ("gate_proj", "up_proj")]
+            yield [f"{prefix}.mlp.{name}" for name in JOINED["gate_up_proj"]]
 
 
 def expert_modules(geometry: ModelGeometry, index: int) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.quantization import Scheme, WeightScheme
+from pruned_vllm.formats.quantization import JOINED, Scheme, WeightScheme
 from pruned_vllm.formats.quantized_tensors import linear_scheme
 from pruned_vllm.serving.model_layout import CPU_PACKED_MULTIPLE, ModelLayout
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # this file is imported while the plugin registers, before vL
     from vllm.config import VllmConfig
 
 _OTHER_SCHEMES = "fp8-dynamic and w8a8-int8 have kernels for every size"
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def check_kernels(vllm_config: "VllmConfig", layout: ModelLayout, names: frozenset[str]) -> None:
@@ -96,7 +95,7 @@ def _linear_layers(layout: ModelLayout, names: frozenset[str]) -> Iterator[tuple
             found[f"{module}.gate_up_proj"], found[f"{module}.down_proj"] = (hidden, 2 * shared), (shared, hidden)
         for name, (inputs, outputs) in found.items():
             parent, _, last = name.rpartition(".")
-            stored = f"{prefix}.{parent}.{_FUSED.get(last, (last,))[0]}"
+            stored = f"{prefix}.{parent}.{JOINED.get(last, (last,))[0]}"
             scheme = linear_scheme(geometry, layout.quantization, stored)
             if scheme is not None and (not layout.quantization.by_tensors or f"{stored}.qweight" in names):
                 yield f"{prefix}.{name}", scheme, inputs, outputs

@@ -14,14 +14,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import extract_layer_index
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.quantization import JOINED
 from pruned_vllm.formats.quantized_tensors import expert_modules, linear_scheme
 from pruned_vllm.serving.model_layout import ModelLayout
 from pruned_vllm.serving.ragged_moe import RaggedExperts
 
 logger = init_logger("vllm.pruned_vllm")  # under vLLM's own logging configuration
-
-# The first of the layers in the checkpoint that a layer of vLLM joins.
-_FIRST = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
 
 
 def check_quantized(model: nn.Module, method: str | None, layout: ModelLayout) -> None:
@@ -81,5 +79,5 @@ def _is_stored(name: str, module: nn.Module, layout: ModelLayout) -> bool | None
     parent, _, last = name.rpartition(".")
     if last == "gate":  # a router, which has this name in all families
         return False
-    stored_name = f"{parent}.{_FIRST.get(last, last)}" if parent else name
+    stored_name = f"{parent}.{JOINED.get(last, (last,))[0]}" if parent else name
     return linear_scheme(geometry, quantization, stored_name) is not None

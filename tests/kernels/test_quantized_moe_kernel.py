@@ -1,10 +1,6 @@
 """The Triton kernels for quantized experts of different widths: interpreted, and natively where there is a GPU."""
 
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,15 +25,6 @@ TABLE = [
 ]
 LARGE = [case for case in CASES if case.tokens * case.topk / len(case.widths) > QUANTIZED_INPUT_ABOVE]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """Calls a function in a process where Triton interprets kernels."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            pool.submit(os.getpid).result()  # starts the process
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def test_the_table_is_large_and_has_all_kinds_with_all_dtypes():

@@ -4,11 +4,7 @@ The interpreter runs in a process of its own: Triton reads TRITON_INTERPRET when
 decorated, and vLLM may have imported Triton into this process before.
 """
 
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,15 +31,6 @@ TABLE = [
 ]
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)  # in CPU memory: interpreted
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """Calls a function in a process where Triton interprets kernels."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            pool.submit(os.getpid).result()  # starts the process
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def test_the_table_is_large_and_reaches_every_configuration():

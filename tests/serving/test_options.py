@@ -18,7 +18,6 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PtpcOnlineLinearMethod
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -27,7 +26,6 @@ from pruned_vllm.serving import options
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import REFUSALS, check_options
 from pruned_vllm.serving.quantization import check_quantized
-from pruned_vllm.serving.stock_architectures import DenseOnly
 
 # Uneven query groups, a layer without attention and one without MLP; at most ten query heads in a layer.
 RAGGED = Geometry(((3, 1, 0, 4), (0, 0, 0, 0), (4, 3, 2, 1)), (51, 99, 0), group=4)
@@ -293,36 +291,6 @@ def test_all_that_is_wrong_is_said_at_once(models):
         vllm_config(models["ragged"], quantization="fp8", moe_backend="triton", data_parallel_size=2)
     for sentence in (NOT_REACHED, "chooses among kernels", SPREAD):
         assert sentence in str(error.value)
-
-
-def test_hooks_of_stock_architectures():
-    """Those of the supported families, under every task, and the Transformers backend; no others."""
-    guarded = {name for name, hook in MODELS_CONFIG_MAP.items() if issubclass(hook, DenseOnly)}
-    for name in (
-        "LlamaForCausalLM",
-        "LlamaModel",
-        "Qwen3ForSequenceClassification",
-        "Qwen2MoeForCausalLM",
-        "TransformersForCausalLM",
-        "TransformersMoEForCausalLM",
-    ):
-        assert name in guarded, name
-    assert not guarded & {"LlamaBidirectionalModel", "Qwen3VLForSequenceClassification", "GemmaForCausalLM"}
-    assert not any(name.startswith("Pruned") for name in guarded)
-
-
-def test_a_stock_hook_still_does_what_it_did():
-    class Config:
-        is_original_qwen3_reranker, classifier_from_token = True, ["no", "yes"]
-
-        def get_text_config(self):
-            return self
-
-    class Model:
-        hf_config = Config()
-
-    MODELS_CONFIG_MAP["Qwen3ForSequenceClassification"].verify_and_update_model_config(Model)
-    assert Model.hf_config.method == "from_2_way_softmax"
 
 
 # The document.
