@@ -15,6 +15,7 @@ from converter.cut_config import SIZE_LISTS
 from converter.hidden import EMBEDDING
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
 from pruned_vllm.formats.layer import LayerGeometry
@@ -64,6 +65,8 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
         prefix = f"model.layers.{index}."
         reader = _LayerReader(prefix, tensors, dense.head_dim, found)
         groups = reader.attention()
+        if not groups:
+            reader.drop_norms(dense.family, "attention")
         if layer.expert_intermediate_sizes:
             count = len(layer.expert_intermediate_sizes)
             experts = tuple(reader.mlp(dense.family.experts_format.modules_of(expert)) for expert in range(count))
@@ -71,7 +74,7 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
         else:
             width = reader.mlp(_MLP)
             if not width:
-                reader.drop("post_attention_layernorm.weight")
+                reader.drop_norms(dense.family, "mlp")
             found.layers.append(LayerGeometry(groups, width))
     return found
 
@@ -119,7 +122,6 @@ class _LayerReader:
         if not (q and k and v and o):
             if q or k or v or o:
                 self._contradiction(_ATTENTION, (q, k, v, o))
-            self.drop("input_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
             self._drop_modules(_ATTENTION)
             return ()
         if q != o or k != v or q % self._head_dim or k % self._head_dim:
@@ -145,6 +147,9 @@ class _LayerReader:
         if len(set(sizes)) > 1:
             self._contradiction(modules, sizes)
         return sizes[0]
+
+    def drop_norms(self, family: Family, sublayer: str) -> None:
+        self.drop(*(f"{norm}.weight" for norm in family.norms_of(sublayer)))
 
     def drop(self, *names: str) -> None:
         self._found.leftovers += [self._prefix + name for name in names if self._prefix + name in self._tensors]

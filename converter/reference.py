@@ -64,24 +64,26 @@ class ReferenceModel:
         Returns:
             states of the same shape, and the experts that were chosen, in a layer that has any.
         """
-        layer, prefix = self.geometry.layers[index], f"model.layers.{index}."
+        layer, prefix, family = self.geometry.layers[index], f"model.layers.{index}.", self.geometry.family
         masks = LayerMasks[torch.Tensor]() if self.masks is None else self.masks[index]
         if layer.query_heads_per_kv_head:
-            normed = self._norm(f"{prefix}input_layernorm", states)
+            normed = self._norm(prefix + family.attention_norms[0], states)
             heads = self._attention(f"{prefix}self_attn.", normed, lengths, layer.query_heads_per_kv_head)
             if masks.head is not None:
                 heads = heads * masks.head[:, None]
             added = self._linear(f"{prefix}self_attn.o_proj", heads.flatten(1))
+            added = self._normed_output(prefix, family.attention_norms, added)
         else:
             added = self._bias(f"{prefix}self_attn.o_proj")
         states = states + _times(added, self.hidden.outputs)
         if layer.expert_intermediate_sizes:
-            normed = self._norm(f"{prefix}post_attention_layernorm", states)
+            normed = self._norm(prefix + family.mlp_norms[0], states)
             added, chosen = self._experts(prefix, normed, layer.expert_intermediate_sizes, masks.expert, chosen)
+            added = self._normed_output(prefix, family.mlp_norms, added)
         elif layer.intermediate_size:
-            normed = self._norm(f"{prefix}post_attention_layernorm", states)
+            normed = self._norm(prefix + family.mlp_norms[0], states)
             modules = tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))
-            added = self._mlp(modules, normed, masks.channel)
+            added = self._normed_output(prefix, family.mlp_norms, self._mlp(modules, normed, masks.channel))
         else:
             added = self._bias(f"{prefix}mlp.down_proj")
         return states + _times(added, self.hidden.outputs), chosen
@@ -175,6 +177,12 @@ class ReferenceModel:
             seen = states * (hidden.norms != 0)
             divisor = hidden.norm_divisor or int((hidden.norms != 0).sum())
         return _times(self._rms_norm(name, states, seen.square().sum(-1, keepdim=True) / divisor), hidden.norms)
+
+    def _normed_output(self, prefix: str, norms: tuple[str, ...], added: torch.Tensor) -> torch.Tensor:
+        """What a sublayer adds, after those of its norms that come behind it."""
+        for norm in norms[1:]:
+            added = self._norm(prefix + norm, added)
+        return added
 
     def _rms_norm(self, name: str, values: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
         """Args: squares: what their mean is taken to be."""

@@ -30,6 +30,9 @@ class Family:
             (absent means False).
         qk_norm: q and k are RMS-normalised, each head by itself ("head": weights `q_norm`, `k_norm` of size [head_dim])
             or all heads of a token together ("all_heads": a weight for each row of the projection).
+        attention_norms, mlp_norms: the norms of a sublayer, modules of the decoder layer. The first is before the
+            sublayer, later ones normalise its output before that is added to the hidden states. A sublayer that is
+            skipped has none of them.
         experts: where the experts are, in a family that has any; they have no biases.
         defaults: config keys that old config.json files leave out, with the values that the stock code takes then. A
             value that is a str is the key whose value it is.
@@ -45,6 +48,8 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: Literal["head", "all_heads"] | None = None
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     experts: ExpertsFormat | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
     default_head_dim: int | None = None
@@ -61,6 +66,11 @@ class Family:
         if self.experts is None:
             raise ValueError(f"{self.architecture} has no experts")
         return self.experts
+
+    def norms_of(self, sublayer: str) -> tuple[str, ...]:
+        """All norms that go with a sublayer ("attention" or "mlp"), also those inside of it."""
+        inside = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm is not None else ()
+        return (*self.attention_norms, *inside) if sublayer == "attention" else self.mlp_norms
 
     @property
     def can_lose_heads(self) -> bool:

@@ -24,7 +24,7 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
     layer.self_attn.config = layer.mlp.config = config
     groups = geometry.layers[index].query_heads_per_kv_head
     if not groups:
-        layer.input_layernorm = nn.Identity()
+        _remove_norms(layer, geometry.family.attention_norms)
         layer.self_attn = _SkippedAttention(index, geometry.hidden_size, geometry.o_bias)
     elif not geometry.layers[index].has_even_groups:
         layer.self_attn.num_key_value_groups = 1
@@ -34,9 +34,14 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
             geometry.family.experts_format, geometry.hidden_size, widths, config.hidden_act
         )
     elif not geometry.layers[index].intermediate_size:
-        layer.post_attention_layernorm = nn.Identity()
+        _remove_norms(layer, geometry.family.mlp_norms)
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
     return layer
+
+
+def _remove_norms(layer: nn.Module, norms: tuple[str, ...]) -> None:
+    for norm in norms:
+        setattr(layer, norm, nn.Identity())
 
 
 class _RaggedExperts(nn.ModuleList):
