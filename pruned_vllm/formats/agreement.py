@@ -49,6 +49,7 @@ class Row:
 _DENSE = tuple(name for name, family in FAMILIES.items() if family.experts is None)
 _WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek")
 _VLLM_ONLY = "vLLM acts on it, the Hugging Face model does not"
+_LLAMA_LAYER = "the plugin serves them with vLLM's Llama layer, which it tells the biases of the checkpoint"
 
 ROWS = (
     # Sizes and biases.
@@ -62,6 +63,9 @@ ROWS = (
     Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, ("mistral",)),
     Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
     Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", "mistral")),
+    Row("mlp_bias bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe", "olmoe", "deepseek")),
+    Row("qkv_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "olmoe", "deepseek")),
+    Row("attention_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe")),
     Row("qkv_bias", "not stock", "vLLM's Qwen2-MoE always has it", ("qwen2_moe",), (True,)),
     # What a layer computes.
     Row("hidden_act", "refused", "vLLM has these models with silu alone", allowed=("silu", "swish")),

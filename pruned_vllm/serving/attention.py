@@ -1,98 +1,84 @@
-"""How each family's stock attention is built at a layer's own number of heads.
+"""Attention whose KV heads have different numbers of query heads, and biases that a stock class does not have."""
 
-A builder takes `num_heads` and `num_kv_heads` of all tensor-parallel ranks together and returns vLLM's own module.
-"""
+from collections.abc import Iterable
+from typing import Any
 
-from collections.abc import Callable
-from functools import partial
-
+import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.linear import RowParallelLinear
-from vllm.model_executor.models.llama import LlamaAttention
-from vllm.model_executor.models.mistral import MistralAttention
-from vllm.model_executor.models.olmoe import OlmoeAttention
-from vllm.model_executor.models.qwen3 import Qwen3Attention
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.serving.sharding import LayerLayout
 
-AttentionBuilder = Callable[[VllmConfig, ModelGeometry, str, int, int], nn.Module]
 
+def fit_projections(
+    attention: Any, geometry: ModelGeometry, layout: LayerLayout, vllm_config: VllmConfig, prefix: str
+) -> None:
+    """Gives a stock attention the projections that the checkpoint has, where it was built with others.
 
-def build_llama_attention(
-    vllm_config: VllmConfig,
-    geometry: ModelGeometry,
-    prefix: str,
-    num_heads: int,
-    num_kv_heads: int,
-    attention_type: type[LlamaAttention] = LlamaAttention,
-) -> nn.Module:
-    """Llama's attention, which takes head_dim from the config and has biases or not.
-
-    Qwen2 is served with it too: vLLM's Qwen2 attention derives head_dim from the number of heads, which pruning
-    changes.
+    The attention op knows no uneven groups: where they differ it keeps `layout.op_heads` query heads, as the stock
+    class built it, `UnevenGroups` goes around it, and the projections are built anew with the real query heads only.
+    They are built anew for their biases as well: Hugging Face's Qwen3 may have one in o_proj, vLLM's never has.
     """
-    config = vllm_config.model_config.hf_config
-    return attention_type(
-        config=config,
-        hidden_size=geometry.hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        quant_config=vllm_config.quant_config,
-        bias=geometry.qkv_bias,
-        bias_o_proj=geometry.o_bias,
-        cache_config=vllm_config.cache_config,
-        prefix=prefix,
-    )
-
-
-build_mistral_attention = partial(build_llama_attention, attention_type=MistralAttention)
-
-
-def build_qwen3_attention(
-    vllm_config: VllmConfig, geometry: ModelGeometry, prefix: str, num_heads: int, num_kv_heads: int
-) -> nn.Module:
-    """Qwen3's attention, which normalises each head of q and k."""
-    config = vllm_config.model_config.hf_config
-    layer_types = getattr(config, "layer_types", None)  # Qwen3-MoE has none
-    is_sliding = layer_types is not None and layer_types[extract_layer_index(prefix)] == "sliding_attention"
-    attention = Qwen3Attention(
-        hidden_size=geometry.hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        rope_parameters=config.rope_parameters,
-        max_position=config.max_position_embeddings,
-        head_dim=geometry.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        qkv_bias=geometry.qkv_bias,
-        cache_config=vllm_config.cache_config,
-        quant_config=vllm_config.quant_config,
-        prefix=prefix,
-        per_layer_sliding_window=config.sliding_window if is_sliding else None,
-    )
-    if geometry.o_bias:  # Hugging Face's Qwen3 has it with attention_bias, vLLM's never
+    total_num_heads = layout.query_heads * len(layout.shards)
+    qkv_proj, o_proj = attention.qkv_proj, attention.o_proj
+    if layout.is_compact or (qkv_proj.bias is not None) != geometry.qkv_bias:
+        attention.qkv_proj = QKVParallelLinear(
+            qkv_proj.hidden_size,
+            attention.head_dim,
+            total_num_heads,
+            attention.total_num_kv_heads,
+            bias=geometry.qkv_bias,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+    if layout.is_compact or (o_proj.bias is not None) != geometry.o_bias:
         attention.o_proj = RowParallelLinear(
-            num_heads * geometry.head_dim,
-            geometry.hidden_size,
+            total_num_heads * attention.head_dim,
+            o_proj.output_size,
+            bias=geometry.o_bias,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
-    return attention
+    if layout.is_compact:
+        attention.total_num_heads = total_num_heads
+        attention.num_heads = layout.query_heads
+        attention.q_size = layout.query_heads * attention.head_dim
+        attention.attn = UnevenGroups(attention.attn, layout, get_tensor_model_parallel_rank())
 
 
-def build_olmoe_attention(
-    vllm_config: VllmConfig, geometry: ModelGeometry, prefix: str, num_heads: int, num_kv_heads: int
-) -> nn.Module:
-    """OLMoE's attention, whose heads stay: it normalises q and k over all of them together."""
-    if geometry.layers[0].num_attention_heads != num_heads:
-        raise InputError(
-            f"{prefix}: OLMoE normalises q and k over all heads together, so none can be padded; choose a "
-            f"--tensor-parallel-size that divides {geometry.layers[0].num_attention_heads} heads"
-        )
-    attention = OlmoeAttention(vllm_config=vllm_config, prefix=prefix)
-    for norm in (attention.q_norm, attention.k_norm):  # vLLM's have 1e-5, whatever config.json says
-        norm.variance_epsilon = vllm_config.model_config.hf_config.rms_norm_eps
-    return attention
+class UnevenGroups(nn.Module):
+    """An attention op for KV heads with different numbers of query heads.
+
+    Every KV head gets as many query heads as the widest group: q is spread out before the op, and its real heads are
+    picked from the output. No KV head is copied, and nothing outside of the op sees the padding.
+    """
+
+    source: torch.Tensor  # head of q for each head of the op
+    target: torch.Tensor  # head of the op for each real one
+
+    def __init__(self, attn: nn.Module, layout: LayerLayout, rank: int) -> None:
+        super().__init__()
+        self.attn = attn
+        self.head_dim = attn.head_size
+        self.register_buffer("source", torch.tensor(layout.op_source(rank)), persistent=False)
+        self.register_buffer("target", torch.tensor(layout.op_target(rank)), persistent=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        """Hands the scales of the KV cache on to the op, which the checkpoint knows by this module's name."""
+        for name, tensor in weights:
+            parameter = getattr(self.attn, name, None)
+            if parameter is not None:  # as in stock models, scales that the op does not know are left out
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+                yield f"attn.{name}"
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [tokens, query_heads * head_dim], k and v [tokens, kv_heads * head_dim] -> like q."""
+        output = self.attn(self._select(q, self.source), k, v)
+        return self._select(output, self.target)
+
+    def _select(self, heads: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return heads.unflatten(-1, (-1, self.head_dim)).index_select(-2, index).flatten(-2)

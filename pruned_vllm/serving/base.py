@@ -1,36 +1,45 @@
 """What all pruned models share on vLLM: layers at their real size, and a loader that refuses wrong shapes.
 
-Everything around the decoder layers is vLLM's Llama: embedding, final norm, lm_head and logits are the same in all
-supported families. No layer is built at the dense size first.
+Everything around the decoder layers is a stock model's: embedding, final norm, lm_head and logits. It is built without
+layers and gets those that `layer.py` builds. No layer is built at the dense size first.
 """
 
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from torch import nn
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.utils import make_layers, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from pruned_vllm.common.padding import take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensor_check import TensorCheck
 from pruned_vllm.formats.tensors import canonical_name
-from pruned_vllm.serving.attention import AttentionBuilder
-from pruned_vllm.serving.layer import PrunedDecoderLayer
+from pruned_vllm.serving.layer import StockLayer, build_layer
 from pruned_vllm.serving.layout_changes import layout_changes, module_names
 from pruned_vllm.serving.model_layout import model_layout
 from pruned_vllm.serving.quantization import check_quantized
 from pruned_vllm.serving.rank_failure import failing_together
-from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, smallest_vocabulary
+from pruned_vllm.serving.vocabulary import build_vocabulary, is_shared_evenly, padding_size
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.llama import LlamaForCausalLM as StockModel  # for example
+else:
+    StockModel = nn.Module
 
 # The name puts the records under vLLM's own logging configuration.
 logger = init_logger("vllm.pruned_vllm")
 
 TESTED_VLLM = "0.32."
+PARTITION = "VLLM_PP_LAYER_PARTITION"
 
 # What safetensors calls the dtypes that checkpoints have.
 DTYPES = {
@@ -45,23 +54,28 @@ DTYPES = {
 }
 
 
-class PrunedForCausalLM(LlamaForCausalLM):
-    """Base of the served classes; each family says how its attention is built."""
+class PrunedForCausalLM(StockModel):
+    """First base of the served classes; the second is the stock model that a family is served with."""
 
-    build_attention: AttentionBuilder
+    stock_layer: StockLayer
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         _check_version()
-        config = vllm_config.model_config.hf_config
-        layout = model_layout(vllm_config)
+        config, layout = vllm_config.model_config.hf_config, model_layout(vllm_config)
         geometry = layout.geometry
-        layer_type = partial(PrunedDecoderLayer, model_layout=layout, build_attention=self.build_attention)
-        if is_shared_evenly(geometry.vocab_size, layout.ranks):
-            super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        else:
-            with smallest_vocabulary(config, layout.ranks):
-                super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        # The fewest tokens that vLLM's layers accept, where those of the vocabulary are built anew.
+        smallest = (
+            {} if is_shared_evenly(geometry.vocab_size, layout.ranks) else {"vocab_size": padding_size(layout.ranks)}
+        )
+        with _without_layers(config, **smallest):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if smallest:
             build_vocabulary(self, vllm_config, prefix)
+        self.model.start_layer, self.model.end_layer, self.model.layers = make_layers(
+            len(geometry.layers),
+            partial(build_layer, vllm_config, layout, self.stock_layer),
+            prefix=maybe_prefix(prefix, "model.layers"),
+        )
         check_quantized(self, vllm_config.model_config.quantization, layout)
         self._geometry = geometry
         self._quantization = layout.quantization
@@ -126,6 +140,23 @@ class PrunedForCausalLM(LlamaForCausalLM):
         from pruned_vllm.serving.lora import checking_manager  # here, so that a model without adapters needs no LoRA
 
         self._lora_manager = checking_manager(manager, self._geometry)
+
+
+@contextmanager
+def _without_layers(config: PreTrainedConfig, **values: int) -> Iterator[None]:
+    """While it lasts, a model is built without layers, and with these values in its config."""
+    values["num_hidden_layers"] = 0
+    before = {key: getattr(config, key) for key in values}
+    partition = os.environ.pop(PARTITION, None)  # its numbers must add up to num_hidden_layers
+    try:
+        for key, value in values.items():
+            setattr(config, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+        if partition is not None:
+            os.environ[PARTITION] = partition
 
 
 def _check_version() -> None:

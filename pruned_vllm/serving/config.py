@@ -79,6 +79,11 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
             f"{vllm_config.model_config.model}: at least one rank would hold zeros alone in all of them; use at most "
             f"{most_heads}"
         )
+    if not geometry.family.can_lose_heads and not all(layer.shares_heads_evenly(ranks) for layer in geometry.layers):
+        raise InputError(
+            f"--tensor-parallel-size {ranks}: {geometry.family.architecture} normalises q and k over all heads "
+            f"together, so none can be padded; choose one that divides {most_heads} heads"
+        )
     if layout_changes(layout) and vllm_config.lora_config is not None:
         raise InputError(
             f"--tensor-parallel-size {ranks} does not divide the heads and channels of every layer, so they are padded "

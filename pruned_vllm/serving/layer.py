@@ -1,122 +1,95 @@
-"""A decoder layer of any geometry: stock attention and MLP at their real sizes, or nothing where they were removed."""
+"""A decoder layer of any geometry: the family's stock layer at the sizes of this layer, with few modules exchanged.
 
-from collections.abc import Iterable
-from functools import partial
+The stock layer's own `forward` runs. What it calls is other modules where pruning made the layer another one: attention
+of uneven groups, a block of experts, and modules that do nothing where a sublayer is gone. A sublayer that is exchanged
+is built first, since stock layers build all that they have, but at the smallest sizes there are (`layer_config.py`).
+"""
+
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 
-from pruned_vllm.serving.attention import AttentionBuilder
+from pruned_vllm.serving.attention import fit_projections
+from pruned_vllm.serving.layer_config import layer_config
 from pruned_vllm.serving.model_layout import ModelLayout
+from pruned_vllm.serving.norms import AddAndNorm, RemovedNorm
 from pruned_vllm.serving.ragged_moe import MoEBlock
-from pruned_vllm.serving.sharding import LayerLayout
+
+# A stock decoder layer's class, or a function that returns one. It is called with those of `_arguments` that it names.
+StockLayer = Callable[..., nn.Module]
+
+ATTENTION, MLP = "self_attn", "mlp"  # what the sublayers are called in a stock layer
 
 
-class PrunedDecoderLayer(nn.Module):
-    """One layer of a pruned model. The family's `build_attention` makes its attention, the rest is common.
-
-    Not a subclass of a stock layer: those build attention and MLP unconditionally, and an attention that is built has
-    a KV cache.
-    """
-
-    def __init__(
-        self, vllm_config: VllmConfig, prefix: str, model_layout: ModelLayout, build_attention: AttentionBuilder
-    ) -> None:
-        super().__init__()
-        config = vllm_config.model_config.hf_config
-        index = extract_layer_index(prefix)
-        geometry, layout = model_layout.geometry, model_layout.layers[index]
-        layer = geometry.layers[index]
-        norm = partial(RMSNorm, geometry.hidden_size, eps=config.rms_norm_eps)
-        if layer.query_heads_per_kv_head:
-            self.input_layernorm = norm()
-            self.self_attn = build_attention(
-                vllm_config,
-                geometry,
-                f"{prefix}.self_attn",
-                layout.total_op_heads,
-                layout.total_kv_heads,
-            )
-            if layout.is_compact:
-                compact_attention(self.self_attn, layout, vllm_config, f"{prefix}.self_attn")
-        else:
-            self.input_layernorm = None
-            self.self_attn = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
-        if layer.expert_intermediate_sizes:
-            self.post_attention_layernorm = norm()
-            self.mlp: nn.Module = MoEBlock(vllm_config, model_layout, index, f"{prefix}.mlp")
-        elif layer.intermediate_size:
-            self.post_attention_layernorm = norm()
-            self.mlp = LlamaMLP(
-                hidden_size=geometry.hidden_size,
-                intermediate_size=layout.channels * len(layout.shards),
-                hidden_act=config.hidden_act,
-                quant_config=vllm_config.quant_config,
-                bias=geometry.mlp_bias,
-                prefix=f"{prefix}.mlp",
-            )
-        else:
-            self.post_attention_layernorm = None
-            self.mlp = Removed("down_proj", geometry.hidden_size, geometry.mlp_bias)
-
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What stock layers do, sublayer by sublayer; `residual` is None until the first norm has seen one."""
-        if residual is None and not torch.compiler.is_compiling():
-            # The caller's own: EAGLE-3 may keep it as an auxiliary hidden state, and norms overwrite the residual.
-            hidden_states = hidden_states.clone()
-        if self.input_layernorm is None:
-            hidden_states = self.self_attn(hidden_states)
-        else:
-            hidden_states, residual = _add_and_norm(self.input_layernorm, hidden_states, residual)
-            hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
-        if self.post_attention_layernorm is None:
-            hidden_states = self.mlp(hidden_states)
-        else:
-            hidden_states, residual = _add_and_norm(self.post_attention_layernorm, hidden_states, residual)
-            hidden_states = self.mlp(hidden_states)
-        if residual is None:  # the next layer, the final norm and pipeline parallelism expect one
-            hidden_states, residual = torch.zeros_like(hidden_states), hidden_states
-        return hidden_states, residual
-
-
-def _add_and_norm(norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor | None):
-    """(norm(hidden_states + residual), hidden_states + residual); may overwrite both, as the stock norm may."""
-    if residual is None:
-        return norm(hidden_states), hidden_states
-    if _has_fused_norm(norm, hidden_states, residual):
-        torch.ops._C.fused_add_rms_norm(hidden_states, residual, norm.weight.data, norm.variance_epsilon)
-        return hidden_states, residual
-    return norm(hidden_states, residual)
-
-
-def _has_fused_norm(norm: RMSNorm, hidden_states: torch.Tensor, residual: torch.Tensor) -> bool:
-    """Whether vLLM's CPU build can compute this in one op.
-
-    vLLM itself lists that op for GPUs only (`vllm/kernels/vllm_c.py`), so that --ir-op-priority cannot choose it, and
-    runs some ten ops of PyTorch instead: 30 microseconds for one token, not 4. Inductor, which fuses the ten, makes
-    them faster than the op. The op refuses rows that are not whole vectors of 8 (`csrc/cpu/layernorm.cpp`).
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and hidden_states.is_cpu
-        and hidden_states.shape[-1] % 8 == 0
-        and norm.has_weight
-        and norm.variance_size_override is None
-        and hidden_states.dtype == residual.dtype == norm.weight.dtype
-        and hidden_states.is_contiguous()
-        and residual.is_contiguous()
-        and hasattr(torch.ops._C, "fused_add_rms_norm")
+def build_layer(vllm_config: VllmConfig, model_layout: ModelLayout, stock_layer: StockLayer, prefix: str) -> nn.Module:
+    """The layer of this name, e.g. "model.layers.3", as `model_layout` says."""
+    index = extract_layer_index(prefix)
+    geometry, layout = model_layout.geometry, model_layout.layers[index]
+    sizes = geometry.layers[index]
+    exchanged = [ATTENTION] * ("attention" in sizes.skip) + [MLP] * (not sizes.intermediate_size)
+    exchanged = [f"{prefix}.{name}" for name in exchanged]
+    layer: Any = stock_layer(
+        **_arguments(layer_config(vllm_config, model_layout, index, exchanged), stock_layer, prefix)
     )
+    _forget(exchanged)
+    if "attention" in sizes.skip:
+        removed = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
+        remove_sublayer(layer, ATTENTION, geometry.family.attention_norms, removed)
+    else:
+        fit_projections(layer.self_attn, geometry, layout, vllm_config, f"{prefix}.{ATTENTION}")
+    if sizes.expert_intermediate_sizes:
+        layer.mlp = MoEBlock(vllm_config, model_layout, index, f"{prefix}.{MLP}")
+    elif "mlp" in sizes.skip:
+        removed = Removed("down_proj", geometry.hidden_size, geometry.mlp_bias)
+        remove_sublayer(layer, MLP, geometry.family.mlp_norms, removed)
+    for module in layer.children():
+        if type(module) is RMSNorm:
+            module.__class__ = AddAndNorm
+    if index == 0:
+        layer.register_forward_pre_hook(with_own_inputs, with_kwargs=True)
+    return layer
+
+
+def _arguments(vllm_config: VllmConfig, stock_layer: StockLayer, prefix: str) -> dict[str, Any]:
+    """What a stock layer wants to be built with, by the names that vLLM gives it."""
+    config = vllm_config.model_config.hf_config
+    layer_types = getattr(config, "layer_types", None)
+    is_sliding = layer_types is not None and layer_types[extract_layer_index(prefix)] == "sliding_attention"
+    arguments = {
+        "vllm_config": vllm_config,
+        "config": config,
+        "cache_config": vllm_config.cache_config,
+        "quant_config": vllm_config.quant_config,
+        "per_layer_sliding_window": config.sliding_window if is_sliding else None,
+        "prefix": prefix,
+    }
+    return {name: arguments[name] for name in inspect.signature(stock_layer).parameters if name in arguments}
+
+
+def _forget(modules: list[str]) -> None:
+    """Takes what is in these modules out of vLLM's list of layers: an attention that is there has a KV cache."""
+    context = get_current_vllm_config().compilation_config.static_forward_context
+    for name in list(context):
+        if name.startswith(tuple(f"{module}." for module in modules)):
+            del context[name]
+
+
+def remove_sublayer(layer: nn.Module, name: str, norms: tuple[str, ...], removed: "Removed") -> None:
+    """Puts `removed` in the place of a stock layer's sublayer, and takes out its norms.
+
+    The first norm is the one before the sublayer. Later ones would see the last bias, which is added as it is.
+    """
+    setattr(layer, name, removed)
+    first, *later = norms
+    setattr(layer, first, RemovedNorm())
+    for norm in later:
+        setattr(layer, norm, nn.Identity())
 
 
 class Removed(nn.Module):
@@ -132,73 +105,27 @@ class Removed(nn.Module):
             bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
             self.add_module(projection, nn.ParameterDict({"bias": bias}))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Adds to `hidden_states`, which hold what the sublayer before added and has not been normed yet."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Adds to the hidden states, the zeros of a `RemovedNorm`. Attention gets positions too, before or after."""
+        hidden_states = [value for value in (*args, *kwargs.values()) if _is_floating_point(value)][0]
         for bias in self.parameters():
             hidden_states = hidden_states + bias
         return hidden_states
 
 
-def compact_attention(attention: Any, layout: LayerLayout, vllm_config: VllmConfig, prefix: str) -> None:
-    """Gives a stock attention projections of the real query heads only, where query groups are uneven.
+def with_own_inputs(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hook of the first layer: copies the hidden states, which norms overwrite as the residual.
 
-    The attention op knows no uneven groups: it keeps `layout.op_heads` query heads, as the stock class built it, and
-    `UnevenGroups` goes around it. The projections are built anew at their real size.
+    They are the caller's: EAGLE-3 may keep them as an auxiliary hidden state. Compiled code overwrites nothing.
     """
-    ranks = len(layout.shards)
-    total_num_heads = layout.query_heads * ranks
-    qkv_proj, o_proj = attention.qkv_proj, attention.o_proj
-    attention.qkv_proj = QKVParallelLinear(
-        qkv_proj.hidden_size,
-        attention.head_dim,
-        total_num_heads,
-        attention.total_num_kv_heads,
-        bias=qkv_proj.bias is not None,
-        quant_config=vllm_config.quant_config,
-        prefix=f"{prefix}.qkv_proj",
-    )
-    attention.o_proj = RowParallelLinear(
-        total_num_heads * attention.head_dim,
-        o_proj.output_size,
-        bias=o_proj.bias is not None,
-        quant_config=vllm_config.quant_config,
-        prefix=f"{prefix}.o_proj",
-    )
-    attention.total_num_heads = total_num_heads
-    attention.num_heads = layout.query_heads
-    attention.q_size = layout.query_heads * attention.head_dim
-    attention.attn = UnevenGroups(attention.attn, layout, get_tensor_model_parallel_rank())
+    if torch.compiler.is_compiling():
+        return None
+    return tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
 
 
-class UnevenGroups(nn.Module):
-    """An attention op for KV heads with different numbers of query heads.
+def _own(value: Any) -> Any:
+    return value.clone() if _is_floating_point(value) else value
 
-    Every KV head gets as many query heads as the widest group: q is spread out before the op, and its real heads are
-    picked from the output. No KV head is copied, and nothing outside of the op sees the padding.
-    """
 
-    source: torch.Tensor  # head of q for each head of the op
-    target: torch.Tensor  # head of the op for each real one
-
-    def __init__(self, attn: nn.Module, layout: LayerLayout, rank: int) -> None:
-        super().__init__()
-        self.attn = attn
-        self.head_dim = attn.head_size
-        self.register_buffer("source", torch.tensor(layout.op_source(rank)), persistent=False)
-        self.register_buffer("target", torch.tensor(layout.op_target(rank)), persistent=False)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        """Hands the scales of the KV cache on to the op, which the checkpoint knows by this module's name."""
-        for name, tensor in weights:
-            parameter = getattr(self.attn, name, None)
-            if parameter is not None:  # as in stock models, scales that the op does not know are left out
-                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-                yield f"attn.{name}"
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [tokens, query_heads * head_dim], k and v [tokens, kv_heads * head_dim] -> like q."""
-        output = self.attn(self._select(q, self.source), k, v)
-        return self._select(output, self.target)
-
-    def _select(self, heads: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return heads.unflatten(-1, (-1, self.head_dim)).index_select(-2, index).flatten(-2)
+def _is_floating_point(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

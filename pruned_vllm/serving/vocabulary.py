@@ -5,10 +5,7 @@ take another padding as an argument, but the classes that build them do not pass
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -31,17 +28,6 @@ def padding_size(tensor_parallel_size: int) -> int:
     return math.lcm(DEFAULT_VOCAB_PADDING_SIZE, tensor_parallel_size)
 
 
-@contextmanager
-def smallest_vocabulary(config: PreTrainedConfig, tensor_parallel_size: int) -> Iterator[None]:
-    """While it lasts, a model is built with the fewest tokens that vLLM's layers accept, to be replaced afterwards."""
-    vocab_size = config.vocab_size
-    config.vocab_size = padding_size(tensor_parallel_size)
-    try:
-        yield
-    finally:
-        config.vocab_size = vocab_size
-
-
 def build_vocabulary(model: LlamaForCausalLM, vllm_config: VllmConfig, prefix: str) -> None:
     """Gives `model` an embedding, an lm_head and a logits processor for all its tokens.
 
@@ -59,4 +45,5 @@ def build_vocabulary(model: LlamaForCausalLM, vllm_config: VllmConfig, prefix: s
         model.lm_head = ParallelLMHead(*sizes, padding_size=multiple, quant_config=quant_config, prefix=lm_head_prefix)
         if config.tie_word_embeddings:
             model.lm_head = model.lm_head.tie_weights(model.model.embed_tokens)
-        model.logits_processor = LogitsProcessor(config.vocab_size, scale=model.logits_processor.scale)
+        stock = model.logits_processor
+        model.logits_processor = LogitsProcessor(config.vocab_size, scale=stock.scale, soft_cap=stock.soft_cap)

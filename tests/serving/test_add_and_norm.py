@@ -1,15 +1,11 @@
 """The norm between sublayers: one op of vLLM's CPU build where that can compute it, else the stock one."""
 
-from itertools import product
-from types import SimpleNamespace
-
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
-from pruned_vllm.serving.layer import PrunedDecoderLayer, Removed, _add_and_norm
+from pruned_vllm.serving.norms import AddAndNorm
 
 HIDDEN_SIZE = 96
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,9 +18,9 @@ def kernels():
         pytest.skip("this build of vLLM has no op for it")
 
 
-def make_norm(dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE, **options) -> RMSNorm:
+def make_norm(dtype: torch.dtype, hidden_size: int = HIDDEN_SIZE, **options) -> AddAndNorm:
     with set_current_vllm_config(VllmConfig()):
-        norm = RMSNorm(hidden_size, eps=1e-5, dtype=dtype, **options)
+        norm = AddAndNorm(hidden_size, eps=1e-5, dtype=dtype, **options)
     norm.weight.data.uniform_(0.5, 1.5)
     return norm.requires_grad_(False)
 
@@ -34,7 +30,7 @@ def make_inputs(dtype: torch.dtype, tokens: int = 64) -> tuple[torch.Tensor, tor
     return torch.randn(tokens, HIDDEN_SIZE).to(dtype), 3 * torch.randn(tokens, HIDDEN_SIZE).to(dtype)
 
 
-def errors(outputs: tuple[torch.Tensor, torch.Tensor], norm: RMSNorm, inputs: tuple[torch.Tensor, torch.Tensor]):
+def errors(outputs: tuple[torch.Tensor, torch.Tensor], norm: AddAndNorm, inputs: tuple[torch.Tensor, torch.Tensor]):
     """Mean errors of the normed sum and of the sum, against float64."""
     total = inputs[0].double() + inputs[1].double()
     scale = (total.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
@@ -48,7 +44,7 @@ def test_rounds_no_worse_than_the_stock_norm(dtype, tokens):
     norm, inputs = make_norm(dtype), make_inputs(dtype, tokens)
     stock = norm.forward_native(*(value.clone() for value in inputs))
     mine = tuple(value.clone() for value in inputs)
-    outputs = _add_and_norm(norm, *mine)
+    outputs = norm(*mine)
     assert outputs[0] is mine[0] and outputs[1] is mine[1], "the op works in place"
     assert outputs[0].shape == outputs[1].shape == (tokens, HIDDEN_SIZE)
     if tokens:
@@ -82,7 +78,7 @@ def test_what_the_op_cannot_compute_is_left_to_the_stock_norm(options, change):
     norm = make_norm(torch.float32, **options)
     inputs = change(*make_inputs(torch.float32))
     expected = norm.forward_native(*(value.clone() for value in inputs))
-    outputs = _add_and_norm(norm, *inputs)
+    outputs = norm(*inputs)
     assert all(torch.equal(output, value) for output, value in zip(outputs, expected, strict=True))
 
 
@@ -94,30 +90,7 @@ def test_compiled_it_is_the_stock_norm():
         graphs.append(graph.code)
         return graph
 
-    compiled = torch.compile(lambda x, residual: _add_and_norm(norm, x, residual), backend=backend, fullgraph=True)
+    compiled = torch.compile(lambda x, residual: norm(x, residual), backend=backend, fullgraph=True)
     outputs = compiled(*(value.clone() for value in inputs))
     assert len(graphs) == 1 and "_C.fused_add_rms_norm" not in graphs[0]
     assert max(errors(outputs, norm, inputs)) < 1e-6
-
-
-@pytest.mark.parametrize("removed", list(product((False, True), repeat=4)), ids=str)
-def test_a_models_input_is_not_overwritten(removed):
-    """Whoever called the model may keep it: EAGLE-3 does, as an auxiliary hidden state.
-
-    There are two layers, because the second overwrites what a first one without sublayers hands on.
-    """
-    hidden_states, _ = make_inputs(torch.float32)
-    before = hidden_states.clone()
-
-    def sublayer(hidden_states, positions=None):
-        return 2 * hidden_states
-
-    state = (hidden_states, None)
-    for is_removed in (removed[:2], removed[2:]):
-        norms = [None if gone else make_norm(torch.float32) for gone in is_removed]
-        attention, mlp = (Removed("", HIDDEN_SIZE, False) if gone else sublayer for gone in is_removed)
-        layer = SimpleNamespace(
-            input_layernorm=norms[0], self_attn=attention, post_attention_layernorm=norms[1], mlp=mlp
-        )
-        state = PrunedDecoderLayer.forward(layer, None, *state)
-    assert torch.equal(hidden_states, before)

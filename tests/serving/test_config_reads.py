@@ -67,15 +67,15 @@ def served_reads(family: Family) -> Reads:
     """What the plugin's class of a family reads, and vLLM's classes that it is built of."""
     return merged(
         reads([getattr(models, family.pruned_architecture)], ("pruned_vllm.serving", *VLLM_MODELS)),
-        attention_reads(family),
+        layer_reads(family),
         engine_reads(),
     )
 
 
-def attention_reads(family: Family) -> Reads:
-    build = models.ATTENTION_BUILDERS[family.model_type]
-    roots = [getattr(build, "func", build), *getattr(build, "keywords", {}).values()]
-    return reads(roots, ("pruned_vllm.serving", *VLLM_MODELS), follow_defaults=not hasattr(build, "func"))
+def layer_reads(family: Family) -> Reads:
+    """A stock decoder layer reads most of what its attention is built with."""
+    _, layer = models.SERVED[family.model_type]
+    return reads([layer], ("pruned_vllm.serving", *VLLM_MODELS), follow_defaults=isinstance(layer, type))
 
 
 @functools.cache
@@ -142,7 +142,7 @@ def test_every_key_of_a_part_of_hugging_faces_model_has_a_row(family):
     else:
         module = importlib.import_module(getattr(transformers, family.architecture).__module__)
         prefix, experts = family.architecture.removesuffix("ForCausalLM"), "SparseMoeBlock"
-    parts = [(reads([getattr(module, f"{prefix}Attention")]), attention_reads(family))]
+    parts = [(reads([getattr(module, f"{prefix}Attention")]), layer_reads(family))]
     if family.experts is not None:
         served = reads([MoEBlock], ("pruned_vllm.serving", *VLLM_MODELS))
         parts.append((reads([getattr(module, prefix + experts)], (module.__name__,)), served))
