@@ -16,6 +16,7 @@ from converter.hidden import EMBEDDING
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
 from pruned_vllm.formats.layer import LayerGeometry
@@ -48,7 +49,8 @@ def shapes_differ(directory: Path) -> bool | None:
     """
     if not (directory / "config.json").is_file() or not has_weight_files(directory):
         return None
-    config, tensors = complete_biases(read_config(directory), read_headers(directory))
+    config = read_config(directory)
+    config, tensors = complete_biases(config, unfused(config, read_headers(directory)))
     stated = ModelGeometry.from_config(config)
     if any(key in config for key in SIZE_LISTS) or count_problems(tensors, stated):
         return True

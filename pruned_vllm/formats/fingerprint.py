@@ -18,7 +18,6 @@ Pure Python.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,6 @@ class Fingerprint:
         tensors: dict[str, StoredTensor] = {}
         for path in find_weight_files(directory):
             tensors |= {canonical_name(key): tensor for key, tensor in stored_tensors(path).items()}
-        return cls.from_tensors(directory, tensors)
-
-    @classmethod
-    def from_tensors(cls, directory: Path, tensors: Mapping[str, StoredTensor]) -> "Fingerprint":
-        """The same, for a directory whose headers were read: its tensors by canonical name. Raises InputError."""
         config = read_json(directory / "config.json")
         related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
         samples = {}

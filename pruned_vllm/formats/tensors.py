@@ -2,6 +2,7 @@
 
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
+from pruned_vllm.formats.wrappers import TEXT_PREFIXES
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -27,8 +28,11 @@ def canonical_name(name: str) -> str:
     """The name of a checkpoint's tensor as `layer_tensor_shapes` has it.
 
     As Transformers does, takes names without the prefix "model." (published embedding models have such) and with one
-    too many.
+    too many, and those of the language model inside of a multimodal one.
     """
+    for prefix, text_prefix in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return text_prefix + name.removeprefix(prefix)
     if name.startswith(("layers.", "embed_tokens.", "norm.", "rotary_emb.")):
         return f"model.{name}"
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name

@@ -34,23 +34,12 @@ def olmoe_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)  # type: ignore[arg-type]
 
 
-def ministral3_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """Mistral's layer, told to scale queries by their position: vLLM looks for that in Mistral's own format only."""
-    config = vllm_config.model_config.hf_config
-    rope_parameters = config.rope_parameters
-    config.llama_4_scaling = {
-        "beta": rope_parameters["llama_4_scaling_beta"],
-        "original_max_position_embeddings": rope_parameters["original_max_position_embeddings"],
-    }
-    return MistralDecoderLayer(vllm_config, prefix)
-
-
 # Qwen2 and those with experts have Llama's layer: vLLM's Qwen2 derives head_dim from the number of heads, which pruning
 # changes, and experts are a block of the plugin's.
 SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "llama": (LlamaForCausalLM, LlamaDecoderLayer),
     "mistral": (LlamaForCausalLM, MistralDecoderLayer),
-    "ministral3": (LlamaForCausalLM, ministral3_layer),
+    "ministral3": (LlamaForCausalLM, MistralDecoderLayer),
     "phi3": (LlamaForCausalLM, LlamaDecoderLayer),
     "qwen2": (LlamaForCausalLM, LlamaDecoderLayer),
     "qwen3": (LlamaForCausalLM, Qwen3DecoderLayer),
