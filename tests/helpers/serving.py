@@ -127,6 +127,21 @@ LAYER_TYPES = {
     "use_sliding_window": True,
 }
 QWEN3_BIAS = {"attention_bias": True}
+GEMMA = {
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 24,
+}
+HALF_ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+SCALED_QUERIES = {  # at positions that the prompts reach
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.5,
+    }
+}
 # Keys that Hugging Face's Llama ignores and vLLM acts on.
 VLLM_ONLY = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3, "logit_scale": 0.5, "rotary_pct": 0.5}
 
@@ -187,6 +202,19 @@ GEOMETRIES = {
     "qwen2 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen2", 4, config=LAYER_TYPES),
     "qwen3 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen3", 4, config=LAYER_TYPES),
     "qwen3 biases, skips": Geometry((NONE, *MHA[1:]), ODD, "qwen3", config=QWEN3_BIAS),
+    "gemma3 ragged": Geometry(GQA, ODD, "gemma3_text", 2, config=GEMMA, site="gate_and_up"),
+    "gemma3 uniform": Geometry(
+        ((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "gemma3_text", 2, config=GEMMA, stock=True
+    ),
+    "gemma3 uneven groups, biases": Geometry(UNEVEN, ODD, "gemma3_text", 4, config=GEMMA | QWEN3_BIAS),
+    "gemma3 skips": Geometry((NONE, MHA[0], NONE), (51, 0, 0), "gemma3_text", config=GEMMA),
+    "phi3 ragged": Geometry(MHA, ODD, "phi3", negative=True),
+    "phi3 uneven groups, sliding window": Geometry(UNEVEN, ODD, "phi3", 4, config={"sliding_window": 8}),
+    "phi3 skips, half of a head rotated": Geometry((NONE, *MHA[1:]), (0, 51, 0), "phi3", config=HALF_ROTATED),
+    "ministral3 uneven groups": Geometry(UNEVEN, ODD, "ministral3", 4, config=SCALED_QUERIES),
+    "ministral3 skips, sliding window": Geometry(
+        (NONE, *MHA[1:]), (0, 51, 0), "ministral3", config=SCALED_QUERIES | {"sliding_window": 8}
+    ),
 }
 
 

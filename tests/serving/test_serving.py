@@ -38,6 +38,11 @@ SERVED_SLOWLY = (
     "qwen3 very uneven groups",
     "qwen3 uneven groups",
     "qwen3 skips",
+    "gemma3 ragged",
+    "gemma3 uniform",
+    "phi3 ragged",
+    "phi3 uneven groups, sliding window",
+    "ministral3 skips, sliding window",
 )
 
 
@@ -70,7 +75,9 @@ def test_served_model_is_the_masked_model(tmp_path, geometry):
     assert_serves_the_masked_model(directory, model, masks, geometry.site)
 
 
-@pytest.mark.parametrize("name", ["llama ragged", "qwen3 uneven groups", "llama biases survive the first layer"])
+@pytest.mark.parametrize(
+    "name", ["llama ragged", "qwen3 uneven groups", "llama biases survive the first layer", "gemma3 skips"]
+)
 def test_compiled(tmp_path, name):
     model, masks = GEOMETRIES[name].model_and_masks()
     directory = converted(tmp_path, model, masks)

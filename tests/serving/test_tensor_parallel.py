@@ -7,6 +7,7 @@ import pytest
 from helpers.serving import (
     ALL,
     BIASES,
+    GEMMA,
     GEOMETRIES,
     MHA,
     NONE,
@@ -18,7 +19,7 @@ from helpers.serving import (
     engine,
     generate,
 )
-from helpers.tiny import converted
+from helpers.tiny import converted, expert_masks, tiny_model
 
 TWO_RANKS = {
     name: GEOMETRIES[name]
@@ -31,6 +32,8 @@ TWO_RANKS = {
         "qwen2 skips",
         "qwen3 very uneven groups",
         "qwen3 biases, uneven groups",
+        "gemma3 uneven groups, biases",
+        "phi3 skips, half of a head rotated",
     )
 } | {
     "llama one head and one channel, biases survive": Geometry(
@@ -46,6 +49,7 @@ MORE_RANKS = {
         ((4,), (1,), (3,)), ODD, group=6, config={"vocab_size": 257, "tie_word_embeddings": True}
     ),
     (3, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
+    (3, "gemma3 uneven groups, tied"): Geometry(UNEVEN, ODD, "gemma3_text", 4, config=GEMMA | {"vocab_size": 331}),
     (4, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
 }
 USUAL = ("llama one head and one channel, biases survive",)
@@ -116,6 +120,14 @@ def test_more_ranks_than_query_heads_are_refused(tmp_path):
         pytest.raises(ValueError, match="is more than the 1 query heads of the largest layer"),
         engine(directory, tensor_parallel_size=2),
     ):
+        pass
+
+
+def test_ranks_that_would_pad_heads_which_are_normalised_together_are_refused(tmp_path):
+    model = tiny_model("olmoe", 6, 6, 24)
+    directory = converted(tmp_path, model, expert_masks(model, [[3, 4, 5, 6]] * 3))
+    message = "normalises q and k over all heads together, so none can be padded; choose one that divides 6 heads"
+    with pytest.raises(ValueError, match=message), engine(directory, tensor_parallel_size=4):
         pass
 
 
