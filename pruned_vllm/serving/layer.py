@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.utils import extract_layer_index
@@ -107,7 +108,7 @@ class Removed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Adds to the hidden states, the zeros of a `RemovedNorm`. Attention gets positions too, before or after."""
-        hidden_states = [value for value in (*args, *kwargs.values()) if _is_floating_point(value)][0]
+        hidden_states = [value for value in (*args, *kwargs.values()) if value.is_floating_point()][0]
         for bias in self.parameters():
             hidden_states = hidden_states + bias
         return hidden_states
@@ -118,14 +119,4 @@ def with_own_inputs(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
     They are the caller's: EAGLE-3 may keep them as an auxiliary hidden state. Compiled code overwrites nothing.
     """
-    if torch.compiler.is_compiling():
-        return None
-    return tuple(map(_own, args)), {name: _own(value) for name, value in kwargs.items()}
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if _is_floating_point(value) else value
-
-
-def _is_floating_point(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return None if torch.compiler.is_compiling() else tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
