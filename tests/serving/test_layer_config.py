@@ -4,8 +4,10 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 from transformers import AutoConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import resolve_quantization_config
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -79,6 +81,15 @@ def test_a_layers_sizes(ranks, index, sizes):
     assert vllm_config.model_config.hf_config.to_dict() == before
 
 
+@pytest.fixture
+def bfloat16():
+    vllm_config = VllmConfig()
+    vllm_config.model_config = SimpleNamespace(dtype=torch.bfloat16)
+    with set_current_vllm_config(vllm_config):
+        yield
+
+
+@pytest.mark.usefixtures("bfloat16")
 def test_what_is_exchanged_is_not_quantized():
     online = OnlineQuantizationConfig(resolve_quantization_config("fp8_per_channel", {}))
     stored = Stored()
