@@ -4,6 +4,7 @@ The oracle is the masked dense model in Hugging Face, float32: what a converted 
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -37,6 +38,28 @@ MOE_CONFIGS = {
         "moe_intermediate_size": 24,
     },
 }
+# Families whose config class has other defaults than a tiny model can have, or whose positions are to be seen in it.
+DENSE_CONFIGS = {
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "phi3": {},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
+}
 HF_MOE = [name for name in MOE_CONFIGS if name != "deepseek"]  # what Transformers has
 
 
@@ -51,7 +74,9 @@ def tiny_model(
     deepseek_config.register()
     if model_type == "olmoe":  # its norm of q is as wide as the hidden states
         config.setdefault("hidden_size", num_attention_heads * HEAD_DIM)
-    config = MOE_CONFIGS.get(model_type, {}) | config
+    config = deepcopy(MOE_CONFIGS.get(model_type) or DENSE_CONFIGS.get(model_type, {})) | config
+    if (count := config.get("num_hidden_layers", NUM_LAYERS)) != NUM_LAYERS and "layer_types" in config:
+        config["layer_types"] = [config["layer_types"][index % NUM_LAYERS] for index in range(count)]
     config = AutoConfig.for_model(
         model_type,
         vocab_size=config.pop("vocab_size", VOCAB_SIZE),
