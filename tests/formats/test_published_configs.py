@@ -275,7 +275,7 @@ REFUSED = {
         "rope_parameters.rope_type is 'yarn'",
     ),
     "phi with gelu": (PHI_3, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    "phi with yarn": (PHI_3, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type is 'yarn'"),
+    "phi with yarn": (PHI_3, {"rope_scaling": {"type": "yarn"}}, "rope_parameters.rope_type is 'yarn'"),
     "longrope with a factor": (
         PHI_4_MINI,
         {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"attention_factor": 2.0}},

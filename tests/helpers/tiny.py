@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from converter.convert import convert
 from converter.plan import make_plan
 from learner.model.masking import apply_masks
+from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 from pruned_vllm.serving import deepseek_config
@@ -97,10 +98,11 @@ def tiny_model(
         model = DeepseekForCausalLM(config)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    offset = 1 if FAMILIES[model_type].norms_add_one else 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(offset)
             else:
                 parameter.normal_(std=0.15)
     return model.eval().requires_grad_(False)

@@ -66,6 +66,8 @@ LONGROPE = {
         **{"short_factor": [1.0 + i / 4 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]},
     },
 }
+# A norm makes the sign of what a single channel adds, so that rounding shows where that is nearly 0.
+NOT_ONE = (17, 6, 39)
 NO_CHANNELS = (0,) * NUM_LAYERS
 NO_HEADS = ((),) * NUM_LAYERS
 
@@ -100,13 +102,10 @@ CASES = {
     "qwen3, uneven, biases, tied": Case(
         UNEVEN, model_type="qwen3", dense=(12, 3), config={"attention_bias": True, "tie_word_embeddings": True}
     ),
-    "gemma3": Case(GQA, model_type="gemma3_text", dense=(6, 3)),
-    "gemma3, uneven, gate and up": Case(UNEVEN, model_type="gemma3_text", dense=(12, 3), site="gate_and_up"),
+    "gemma3": Case(GQA, NOT_ONE, "gemma3_text", (6, 3)),
+    "gemma3, uneven, gate and up": Case(UNEVEN, NOT_ONE, "gemma3_text", (12, 3), "gate_and_up"),
     "gemma3, uneven, biases, not tied": Case(
-        UNEVEN,
-        model_type="gemma3_text",
-        dense=(12, 3),
-        config={"attention_bias": True, "tie_word_embeddings": False},
+        UNEVEN, NOT_ONE, "gemma3_text", (12, 3), config={"attention_bias": True, "tie_word_embeddings": False}
     ),
     "gemma3, no attention in layer 0, no mlp in layer 1": Case(((), *MHA[1:]), (17, 0, 39), "gemma3_text"),
     "gemma3, layer 1 gone": Case((MHA[0], (), MHA[2]), (17, 0, 39), "gemma3_text"),
