@@ -61,7 +61,7 @@ class Positions:
         from transformers import CONFIG_MAPPING, LlamaConfig  # late: an import of seconds
 
         model_type, head = self._geometry.family.model_type, self._geometry.head_dim
-        config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING.keys() else LlamaConfig  # noqa: SIM118
+        config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else LlamaConfig  # noqa: SIM401
         given = {key: self._config[key] for key in POSITION_KEYS if self._config.get(key) is not None}
         windows = {key: self._config[key] for key in WINDOW_KEYS if key in self._config}  # null is no window
         sizes = {**_one_head(head), "num_hidden_layers": len(self._geometry.layers)}

@@ -25,7 +25,10 @@ def rope(**parameters) -> dict:
 
 LONG = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}
 REFUSED = {
-    **{f"{name}, activation": (name, {"hidden_act": "gelu"}, "hidden_act is 'gelu': vLLM has") for name in FAMILIES},
+    **{
+        f"{name}, activation": (name, {family.activation_key: "gelu"}, f"{family.activation_key} is 'gelu': ")
+        for name, family in FAMILIES.items()
+    },
     "not causal": ("llama", {"is_causal": False}, "is_causal is False: the plugin serves causal attention alone"),
     "half of a head rotated": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "half of a head rotated, inside": ("qwen3", rope(partial_rotary_factor=0.5), "rope_parameters.partial_"),
@@ -39,6 +42,11 @@ REFUSED = {
     "olmoe, clipping": ("olmoe", {"clip_qkv": 0.5}, "clip_qkv is 0.5: vLLM's OLMoE does not clip"),
     "olmoe, a window": ("olmoe", {"sliding_window": 8}, "sliding_window is 8: Hugging Face's OLMoE applies it with"),
     "quantized, older name": ("llama", {"compression_config": {}}, "compression_config is {}"),
+    "gemma3, angles of full layers": (
+        "gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "llama3"}}}, "rope_type is 'llama3'"),
+    "gemma3, capped logits": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    "phi3, linear": ("phi3", rope(rope_type="linear", factor=2.0), "rope_type is 'linear'"),
+    "ministral3, no scale of queries": ("ministral3", rope(rope_type="default"), "lack llama_4_scaling_beta"),
     "encoder": ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder is True"),
 }  # fmt: skip
 DROPPED = {
@@ -52,6 +60,8 @@ DROPPED = {
     "other names": ("llama", {"rotary_pct": 0.5, "num_kv_heads": 1, "n_head_kv": 1}),
     "experts of a dense model": ("qwen2", {"num_experts": 4, "num_experts_per_tok": 2}),
     "groups of experts": ("deepseek", {"routed_scaling_factor": 2.5, "topk_method": "noaux_tc", "n_group": 2}),
+    "biases of Phi-3": ("phi3", {"attention_bias": True, "mlp_bias": True}),
+    "layer types of Ministral 3": ("ministral3", {"layer_types": ["full_attention"] * 3}),
     "a shared expert": ("qwen3_moe", {"shared_expert_intermediate_size": 24}),
 }
 NOT_STOCK = {
@@ -166,6 +176,13 @@ ANGLES = {
     "yarn, not truncated": YARN | {"truncate": False},
     "keys of other models": {"rope_type": "default", "rope_dim": 16, "mrope_section": [4, 6, 6]},
 }  # fmt: skip
+
+
+def test_a_model_that_lacks_what_vllm_needs_is_refused_when_serving():
+    family, config = FAMILIES["ministral3"], config_of("ministral3")
+    with pytest.raises(InputError, match="config.json lacks llama_4_scaling, which convert-pruned writes"):
+        check_keys(config, family)
+    check_keys(write(config), family)
 
 
 @pytest.mark.parametrize("parameters", ANGLES.values(), ids=ANGLES)
