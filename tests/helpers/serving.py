@@ -127,21 +127,8 @@ LAYER_TYPES = {
     "use_sliding_window": True,
 }
 QWEN3_BIAS = {"attention_bias": True}
-GEMMA = {
-    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-    "sliding_window": 8,
-    "query_pre_attn_scalar": 24,
-}
-HALF_ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
-SCALED_QUERIES = {  # at positions that the prompts reach
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 500.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 8,
-        "llama_4_scaling_beta": 0.5,
-    }
-}
+# Without 1: a norm makes a sign of what a single channel adds, and rounding decides it where that is nearly 0.
+NOT_ONE = (51, 6, 99)
 # Keys that Hugging Face's Llama ignores and vLLM acts on.
 VLLM_ONLY = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3, "logit_scale": 0.5, "rotary_pct": 0.5}
 
@@ -202,18 +189,18 @@ GEOMETRIES = {
     "qwen2 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen2", 4, config=LAYER_TYPES),
     "qwen3 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen3", 4, config=LAYER_TYPES),
     "qwen3 biases, skips": Geometry((NONE, *MHA[1:]), ODD, "qwen3", config=QWEN3_BIAS),
-    "gemma3 ragged": Geometry(GQA, ODD, "gemma3_text", 2, config=GEMMA, site="gate_and_up"),
-    "gemma3 uniform": Geometry(
-        ((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "gemma3_text", 2, config=GEMMA, stock=True
-    ),
-    "gemma3 uneven groups, biases": Geometry(UNEVEN, ODD, "gemma3_text", 4, config=GEMMA | QWEN3_BIAS),
-    "gemma3 skips": Geometry((NONE, MHA[0], NONE), (51, 0, 0), "gemma3_text", config=GEMMA),
+    "gemma3 gqa": Geometry(GQA, NOT_ONE, "gemma3_text", 2, site="gate_and_up"),
+    "gemma3 uniform": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "gemma3_text", 2, stock=True),
+    "gemma3 uneven groups, biases": Geometry(UNEVEN, NOT_ONE, "gemma3_text", 4, config=QWEN3_BIAS),
+    "gemma3 skips": Geometry((NONE, MHA[0], NONE), (51, 0, 0), "gemma3_text"),
     "phi3 ragged": Geometry(MHA, ODD, "phi3", negative=True),
     "phi3 uneven groups, sliding window": Geometry(UNEVEN, ODD, "phi3", 4, config={"sliding_window": 8}),
-    "phi3 skips, half of a head rotated": Geometry((NONE, *MHA[1:]), (0, 51, 0), "phi3", config=HALF_ROTATED),
-    "ministral3 uneven groups": Geometry(UNEVEN, ODD, "ministral3", 4, config=SCALED_QUERIES),
+    "phi3 skips, half of a head rotated": Geometry(
+        (NONE, *MHA[1:]), (0, 51, 0), "phi3", config={"partial_rotary_factor": 0.5}
+    ),
+    "ministral3 uneven groups": Geometry(UNEVEN, ODD, "ministral3", 4),
     "ministral3 skips, sliding window": Geometry(
-        (NONE, *MHA[1:]), (0, 51, 0), "ministral3", config=SCALED_QUERIES | {"sliding_window": 8}
+        (NONE, *MHA[1:]), (0, 51, 0), "ministral3", config={"sliding_window": 8}
     ),
 }
 

@@ -38,7 +38,7 @@ SERVED_SLOWLY = (
     "qwen3 very uneven groups",
     "qwen3 uneven groups",
     "qwen3 skips",
-    "gemma3 ragged",
+    "gemma3 gqa",
     "gemma3 uniform",
     "phi3 ragged",
     "phi3 uneven groups, sliding window",

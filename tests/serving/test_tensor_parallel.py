@@ -7,10 +7,10 @@ import pytest
 from helpers.serving import (
     ALL,
     BIASES,
-    GEMMA,
     GEOMETRIES,
     MHA,
     NONE,
+    NOT_ONE,
     ODD,
     UNEVEN,
     Geometry,
@@ -49,7 +49,7 @@ MORE_RANKS = {
         ((4,), (1,), (3,)), ODD, group=6, config={"vocab_size": 257, "tie_word_embeddings": True}
     ),
     (3, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
-    (3, "gemma3 uneven groups, tied"): Geometry(UNEVEN, ODD, "gemma3_text", 4, config=GEMMA | {"vocab_size": 331}),
+    (3, "gemma3 uneven groups, tied"): Geometry(UNEVEN, NOT_ONE, "gemma3_text", 4, config={"vocab_size": 331}),
     (4, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
 }
 USUAL = ("llama one head and one channel, biases survive",)
