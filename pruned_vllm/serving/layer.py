@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -49,11 +49,8 @@ def build_layer(vllm_config: VllmConfig, model_layout: ModelLayout, stock_layer:
     elif "mlp" in sizes.skip:
         removed = Removed("down_proj", geometry.hidden_size, geometry.mlp_bias)
         remove_sublayer(layer, MLP, geometry.family.mlp_norms, removed)
-    for module in layer.children():
-        if type(module) is RMSNorm:
-            module.__class__ = AddAndNorm
-    if index == 0:
-        layer.register_forward_pre_hook(with_own_inputs, with_kwargs=True)
+    if vllm_config.compilation_config.mode == CompilationMode.NONE:
+        _prepare_for_eager(layer, is_first=index == 0)
     return layer
 
 
@@ -79,6 +76,15 @@ def _forget(modules: list[str]) -> None:
     for name in list(context):
         if name.startswith(tuple(f"{module}." for module in modules)):
             del context[name]
+
+
+def _prepare_for_eager(layer: nn.Module, is_first: bool) -> None:
+    """What torch.compile does better: to norm in one op, and not to overwrite what belongs to others."""
+    for module in layer.children():
+        if type(module) is RMSNorm:
+            module.__class__ = AddAndNorm
+    if is_first:
+        layer.register_forward_pre_hook(with_own_inputs, with_kwargs=True)
 
 
 def remove_sublayer(layer: nn.Module, name: str, norms: tuple[str, ...], removed: "Removed") -> None:
@@ -114,9 +120,9 @@ class Removed(nn.Module):
         return hidden_states
 
 
-def with_own_inputs(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def with_own_inputs(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Hook of the first layer: copies the hidden states, which norms overwrite as the residual.
 
-    They are the caller's: EAGLE-3 may keep them as an auxiliary hidden state. Compiled code overwrites nothing.
+    They are the caller's: EAGLE-3 may keep them as an auxiliary hidden state.
     """
-    return None if torch.compiler.is_compiling() else tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    return tree_map_only(torch.Tensor, torch.clone, (args, kwargs))

@@ -80,17 +80,3 @@ def test_what_the_op_cannot_compute_is_left_to_the_stock_norm(options, change):
     expected = norm.forward_native(*(value.clone() for value in inputs))
     outputs = norm(*inputs)
     assert all(torch.equal(output, value) for output, value in zip(outputs, expected, strict=True))
-
-
-def test_compiled_it_is_the_stock_norm():
-    norm, inputs = make_norm(torch.float32), make_inputs(torch.float32)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph.code)
-        return graph
-
-    compiled = torch.compile(lambda x, residual: norm(x, residual), backend=backend, fullgraph=True)
-    outputs = compiled(*(value.clone() for value in inputs))
-    assert len(graphs) == 1 and "_C.fused_add_rms_norm" not in graphs[0]
-    assert max(errors(outputs, norm, inputs)) < 1e-6
