@@ -31,10 +31,9 @@ class Positions:
     @property
     def scale(self) -> float:
         """What the products of q and k are multiplied by."""
-        size = self._geometry.head_dim
-        if self._geometry.family.model_type == "gemma3_text":
-            size = self._config.get("query_pre_attn_scalar") or 256
-        return float(size) ** -0.5
+        family = self._geometry.family
+        given = family.with_defaults(self._config)
+        return float(given[family.query_scale_key] if family.query_scale_key else self._geometry.head_dim) ** -0.5
 
     def window(self, index: int) -> int | None:
         """How many tokens a token of layer `index` sees, itself among them; None: all before it."""

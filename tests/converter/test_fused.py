@@ -1,4 +1,4 @@
-"""convert-pruned on files with fused projections: their rows are those of the parts, or a message says what is wrong."""
+"""convert-pruned on files with fused projections: parts are rows of them, or a message says what is wrong."""
 
 import json
 from pathlib import Path
