@@ -77,6 +77,11 @@ class Positions:
             rope = rope[kind]
         if kind not in self._rotary:
             size = int(self._geometry.head_dim * rope.get("partial_rotary_factor", 1))
+            if size < 2 or size % 2:
+                raise InputError(
+                    f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, so that {size} of the "
+                    f"{self._geometry.head_dim} numbers of a head turn; RoPE turns pairs, so it must be an even number"
+                )
             given = {"rope_parameters": {key: value for key, value in rope.items() if key not in _NOT_LLAMA}}
             given |= {"max_position_embeddings": self._read.max_position_embeddings}
             self._rotary[kind] = _built(lambda: LlamaRotaryEmbedding(LlamaConfig(**_one_head(size), **given)), given)
