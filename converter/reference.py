@@ -33,6 +33,7 @@ class ReferenceModel:
         masks: one entry for each layer; None: there are none.
         channel_mask_site: "product" or "gate_and_up".
         hidden: masks of the hidden dimensions.
+        dropped_experts: for each layer the experts that its router must not choose; None: it may choose all.
         rounding: if given, every weight is off by what rounding to this dtype does after a multiplication: row by row
             it is multiplied by a number that is drawn at random, rounded, and divided again.
     """
@@ -43,6 +44,7 @@ class ReferenceModel:
     masks: Sequence[LayerMasks[torch.Tensor]] | None = None
     channel_mask_site: str = "product"
     hidden: HiddenMask = field(default_factory=HiddenMask)
+    dropped_experts: Sequence[tuple[int, ...]] | None = None
     rounding: torch.dtype | None = None
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -77,7 +79,9 @@ class ReferenceModel:
         states = states + _times(added, self.hidden.outputs)
         if layer.expert_intermediate_sizes:
             normed = self._norm(f"{prefix}post_attention_layernorm", states)
-            added, chosen = self._experts(prefix, normed, layer.expert_intermediate_sizes, masks.expert, chosen)
+            dropped = () if self.dropped_experts is None else self.dropped_experts[index]
+            widths = layer.expert_intermediate_sizes
+            added, chosen = self._experts(prefix, normed, widths, masks.expert, dropped, chosen)
         elif layer.intermediate_size:
             normed = self._norm(f"{prefix}post_attention_layernorm", states)
             modules = tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -134,10 +138,14 @@ class ReferenceModel:
         states: torch.Tensor,
         widths: tuple[int, ...],
         mask: torch.Tensor | None,
+        dropped: tuple[int, ...],
         chosen: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         names, experts = self.geometry.family.experts_format, self.geometry.dense_experts
-        probabilities = self._linear(f"{prefix}{names.router}", states).softmax(-1)
+        logits = self._linear(f"{prefix}{names.router}", states)
+        if dropped:
+            logits[:, list(dropped)] = -torch.inf
+        probabilities = logits.softmax(-1)
         if chosen is None:
             chosen = probabilities.topk(experts.num_experts_per_tok, dim=-1).indices
         weights = probabilities.gather(1, chosen)

@@ -43,6 +43,11 @@ class ExpertsFormat:
         """The router's module in a decoder layer; its weight is [experts, hidden_size]."""
         return f"{self.module}.gate"
 
+    @property
+    def router_tensors(self) -> tuple[str, ...]:
+        """The tensors in a decoder layer that have a row for each expert."""
+        return (f"{self.router}.weight",)
+
     def modules_of(self, expert: int) -> tuple[str, str, str]:
         """The gate, up and down projection of a routed expert, as modules in a decoder layer."""
         gate, up, down = (f"{self.module}.experts.{expert}.{projection}" for projection in self.projections)
@@ -57,6 +62,9 @@ class ExpertsFormat:
             step, first = positive(config, "moe_layer_freq", default=1), natural(config, "first_k_dense_replace", 0)
             return {index for index in range(0, num_layers, step) if index >= first}
         return set(range(num_layers))
+
+
+NUM_EXPERTS = "num_experts"  # in `per_layer_config`, whatever the family calls it at the top level
 
 
 @dataclass(frozen=True)
@@ -92,3 +100,16 @@ class DenseExperts:
         elif experts.shared_count_key is not None and config.get(experts.shared_count_key) is not None:
             shared = width * natural(config, experts.shared_count_key, 0)
         return cls(count, chosen, width, shared, flag(experts.norm_topk_prob, config))
+
+    def num_experts_of(self, overrides: Mapping[str, Any]) -> int:
+        """The experts of a layer, of which `per_layer_config` says `overrides`. Raises ValueError with the numbers."""
+        count = positive(overrides, NUM_EXPERTS, default=self.num_experts, most=LARGEST_COUNT)
+        if count > self.num_experts:
+            raise ValueError(f"{NUM_EXPERTS} is {count}, but a layer had {self.num_experts} before pruning")
+        if count < self.num_experts_per_tok:
+            raise ValueError(self.too_few(count))
+        return count
+
+    def too_few(self, count: int) -> str:
+        """Why a layer cannot have `count` experts, which are fewer than a token is sent to."""
+        return f"{NUM_EXPERTS} is {count}, but the router chooses {self.num_experts_per_tok} (num_experts_per_tok)"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive
+from pruned_vllm.formats.experts import NUM_EXPERTS
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
 
@@ -16,8 +17,9 @@ class LayerGeometry:
     Attributes:
         query_heads_per_kv_head: for each KV head, how many query heads read it; () when attention is skipped.
         intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
-        expert_intermediate_sizes: FFN channels of each routed expert; () for a layer with a dense MLP or none. 0 is an
-            expert that outputs zeros; the router still sees it. A layer whose experts are all 0 skips nothing.
+        expert_intermediate_sizes: FFN channels of each routed expert that the layer has; () for a layer with a dense
+            MLP or none. 0 is an expert that outputs zeros; the router still sees it. A layer whose experts are all 0
+            skips nothing.
     """
 
     query_heads_per_kv_head: tuple[int, ...]
@@ -71,7 +73,7 @@ class LayerGeometry:
         """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
 
         Args:
-            num_experts: 0 for a layer with a dense MLP.
+            num_experts: that the layer has; 0 for a layer with a dense MLP.
             width_key: the family's key for the width of all experts.
         """
         skip = sizes.get("skip") or []
@@ -121,9 +123,10 @@ class LayerGeometry:
                 overrides["query_heads_per_kv_head"] = list(self.query_heads_per_kv_head)
         if self.intermediate_size not in (0, dense.intermediate_size):
             overrides["intermediate_size"] = self.intermediate_size
-        if self.expert_intermediate_sizes != dense.expert_intermediate_sizes:
-            if self.expert_width:
-                overrides[width_key] = self.expert_width
-            else:
-                overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
+        if len(self.expert_intermediate_sizes) != len(dense.expert_intermediate_sizes):
+            overrides[NUM_EXPERTS] = len(self.expert_intermediate_sizes)
+        if not self.expert_width and self.expert_intermediate_sizes:
+            overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
+        elif self.expert_width != dense.expert_width:
+            overrides[width_key] = self.expert_width
         return overrides

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry: ModelGeometry, index: int):
     """A stock decoder layer at the size of layer `index`."""
-    layer: Any = layer_class(config.per_layer_config[index], index)
+    layer: Any = layer_class(_layer_config(config, geometry, index), index)
     # A layer's config is a copy. At run time attention looks up the implementation, which the user may change.
     layer.self_attn.config = layer.mlp.config = config
     groups = geometry.layers[index].query_heads_per_kv_head
@@ -37,6 +38,15 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
         layer.post_attention_layernorm = nn.Identity()
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
     return layer
+
+
+def _layer_config(config: PreTrainedConfig, geometry: ModelGeometry, index: int) -> PreTrainedConfig:
+    """The config of one layer, with its number of experts under every name that a stock router may look for."""
+    layer_config = copy(config.per_layer_config[index])
+    if widths := geometry.layers[index].expert_intermediate_sizes:
+        for key in geometry.family.experts_format.count_keys:
+            setattr(layer_config, key, len(widths))
+    return layer_config
 
 
 class _RaggedExperts(nn.ModuleList):

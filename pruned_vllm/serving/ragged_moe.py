@@ -57,12 +57,12 @@ class MoEBlock(nn.Module):
         layer, experts, hidden_size = geometry.layers[index], geometry.dense_experts, geometry.hidden_size
         scheme_arguments = vllm_config.model_config, geometry, layout.quantization, index
         self.ranks = ranks
-        self.gate = GateLinear(hidden_size, experts.num_experts, prefix=f"{prefix}.gate")
-        top_k = experts.num_experts_per_tok
+        num_experts, top_k = len(layer.expert_intermediate_sizes), experts.num_experts_per_tok
+        self.gate = GateLinear(hidden_size, num_experts, prefix=f"{prefix}.gate")
         self.is_stock = not has_own_experts(*scheme_arguments, ranks)
         if self.is_stock:
             self.experts = FusedMoEFactory(
-                num_experts=experts.num_experts,
+                num_experts=num_experts,
                 top_k=top_k,
                 hidden_size=hidden_size,
                 intermediate_size=layer.expert_width,
@@ -74,7 +74,7 @@ class MoEBlock(nn.Module):
             )
         else:
             self.router = create_fused_moe_router(
-                top_k=top_k, global_num_experts=experts.num_experts, renormalize=experts.norm_topk_prob
+                top_k=top_k, global_num_experts=num_experts, renormalize=experts.norm_topk_prob
             )
             self.experts = RaggedExperts(
                 vllm_config,
