@@ -57,7 +57,8 @@ def shared_config(weights: Checkpoint, base: Mapping[str, Any] | None) -> tuple[
 def with_largest_layer(
     config: Mapping[str, Any], stated: ModelGeometry, layers: Sequence[LayerGeometry]
 ) -> dict[str, Any]:
-    """`config` whose top level, which `stated` is the geometry of, says no less heads and channels than a layer has.
+    """`config` whose top level, which `stated` is the geometry of, says no less heads, channels and experts than any
+    layer has.
 
     Some projects write the sizes of the last layer there.
     """
@@ -72,6 +73,9 @@ def with_largest_layer(
     width = max(layer.intermediate_size for layer in layers)
     if width > max(layer.intermediate_size for layer in stated.dense_layers):
         changed["intermediate_size"] = width
+    count = max(len(layer.expert_intermediate_sizes) for layer in layers)
+    if stated.experts is not None and count > stated.experts.num_experts:
+        changed |= _expert_counts(config, stated, count)
     return changed
 
 
@@ -89,6 +93,11 @@ def size_list_problems(config: Mapping[str, Any], layers: Sequence[LayerGeometry
     return problems
 
 
+def _expert_counts(config: Mapping[str, Any], stated: ModelGeometry, count: int) -> dict[str, int]:
+    """The keys of `config` that say the number of experts, with another one."""
+    return {key: count for key in stated.family.experts_format.count_keys if config.get(key) is not None}
+
+
 def num_experts(tensors: Mapping[str, StoredTensor], stated: ModelGeometry, index: int) -> int | None:
     """The experts of a layer, which its router has rows for; None where there is no router."""
     router = tensors.get(f"model.layers.{index}.{stated.family.experts_format.router}.weight")
@@ -103,19 +112,15 @@ def _rotated_dimensions(weights: Checkpoint) -> int | None:
 
 
 def _correct_num_experts(config: dict[str, Any], weights: Checkpoint, stated: ModelGeometry) -> list[str]:
-    """Lets `config` say as many experts as the layers have, or, where they differ, no less than any of them has.
-
-    Returns:
-        a sentence where config.json says something else.
-    """
+    """Lets `config` say as many experts as the layers have, where that is one number. Returns a sentence where layers
+    have another than config.json says."""
     with_experts = [index for index, layer in enumerate(stated.layers) if layer.expert_intermediate_sizes]
     found = [num_experts(weights.tensors, stated, index) for index in with_experts]
     counts = {count for count in found if count is not None}
     if not counts or counts == {stated.dense_experts.num_experts}:
         return []
     said, least, most = stated.dense_experts.num_experts, min(counts), max(counts)
-    if least == most or most > said:
-        keys = stated.family.experts_format.count_keys
-        config |= {key: most for key in keys if config.get(key) is not None}
+    if least == most:
+        config |= _expert_counts(config, stated, most)
     left = f"{most}" if least == most else f"{least} to {most}"
     return [f"A layer has {left} experts, where config.json says {said}."]
