@@ -232,7 +232,9 @@ def ragged_moe(
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     partial = x  # a placeholder, never read
     if max_width:
-        partial = _compute_pairs(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales, activation, biases)
+        partial = _compute_pairs(
+            x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales, activation, biases
+        )
     return sum_choices(partial, topk_ids, topk_weights, offsets, biases)
 
 
