@@ -18,5 +18,5 @@ def activated(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.const
         tl.static_assert(NAME == "swigluoai")
         gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        product = (up + 1.0) * gate / (1.0 + tl.exp(-ALPHA * gate))
+        product = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
     return product

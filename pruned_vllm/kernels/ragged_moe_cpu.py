@@ -179,7 +179,7 @@ def _matrix_products(
 def _activated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
     if activation.name == "swigluoai":
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-        return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
     if activation.name == "silu":
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none") * up

@@ -53,7 +53,7 @@ struct General : Extras {
       case CLAMPED_SWIGLU:
         return for_each([alpha = alpha, limit = limit](float gate, float up) {
           gate = std::min(gate, limit), up = std::max(std::min(up, limit), -limit);
-          return (up + 1.0f) * gate / (1.0f + exponential(-alpha * gate));
+          return gate / (1.0f + exponential(-alpha * gate)) * (up + 1.0f);
         });
     }
   }
