@@ -25,6 +25,10 @@ class ExpertsFormat:
         shared_gate: module of the linear layer that weighs that MLP's output, if there is one.
         norm_topk_prob: whether the router divides the weights of the experts that it chooses by their sum; a string is
             the config key that says so (absent means False).
+        bias: whether the projections of routed experts have biases. That of the down projection stays where an
+            expert has lost all of its channels.
+        activation: what a channel makes of its gate and up, by vLLM's names; kernels/ragged_moe_arguments.py has the
+            formulas.
     """
 
     count_keys: tuple[str, ...]
@@ -37,6 +41,8 @@ class ExpertsFormat:
     shared_count_key: str | None = None
     shared_gate: str | None = None
     norm_topk_prob: bool | str = "norm_topk_prob"
+    bias: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh", "swigluoai"] = "silu"
 
     @property
     def router(self) -> str:

@@ -30,7 +30,7 @@ class Family:
             (absent means False).
         qk_norm: q and k are RMS-normalised, each head by itself ("head": weights `q_norm`, `k_norm` of size [head_dim])
             or all heads of a token together ("all_heads": a weight for each row of the projection).
-        experts: where the experts are, in a family that has any; they have no biases.
+        experts: where the experts are, in a family that has any.
         defaults: config keys that old config.json files leave out, with the values that the stock code takes then. A
             value that is a str is the key whose value it is.
         default_head_dim: head_dim where config.json has none; None means hidden_size // num_attention_heads.
