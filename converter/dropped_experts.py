@@ -52,7 +52,8 @@ class DroppedExperts:
 
 
 def without_empty_experts(source: Source) -> tuple[Source, DroppedExperts | None]:
-    """`source` without the experts of which masks and tensors leave no channel; None where there are none.
+    """`source` without the experts of which masks and tensors leave no channel; None where there are none. Those that
+    output a constant stay.
 
     The others are numbered anew. Routers have their rows still: `DroppedExperts.kept` says which to take.
 
@@ -65,7 +66,7 @@ def without_empty_experts(source: Source) -> tuple[Source, DroppedExperts | None
     kept, problems = [], []
     for index, (layer, masks) in enumerate(zip(source.layers, source.masks, strict=True)):
         widths = kept_layer(layer, masks).expert_intermediate_sizes
-        kept.append(tuple(expert for expert, width in enumerate(widths) if width))
+        kept.append(tuple(e for e, width in enumerate(widths) if width or e in layer.constant_experts))
         if widths and len(kept[index]) < experts.num_experts_per_tok:
             problems.append(
                 f"layer {index}: {len(kept[index])} of {len(widths)} experts have channels left, but the router "
@@ -90,23 +91,29 @@ def _reduced(dropped: DroppedExperts) -> Source:
     gone, names = set[str](), dict[str, str]()
     for index, (layer, of_layer, kept) in enumerate(zip(source.layers, source.masks, dropped.kept, strict=True)):
         widths = layer.expert_intermediate_sizes
-        layers.append(replace(layer, expert_intermediate_sizes=tuple(widths[expert] for expert in kept)))
-        masks.append(of_layer if of_layer.expert is None else replace(of_layer, expert=of_layer.expert[list(kept)]))
-        modules = source.dense.family.experts_format.modules_of
         places = {expert: place for place, expert in enumerate(kept)}
+        sizes = tuple(widths[expert] for expert in kept)
+        constants = tuple(places[expert] for expert in layer.constant_experts)
+        layers.append(replace(layer, expert_intermediate_sizes=sizes, constant_experts=constants))
+        masks.append(of_layer if of_layer.expert is None else replace(of_layer, expert=of_layer.expert[list(kept)]))
         for expert in range(len(widths)):
-            for number, module in enumerate(modules(expert)):
-                name = f"model.layers.{index}.{module}.weight"
-                if expert not in places:
-                    gone.add(name)
-                elif places[expert] != expert:
-                    names[name] = f"model.layers.{index}.{modules(places[expert])[number]}.weight"
+            before = _tensors_of(source, index, expert)
+            if expert not in places:
+                gone.update(before)
+            elif places[expert] != expert:
+                names |= dict(zip(before, _tensors_of(source, index, places[expert]), strict=True))
     changes = source.changes
     if changes is not None:
         stay = changes.names - gone
         changes = _RenamedChanges(changes, {names.get(name, name): name for name in stay})
     weights = source.weights.without(gone).renamed(names)
     return replace(source, weights=weights, layers=tuple(layers), masks=masks, changes=changes)
+
+
+def _tensors_of(source: Source, index: int, expert: int) -> list[str]:
+    """The names that tensors of an expert have, where there are such."""
+    modules = source.dense.family.experts_format.modules_of(expert)
+    return [f"model.layers.{index}.{module}.{part}" for module in modules for part in ("weight", "bias")]
 
 
 @dataclass(frozen=True)

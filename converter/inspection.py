@@ -143,6 +143,7 @@ class Inspection:
             "query_heads_per_kv_head": list(layer.query_heads_per_kv_head),
             "intermediate_size": layer.intermediate_size,
             "expert_intermediate_sizes": list(layer.expert_intermediate_sizes),
+            "constant_experts": list(layer.constant_experts),
             "skip": layer.skip,
             "parameters": self.geometry.layer_parameters(index),
             "bytes": self.layer_bytes[index],

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import LayerMasks
 
 PART_NUMBERS = 1 << 24  # of a weight that are in float32 at the same time
@@ -80,8 +81,7 @@ class ReferenceModel:
         if layer.expert_intermediate_sizes:
             normed = self._norm(f"{prefix}post_attention_layernorm", states)
             dropped = () if self.dropped_experts is None else self.dropped_experts[index]
-            widths = layer.expert_intermediate_sizes
-            added, chosen = self._experts(prefix, normed, widths, masks.expert, dropped, chosen)
+            added, chosen = self._experts(prefix, normed, layer, masks.expert, dropped, chosen)
         elif layer.intermediate_size:
             normed = self._norm(f"{prefix}post_attention_layernorm", states)
             modules = tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -136,7 +136,7 @@ class ReferenceModel:
         self,
         prefix: str,
         states: torch.Tensor,
-        widths: tuple[int, ...],
+        layer: LayerGeometry,
         mask: torch.Tensor | None,
         dropped: tuple[int, ...],
         chosen: torch.Tensor | None,
@@ -152,12 +152,16 @@ class ReferenceModel:
         if experts.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         result = torch.zeros_like(states)
-        for expert, width in enumerate(widths):
+        for expert, width in enumerate(layer.expert_intermediate_sizes):
             token, place = torch.where(chosen == expert)
+            modules = tuple(prefix + module for module in names.modules_of(expert))
             if width and len(token):
-                modules = tuple(prefix + module for module in names.modules_of(expert))
                 output = self._mlp(modules, states[token], None if mask is None else mask[expert])
-                result.index_add_(0, token, output * weights[token, place, None])
+            elif expert in layer.constant_experts:
+                output = self._bias(modules[2])
+            else:
+                continue
+            result.index_add_(0, token, output * weights[token, place, None])
         if experts.shared_intermediate_size:
             modules = tuple(f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up", "down"))
             shared = self._mlp(modules, states, None)

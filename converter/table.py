@@ -150,6 +150,8 @@ def _expert_totals(plan: Plan) -> list[str]:
         lines.append(
             f"Experts that are left: {len(widths):,}, {least if least == most else f'{least} to {most}'} in a layer."
         )
+    if constants := sum(len(layer.constant_experts) for layer in plan.exact.layers):
+        lines.append(f"Experts that output a constant: {constants:,}.")
     if plan.dropped is not None:
         lines.append(
             f"Not exact: {sum(map(len, plan.dropped.by_layer.values())):,} experts were dropped with their rows of the "

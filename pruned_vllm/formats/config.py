@@ -8,7 +8,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
-from pruned_vllm.formats.experts import NUM_EXPERTS
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -66,7 +66,9 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
         for index, (layer, dense) in enumerate(zip(geometry.layers, geometry.dense_layers, strict=True))
     }
     # Hugging Face wants every per-layer key at the top level too.
-    ours = dict[str, int | None](dict.fromkeys(("query_heads_per_kv_head", "expert_intermediate_sizes")))
+    ours: dict[str, int | None] = dict.fromkeys(
+        ("query_heads_per_kv_head", "expert_intermediate_sizes", CONSTANT_EXPERTS)
+    )
     if geometry.experts is not None:
         ours[NUM_EXPERTS] = geometry.experts.num_experts
     return {

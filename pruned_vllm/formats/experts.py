@@ -70,7 +70,8 @@ class ExpertsFormat:
         return set(range(num_layers))
 
 
-NUM_EXPERTS = "num_experts"  # in `per_layer_config`, whatever the family calls it at the top level
+# Keys of `per_layer_config`. The first one is the same whatever the family calls it at the top level.
+NUM_EXPERTS, CONSTANT_EXPERTS = "num_experts", "constant_experts"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive
-from pruned_vllm.formats.experts import NUM_EXPERTS
+from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive, shown
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
 
@@ -20,11 +20,14 @@ class LayerGeometry:
         expert_intermediate_sizes: FFN channels of each routed expert that the layer has; () for a layer with a dense
             MLP or none. 0 is an expert that outputs zeros; the router still sees it. A layer whose experts are all 0
             skips nothing.
+        constant_experts: those among the experts without channels that output a constant, the bias of their down
+            projection, in ascending order (MoNE, arXiv 2507.00390).
     """
 
     query_heads_per_kv_head: tuple[int, ...]
     intermediate_size: int
     expert_intermediate_sizes: tuple[int, ...] = ()
+    constant_experts: tuple[int, ...] = ()
 
     @property
     def num_attention_heads(self) -> int:
@@ -106,7 +109,14 @@ class LayerGeometry:
             widths = naturals(sizes, "expert_intermediate_sizes") or (positive(sizes, width_key),) * num_experts
             if len(widths) != num_experts:
                 raise ValueError(f"expert_intermediate_sizes has {len(widths)} numbers for {num_experts} experts")
-            return cls(tuple(groups), 0, widths)
+            constants = naturals(sizes, CONSTANT_EXPERTS)
+            empty = [expert for expert, width in enumerate(widths) if not width]
+            if list(constants) != sorted({*constants} & {*empty}):
+                raise ValueError(
+                    f"{CONSTANT_EXPERTS} is {shown(list(constants))}; it must name experts without channels, in "
+                    f"ascending order, and those are {shown(empty)}"
+                )
+            return cls(tuple(groups), 0, widths, constants)
         width = positive(sizes, "intermediate_size")
         return cls(tuple(groups), 0 if "mlp" in skip else width)
 
@@ -129,4 +139,6 @@ class LayerGeometry:
             overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
         elif self.expert_width != dense.expert_width:
             overrides[width_key] = self.expert_width
+        if self.constant_experts:
+            overrides[CONSTANT_EXPERTS] = list(self.constant_experts)
         return overrides

@@ -86,6 +86,7 @@ class MoEBlock(nn.Module):
                 scheme=expert_scheme(*scheme_arguments),
                 activation=Activation(names.activation),
                 has_biases=names.bias,
+                has_constants=bool(layer.constant_experts),
             )
         self.shared = None
         if experts.shared_intermediate_size and names.shared_module is not None:
@@ -131,6 +132,7 @@ class RaggedExperts(nn.Module):
         scheme: how they are quantized; None if they are not.
         activation: what a channel makes of its gate and up.
         has_biases: whether their projections have biases.
+        has_constants: whether some experts without channels output a bias although the family has none.
     """
 
     gate_up: nn.Parameter
@@ -149,6 +151,7 @@ class RaggedExperts(nn.Module):
         scheme: ExpertScheme | None = None,
         activation: Activation = SILU,
         has_biases: bool = False,
+        has_constants: bool = False,
     ) -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -156,12 +159,15 @@ class RaggedExperts(nn.Module):
         quantum = scheme.group_size or 1 if scheme is not None else 1
         channels = shard_experts(widths, ranks, quantum)[rank]
         self.scheme, self.hidden_size, self.widths = scheme, hidden_size, widths
-        self.activation, self.has_biases = activation, has_biases
+        self.activation, self.has_biases = activation, has_biases or has_constants
         self.places = place_experts(channels, scheme)
         self.max_width = max(map(len, channels))
         parameters = make_parameters(self.places, hidden_size, scheme)
         if has_biases:
             parameters |= make_biases(self.places, hidden_size, rank)
+        elif has_constants and rank == 0:  # other experts have no such bias in the checkpoint
+            zeros = torch.zeros(len(widths), hidden_size, dtype=torch.float32)
+            parameters["down_bias"] = nn.Parameter(zeros, requires_grad=False)
         for name, parameter in parameters.items():
             parameter.weight_loader = self.load_part  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)

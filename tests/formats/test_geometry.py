@@ -177,6 +177,7 @@ def test_config_round_trip_of_experts(data, model_type):
         LayerGeometry(data.draw(groups), 0, data.draw(widths)) if layer.expert_intermediate_sizes else data.draw(layers)
         for layer in dense.dense_layers
     )
+    its_layers = tuple(replace(layer, constant_experts=data.draw(constants_of(layer))) for layer in its_layers)
     before = dense.with_layers(its_layers)
     written = converted_config(before, config)
     after = ModelGeometry.from_config(written)
@@ -186,6 +187,12 @@ def test_config_round_trip_of_experts(data, model_type):
         assert after == before
         hugging_face = AutoConfig.for_model(**written)
         assert ModelGeometry.from_config(hugging_face.to_dict()) == before
+
+
+def constants_of(layer: LayerGeometry) -> st.SearchStrategy[tuple[int, ...]]:
+    """Any of the experts without channels."""
+    empty = [expert for expert, width in enumerate(layer.expert_intermediate_sizes) if not width]
+    return st.lists(st.sampled_from(empty), unique=True).map(sorted).map(tuple) if empty else st.just(())
 
 
 def test_experts_without_channels_have_no_tensors():
@@ -255,6 +262,10 @@ def test_uniform_experts_get_the_stock_architecture(model_type, width, count):
     assert ModelGeometry.from_config(written).tensor_shapes() == pruned.tensor_shapes()
 
 
+def constants_in_layer_0(constants) -> dict:
+    return {"per_layer_config": {"0": {"expert_intermediate_sizes": [0, 2, 0, 4], "constant_experts": constants}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -277,6 +288,12 @@ def test_uniform_experts_get_the_stock_architecture(model_type, width, count):
         ({"per_layer_config": {"0": {"num_experts": 10**12}}}, "num_experts is 1000000000000"),
         ({"per_layer_config": {"0": {"num_experts": 1}}}, "num_experts is 1, but the router chooses 2"),
         ({"per_layer_config": {"1": {"num_experts": 3}}}, r"unknown keys \['num_experts'\]"),
+        ({"per_layer_config": {"0": {"constant_experts": [1]}}}, r"constant_experts is \[1\]; .* those are \[\]"),
+        (constants_in_layer_0([1]), "must name experts without channels"),
+        (constants_in_layer_0([2, 0]), "in ascending order"),
+        (constants_in_layer_0([0, 0]), "in ascending order"),
+        (constants_in_layer_0([4]), r"those are \[0, 2\]"),
+        (constants_in_layer_0("02"), "must be a list of whole numbers"),
         (
             {"per_layer_config": {"0": {"num_experts": 3, "expert_intermediate_sizes": [1, 2, 3, 4]}}},
             "expert_intermediate_sizes has 4 numbers for 3 experts",

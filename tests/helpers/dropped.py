@@ -1,9 +1,9 @@
-"""Models without some of their experts: the oracle for what is dropped, and files as REAP leaves them."""
+"""Models without some of their experts: the oracle for what is dropped, and files as REAP and MoNE leave them."""
 
 import torch
 import torch.nn.functional as F
 from helpers.deepseek import Router
-from helpers.masked import edit_weights
+from helpers.masked import edit_json, edit_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,3 +60,47 @@ def keep_experts(directory, model: PreTrainedModel, kept: list[list[int]], silen
             setattr(module, name, nn.Parameter(parameter, requires_grad=False))
             module.num_experts = len(experts)
     edit_weights(directory, changes, tuple(name for name in remove if name not in changes))
+
+
+ROUTER_SEMANTICS = {
+    "preserve_logical_expert_ids": True,
+    "preserve_router_weights": True,
+    "renormalize_after_substitution": False,
+}
+
+
+def write_mone(directory, model: PreTrainedModel, replaced: dict[int, list[int]], declared: bool = False) -> None:
+    """Saves `model` with constants in place of these experts of layers, in either form, and makes it compute that."""
+    model.save_pretrained(directory)
+    names, remove, constants = FAMILIES[model.config.model_type].experts, [], {}
+    targets = {}
+    for index, experts in replaced.items():
+        module, values = model.model.layers[index].mlp.experts, torch.randn(len(experts), model.config.hidden_size)
+        module.down_proj[experts] = 0
+        module.register_forward_hook(_adds(experts, values))
+        prefix, replacements = f"model.layers.{index}.{names.module}", {}
+        for expert, value in zip(experts, values, strict=True):
+            remove += [f"model.layers.{index}.{name}.weight" for name in names.modules_of(expert)]
+            name = f"{prefix}.constants.{expert}" if declared else f"{prefix}.experts.{expert}.approx_value"
+            constants[name] = value.clone()
+            replacements[str(expert)] = {"format": "constant-v1", "tensors": {"value": name}}
+        layout = {"num_logical_experts": 4, "weight_layout": "compact_retained_experts"}
+        targets[f"{prefix}.experts"] = {**layout, "replacements": replacements}
+    edit_weights(directory, constants, tuple(remove))
+    substitution = {"version": 1, "router_semantics": ROUTER_SEMANTICS, "targets": targets}
+    if declared:
+        compression = {"quant_method": "compressed-tensors", "transform_config": {"expert_substitution": substitution}}
+        edit_json(directory / "config.json", compression_config=compression)
+    else:
+        listed = {str(index): experts for index, experts in replaced.items()}
+        edit_json(directory / "config.json", approximate_experts=listed)
+
+
+def _adds(experts: list[int], values: torch.Tensor):
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        _, chosen, weights = args
+        for expert, value in zip(experts, values, strict=True):
+            output = output + (weights * (chosen == expert)).sum(-1, keepdim=True) * value
+        return output
+
+    return add
