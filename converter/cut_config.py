@@ -75,7 +75,7 @@ def with_largest_layer(
         changed["intermediate_size"] = width
     count = max(len(layer.expert_intermediate_sizes) for layer in layers)
     if stated.experts is not None and count > stated.experts.num_experts:
-        changed |= _expert_counts(config, stated, count)
+        changed |= stated.family.experts_format.with_count(config, count)
     return changed
 
 
@@ -91,11 +91,6 @@ def size_list_problems(config: Mapping[str, Any], layers: Sequence[LayerGeometry
         if isinstance(stated, list) and stated != found + [0] * (len(stated) - len(found)):
             problems.append(f"config.json: {key} is {shown(stated)}, the tensors have {found}")
     return problems
-
-
-def _expert_counts(config: Mapping[str, Any], stated: ModelGeometry, count: int) -> dict[str, int]:
-    """The keys of `config` that say the number of experts, with another one."""
-    return {key: count for key in stated.family.experts_format.count_keys if config.get(key) is not None}
 
 
 def num_experts(tensors: Mapping[str, StoredTensor], stated: ModelGeometry, index: int) -> int | None:
@@ -121,6 +116,6 @@ def _correct_num_experts(config: dict[str, Any], weights: Checkpoint, stated: Mo
         return []
     said, least, most = stated.dense_experts.num_experts, min(counts), max(counts)
     if least == most:
-        config |= _expert_counts(config, stated, most)
+        config |= stated.family.experts_format.with_count(config, most)
     left = f"{most}" if least == most else f"{least} to {most}"
     return [f"A layer has {left} experts, where config.json says {said}."]

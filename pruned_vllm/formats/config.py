@@ -132,7 +132,5 @@ def _uniform_widths(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[
         if names.shared_count_key is not None and width != geometry.dense_experts.intermediate_size:
             return None  # the width of the shared MLP, which stays, is a multiple of this key
         widths[names.width_key] = width
-        if counts != {geometry.dense_experts.num_experts}:  # a number may be there under several names
-            said = [key for key in (*names.count_keys, NUM_EXPERTS) if config.get(key) is not None]
-            widths |= dict.fromkeys(said, counts.pop())
+        widths |= names.with_count(config, counts.pop())
     return widths

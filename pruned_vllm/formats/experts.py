@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, positive
 
+# Keys of `per_layer_config`. The first one is the same whatever the family calls it at the top level.
+NUM_EXPERTS, CONSTANT_EXPERTS = "num_experts", "constant_experts"
+
 
 @dataclass(frozen=True)
 class ExpertsFormat:
@@ -54,6 +57,11 @@ class ExpertsFormat:
         """The tensors in a decoder layer that have a row for each expert."""
         return (f"{self.router}.weight",)
 
+    def with_count(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
+        """The keys of a config.json that say the number of experts, with another one; it may have several of them."""
+        keys = (*self.count_keys, NUM_EXPERTS)
+        return {key: count for key in keys if config.get(key) is not None}
+
     def modules_of(self, expert: int) -> tuple[str, str, str]:
         """The gate, up and down projection of a routed expert, as modules in a decoder layer."""
         gate, up, down = (f"{self.module}.experts.{expert}.{projection}" for projection in self.projections)
@@ -68,10 +76,6 @@ class ExpertsFormat:
             step, first = positive(config, "moe_layer_freq", default=1), natural(config, "first_k_dense_replace", 0)
             return {index for index in range(0, num_layers, step) if index >= first}
         return set(range(num_layers))
-
-
-# Keys of `per_layer_config`. The first one is the same whatever the family calls it at the top level.
-NUM_EXPERTS, CONSTANT_EXPERTS = "num_experts", "constant_experts"
 
 
 @dataclass(frozen=True)
