@@ -13,6 +13,7 @@ from converter.reading import OpenFiles, Piece
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -25,7 +26,8 @@ class Checkpoint:
     Attributes:
         directory: where it is.
         config: the content of config.json, less keys that are null.
-        tensors: every tensor by its name in `ModelGeometry.tensor_shapes`, from the headers. Both know all biases.
+        tensors: every tensor by its name in `ModelGeometry.tensor_shapes`, from the headers. Both know all biases, and
+            fused projections are taken apart.
     """
 
     def __init__(
@@ -36,14 +38,14 @@ class Checkpoint:
         loaded: Mapping[str, torch.Tensor] | None = None,
         files: OpenFiles | None = None,
     ):
-        """A checkpoint of these tensors.
+        """A checkpoint of these tensors. Raises InputError where fused ones do not fit config.json.
 
         Args:
             loaded: tensors by name that are not in a file, or not as they would be read there.
             files: those that are open already.
         """
         self.directory = directory
-        self.config, self.tensors = complete_biases(config, tensors)
+        self.config, self.tensors = complete_biases(config, unfused(config, tensors))
         self._loaded = dict(loaded or {})
         self._files = files or OpenFiles()
         for file in {tensor.file for tensor in self.tensors.values()}:

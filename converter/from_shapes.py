@@ -15,6 +15,8 @@ from converter.cut_config import SIZE_LISTS, num_experts
 from converter.hidden import EMBEDDING
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
 from pruned_vllm.formats.layer import LayerGeometry
@@ -47,7 +49,8 @@ def shapes_differ(directory: Path) -> bool | None:
     """
     if not (directory / "config.json").is_file() or not has_weight_files(directory):
         return None
-    config, tensors = complete_biases(read_config(directory), read_headers(directory))
+    config = read_config(directory)
+    config, tensors = complete_biases(config, unfused(config, read_headers(directory)))
     stated = ModelGeometry.from_config(config)
     if any(key in config for key in SIZE_LISTS) or count_problems(tensors, stated):
         return True
@@ -64,6 +67,8 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
         prefix = f"model.layers.{index}."
         reader = _LayerReader(prefix, tensors, dense.head_dim, found)
         groups = reader.attention()
+        if not groups:
+            reader.drop_norms(dense.family, "attention")
         if layer.expert_intermediate_sizes:
             count = num_experts(tensors, dense, index)
             if count is None:  # which is reported later
@@ -75,7 +80,7 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
         else:
             width = reader.mlp(_MLP)
             if not width:
-                reader.drop("post_attention_layernorm.weight")
+                reader.drop_norms(dense.family, "mlp")
             found.layers.append(LayerGeometry(groups, width))
     return found
 
@@ -123,7 +128,6 @@ class _LayerReader:
         if not (q and k and v and o):
             if q or k or v or o:
                 self._contradiction(_ATTENTION, (q, k, v, o))
-            self.drop("input_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
             self._drop_modules(_ATTENTION)
             return ()
         if q != o or k != v or q % self._head_dim or k % self._head_dim:
@@ -149,6 +153,9 @@ class _LayerReader:
         if len(set(sizes)) > 1:
             self._contradiction(modules, sizes)
         return sizes[0]
+
+    def drop_norms(self, family: Family, sublayer: str) -> None:
+        self.drop(*(f"{norm}.weight" for norm in family.norms_of(sublayer)))
 
     def drop(self, *names: str) -> None:
         self._found.leftovers += [self._prefix + name for name in names if self._prefix + name in self._tensors]

@@ -128,7 +128,14 @@ def make_hidden_cut(
         rms_norm_eps=epsilon * scale if scale != 1 else None,
     )
     nothing = cut.kept is cut.embedding is cut.outputs is cut.norms is None
-    return None if nothing else cut
+    if nothing:
+        return None
+    if dense.family.scales_embedding or len(dense.family.mlp_norms) > 1:
+        raise InputError(
+            f"hidden dimensions cannot be cut from {dense.family.architecture}: it multiplies the embedding by the "
+            "root of their number and normalises what sublayers add, so no factor on either can be folded into weights"
+        )
+    return cut
 
 
 def padded_size(kept: int, dense: ModelGeometry, alignment: int) -> int:

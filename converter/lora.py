@@ -6,8 +6,9 @@ initial values taken out of the base weights) is refused: merging only A and B w
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from converter.lora_config import USE_PEFT, LoraScaling
 from converter.mask_values import not_finite
 from converter.state_dicts import ADAPTER_FILE, LoadedShard, read_state_dict
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.fused import parts_of
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
+from pruned_vllm.formats.tensors import Shapes
 from pruned_vllm.formats.weights import ADAPTER_CONFIG, open_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,10 +33,14 @@ BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weig
 
 @dataclass(frozen=True)
 class LoraPair:
-    """What is added to one weight: scale * B @ A. The keys are those of the adapter's file."""
+    """What is added to one weight: scale * B @ A. The keys are those of the adapter's file.
+
+    `rows` are those of B; the others belong to other parts of a fused projection.
+    """
 
     key_a: str  # [rank, in]
     key_b: str  # [out, rank]
+    rows: slice
     rank: int
     scale: float
 
@@ -69,7 +77,7 @@ class LoraAdapter:
         pair = self.pairs[name]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a, b = (self.shard.get_tensor(key).to(dtype) for key in (pair.key_a, pair.key_b))
-        return torch.addmm(weight.to(dtype), b, a, alpha=pair.scale)
+        return torch.addmm(weight.to(dtype), b[pair.rows], a, alpha=pair.scale)
 
     @classmethod
     def read(
@@ -101,12 +109,25 @@ class LoraAdapter:
         if shard is not None:
             halves, found = _find_halves(shard, checkpoint, geometry)
             problems += found
-        shapes = geometry.tensor_shapes()
+        shapes, pairs = geometry.tensor_shapes(), {}
         for name, keys in halves.items():
-            problems += _pair_problems(shard, keys, name, shapes[name], scaling)
+            rows = _rows_of_parts(name, geometry.family, shapes)
+            shape = sum(shapes[part][0] for part in rows), shapes[next(iter(rows))][1]
+            problems += _pair_problems(shard, keys, name, shape, scaling)
+            if scaling is not None:
+                pairs |= {part: LoraPair(*keys, rows[part], *scaling.rank_and_scale(name)) for part in rows}
         if problems:
             raise InputError(f"The LoRA adapter in {directory} cannot be merged:", problems)
-        return cls(shard, {name: LoraPair(*keys, *scaling.rank_and_scale(name)) for name, keys in halves.items()})
+        return cls(shard, pairs)
+
+
+def _rows_of_parts(name: str, family: Family, shapes: Shapes) -> dict[str, slice]:
+    """The weights that a fused weight consists of, with their rows; of any other weight itself. Empty if unknown."""
+    parts = parts_of(family, name) or [name]
+    if not set(parts) <= shapes.keys():
+        return {}
+    ends = accumulate(shapes[part][0] for part in parts)
+    return {part: slice(end - shapes[part][0], end) for part, end in zip(parts, ends, strict=True)}
 
 
 def _open(directory: Path, reads_pickles: bool) -> Any:
@@ -135,7 +156,7 @@ def _find_halves(
         name = f"{match['module']}.weight"
         if name == "lm_head.weight" and dense.tie_word_embeddings:
             problems.append(f"{key}: lm_head is tied to the embedding, which must not change with it; untie them first")
-        elif name == "model.embed_tokens.weight" or len(shapes.get(name, ())) != 2:
+        elif name == "model.embed_tokens.weight" or not _is_linear(_rows_of_parts(name, dense.family, shapes), shapes):
             problems.append(f"{key}: unknown key; {dense.family.architecture} has no linear layer {match['module']}")
         elif match["half"] in found.setdefault(name, {}):
             problems.append(f"{key}: the same as {found[name][match['half']]}; keep one")
@@ -152,6 +173,10 @@ def _find_halves(
             missing = "lora_B" if "A" in keys else "lora_A"
             problems.append(f"{key}: its {missing} is missing; save the adapter again")
     return halves, problems
+
+
+def _is_linear(parts: Collection[str], shapes: Shapes) -> bool:
+    return bool(parts) and all(len(shapes[part]) == 2 for part in parts)
 
 
 def _other_key_problems(shard: Any, key: str, checkpoint: Checkpoint) -> list[str]:

@@ -22,12 +22,13 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config
-from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.geometry import ModelGeometry, skip_problems
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION
 from pruned_vllm.formats.tensors import Shapes
+from pruned_vllm.formats.wrappers import wrapped_architecture
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,9 @@ def make_plan(
     source = read_source(Request(directory, base_model, revision, settings or {}), importer)
     if source.weights.directory == directory:
         source = replace(source, hub_id=source.hub_id or hub_id)
+    if wrapper := wrapped_architecture(source.weights.directory):
+        note = f"Of {wrapper}, the language model alone was read; OUT is a model of text, without what reads images."
+        source = replace(source, notes=(*source.notes, note))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
@@ -189,6 +193,8 @@ def make_plan(
     if dense.tie_word_embeddings and hidden is not None and hidden.embedding is not None:
         source, model = _with_lm_head(source), replace(model, tie_word_embeddings=False)
     exact = [kept_layer(layer, masks) for layer, masks in zip(source.layers, source.masks, strict=True)]
+    if problems := skip_problems(dense.family, exact, dense.o_bias, dense.mlp_bias):
+        raise InputError(f"{path} cannot be converted:", problems)
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
     layers = [
         with_aligned_width(layer, alignment, _largest_width(before, given))

@@ -2,18 +2,19 @@
 
 It shares nothing with what folds and cuts (fold.py, hidden.py): a head mask multiplies the head's output, a channel
 mask what `channel_mask_site` says, a mask of hidden dimensions the states themselves. One part of one tensor is in
-memory in float32 at a time. Prompts are taken to be shorter than any sliding window.
+memory in float32 at a time. What depends on positions is in converter/positions.py.
 """
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from converter.positions import Positions, visible
 from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -50,9 +51,10 @@ class ReferenceModel:
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [tokens, hidden_size] of token ids [tokens]."""
-        return _times(
-            self._rounded(self._weight("model.embed_tokens")[tokens].float(), "embed_tokens"), self.hidden.embedding
-        )
+        states = self._rounded(self._weight("model.embed_tokens")[tokens].float(), "embed_tokens")
+        if self.geometry.family.scales_embedding:
+            states = states * self.geometry.hidden_size**0.5
+        return _times(states, self.hidden.embedding)
 
     def layer(
         self, index: int, states: torch.Tensor, lengths: Sequence[int], chosen: torch.Tensor | None = None
@@ -67,25 +69,27 @@ class ReferenceModel:
         Returns:
             states of the same shape, and the experts that were chosen, in a layer that has any.
         """
-        layer, prefix = self.geometry.layers[index], f"model.layers.{index}."
+        layer, prefix, family = self.geometry.layers[index], f"model.layers.{index}.", self.geometry.family
         masks = LayerMasks[torch.Tensor]() if self.masks is None else self.masks[index]
         if layer.query_heads_per_kv_head:
-            normed = self._norm(f"{prefix}input_layernorm", states)
-            heads = self._attention(f"{prefix}self_attn.", normed, lengths, layer.query_heads_per_kv_head)
+            normed = self._norm(prefix + family.attention_norms[0], states)
+            heads = self._attention(index, normed, lengths)
             if masks.head is not None:
                 heads = heads * masks.head[:, None]
             added = self._linear(f"{prefix}self_attn.o_proj", heads.flatten(1))
+            added = self._normed_output(prefix, family.attention_norms, added)
         else:
             added = self._bias(f"{prefix}self_attn.o_proj")
         states = states + _times(added, self.hidden.outputs)
         if layer.expert_intermediate_sizes:
-            normed = self._norm(f"{prefix}post_attention_layernorm", states)
+            normed = self._norm(prefix + family.mlp_norms[0], states)
             dropped = () if self.dropped_experts is None else self.dropped_experts[index]
             added, chosen = self._experts(prefix, normed, layer, masks.expert, dropped, chosen)
+            added = self._normed_output(prefix, family.mlp_norms, added)
         elif layer.intermediate_size:
-            normed = self._norm(f"{prefix}post_attention_layernorm", states)
+            normed = self._norm(prefix + family.mlp_norms[0], states)
             modules = tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))
-            added = self._mlp(modules, normed, masks.channel)
+            added = self._normed_output(prefix, family.mlp_norms, self._mlp(modules, normed, masks.channel))
         else:
             added = self._bias(f"{prefix}mlp.down_proj")
         return states + _times(added, self.hidden.outputs), chosen
@@ -95,42 +99,29 @@ class ReferenceModel:
         head = "model.embed_tokens" if self.geometry.tie_word_embeddings else "lm_head"
         return self._linear(head, self._norm("model.norm", states)).log_softmax(-1)
 
-    def _attention(
-        self, prefix: str, states: torch.Tensor, lengths: Sequence[int], groups: tuple[int, ...]
-    ) -> torch.Tensor:
+    def _attention(self, index: int, states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Output of each query head [tokens, query heads, head_dim]."""
-        norm, size = self.geometry.family.qk_norm, self.geometry.head_dim
+        norm, size, prefix = self.geometry.family.qk_norm, self.geometry.head_dim, f"model.layers.{index}.self_attn."
         q, k, v = (self._linear(f"{prefix}{name}_proj", states) for name in "qkv")
         if norm == "all_heads":
             q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
         q, k, v = (heads.unflatten(1, (-1, size)) for heads in (q, k, v))
         if norm == "head":
             q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        cos, sin = (angles[0] for angles in self._rotary_embedding(torch.zeros(1), positions[None]))
-        repeats = torch.tensor(groups)
-        q, k = (heads * cos[:, None] + _half_turned(heads) * sin[:, None] for heads in (q, k))
+        q, k = self._positions.turned(index, lengths, q, k)
+        repeats = torch.tensor(self.geometry.layers[index].query_heads_per_kv_head)
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         prompts = zip(*(heads.transpose(0, 1).split(list(lengths), dim=1) for heads in (q, k, v)), strict=True)
-        outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in prompts]
+        window, scale = self._positions.window(index), self._positions.scale
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q.shape[1], window), scale=scale)
+            for q, k, v in prompts
+        ]
         return torch.cat(outputs, dim=1).transpose(0, 1)
 
     @cached_property
-    def _rotary_embedding(self) -> torch.nn.Module:
-        """Cosines and sines [1, tokens, head_dim] of positions [1, tokens]; every family rotates as Llama does."""
-        from transformers import LlamaConfig  # late: an import of seconds
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        size = self.geometry.head_dim
-        keys = ["rope_theta", "rope_scaling", "rope_parameters"]
-        keys += ["max_position_embeddings", "original_max_position_embeddings"]
-        given = {key: self.config[key] for key in keys if self.config.get(key) is not None}
-        one_head = {"head_dim": size, "hidden_size": size, "num_attention_heads": 1, "num_key_value_heads": 1}
-        try:
-            return LlamaRotaryEmbedding(LlamaConfig(**one_head, **given))
-        except Exception as error:  # its checks raise errors of many kinds
-            found = ", ".join(given)
-            raise InputError(f"config.json: Transformers refuses {found}: {type(error).__name__}: {error}") from None
+    def _positions(self) -> Positions:
+        return Positions(self.config, self.geometry)
 
     def _experts(
         self,
@@ -171,12 +162,13 @@ class ReferenceModel:
         return result, chosen
 
     def _mlp(self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The families have SiLU alone (pruned_vllm/formats/agreement.py refuses others)."""
+        """pruned_vllm/formats/agreement.py refuses other activations than the family's."""
+        activate = F.silu if self.geometry.family.activation == "silu" else partial(F.gelu, approximate="tanh")
         gate, up = (self._linear(module, states) for module in modules[:2])
         if self.channel_mask_site == "product":
-            product = _times(F.silu(gate) * up, mask)
+            product = _times(activate(gate) * up, mask)
         else:
-            product = F.silu(_times(gate, mask)) * _times(up, mask)
+            product = activate(_times(gate, mask)) * _times(up, mask)
         return self._linear(modules[2], product)
 
     def _norm(self, name: str, states: torch.Tensor) -> torch.Tensor:
@@ -188,11 +180,19 @@ class ReferenceModel:
             divisor = hidden.norm_divisor or int((hidden.norms != 0).sum())
         return _times(self._rms_norm(name, states, seen.square().sum(-1, keepdim=True) / divisor), hidden.norms)
 
+    def _normed_output(self, prefix: str, norms: tuple[str, ...], added: torch.Tensor) -> torch.Tensor:
+        """What a sublayer adds, after those of its norms that come behind it."""
+        for norm in norms[1:]:
+            added = self._norm(prefix + norm, added)
+        return added
+
     def _rms_norm(self, name: str, values: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
         """Args: squares: what their mean is taken to be."""
         if squares is None:
             squares = values.square().mean(-1, keepdim=True)
         weight = self._rounded(self._weight(name).float(), name)
+        if self.geometry.family.norms_add_one:
+            weight = 1 + weight
         epsilon = self.geometry.family.with_defaults(self.config).get("rms_norm_eps", 1e-6)
         return values * torch.rsqrt(squares + epsilon) * weight
 
@@ -228,8 +228,3 @@ class ReferenceModel:
 
 def _times(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return values if mask is None else values * mask
-
-
-def _half_turned(heads: torch.Tensor) -> torch.Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)

@@ -20,6 +20,7 @@ from converter.torch_files import is_state_dict, is_torch_file, read_torch_file,
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import is_inside, read_json
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.families import find_family
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE, has_weight_files
 
@@ -107,7 +108,8 @@ def tied_copies(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) 
     Raises:
         InputError: lm_head differs from the embedding.
     """
-    if not config.get("tie_word_embeddings") or not {EMBEDDING, LM_HEAD} <= set(tensors):
+    is_tied = find_family(config).with_defaults(config).get("tie_word_embeddings")
+    if not is_tied or not {EMBEDDING, LM_HEAD} <= set(tensors):
         return set()
     if not torch.equal(tensors[EMBEDDING], tensors[LM_HEAD]):
         raise InputError(f"{LM_HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true in the configuration")

@@ -8,7 +8,7 @@ from converter.dropped_experts import NOT_EXACT
 from converter.layer_table import print_layers
 from converter.plan import Plan
 from converter.quantize.report import quantization_lines
-from pruned_vllm.formats.agreement import left_out
+from pruned_vllm.formats.agreement import left_out, told
 from pruned_vllm.formats.layer import LayerGeometry
 
 
@@ -115,6 +115,7 @@ def totals(plan: Plan) -> list[str]:
     ]
     if keys := left_out(before.family, plan.checkpoint.config):
         lines.append(f"Not in the new config.json, since vLLM alone acts on them: {', '.join(keys)}.")
+    lines += told(before.family, plan.checkpoint.config)
     if plan.source.changes is not None:
         lines.append(plan.source.changes.describe())
     return [*lines, *plan.source.notes]

@@ -35,7 +35,7 @@ def read(request: Request) -> Source:
     info = PruningInfo.read(directory)
     weights, hub_id = _find_weights(directory, info, request.base_model, request.revision)
     checkpoint = Checkpoint.from_directory(weights)
-    _check_fingerprint(directory, info, checkpoint)
+    _check_fingerprint(directory, info, weights)
     dense = dense_geometry(weights, checkpoint.config)
     problems: list[str] = []
     adapter = None
@@ -64,13 +64,11 @@ def read(request: Request) -> Source:
     )
 
 
-def _check_fingerprint(directory: Path, info: PruningInfo, checkpoint: Checkpoint) -> None:
+def _check_fingerprint(directory: Path, info: PruningInfo, weights: Path) -> None:
     """Refuses weights that the masks do not belong to."""
     if info.base_fingerprint is None:
         return
-    weights = checkpoint.directory
-    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not tensor.is_zeros}
-    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.from_tensors(weights, stored))
+    differences = Fingerprint.parse(info.base_fingerprint).differences(Fingerprint.from_directory(weights))
     if differences:
         name = info.base_model or "those that were beside them"
         commit = f" at revision {info.base_revision}" if info.base_revision else ""

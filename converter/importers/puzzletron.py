@@ -54,7 +54,7 @@ def read(request: Request) -> Source:
     weights = weights.with_config(with_largest_layer(weights.config, parent, layers))
     dense = dense_geometry(directory, weights.config)
     geometry = dense.with_layers(layers)
-    weights = with_last_biases(weights.without(_norms_of_nothing(layers)), geometry)
+    weights = with_last_biases(weights.without(_norms_of_nothing(geometry)), geometry)
     if problems := dense_problems(weights.tensors, geometry):
         raise InputError(f"The tensors in {directory} are not those that its config.json describes:", problems)
     kv_heads = parent.dense_layers[0].num_key_value_heads
@@ -129,15 +129,11 @@ def _sizes_from_overrides(config: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     return plain, ModelGeometry.from_config({**plain, "per_layer_config": kept}).layers
 
 
-def _norms_of_nothing(layers: tuple[LayerGeometry, ...]) -> list[str]:
-    """Names of norms before sublayers that are gone."""
-    norms = {
-        "attention": ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
-        "mlp": ("post_attention_layernorm",),
-    }
+def _norms_of_nothing(geometry: ModelGeometry) -> list[str]:
+    """Names of norms of sublayers that are gone."""
     return [
         f"model.layers.{index}.{norm}.weight"
-        for index, layer in enumerate(layers)
+        for index, layer in enumerate(geometry.layers)
         for sublayer in layer.skip
-        for norm in norms[sublayer]
+        for norm in geometry.family.norms_of(sublayer)
     ]

@@ -61,11 +61,14 @@ class Layout:
 def make_layout(geometry: ModelGeometry) -> Layout:
     """Chooses. Raises InputError for a model that llama.cpp cannot be told."""
     family = geometry.family
-    if geometry.experts is not None or family.model_type not in FAMILIES:
-        raise InputError(
-            f"{family.architecture} cannot be exported: llama.cpp holds all experts of a layer in one tensor of one "
-            f"width, so pruned ones would be padded to what they were. Families that can: {', '.join(FAMILIES)}"
-        )
+    if family.model_type not in FAMILIES:
+        why = "what llama.cpp reads of this family is not known here"
+        if geometry.experts is not None:
+            why = (
+                "llama.cpp holds all experts of a layer in one tensor of one width, so pruned ones would be padded to "
+                "what they were"
+            )
+        raise InputError(f"{family.architecture} cannot be exported: {why}. Families that can: {', '.join(FAMILIES)}")
     if family.model_type == "qwen3" and geometry.qkv_bias:
         raise InputError(f"{family.architecture} with attention_bias cannot be exported: llama.cpp's has no such bias")
     layers = [_complete(layer) for layer in geometry.layers]

@@ -8,6 +8,7 @@ import torch
 
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import expert_weights
+from learner.model.projections import gate_up_weights, query_key_value_weights
 from pruned_vllm.common.progress import progress_bar
 
 
@@ -24,14 +25,15 @@ def magnitude(task: Task) -> Learned:
 
     def score_heads(layer: Any) -> torch.Tensor:
         attention = layer.self_attn
-        query_heads = squares(units.widths["head"], attention.q_proj.weight, attention.o_proj.weight.T)
+        query, key, value = query_key_value_weights(attention)
+        query_heads = squares(units.widths["head"], query, attention.o_proj.weight.T)
         key_value_heads = attention.config.num_key_value_heads
-        shared = squares(key_value_heads, attention.k_proj.weight, attention.v_proj.weight)
+        shared = squares(key_value_heads, key, value)
         return query_heads + shared.repeat_interleave(len(query_heads) // key_value_heads)
 
     def score_channels(layer: Any) -> torch.Tensor:
         mlp = layer.mlp
-        return squares(units.widths["channel"], mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+        return squares(units.widths["channel"], *gate_up_weights(mlp), mlp.down_proj.weight.T)
 
     def score_experts(layer: Any) -> torch.Tensor:
         return torch.cat([squares(len(gate), gate, up, down.T) for gate, up, down in expert_weights(layer.mlp.experts)])

@@ -1,5 +1,6 @@
 """The dense model that masks are learned on, and the device it is on."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from pruned_vllm.formats.agreement import check_agreement
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
+from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems, read_headers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
+from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
 
 
 def on_device(device: str) -> Accelerator:
@@ -76,7 +79,7 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
-        stored, tensors = complete_biases(stored, read_headers(directory))
+        stored, tensors = complete_biases(stored, unfused(stored, read_headers(directory)))
         if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         fingerprint = Fingerprint.from_directory(directory)  # before they are loaded: what changes later is noticed
@@ -85,6 +88,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
             model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
             config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
+            if wrapped_architecture(directory):  # of a multimodal model, the language model alone is built
+                options["key_mapping"] = {f"^{re.escape(prefix)}": text for prefix, text in TEXT_PREFIXES.items()}
             model, loading = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -92,6 +97,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
                 trust_remote_code=job.trust_remote_code,
                 **options,
             )
+            if "key_mapping" in options:
+                model._weight_conversions = []  # else save_pretrained would put the prefixes back
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=model.config, trust_remote_code=job.trust_remote_code
         )

@@ -73,6 +73,8 @@ def _mask_mlp(stack: ExitStack, mlp: Any, mask: torch.Tensor, site: str) -> None
     """`mask` is [intermediate_size]."""
     if site == "product":
         handles = [mlp.down_proj.register_forward_pre_hook(_multiply_input(mask))]
+    elif hasattr(mlp, "gate_up_proj"):
+        handles = [mlp.gate_up_proj.register_forward_hook(_multiply_output(torch.cat((mask, mask))))]
     else:
         handles = [module.register_forward_hook(_multiply_output(mask)) for module in (mlp.gate_proj, mlp.up_proj)]
     for handle in handles:

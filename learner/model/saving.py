@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.companions import copy_companions
+from pruned_vllm.formats.wrappers import text_config
 
 
 def check_can_be_saved(model: PreTrainedModel, name: str) -> None:
@@ -35,13 +36,14 @@ def check_can_be_saved(model: PreTrainedModel, name: str) -> None:
 def save_model(model: PreTrainedModel, source: Path, directory: Path) -> None:
     """Writes the weights of `model`, with the config, tokenizer and companions of the model directory `source`.
 
-    config.json stays in the same words; only its dtype follows the weights.
+    config.json stays in the same words, of a multimodal model those about its text; only its dtype follows the weights.
     """
     model.save_pretrained(directory)
     dtype = str(model.dtype).removeprefix("torch.")
     config = read_json(source / "config.json")
+    is_text, config = text_config(config) is config, dict(text_config(config))
     stored = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
-    if set(stored.values()) <= {dtype}:
+    if is_text and set(stored.values()) <= {dtype}:
         shutil.copyfile(source / "config.json", directory / "config.json")
     else:
         write_json(directory / "config.json", config | dict.fromkeys(stored, dtype))

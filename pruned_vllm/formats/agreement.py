@@ -13,9 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.config_values import shown
+from pruned_vllm.formats.families import ACTIVATIONS, FAMILIES, Family
 
 ROPE = "rope_parameters."  # prefix of the keys inside of `rope_parameters`, or `rope_scaling` as it was called
+QUERY_SCALING = "llama_4_scaling"
+LONGROPE = (
+    "vLLM rotates all positions by long_factor where --max-model-len is above original_max_position_embeddings, and by "
+    "short_factor where it is not; Transformers chooses by the length of the text"
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,14 @@ class Row:
             "refused": any value but `allowed` is refused when converting and when serving.
             "not stock": vLLM's own class does not act on it, the plugin's does. With any value but `allowed` the model
                 is written for the plugin.
+            "told": both act on it, but not always alike. The user is told `why`, with any value but `allowed`.
         why: what would happen; ends a sentence that begins with the key and its value where it can be refused.
         families: model types; all if empty.
         allowed: values that mean the same on both sides. So does a key that is absent or null, or false where dropped.
     """
 
     keys: str
-    action: Literal["handled", "idle", "dropped", "refused", "not stock"]
+    action: Literal["handled", "idle", "dropped", "refused", "not stock", "told"]
     why: str
     families: tuple[str, ...] = ()
     allowed: tuple[Any, ...] = ()
@@ -47,8 +54,15 @@ class Row:
 
 
 _DENSE = tuple(name for name, family in FAMILIES.items() if family.experts is None)
-_WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek")
+_WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3")
+_SILU = tuple(name for name, family in FAMILIES.items() if family.activation == "silu")
+_WITHOUT_BIASES = ("mistral", "phi3", "ministral3")
 _VLLM_ONLY = "vLLM acts on it, the Hugging Face model does not"
+
+
+def _all_but(*model_types: str) -> tuple[str, ...]:
+    return tuple(name for name in FAMILIES if name not in model_types)
+
 
 ROWS = (
     # Sizes and biases.
@@ -57,27 +71,38 @@ ROWS = (
     Row("num_kv_heads n_head_kv num_attention_groups multi_query_group_num", "dropped", _VLLM_ONLY),
     Row("hidden_size_per_head", "dropped", _VLLM_ONLY),
     Row("tie_word_embeddings", "handled", "ModelGeometry; Transformers ties weights outside of its model classes"),
-    Row("attention_bias", "handled", "ModelGeometry", ("llama", "qwen3", "qwen3_moe", "deepseek")),
+    Row("attention_bias", "handled", "ModelGeometry", ("llama", "qwen3", "qwen3_moe", "deepseek", "gemma3_text")),
     Row("attention_bias", "refused", "vLLM's OLMoE has no such biases", ("olmoe",), (False,)),
-    Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, ("mistral",)),
+    Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, _WITHOUT_BIASES),
     Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
-    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", "mistral")),
+    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", *_WITHOUT_BIASES)),
     Row("qkv_bias", "not stock", "vLLM's Qwen2-MoE always has it", ("qwen2_moe",), (True,)),
     # What a layer computes.
-    Row("hidden_act", "refused", "vLLM has these models with silu alone", allowed=("silu", "swish")),
+    Row("hidden_act", "refused", "vLLM has these models with silu alone", _SILU, ACTIVATIONS["silu"]),
+    Row("hidden_activation", "refused", "Gemma 3 has one activation, and the kernels here know no other of its kind",
+        ("gemma3_text",), ACTIVATIONS["gelu_tanh"]),
+    Row("query_pre_attn_scalar", "handled", "both sides scale queries by it", ("gemma3_text",)),
+    Row("final_logit_softcapping", "refused", "Gemma 3 has none, and the plugin caps no logits", ("gemma3_text",)),
+    Row("attn_logit_softcapping", "idle", "neither model of Gemma 3 hands it on", ("gemma3_text",)),
+    Row("use_bidirectional_attention", "refused", "the plugin serves causal attention alone", ("gemma3_text",),
+        (False,)),
     Row("rms_norm_eps", "not stock", "vLLM's OLMoE always takes 1e-5", ("olmoe",), (1e-5,)),
     Row("clip_qkv", "refused", "vLLM's OLMoE does not clip", ("olmoe",)),
     Row("qk_norm dual_chunk_attention_config", "dropped", _VLLM_ONLY),
     Row("logit_scale", "dropped", _VLLM_ONLY, allowed=(1,)),
-    Row("attn_logit_softcapping", "dropped", _VLLM_ONLY),
-    Row("llama_4_scaling ada_rms_norm_t_cond ada_rms_norm_t_cond_dim", "dropped", _VLLM_ONLY),
+    Row("attn_logit_softcapping", "dropped", _VLLM_ONLY, _all_but("gemma3_text")),
+    Row("llama_4_scaling", "dropped", _VLLM_ONLY, _all_but("ministral3")),
+    Row("llama_4_scaling", "handled", "vLLM's name for what rope_parameters say; see query_scaling", ("ministral3",)),
+    Row("ada_rms_norm_t_cond ada_rms_norm_t_cond_dim", "dropped", _VLLM_ONLY),
     Row("is_causal", "refused", "the plugin serves causal attention alone", allowed=(True,)),
     # Which tokens a layer attends to.
-    Row("sliding_window layer_types", "handled", "both sides read them", ("qwen2", "qwen3", "qwen2_moe")),
+    Row("sliding_window layer_types", "handled", "both sides read them",
+        ("qwen2", "qwen3", "qwen2_moe", "gemma3_text")),
     Row("use_sliding_window", "not stock", "vLLM's own classes have it for all layers or none",
         ("qwen2", "qwen3", "qwen2_moe"), (False,)),
     Row("max_window_layers", "handled", "the config class that both sides use", ("qwen2", "qwen3")),
-    Row("sliding_window", "handled", "both sides apply it to all layers", ("mistral", "mixtral", "qwen3_moe")),
+    Row("sliding_window", "handled", "both sides apply it to all layers",
+        ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")),
     Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek")),
     Row("sliding_window", "refused", "Hugging Face's OLMoE applies it with some attention kernels only", ("olmoe",)),
     Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
@@ -101,22 +126,41 @@ ROWS = (
     # Positions.
     Row("rope_parameters rope_theta max_position_embeddings", "handled", "the config class that both sides use"),
     Row("original_max_position_embeddings", "handled", "the config class that both sides use"),
-    Row("partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", allowed=(1,)),
+    Row("partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", _all_but("phi3"), (1,)),
+    Row("partial_rotary_factor", "handled", "the config class that both sides use", ("phi3",)),
     Row("rotary_emb_base rotary_pct rotary_emb_fraction mrope_section xdrope_section", "dropped", _VLLM_ONLY),
     Row(f"{ROPE}rope_theta {ROPE}type", "handled", "the config class that both sides use"),
     Row(f"{ROPE}rope_type", "refused", "vLLM and Hugging Face compute other angles",
-        tuple(set(FAMILIES) - {"deepseek"}), ("default", "linear", "llama3", "yarn")),
+        _all_but("deepseek", "gemma3_text", "phi3"), ("default", "linear", "llama3", "yarn")),
     Row(f"{ROPE}rope_type", "refused", "only linear scaling is the same in vLLM and in the published code",
         ("deepseek",), ("default", "linear")),
-    Row(f"{ROPE}partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", allowed=(1,)),
-    Row(f"{ROPE}full_attention", "refused", "these models have one kind for all layers: vLLM would take the defaults"),
-    Row(f"{ROPE}factor {ROPE}attention_factor {ROPE}beta_fast {ROPE}beta_slow {ROPE}mscale {ROPE}mscale_all_dim "
+    Row(f"{ROPE}rope_type", "refused", "no Gemma 3 has other angles, and others are not compared with vLLM's",
+        ("gemma3_text",), ("default", "linear")),
+    Row(f"{ROPE}rope_type", "refused", "Phi-3 knows the default and longrope alone", ("phi3",),
+        ("default", "longrope")),
+    Row(f"{ROPE}long_factor", "told", LONGROPE, ("phi3",)),
+    Row(f"{ROPE}partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", _all_but("phi3"),
+        (1,)),
+    Row(f"{ROPE}partial_rotary_factor", "handled", "both rotate so much of a head", ("phi3",)),
+    Row(f"{ROPE}full_attention", "refused", "these models have one kind for all layers: vLLM would take the defaults",
+        _all_but("gemma3_text")),
+    Row(f"{ROPE}full_attention {ROPE}sliding_attention", "handled", "both sides read them", ("gemma3_text",)),
+    Row(f"{ROPE}llama_4_scaling_beta", "handled", "vLLM gets it as llama_4_scaling; see query_scaling",
+        ("ministral3",)),
+    Row(f"{ROPE}factor {ROPE}attention_factor", "handled", "both compute the same, see the test of angles",
+        _all_but("phi3")),
+    Row(f"{ROPE}factor {ROPE}attention_factor", "refused", "vLLM's longrope reads neither", ("phi3",)),
+    Row(f"{ROPE}beta_fast {ROPE}beta_slow {ROPE}mscale {ROPE}mscale_all_dim "
         f"{ROPE}truncate {ROPE}low_freq_factor {ROPE}high_freq_factor {ROPE}original_max_position_embeddings",
         "handled", "both compute the same, see the test of angles"),
     Row(f"{ROPE}rope_dim {ROPE}mrope_section {ROPE}mrope_interleaved {ROPE}use_fope {ROPE}num_key_value_heads "
         f"{ROPE}num_inv_freq {ROPE}fope_sep_head {ROPE}fope_init_factor", "dropped", _VLLM_ONLY),
-    Row(f"{ROPE}short_factor {ROPE}long_factor {ROPE}short_mscale {ROPE}long_mscale {ROPE}alpha {ROPE}mixed_b "
-        f"{ROPE}max_trained_positions {ROPE}is_deepseek_v4", "idle", "of types that are refused"),
+    Row(f"{ROPE}short_factor", "handled", "both compute the same, see the test of angles", ("phi3",)),
+    Row(f"{ROPE}short_mscale {ROPE}long_mscale", "dropped", _VLLM_ONLY, ("phi3",)),
+    Row(f"{ROPE}short_factor {ROPE}long_factor {ROPE}short_mscale {ROPE}long_mscale", "idle",
+        "of types that are refused", _all_but("phi3")),
+    Row(f"{ROPE}alpha {ROPE}mixed_b {ROPE}max_trained_positions {ROPE}is_deepseek_v4", "idle",
+        "of types that are refused"),
     # The rest.
     Row("quantization_config", "handled", "the converter refuses it; the plugin serves what was quantized afterwards"),
     Row("compression_config", "refused", "vLLM takes the weights for quantized"),
@@ -126,6 +170,7 @@ ROWS = (
         _VLLM_ONLY),
     Row("projection_dim projection_size", "dropped", _VLLM_ONLY),
     Row("attention_dropout initializer_range router_jitter_noise aux_loss_alpha seq_aux", "idle", "training"),
+    Row("resid_pdrop embd_pdrop", "idle", "training", ("phi3",)),
     Row("output_router_logits router_aux_loss_coef", "idle", "training"),
     Row("use_cache pad_token_id bos_token_id eos_token_id", "idle", "generation, which requests to vLLM decide"),
     Row("embedding_size is_matryoshka matryoshka_dimensions use_sep_token use_pad_token position_embedding_type "
@@ -156,7 +201,52 @@ def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> Non
 
 def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that is refused."""
-    return [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
+    found = [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
+    return [*found, *_query_problems(family, config)]
+
+
+def _query_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the numbers that queries are scaled by, in a family that has such."""
+    if (key := family.query_scale_key) is not None and not _is_positive(family.with_defaults(config)[key]):
+        yield f"{key} is {shown(config[key])}; it must be a number above 0"
+    if (wanted := query_scaling(family, config)) is None:
+        return
+    given = config.get(QUERY_SCALING)
+    if not all(map(_is_positive, wanted.values())):
+        yield (
+            "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, or they are no numbers "
+            "above 0; Hugging Face's model needs both"
+        )
+    elif given is not None and given != wanted:
+        yield f"{QUERY_SCALING} is {shown(given)}, but rope_parameters say {wanted!r}"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def told(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Sentences about keys that the two sides read alike in some uses only."""
+    return [f"{key}: {row.why}." for key, _, row in _disagreeing(family, config, "told")]
+
+
+def query_scaling(family: Family, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What vLLM wants under `llama_4_scaling`: how Ministral 3 scales queries at positions beyond the first thousands.
+
+    Hugging Face's model has it inside of rope_parameters, where vLLM does not look. None in other families.
+    """
+    if family.model_type != "ministral3":
+        return None
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(rope, Mapping):  # what the config class fills in
+        rope = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16384}
+    original = "original_max_position_embeddings"
+    return {original: rope.get(original), "beta": rope.get("llama_4_scaling_beta")}
+
+
+def lacking(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """The keys that vLLM needs in a config.json beside those of Hugging Face's model, and that are not there."""
+    return [QUERY_SCALING] * (query_scaling(family, config) is not None and config.get(QUERY_SCALING) is None)
 
 
 def left_out(family: Family, config: Mapping[str, Any]) -> list[str]:
@@ -165,17 +255,29 @@ def left_out(family: Family, config: Mapping[str, Any]) -> list[str]:
 
 
 def agreed_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` so that vLLM reads it as Hugging Face's model does: without what only vLLM acts on."""
+    """`config` so that vLLM reads it as Hugging Face's model does.
+
+    That is without what only vLLM acts on, and with what only vLLM has to be told.
+    """
     dropped = {key for key, row in rows_of(family).items() if row.action == "dropped"}
     agreed = {key: value for key, value in config.items() if key not in dropped}
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(rope := agreed.get(name), Mapping):  # vLLM fails for a null that Hugging Face takes for absent
-            agreed[name] = {
-                key: value for key, value in rope.items() if value is not None and ROPE + key not in dropped
-            }
-    if agreed.get("hidden_act") == "swish":  # the same function, but vLLM does not know the name
-        agreed["hidden_act"] = "silu"
-    return agreed
+            agreed[name] = _agreed_rope(rope, dropped)
+    names = ACTIVATIONS[family.activation]
+    if agreed.get(family.activation_key) in names[1:]:  # the same function, but vLLM does not know the name
+        agreed[family.activation_key] = names[0]
+    scaling = query_scaling(family, config)
+    return agreed if scaling is None else agreed | {QUERY_SCALING: scaling}
+
+
+def _agreed_rope(rope: Mapping[str, Any], dropped: set[str]) -> dict[str, Any]:
+    """The rotary keys, by type of layer in some families, without those that are null or dropped."""
+    return {
+        key: _agreed_rope(value, dropped) if isinstance(value, Mapping) else value
+        for key, value in rope.items()
+        if value is not None and ROPE + key not in dropped
+    }
 
 
 def stock_agrees(family: Family, config: Mapping[str, Any]) -> bool:
@@ -198,5 +300,7 @@ def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from config.items()
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     if isinstance(rope, Mapping):
-        rope_type = rope.get("rope_type", rope.get("type"))
-        yield from ((ROPE + key, value) for key, value in {**rope, "rope_type": rope_type}.items())
+        by_layer_type = [part for part in rope.values() if isinstance(part, Mapping)]
+        for part in (rope, *by_layer_type):
+            rope_type = part.get("rope_type", part.get("type"))
+            yield from ((ROPE + key, value) for key, value in {**part, "rope_type": rope_type}.items())

@@ -10,6 +10,7 @@ from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.wrappers import text_config
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
 # sliding_window Mistral has a window, with null it has none.
@@ -20,10 +21,15 @@ NULL_IS_ABSENT = {
     *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
 }
 
+O_BIAS_IN_VLLM = ("llama", "gemma3_text")  # the families whose stock class there has a bias of o_proj with a key for it
+
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, less the keys that are null. Raises InputError."""
-    config = read_json(directory / "config.json")
+    """config.json of a model directory, less the keys that are null; of a multimodal one, of its language model.
+
+    Raises InputError.
+    """
+    config = text_config(read_json(directory / "config.json"))
     return {key: value for key, value in config.items() if value is not None or key not in NULL_IS_ABSENT}
 
 
@@ -50,7 +56,7 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     needed; else under the `Pruned` architecture with `per_layer_config`. Keys on which vLLM alone acts are left out.
     """
     config = agreed_config(geometry.family, config) | {"hidden_size": geometry.hidden_size}
-    if flag("tie_word_embeddings", config) != geometry.tie_word_embeddings:
+    if flag("tie_word_embeddings", geometry.family.with_defaults(config)) != geometry.tie_word_embeddings:
         config["tie_word_embeddings"] = geometry.tie_word_embeddings
     experts = geometry.family.experts
     if experts is not None and experts.shared_width_key is not None:
@@ -89,12 +95,14 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
     None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
     """
     layer = geometry.layers[0]
+    if geometry.family.fused:  # the stock code wants the fused tensors
+        return None
     if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
         return None
     widths = _uniform_widths(geometry, config)
     if widths is None or any(layer.skip for layer in geometry.layers) or not stock_agrees(geometry.family, config):
         return None
-    if geometry.family.model_type != "llama" and geometry.o_bias:  # only vLLM's Llama has such a bias
+    if geometry.family.model_type not in O_BIAS_IN_VLLM and geometry.o_bias:
         return None
     heads, family = layer.num_attention_heads, geometry.family
     if family.stock_heads == "fills_hidden" and heads * geometry.head_dim != geometry.hidden_size:

@@ -1,8 +1,8 @@
 """The supported architectures, one row each: what distinguishes them for pruning. Pure Python.
 
-All of them name their tensors as Llama does (`model.layers.{i}.self_attn.q_proj.weight` ...), so a row holds only
-the differences: which biases exist, whether q and k are normalised, where experts live, and which pruned shapes the
-stock model can say.
+A converted model names its tensors as Llama does (`model.layers.{i}.self_attn.q_proj.weight` ...), so a row holds
+only the differences: which biases and norms exist, what the activation is, where experts live, how dense files are
+stored where that is otherwise, and which pruned shapes the stock model can say.
 Adding an architecture is one row here and one in `pruned_vllm/serving/models.py`.
 """
 
@@ -30,6 +30,16 @@ class Family:
             (absent means False).
         qk_norm: q and k are RMS-normalised, each head by itself ("head": weights `q_norm`, `k_norm` of size [head_dim])
             or all heads of a token together ("all_heads": a weight for each row of the projection).
+        attention_norms, mlp_norms: the norms of a sublayer, modules of the decoder layer. The first is before the
+            sublayer, later ones normalise its output before that is added to the hidden states. A sublayer that is
+            skipped has none of them.
+        norms_add_one: whether norms multiply by 1 + weight in place of the weight.
+        activation: of the gated MLP; ACTIVATIONS has the names that config.json gives it.
+        activation_key: config key of the activation.
+        query_scale_key: config key of the number whose root divides the products of q and k; None means head_dim.
+        scales_embedding: whether the output of the embedding is multiplied by the root of hidden_size.
+        fused: projections that the files of a dense model hold as one tensor, and the parts of its rows, as modules of
+            a decoder layer. Transformers has such a module, too. A converted model has the parts.
         experts: where the experts are, in a family that has any.
         defaults: config keys that old config.json files leave out, with the values that the stock code takes then. A
             value that is a str is the key whose value it is.
@@ -45,6 +55,14 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: Literal["head", "all_heads"] | None = None
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    norms_add_one: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation_key: str = "hidden_act"
+    query_scale_key: str | None = None
+    scales_embedding: bool = False
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     experts: ExpertsFormat | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
     default_head_dim: int | None = None
@@ -62,10 +80,23 @@ class Family:
             raise ValueError(f"{self.architecture} has no experts")
         return self.experts
 
+    def norms_of(self, sublayer: str) -> tuple[str, ...]:
+        """All norms that go with a sublayer ("attention" or "mlp"), also those inside of it."""
+        inside = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm is not None else ()
+        return (*self.attention_norms, *inside) if sublayer == "attention" else self.mlp_norms
+
     @property
     def can_lose_heads(self) -> bool:
         """Whether the other heads compute the same without a head: not if the norm of q and k takes all together."""
         return self.qk_norm != "all_heads"
+
+    @property
+    def can_skip_biased_sublayers(self) -> bool:
+        """Whether a sublayer that loses all its heads or channels may end in a bias.
+
+        A later norm does not make zeros of a bias alone, so it would have to stay and be computed for every token.
+        """
+        return len(self.attention_norms) == len(self.mlp_norms) == 1
 
     def with_defaults(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """`config` with the keys that it leaves out."""
@@ -76,6 +107,8 @@ class Family:
 
 KV_HEADS_AS_HEADS = (("num_key_value_heads", "num_attention_heads"),)
 NORM_EPS_1E_5 = (("rms_norm_eps", 1e-5),)
+# What config.json calls the function; the first name is the one that vLLM knows.
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -155,6 +188,46 @@ FAMILIES: dict[str, Family] = {
                 layers="first_dense",
                 shared_module="mlp.shared_experts",
                 shared_count_key="n_shared_experts",
+            ),
+        ),
+        Family(
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            attention_norms=("input_layernorm", "post_attention_layernorm"),
+            mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            norms_add_one=True,
+            activation="gelu_tanh",
+            activation_key="hidden_activation",
+            query_scale_key="query_pre_attn_scalar",
+            scales_embedding=True,
+            stock_heads="divides_hidden",
+            default_head_dim=256,
+            defaults=(
+                *(("vocab_size", 262208), ("hidden_size", 2304), ("intermediate_size", 9216)),
+                *(("num_hidden_layers", 26), ("num_attention_heads", 8), ("num_key_value_heads", 4)),
+                *(("query_pre_attn_scalar", 256), ("tie_word_embeddings", True)),
+            ),
+        ),
+        Family(  # also Phi-4 and Phi-4-mini
+            model_type="phi3",
+            architecture="Phi3ForCausalLM",
+            fused=(
+                ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ),
+            defaults=(*KV_HEADS_AS_HEADS, *NORM_EPS_1E_5),
+        ),
+        Family(
+            model_type="ministral3",
+            architecture="Ministral3ForCausalLM",
+            default_head_dim=128,
+            defaults=(
+                *(("vocab_size", 131072), ("hidden_size", 4096), ("intermediate_size", 14336)),
+                *(("num_hidden_layers", 34), ("num_attention_heads", 32), ("num_key_value_heads", 8)),
+                *NORM_EPS_1E_5,
             ),
         ),
     )

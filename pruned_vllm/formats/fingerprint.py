@@ -18,13 +18,12 @@ Pure Python.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pruned_vllm.common.files import read_json, sample
-from pruned_vllm.formats.headers import StoredTensor, stored_tensors
+from pruned_vllm.formats.headers import StoredTensor, checked_tensors
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import find_weight_files
 
@@ -50,12 +49,7 @@ class Fingerprint:
         """
         tensors: dict[str, StoredTensor] = {}
         for path in find_weight_files(directory):
-            tensors |= {canonical_name(key): tensor for key, tensor in stored_tensors(path).items()}
-        return cls.from_tensors(directory, tensors)
-
-    @classmethod
-    def from_tensors(cls, directory: Path, tensors: Mapping[str, StoredTensor]) -> "Fingerprint":
-        """The same, for a directory whose headers were read: its tensors by canonical name. Raises InputError."""
+            tensors |= {canonical_name(key): tensor for key, tensor in checked_tensors(path).items()}
         config = read_json(directory / "config.json")
         related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
         samples = {}

@@ -17,7 +17,7 @@ many experts a layer has, and rows its router, where some are gone altogether; t
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,10 +74,12 @@ class ModelGeometry(ModelSizes):
         if family.experts is not None:
             experts = problems.checked("top level", DenseExperts.from_config, family.experts, sizes)
         dense_layers, layers = _Layers(family, experts, sizes, num_layers or 0, problems).read()
-        tied = problems.checked("top level", flag, "tie_word_embeddings", config)
+        tied = problems.checked("top level", flag, "tie_word_embeddings", sizes)
         names = ("qkv_bias", "o_bias", "mlp_bias")
         biases = {name: problems.checked("top level", flag, getattr(family, name), sizes) for name in names}
         _check_per_layer_lists(config, num_layers, problems)
+        for problem in skip_problems(family, layers, bool(biases["o_bias"]), bool(biases["mlp_bias"])):
+            problems.add(problem)
         if problems:
             raise InputError("config.json describes no valid model:", list(problems))
         return cls(
@@ -137,6 +139,19 @@ class ModelGeometry(ModelSizes):
     def kv_cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token keeps in the cache; `element_bytes` is 2 for bfloat16."""
         return 2 * self.num_key_value_heads * self.head_dim * element_bytes
+
+
+def skip_problems(family: Family, layers: Sequence[LayerGeometry], o_bias: bool, mlp_bias: bool) -> list[str]:
+    """Layers whose skipped sublayer leaves a bias that a later norm would make another constant of."""
+    if family.can_skip_biased_sublayers:
+        return []
+    return [
+        f"layer {index}: {sublayer} is gone, but its last bias is not zeros once it is normalised, as "
+        f"{family.architecture} does; keep at least one unit of it"
+        for index, layer in enumerate(layers)
+        for sublayer, has_bias in (("attention", o_bias), ("mlp", mlp_bias))
+        if has_bias and sublayer in layer.skip
+    ]
 
 
 class _Problems(dict[str, None]):

@@ -15,6 +15,7 @@ from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors, read_header
+from pruned_vllm.formats.wrappers import OTHER_TOWERS
 
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
 
@@ -61,6 +62,8 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of the weights of a model directory, by the name that `ModelGeometry.tensor_shapes` gives it.
 
+    Fused ones stay as they are stored; of a multimodal model the other towers are left out.
+
     Raises:
         InputError: what `find_weight_files` refuses; or with all problems of the index and of the files.
     """
@@ -69,11 +72,13 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     files = find_weight_files(directory)
     for file in files:
         try:
-            found = _checked_tensors(file, _stamp(file))
+            found = checked_tensors(file)
         except InputError as error:
             problems.append(str(error))
             continue
         for key, tensor in found.items():
+            if key.startswith(OTHER_TOWERS):
+                continue
             name = canonical_name(key)
             if name in tensors:
                 problems.append(f"{name}: in {tensors[name].file.name} and again in {file.name}; keep one")
@@ -83,16 +88,22 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         problems = [
             f"{key}: the index says it is in {file}, but it is not"
             for key, file in weight_map.items()
-            if directory / file in files and getattr(tensors.get(canonical_name(key)), "file", None) != directory / file
+            if directory / file in files
+            and not key.startswith(OTHER_TOWERS)
+            and getattr(tensors.get(canonical_name(key)), "file", None) != directory / file
         ]
     if problems:
         raise InputError(f"The weights in {directory} cannot be read:", problems)
     return tensors
 
 
+def checked_tensors(file: Path) -> dict[str, StoredTensor]:
+    """`stored_tensors` of a file that the library finds sound. It is read once, whoever asks. Raises InputError."""
+    return _checked_tensors(file, _stamp(file))
+
+
 @lru_cache(maxsize=1024)
 def _checked_tensors(file: Path, stamp: tuple[int, ...]) -> dict[str, StoredTensor]:
-    """`stored_tensors` of a file; it is read once, however many formats look whether it is theirs."""
     open_safetensors(file)  # the library that loaders use decides whether it is one; it tells no offsets
     return stored_tensors(file)
 

@@ -2,6 +2,7 @@
 
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
+from pruned_vllm.formats.wrappers import TEXT_PREFIXES
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -15,11 +16,13 @@ def layer_tensor_shapes(model: ModelSizes, layer: LayerGeometry, index: int) -> 
     experts have biases, that of its down projection stays, too, and is what the token gets; so does the constant of an
     expert that has one, under the same name.
     """
-    shapes = _attention_shapes(model, layer)
-    if layer.expert_intermediate_sizes:
-        shapes |= _experts_shapes(model, layer)
-    else:
-        shapes |= _mlp_shapes(model, layer)
+    attention = _attention_shapes(model, layer)
+    mlp = _experts_shapes(model, layer) if layer.expert_intermediate_sizes else _mlp_shapes(model, layer)
+    if "attention" not in layer.skip:
+        attention = _with_norms(model.family.attention_norms, attention, model.hidden_size)
+    if "mlp" not in layer.skip:
+        mlp = _with_norms(model.family.mlp_norms, mlp, model.hidden_size)
+    shapes = attention | mlp
     return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
 
@@ -27,11 +30,23 @@ def canonical_name(name: str) -> str:
     """The name of a checkpoint's tensor as `layer_tensor_shapes` has it.
 
     As Transformers does, takes names without the prefix "model." (published embedding models have such) and with one
-    too many.
+    too many, and those of the language model inside of a multimodal one.
     """
+    for prefix, text_prefix in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return text_prefix + name.removeprefix(prefix)
     if name.startswith(("layers.", "embed_tokens.", "norm.", "rotary_emb.")):
         return f"model.{name}"
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name
+
+
+def _with_norms(norms: tuple[str, ...], sublayer: Shapes, hidden_size: int) -> Shapes:
+    """A sublayer's tensors with its norms before and after them."""
+    first, *later = ({f"{norm}.weight": (hidden_size,)} for norm in norms)
+    shapes: Shapes = first | sublayer
+    for norm in later:
+        shapes |= norm
+    return shapes
 
 
 def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
@@ -40,8 +55,7 @@ def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
         return {"self_attn.o_proj.bias": (hidden,)} if model.o_bias else {}
     q = layer.num_attention_heads * model.head_dim
     kv = layer.num_key_value_heads * model.head_dim
-    shapes: Shapes = {"input_layernorm.weight": (hidden,)}
-    shapes |= _linear("self_attn.q_proj", q, hidden, model.qkv_bias)
+    shapes = _linear("self_attn.q_proj", q, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.k_proj", kv, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.v_proj", kv, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.o_proj", hidden, q, model.o_bias)
@@ -56,8 +70,7 @@ def _mlp_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     width, hidden, bias = layer.intermediate_size, model.hidden_size, model.mlp_bias
     if not width:
         return {"mlp.down_proj.bias": (hidden,)} if bias else {}
-    shapes: Shapes = {"post_attention_layernorm.weight": (hidden,)}
-    shapes |= _linear("mlp.gate_proj", width, hidden, bias)
+    shapes = _linear("mlp.gate_proj", width, hidden, bias)
     shapes |= _linear("mlp.up_proj", width, hidden, bias)
     return shapes | _linear("mlp.down_proj", hidden, width, bias)
 
@@ -65,8 +78,7 @@ def _mlp_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
 def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     names, hidden = model.family.experts_format, model.hidden_size
     widths = layer.expert_intermediate_sizes
-    shapes: Shapes = {"post_attention_layernorm.weight": (hidden,)}
-    shapes |= _linear(names.router, len(widths), hidden)
+    shapes = _linear(names.router, len(widths), hidden)
     for expert, width in enumerate(widths):
         gate, up, down = names.modules_of(expert)
         if width:

@@ -24,8 +24,9 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
     # A layer's config is a copy. At run time attention looks up the implementation, which the user may change.
     layer.self_attn.config = layer.mlp.config = config
     groups = geometry.layers[index].query_heads_per_kv_head
+    _unfuse(layer, config, geometry, index)
     if not groups:
-        layer.input_layernorm = nn.Identity()
+        _remove_norms(layer, geometry.family.attention_norms)
         layer.self_attn = _SkippedAttention(index, geometry.hidden_size, geometry.o_bias)
     elif not geometry.layers[index].has_even_groups:
         layer.self_attn.num_key_value_groups = 1
@@ -33,7 +34,7 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
     if geometry.layers[index].expert_intermediate_sizes:
         layer.mlp.experts = _RaggedExperts(geometry, index, config.hidden_act)
     elif not geometry.layers[index].intermediate_size:
-        layer.post_attention_layernorm = nn.Identity()
+        _remove_norms(layer, geometry.family.mlp_norms)
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
     return layer
 
@@ -45,6 +46,53 @@ def _layer_config(config: PreTrainedConfig, geometry: ModelGeometry, index: int)
         for key in geometry.family.experts_format.count_keys:
             setattr(layer_config, key, len(widths))
     return layer_config
+
+
+def _remove_norms(layer: nn.Module, norms: tuple[str, ...]) -> None:
+    for norm in norms:
+        setattr(layer, norm, nn.Identity())
+
+
+def _unfuse(layer: Any, config: PreTrainedConfig, geometry: ModelGeometry, index: int) -> None:
+    """Puts one linear layer for each projection, as the files have them, in the place of a fused one."""
+    shapes = geometry.layer_tensor_shapes(index)
+    for fused, parts in geometry.family.fused:
+        path, _, name = fused.rpartition(".")
+        sublayer, names = layer.get_submodule(path), [part.rpartition(".")[2] for part in parts]
+        stored = [shapes.get(f"model.layers.{index}.{part}.weight") for part in parts]
+        if None in stored:  # the sublayer is skipped
+            continue
+        delattr(sublayer, name)
+        for part, (rows, columns) in zip(names, stored, strict=True):
+            sublayer.add_module(part, nn.Linear(columns, rows, bias=False))
+        setattr(sublayer, name, _SideBySide(sublayer, names))
+    if geometry.family.fused:  # attention finds q, k and v in the output of the fused projection by its config
+        layer.self_attn.config = _OwnHeads(config, geometry.layers[index].num_attention_heads)
+
+
+class _SideBySide:
+    """What a stock sublayer calls for its fused projection: the outputs of the sublayer's projections, joined.
+
+    No module: the sublayer has the projections, under their names on disk.
+    """
+
+    def __init__(self, sublayer: nn.Module, names: list[str]) -> None:
+        self._sublayer, self._names = sublayer, names
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([getattr(self._sublayer, name)(hidden_states) for name in self._names], dim=-1)
+
+
+class _OwnHeads:
+    """The config of the model, at run time too, but with one layer's number of query heads."""
+
+    def __init__(self, config: PreTrainedConfig, num_attention_heads: int) -> None:
+        self._config, self.num_attention_heads = config, num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config" or name.startswith("__"):  # copies and pickles ask before there is anything
+            raise AttributeError(name)
+        return getattr(self._config, name)
 
 
 class _RaggedExperts(nn.ModuleList):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import check_agreement, left_out
+from pruned_vllm.formats.agreement import check_agreement, lacking, left_out
 from pruned_vllm.formats.families import Family
 from pruned_vllm.serving.cpu_kernels import check_kernels
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
@@ -65,6 +65,11 @@ def check_keys(config: Mapping[str, Any], family: Family) -> None:
         raise InputError(
             f"config.json has {', '.join(keys)}, which vLLM acts on and Hugging Face's model does not; remove that "
             "from config.json or from --hf-overrides"
+        )
+    if keys := lacking(family, config):
+        raise InputError(
+            f"config.json lacks {', '.join(keys)}, which convert-pruned writes since vLLM does not look where Hugging "
+            "Face's model does; convert the model again"
         )
 
 

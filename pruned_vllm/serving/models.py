@@ -26,6 +26,7 @@ ATTENTION_BUILDERS: dict[str, AttentionBuilder] = {
     "deepseek": build_llama_attention,
 }
 
-for _model_type, _family in FAMILIES.items():
-    _members = {"build_attention": staticmethod(ATTENTION_BUILDERS[_model_type]), "__module__": __name__}
+for _model_type, _builder in ATTENTION_BUILDERS.items():
+    _family = FAMILIES[_model_type]
+    _members = {"build_attention": staticmethod(_builder), "__module__": __name__}
     globals()[_family.pruned_architecture] = type(_family.pruned_architecture, (PrunedForCausalLM,), _members)

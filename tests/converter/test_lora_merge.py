@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.model.masking import apply_masks
+from pruned_vllm.hf.loading import load_pruned
 
 
 @pytest.fixture
@@ -105,6 +106,21 @@ def test_masks_are_folded_into_the_merged_model(tmp_path, family, site):
     for module in [*MODULES, "lm_head"]:
         model.get_submodule(module).weight += delta(tensors, module, 2).float()
     assert_stock_model_computes(tmp_path / "out", model, site)
+
+
+def test_an_adapter_of_fused_projections_is_merged_into_their_parts(tmp_path):
+    model = tiny_model("phi3", 6, 3, 40)
+    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    modules = [f"model.layers.{index}.{part}" for index in range(3) for part in parts]
+    masks = {"model.layers.1.mlp.channel_mask": channels(*range(1, 30, 2))}
+    ckpt = write_masked(tmp_path / "ckpt", model, masks, "gate_and_up", lora_adapter="adapter")
+    tensors = write_adapter(ckpt, model, modules)
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
+    for module in modules:
+        model.get_submodule(module).weight += delta(tensors, module, 2).float()
+    pruned, tokens = load_pruned(tmp_path / "out", dtype=torch.float32), torch.arange(50)[None]
+    with torch.no_grad(), apply_masks(model, masks, "gate_and_up"):
+        torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 PEFT_CONFIGS = {

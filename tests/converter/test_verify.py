@@ -49,12 +49,30 @@ def reference(plan: Plan, masks: dict[str, torch.Tensor] | None = None, **change
     )
 
 
+SOME_WINDOWS = {
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "use_sliding_window": True,
+}
+LONGROPE = {  # the longest prompt takes long_factor, the others short_factor
+    "hidden_size": 192,
+    "original_max_position_embeddings": 8,
+    "rope_parameters": {
+        **{"rope_type": "longrope", "rope_theta": 1e4},
+        **{"short_factor": [1.0 + i / 4 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]},
+    },
+}
 CONFIGS = {
     **{name: (name, {}) for name in FAMILIES},
     "llama with biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama3 angles": ("llama", {"rope_parameters": llama3_rope(16)}),
     "linear angles": ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}}),
     "some layers dense": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "window in all layers": ("mistral", {"sliding_window": 8}),
+    "windows in some layers": ("qwen3", SOME_WINDOWS),
+    "gemma3 with biases, not tied": ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}),
+    "half of a head rotated": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8}),
+    "longrope": ("phi3", LONGROPE),
 }
 
 

@@ -12,9 +12,10 @@ from transformers import AutoConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import converted_config
-from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.families import FAMILIES, Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.tensors import Shapes
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,8 +68,19 @@ def test_tensors_and_parameters_are_those_of_hugging_face(model_type, tied, bias
     if tied:
         del shapes["lm_head.weight"]
     ours = ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
-    assert ours.tensor_shapes() == shapes
+    assert joined(ours.family, ours.tensor_shapes()) == shapes
     assert ours.num_parameters == model.num_parameters()
+
+
+def joined(family: Family, shapes: Shapes) -> Shapes:
+    """Shapes with the parts of fused tensors as Transformers has them: one below the other."""
+    for fused, parts in family.fused:
+        for layer in range(3):
+            names = [f"model.layers.{layer}.{part}.weight" for part in parts]
+            stacked = [shapes[name] for name in names]
+            shapes = {name: shape for name, shape in shapes.items() if name not in names}
+            shapes[f"model.layers.{layer}.{fused}.weight"] = (sum(rows for rows, _ in stacked), stacked[0][1])
+    return shapes
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -316,6 +328,10 @@ def test_bad_configs_of_experts_are_refused(changes, message):
         ("qwen2", 6, "Qwen2ForCausalLM"),
         ("qwen2", 4, "PrunedQwen2ForCausalLM"),  # vLLM's Qwen2 would take 96 / 4 for head_dim
         ("qwen3", 5, "Qwen3ForCausalLM"),
+        ("gemma3_text", 6, "Gemma3ForCausalLM"),
+        ("gemma3_text", 5, "PrunedGemma3ForCausalLM"),  # as LlamaConfig
+        ("phi3", 6, "PrunedPhi3ForCausalLM"),  # the stock code wants fused tensors
+        ("ministral3", 5, "Ministral3ForCausalLM"),
     ],
 )
 def test_uniform_layers_get_the_stock_architecture(model_type, heads, architecture):
@@ -355,6 +371,19 @@ def test_uniform_layers_get_the_stock_architecture(model_type, heads, architectu
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         geometry(**changes)
+
+
+def test_a_skipped_sublayer_whose_bias_is_normalised_is_refused():
+    gemma = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "attention_bias": True}
+    per_layer = {"0": {"skip": ["attention", "mlp"]}, "1": {"skip": ["mlp"]}}
+    with pytest.raises(InputError) as error:
+        geometry(**gemma, per_layer_config=per_layer)
+    assert error.value.problems == (
+        "layer 0: attention is gone, but its last bias is not zeros once it is normalised, as Gemma3ForCausalLM does; "
+        "keep at least one unit of it",
+    )
+    assert geometry(**gemma | {"attention_bias": False}, per_layer_config=per_layer).layers[0].skip
+    assert geometry(attention_bias=True, per_layer_config=per_layer).layers[0].skip
 
 
 def test_all_problems_are_reported_at_once():

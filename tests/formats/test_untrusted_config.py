@@ -5,14 +5,14 @@ import time
 
 import pytest
 import torch
-from helpers.tiny import HF_MOE, tiny_model
+from helpers.tiny import DENSE_CONFIGS, HF_MOE, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import NULL_IS_ABSENT, read_config
 from pruned_vllm.formats.geometry import ModelGeometry
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", *HF_MOE]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", *DENSE_CONFIGS, *HF_MOE]
 # Transformers splits what a checkpoint stores for each expert into fused parameters; all else has the same shape.
 NO_EXPERTS = ".experts."
 

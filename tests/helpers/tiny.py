@@ -4,6 +4,7 @@ The oracle is the masked dense model in Hugging Face, float32: what a converted 
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from converter.convert import convert
 from converter.plan import make_plan
 from learner.model.masking import apply_masks
+from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import CHANNEL_MASK, EXPERT_MASK, HEAD_MASK
 from pruned_vllm.serving import deepseek_config
@@ -37,6 +39,28 @@ MOE_CONFIGS = {
         "moe_intermediate_size": 24,
     },
 }
+# Families whose config class has other defaults than a tiny model can have, or whose positions are to be seen in it.
+DENSE_CONFIGS = {
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "phi3": {},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
+}
 HF_MOE = [name for name in MOE_CONFIGS if name != "deepseek"]  # what Transformers has
 
 
@@ -51,7 +75,9 @@ def tiny_model(
     deepseek_config.register()
     if model_type == "olmoe":  # its norm of q is as wide as the hidden states
         config.setdefault("hidden_size", num_attention_heads * HEAD_DIM)
-    config = MOE_CONFIGS.get(model_type, {}) | config
+    config = deepcopy(MOE_CONFIGS.get(model_type) or DENSE_CONFIGS.get(model_type, {})) | config
+    if (count := config.get("num_hidden_layers", NUM_LAYERS)) != NUM_LAYERS and "layer_types" in config:
+        config["layer_types"] = [config["layer_types"][index % NUM_LAYERS] for index in range(count)]
     config = AutoConfig.for_model(
         model_type,
         vocab_size=config.pop("vocab_size", VOCAB_SIZE),
@@ -72,10 +98,11 @@ def tiny_model(
         model = DeepseekForCausalLM(config)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    offset = 1 if FAMILIES[model_type].norms_add_one else 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(offset)
             else:
                 parameter.normal_(std=0.15)
     return model.eval().requires_grad_(False)

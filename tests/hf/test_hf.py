@@ -57,6 +57,17 @@ LAYER_TYPES = {
     "sliding_window": 8,
     "use_sliding_window": True,
 }
+# Its lists have one number for each two numbers of a head that are rotated; texts beyond 64 tokens take the second.
+LONGROPE = {
+    "hidden_size": 192,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        **{"short_factor": [1.0 + i / 4 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]},
+    },
+}
+# A norm makes the sign of what a single channel adds, so that rounding shows where that is nearly 0.
+NOT_ONE = (17, 6, 39)
 NO_CHANNELS = (0,) * NUM_LAYERS
 NO_HEADS = ((),) * NUM_LAYERS
 
@@ -91,6 +102,29 @@ CASES = {
     "qwen3, uneven, biases, tied": Case(
         UNEVEN, model_type="qwen3", dense=(12, 3), config={"attention_bias": True, "tie_word_embeddings": True}
     ),
+    "gemma3": Case(GQA, NOT_ONE, "gemma3_text", (6, 3)),
+    "gemma3, uneven, gate and up": Case(UNEVEN, NOT_ONE, "gemma3_text", (12, 3), "gate_and_up"),
+    "gemma3, uneven, biases, not tied": Case(
+        UNEVEN, NOT_ONE, "gemma3_text", (12, 3), config={"attention_bias": True, "tie_word_embeddings": False}
+    ),
+    "gemma3, no attention in layer 0, no mlp in layer 1": Case(((), *MHA[1:]), (17, 0, 39), "gemma3_text"),
+    "gemma3, layer 1 gone": Case((MHA[0], (), MHA[2]), (17, 0, 39), "gemma3_text"),
+    "gemma3, everything gone": Case(NO_HEADS, NO_CHANNELS, "gemma3_text"),
+    "phi3": Case(MHA, model_type="phi3", config={"sliding_window": 8}),
+    "phi3, gate and up": Case(GQA, model_type="phi3", dense=(6, 3), site="gate_and_up"),
+    "phi3, uniform": Case(((0, 1, 2),) * NUM_LAYERS, (8,) * NUM_LAYERS, "phi3"),
+    "phi3, nothing pruned": Case((MHA[2],) * NUM_LAYERS, (WIDTH,) * NUM_LAYERS, "phi3"),
+    "phi3, uneven, half of a head rotated": Case(
+        UNEVEN, model_type="phi3", dense=(12, 3), config={"partial_rotary_factor": 0.5}
+    ),
+    "phi3, longrope": Case(GQA, model_type="phi3", dense=(6, 3), config=LONGROPE),
+    "phi3, no attention in layer 0, no mlp in layer 1": Case(((), *MHA[1:]), (17, 0, 39), "phi3"),
+    "phi3, layer 1 gone": Case((MHA[0], (), MHA[2]), (17, 0, 39), "phi3"),
+    "ministral3": Case(MHA, model_type="ministral3"),
+    "ministral3, uneven, sliding window": Case(
+        UNEVEN, model_type="ministral3", dense=(12, 3), config={"sliding_window": 8}
+    ),
+    "ministral3, layer 1 gone, gate and up": Case((MHA[0], (), MHA[2]), (17, 0, 39), "ministral3", site="gate_and_up"),
     "qwen3, layer types, no sliding attention": Case(
         ((0, 1, 2), (), (3,)), model_type="qwen3", config=LAYER_TYPES | {"attention_bias": True}
     ),

@@ -1,14 +1,19 @@
 """Transformers and vLLM compute the same from the config.json that is written, or it is refused."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from helpers.masked import convert_pruned, edit_json
 from helpers.serving import engine
-from helpers.tiny import HEAD_DIM, MOE_CONFIGS, converted, expert_masks, tiny_model, write_masked
+from helpers.tiny import DENSE_CONFIGS, HEAD_DIM, MOE_CONFIGS, converted, expert_masks, tiny_model, write_masked
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
 
 from learner.cli import main as learn_masks
 from pruned_vllm.common.errors import InputError
@@ -25,7 +30,10 @@ def rope(**parameters) -> dict:
 
 LONG = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}
 REFUSED = {
-    **{f"{name}, activation": (name, {"hidden_act": "gelu"}, "hidden_act is 'gelu': vLLM has") for name in FAMILIES},
+    **{
+        f"{name}, activation": (name, {family.activation_key: "gelu"}, f"{family.activation_key} is 'gelu': ")
+        for name, family in FAMILIES.items()
+    },
     "not causal": ("llama", {"is_causal": False}, "is_causal is False: the plugin serves causal attention alone"),
     "half of a head rotated": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "half of a head rotated, inside": ("qwen3", rope(partial_rotary_factor=0.5), "rope_parameters.partial_"),
@@ -39,6 +47,11 @@ REFUSED = {
     "olmoe, clipping": ("olmoe", {"clip_qkv": 0.5}, "clip_qkv is 0.5: vLLM's OLMoE does not clip"),
     "olmoe, a window": ("olmoe", {"sliding_window": 8}, "sliding_window is 8: Hugging Face's OLMoE applies it with"),
     "quantized, older name": ("llama", {"compression_config": {}}, "compression_config is {}"),
+    "gemma3, angles of full layers": (
+        "gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "llama3"}}}, "rope_type is 'llama3'"),
+    "gemma3, capped logits": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    "phi3, linear": ("phi3", rope(rope_type="linear", factor=2.0), "rope_type is 'linear'"),
+    "ministral3, no scale of queries": ("ministral3", rope(rope_type="default"), "lack llama_4_scaling_beta"),
     "encoder": ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder is True"),
 }  # fmt: skip
 DROPPED = {
@@ -52,6 +65,8 @@ DROPPED = {
     "other names": ("llama", {"rotary_pct": 0.5, "num_kv_heads": 1, "n_head_kv": 1}),
     "experts of a dense model": ("qwen2", {"num_experts": 4, "num_experts_per_tok": 2}),
     "groups of experts": ("deepseek", {"routed_scaling_factor": 2.5, "topk_method": "noaux_tc", "n_group": 2}),
+    "biases of Phi-3": ("phi3", {"attention_bias": True, "mlp_bias": True}),
+    "layer types of Ministral 3": ("ministral3", {"layer_types": ["full_attention"] * 3}),
     "a shared expert": ("qwen3_moe", {"shared_expert_intermediate_size": 24}),
 }
 NOT_STOCK = {
@@ -168,6 +183,13 @@ ANGLES = {
 }  # fmt: skip
 
 
+def test_a_model_that_lacks_what_vllm_needs_is_refused_when_serving():
+    family, config = FAMILIES["ministral3"], config_of("ministral3")
+    with pytest.raises(InputError, match="config.json lacks llama_4_scaling, which convert-pruned writes"):
+        check_keys(config, family)
+    check_keys(write(config), family)
+
+
 @pytest.mark.parametrize("parameters", ANGLES.values(), ids=ANGLES)
 def test_angles_are_the_same_in_vllm(parameters):
     config = config_of("llama", rope_parameters=parameters, max_position_embeddings=256)
@@ -181,3 +203,54 @@ def test_angles_are_the_same_in_vllm(parameters):
         vllm = get_rope(HEAD_DIM, 256, rope_parameters=read_by_vllm.rope_parameters, dtype=torch.float32)
         actual, _ = vllm.forward_native(positions, heads.clone(), heads.clone())
     torch.testing.assert_close(actual.view(128, 2, HEAD_DIM), expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+NESTED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+OLDER = {"rope_theta": 7e5, "rope_local_base_freq": 9e3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0 + i / 4 for i in range(16)],
+        "long_factor": [2.0 + i for i in range(16)],
+    },
+}
+HALF = {"partial_rotary_factor": 0.5}
+FAMILY_ANGLES = {  # keys of config.json, the type of layer, tokens of a text, and --max-model-len
+    "gemma3, full": ("gemma3_text", {"rope_parameters": NESTED}, "full_attention", 128, 256),
+    "gemma3, sliding": ("gemma3_text", {"rope_parameters": NESTED}, "sliding_attention", 128, 256),
+    "gemma3, older keys, full": ("gemma3_text", OLDER, "full_attention", 128, 256),
+    "gemma3, older keys, sliding": ("gemma3_text", OLDER, "sliding_attention", 128, 256),
+    "phi3": ("phi3", {"rope_theta": 5e4}, None, 128, 256),
+    "phi3, half of a head": ("phi3", HALF, None, 128, 256),
+    "phi3, longrope, short": ("phi3", LONGROPE, None, 64, 64),
+    "phi3, longrope, long": ("phi3", LONGROPE, None, 128, 256),
+    "ministral3": ("ministral3", DENSE_CONFIGS["ministral3"], None, 128, 256),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_ANGLES)
+def test_angles_of_families_are_the_same_in_vllm(monkeypatch, name):
+    model_type, changes, kind, tokens, max_model_len = FAMILY_ANGLES[name]
+    family, config = FAMILIES[model_type], config_of(model_type, max_position_embeddings=256, **changes)
+    assert not refusals(family, config)
+    model = getattr(transformers, family.architecture)
+    code, config_class = sys.modules[model.__module__], model.config_class
+    rotary = getattr(code, f"{family.architecture.removesuffix('ForCausalLM')}RotaryEmbedding")(config_class(**config))
+    positions = torch.arange(tokens)
+    heads = torch.randn(tokens, 2 * HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    by_head = heads.view(1, tokens, 2, HEAD_DIM).transpose(1, 2)
+    angles = rotary(by_head, positions[None], *([kind] if kind else []))
+    expected, _ = code.apply_rotary_pos_emb(by_head, by_head, *angles)
+    parameters = config_class(**agreed_config(family, config)).rope_parameters
+    asked = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+    monkeypatch.setattr(phi3_long_rope_scaled_rope, "get_current_vllm_config", lambda: asked)
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})  # remembers no --max-model-len
+    with set_current_vllm_config(VllmConfig()):
+        vllm = get_rope(HEAD_DIM, 256, rope_parameters=parameters[kind] if kind else parameters, dtype=torch.float32)
+        compute = getattr(vllm, "forward_native", vllm.forward)
+        actual, _ = compute(positions, heads.clone(), heads.clone())
+    torch.testing.assert_close(actual.view(tokens, 2, HEAD_DIM), expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)

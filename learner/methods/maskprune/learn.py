@@ -41,12 +41,14 @@ from transformers import PreTrainedModel
 from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
 from learner.methods.method import Learned, Task
+from learner.model.projections import is_fused
 from learner.model.units import Units
 from learner.run.training import Training, divergence
+from pruned_vllm.common.errors import InputError
 
 SMALLEST_KEPT = 1e-6  # smallest mask of a unit that stays: the converter removes units whose mask is 0
 LORA_TARGETS = {
-    "all": r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    "all": r".*\.(self_attn\.([qkvo]|qkv)_proj|mlp\.(gate|up|gate_up|down)_proj)",
     "query-value": r".*\.self_attn\.[qv]_proj",
 }  # not on experts, which are no linear layers: Transformers holds all of a layer in two tensors
 LARGE = 0.1  # if the masks that are cut have a larger mean, learning did not reach its target
@@ -126,9 +128,11 @@ def kind_parameters(model: PreTrainedModel, units: Units) -> dict[str, int]:
     def count(kind: str, layer: Any) -> int:
         attention, mlp = layer.self_attn, layer.mlp
         if kind == "head":
-            return linear(attention.q_proj, attention.k_proj, attention.v_proj) + attention.o_proj.weight.numel()
+            fused = [attention.qkv_proj] if is_fused(model) else [attention.q_proj, attention.k_proj, attention.v_proj]
+            return linear(*fused) + attention.o_proj.weight.numel()
         if kind == "channel":
-            return linear(mlp.gate_proj, mlp.up_proj) + mlp.down_proj.weight.numel()
+            fused = [mlp.gate_up_proj] if is_fused(model) else [mlp.gate_proj, mlp.up_proj]
+            return linear(*fused) + mlp.down_proj.weight.numel()
         return sum(parameter.numel() for parameter in mlp.experts.parameters())
 
     layers = model.model.layers
@@ -185,6 +189,11 @@ def _add_adapter(task: Task) -> PeftModel | None:
     settings = task.settings
     if not settings.lora_rank:
         return None
+    if settings.lora_targets != "all" and is_fused(task.model):
+        raise InputError(
+            f"--lora-targets {settings.lora_targets} cannot be had: q, k and v are one projection in "
+            f"{type(task.model).__name__}; use --lora-targets all, or --lora-rank 0"
+        )
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
