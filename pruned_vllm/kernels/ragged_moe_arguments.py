@@ -95,9 +95,8 @@ def check_arguments(
         ValueError: lists everything that does not fit.
     """
     expected_biases = {} if biases is None else _expected_biases(biases, x, down, offsets)
-    if _fit(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales) and all(
-        _is_bias(tensor, shape, x) for tensor, shape in expected_biases.values()
-    ):
+    biases_fit = not expected_biases or all(_is_bias(tensor, shape, x) for tensor, shape in expected_biases.values())
+    if biases_fit and _fit(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales):
         return
     given = {
         "gate_up": gate_up, "down": down, "offsets": offsets, "topk_weights": topk_weights, "topk_ids": topk_ids

@@ -145,9 +145,8 @@ class Layer : Epilogue {
   void gate_and_up(const Choices& choices, const Task& task, const E* gate, const E* up, const Layout& layout) const {
     const float* gate_scales = weights_.gate_up_scales;
     const float* up_scales = gate_scales;
-    const int64_t row = weights_.offsets[task.expert] + task.start;
     if constexpr (SCALED) {
-      gate_scales += row * layout.groups;
+      gate_scales += (weights_.offsets[task.expert] + task.start) * layout.groups;
       up_scales = gate_scales + weights_.rows * layout.groups;
     }
     const Choice* choice = choices.of(task.expert);
@@ -167,9 +166,9 @@ class Layer : Epilogue {
         while (c + C <= channels) multiply(std::integral_constant<int, C>());
         while (c < channels) multiply(std::integral_constant<int, 1>());
         for (int m = 0; m < M.value; ++m) {
-          float* hidden = ups + m * CHANNELS;
-          combine(choice[i + m].weight, row, weights_.rows, channels, gates + m * CHANNELS, hidden);
-          write_words<T>(hidden, channels, choice[i + m].hidden + words_before(task.start));
+          float *g = gates + m * CHANNELS, *h = ups + m * CHANNELS;
+          combine(choice[i + m].weight, weights_, task.expert, task.start, channels, g, h);
+          write_words<T>(h, channels, choice[i + m].hidden + words_before(task.start));
         }
       });
   }

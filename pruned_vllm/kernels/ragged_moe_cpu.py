@@ -74,13 +74,6 @@ class Extras(ctypes.Structure):
         ("limit", ctypes.c_float),
     )
 
-    @classmethod
-    def of(cls, activation: Activation, biases: Biases) -> "Extras":
-        """Refers to the memory of `biases`, which must outlive it."""
-        pointers = [None if bias is None else bias.data_ptr() for bias in (biases.gate_up, biases.down)]
-        number = get_args(ActivationName).index(activation.name)
-        return cls(*pointers, number, activation.alpha, activation.limit)
-
 
 def ragged_moe(
     x: torch.Tensor,
@@ -125,7 +118,7 @@ def ragged_moe(
         pointers += [tensor.data_ptr() for tensor in (scales.gate_up, scales.down, scales.down_offsets)]
         runs, group_size = len(scales.down), scales.group_size or 0
     pointers += [tensor.data_ptr() for tensor in (topk_weights, topk_ids, out)]
-    extras = Extras.of(activation, biases or NO_BIASES) if is_general else None
+    extras = _extras(activation, biases or NO_BIASES) if is_general else None
     pointers.append(0 if extras is None else ctypes.addressof(extras))
     sizes = (*x.shape, len(down), runs, num_experts, topk_ids.shape[1], group_size)
     failure = getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes)
@@ -134,6 +127,12 @@ def ragged_moe(
     if failure:
         raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
     return out
+
+
+def _extras(activation: Activation, biases: Biases) -> Extras:
+    """Refers to the memory of `biases`, which must outlive it."""
+    pointers = [None if bias is None else bias.data_ptr() for bias in (biases.gate_up, biases.down)]
+    return Extras(*pointers, get_args(ActivationName).index(activation.name), activation.alpha, activation.limit)
 
 
 def _check_values(offsets: torch.Tensor, rows: int, scales: Scales | None) -> None:

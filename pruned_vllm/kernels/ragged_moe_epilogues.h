@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ragged_moe_vectors.h"
+#include "ragged_moe_weights.h"
 
 // What a caller says of an expert besides its weights.
 struct Extras {
@@ -21,7 +22,8 @@ struct Silu {
   explicit Silu(const Extras*) {}
 
   // Turns `count` ups into weight * silu(gate) * up.
-  void combine(float weight, int64_t, int64_t, int64_t count, float* gates, float* ups) const {
+  template <typename W>
+  void combine(float weight, const Weights<W>&, int64_t, int64_t, int64_t count, float* gates, float* ups) const {
     for (int64_t c = 0; c < count; ++c) ups[c] *= weight * gates[c] / (1.0f + exponential(-gates[c]));
   }
 };
@@ -31,12 +33,15 @@ struct General : Extras {
 
   explicit General(const Extras* extras) : Extras(*extras) {}
 
-  // Turns `count` ups into weight times what the activation makes of gate and up. Their channels begin with `row` among
-  // `rows` rows of weights. A comparison with what is no number is false, so that it stays none.
-  void combine(float weight, int64_t row, int64_t rows, int64_t count, float* gates, float* ups) const {
-    if (gate_up_bias)
-      for (int64_t c = 0; c < count; ++c)
-        gates[c] += gate_up_bias[row + c], ups[c] += gate_up_bias[rows + row + c];
+  // Turns `count` ups into weight times what the activation makes of gate and up. They are those of channels of an
+  // expert from `start` on. A comparison with what is no number is false, so that it stays none.
+  template <typename W>
+  void combine(float weight, const Weights<W>& weights, int64_t expert, int64_t start, int64_t count, float* gates,
+               float* ups) const {
+    if (gate_up_bias) {
+      const float* bias = gate_up_bias + weights.offsets[expert] + start;
+      for (int64_t c = 0; c < count; ++c) gates[c] += bias[c], ups[c] += bias[weights.rows + c];
+    }
     const auto for_each = [&](auto activate) {
       for (int64_t c = 0; c < count; ++c) ups[c] = weight * activate(gates[c], ups[c]);
     };

@@ -243,6 +243,23 @@ def test_fewer_experts_of_the_dense_width_are_said_by_their_number_alone():
     assert converted_config(ours, moe_config("qwen3_moe"))["per_layer_config"] == {"2": {"num_experts": 3}}
 
 
+def test_biases_of_experts(monkeypatch):
+    """That of the down projection is what an expert without channels still adds."""
+    row = FAMILIES["qwen2_moe"]
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", replace(row, experts=replace(row.experts_format, bias=True)))
+    config = moe_config("qwen2_moe", per_layer_config={"1": {"expert_intermediate_sizes": [0, 7, 0, 24]}})
+    shapes = ModelGeometry.from_config(config).layer_tensor_shapes(1)
+    prefix = "model.layers.1.mlp.experts."
+    experts = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    biases = {name: shape for name, shape in experts.items() if name.endswith("bias")}
+    widths = {"0": (), "1": (7,), "2": (), "3": (24,)}
+    assert biases == {
+        **{f"{expert}.{name}_proj.bias": width for expert, width in widths.items() for name in ("gate", "up") if width},
+        **{f"{expert}.down_proj.bias": (96,) for expert in widths},
+    }
+    assert {name[0] for name in experts if name.endswith("weight")} == {"1", "3"}
+
+
 def test_experts_of_one_width_use_the_key_of_hugging_face():
     dense = ModelGeometry.from_config(moe_config("qwen3_moe"))
     attention = dense.layers[0].query_heads_per_kv_head

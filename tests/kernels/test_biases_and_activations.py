@@ -50,7 +50,7 @@ TRITON_QUANTIZED = [
     pytest.param(Case(tokens, 40, (33, 0, 5, 64), 2), kind, DTYPES[place % 3], variant, id=f"{tokens}-{kind}-{variant}")
     for place, variant in enumerate(GENERAL)
     for other, kind in enumerate(KINDS)
-    for tokens in ((1, 33)[other % 2],)
+    for tokens in ((1, 33)[(place + other) // 3 % 2],)
     if (place + other) % 3 == 0
 ]
 
@@ -114,9 +114,7 @@ def test_matrix_products_against_float64(dtype, variant):
     assert not found, found
 
 
-OTHERS = [
-    pytest.param(name, marks=() if name == "fewest" else pytest.mark.slow) for name in ("fewest", "AVX2", "AVX512")
-]
+OTHERS = ["fewest", *(pytest.param(name, marks=pytest.mark.slow) for name in ("AVX2", "AVX512"))]
 
 
 @pytest.mark.parametrize("capability", OTHERS)
@@ -173,7 +171,7 @@ def test_gates_and_ups_of_any_size(activation):
     is_finite = expected.abs() <= torch.finfo(torch.float32).max
     torch.testing.assert_close(out[is_finite], expected[is_finite].float(), rtol=2e-5, atol=1e-7)
     assert not out[~is_finite].isfinite().any()
-    assert torch.equal(out.isnan(), expected.isnan())
+    assert out[pairs.isnan().any(1)].isnan().all()
 
 
 @pytest.mark.usefixtures("compiled")
