@@ -16,6 +16,7 @@ from pruned_vllm.formats.families import FAMILIES, Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.tensors import Shapes
+from pruned_vllm.serving import deepseek_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -197,6 +198,7 @@ def test_config_round_trip_of_experts(data, model_type):
     assert after.tensor_shapes() == before.tensor_shapes()
     if "per_layer_config" in written:
         assert after == before
+        deepseek_config.register()
         hugging_face = AutoConfig.for_model(**written)
         assert ModelGeometry.from_config(hugging_face.to_dict()) == before
 
