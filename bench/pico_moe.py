@@ -1,10 +1,11 @@
-"""What pruning experts costs, and what it costs to give every expert the same share: DDP on the Qwen3-MoE pico model.
+"""What pruning experts costs on the Qwen3-MoE pico model: channels of experts, or whole ones at as many bytes.
 
     python -m bench.pico_moe --output-dir bench/results/cpu_pico_moe
 
 Removes 20, 40 and 60 % of the experts' channels (heads stay), with one budget for all experts of the model
 (`learn-masks --budget global`) and with the same budget in each expert (`--budget expert`), as the granularity
-ablation of the DDP paper does (arXiv 2603.08065). Prints tables and writes to --output-dir:
+ablation of the DDP paper does (arXiv 2603.08065). REAP removes as many whole experts with their rows of the router, the
+same number in each layer or the worst of the model (`--method reap`). Prints tables and writes to --output-dir:
 
 - pico_moe.json: settings, perplexities on held-out text, the width of every expert, the router's load
 - global_20.safetensors and so on: masks that the global budget led to (first seed), each a pruning_masks.safetensors
@@ -30,7 +31,7 @@ from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.masked import MASKS_FILE, layer_masks
 
 SPARSITIES = (0.2, 0.4, 0.6)
-BUDGETS = ("global", "expert")
+BUDGETS = {"ddp": ("global", "expert"), "reap": ("layer", "global")}  # by method
 # The paper takes 1000 steps. To meet the budget within 300, its multiplier must grow faster.
 SETTINGS: dict[str, Any] = {
     "steps": 300,
@@ -39,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "sequence_length": 128,
     "lambda2_learning_rate": 1.6,
 }
+CALIBRATION: dict[str, Any] = {"calibration_sequences": 128, "sequence_length": 128}  # of REAP
 RESULTS_FILE = "pico_moe.json"
 console = Console(highlight=False)
 
@@ -71,16 +73,18 @@ def ablate(masks_directory: Path, seeds: list[int]) -> dict:
     from bench.pico import pico_model
 
     model, runs = pico_model("qwen3_moe"), []
-    for seed, sparsity, budget in itertools.product(seeds, SPARSITIES, BUDGETS):
-        console.print(f"[bold]{sparsity:.0%} of the experts' channels, {budget} budget, seed {seed}")
+    contestants = [(method, budget) for method, budgets in BUDGETS.items() for budget in budgets]
+    for seed, sparsity, (method, budget) in itertools.product(seeds, SPARSITIES, contestants):
+        console.print(f"[bold]{method}: {sparsity:.0%} of the experts' channels, {budget} budget, seed {seed}")
         with tempfile.TemporaryDirectory() as temporary:
             checkpoint = Path(temporary) / "ckpt"
-            runs.append(learn_one(model, checkpoint, sparsity, budget, seed))
-            if budget == "global" and seed == seeds[0]:
+            runs.append(learn_one(model, checkpoint, sparsity, method, budget, seed))
+            if (method, budget) == ("ddp", "global") and seed == seeds[0]:
                 shutil.copyfile(checkpoint / MASKS_FILE, masks_directory / f"global_{sparsity * 100:.0f}.safetensors")
     return {
         "model": read_json(model / "pico.json"),
         "ddp": SETTINGS,
+        "reap": CALIBRATION,
         "runs": runs,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -90,27 +94,30 @@ def ablate(masks_directory: Path, seeds: list[int]) -> dict:
     }
 
 
-def learn_one(model: Path, checkpoint: Path, sparsity: float, budget: str, seed: int) -> dict:
-    """One run of DDP, its masks written to `checkpoint`: settings, perplexity and what is left of each expert."""
+def learn_one(model: Path, checkpoint: Path, sparsity: float, method: str, budget: str, seed: int) -> dict:
+    """One run of a method, its masks written to `checkpoint`: settings, perplexity and what is left of each expert."""
     from safetensors.torch import load_file
 
-    from learner.job import DDPSettings, Job
+    from learner.job import METHODS, Job
     from learner.learn import learn
 
+    settings = SETTINGS if method == "ddp" else CALIBRATION
     job = Job(
         model=str(model),
+        method=method,
         sparsity=sparsity,
         head_sparsity=0,
         data=[str(model / "train.txt")],
         eval_data=[str(model / "heldout.txt")],
         device="cpu",
         seed=seed,
-        settings=DDPSettings(**SETTINGS, budget=budget),
+        settings=METHODS[method].settings(**settings, budget=budget),
     )
     results = learn(job, checkpoint)
     masks = load_file(checkpoint / MASKS_FILE)
     return {
         "sparsity": sparsity,
+        "method": method,
         "budget": budget,
         "seed": seed,
         **results,
@@ -125,19 +132,22 @@ def show(results: dict) -> None:
 
     model, columns = (
         results["model"],
-        ("sparsity", "budget", "seed", "perplexity", "removed", "widths", "gone", "seconds"),
+        ("sparsity", "method", "budget", "seed", "perplexity", "removed", "widths", "gone", "seconds"),
     )
     console.print(
         f"dense perplexity {model['heldout_perplexity']:.2f}, token frequencies alone {model['unigram_perplexity']:.2f}"
     )
     console.print(describe_load(model["router_load"]))
     table = Table(
-        *columns, box=box.SIMPLE, caption="widths: least, mean and most of an expert; gone: experts of width 0"
+        *columns,
+        box=box.SIMPLE,
+        caption="widths: least, mean and most of an expert; gone: of width 0, which REAP drops",
     )
     for run in results["runs"]:
         widths = [width for layer in run["expert_widths"] for width in layer]
         table.add_row(
             f"{run['sparsity']:.0%}",
+            run["method"],
             run["budget"],
             str(run["seed"]),
             f"{run['masked_perplexity']:.2f}",

@@ -39,6 +39,7 @@ DROPPED_KEYS = (
     "layer_types",
     "query_heads_per_kv_head",
     "expert_intermediate_sizes",
+    "constant_experts",
 )
 MOE_OPTIONS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -97,10 +98,10 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
     kept = {key: value for key, value in config.items() if key not in DROPPED_KEYS and not key.endswith("_token_id")}
     dense_config = {**kept, **_family_keys(small, config, sizes), "architectures": [small.family.architecture]}
     dense = ModelGeometry.from_config(dense_config)
-    layers = []
+    layers, chosen = [], dense.experts.num_experts_per_tok if dense.experts else 0
     for index, layer in enumerate(dense.dense_layers):
         source = _counterpart(index, dense.dense_layers, small.dense_layers)
-        layers.append(_scale_layer(small.layers[source], small.dense_layers[source], layer, align, seed=index))
+        layers.append(_scale_layer(small.layers[source], small.dense_layers[source], layer, align, index, chosen))
     return dense_config, converted_config(dense.with_layers(tuple(layers)), dense_config)
 
 
@@ -110,8 +111,7 @@ def _family_keys(small: ModelGeometry, config: Mapping, sizes: Mapping) -> dict:
     keys = {key: value for key, value in sizes.items() if key not in MOE_OPTIONS}
     if names is None:
         return keys
-    count_keys = [key for key in names.count_keys if config.get(key) is not None]
-    keys |= dict.fromkeys(count_keys, sizes["num_experts"])
+    keys |= names.with_count(config, sizes["num_experts"])
     keys |= {"num_experts_per_tok": sizes["num_experts_per_tok"], names.width_key: sizes["moe_intermediate_size"]}
     if names.shared_width_key is not None:
         ratio = small.dense_experts.shared_intermediate_size / small.dense_experts.intermediate_size
@@ -134,13 +134,15 @@ def _counterpart(index: int, large: Sequence[LayerGeometry], small: Sequence[Lay
 
 
 def _scale_layer(
-    source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry, align: int, seed: int
+    source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry, align: int, seed: int, least_experts: int
 ) -> LayerGeometry:
-    """`dense` less what `source` lacks against `source_dense`; at least one unit of what is not skipped."""
+    """`dense` less what `source` lacks against `source_dense`; at least one unit of what is not skipped, and
+    `least_experts` experts."""
     width, kept_groups = dense.intermediate_size, _scale_groups(source, source_dense, dense)
     if dense.expert_intermediate_sizes:
         kept = [expert / source_dense.expert_width for expert in source.expert_intermediate_sizes]
-        shares = quantiles(kept, len(dense.expert_intermediate_sizes))
+        count = len(kept) * len(dense.expert_intermediate_sizes) // len(source_dense.expert_intermediate_sizes)
+        shares = quantiles(kept, max(count, least_experts))
         widths = widths_of(shares, dense.expert_width, align, seed)
         return replace(dense, query_heads_per_kv_head=kept_groups, expert_intermediate_sizes=widths)
     kept_channels = source.intermediate_size / source_dense.intermediate_size

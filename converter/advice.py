@@ -2,6 +2,7 @@
 
 import shlex
 
+from converter.dropped_experts import NOT_EXACT
 from converter.plan import Plan
 from pruned_vllm.formats.companions import has_mistral_tokenizer, has_tokenizer, tokenizer_code
 
@@ -32,6 +33,8 @@ def serve_command(plan: Plan, out: str, dense: str | None = None) -> str:
 def warnings(plan: Plan) -> list[str]:
     """Sentences about a result that some machines cannot serve, or not without more options."""
     found = []
+    if plan.dropped is not None:
+        found.append(f"--drop-empty-experts changed routing: {NOT_EXACT}")
     if (warning := head_dim_warning(plan.dense.head_dim)) is not None:
         found.append(warning)
     companions = plan.source.companions

@@ -89,6 +89,12 @@ class Checkpoint:
         loaded = {name: tensor for name, tensor in self._loaded.items() if name in left}
         return Checkpoint(self.directory, self.config, left, loaded, self._files)
 
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """The same with other names, new by old; no two tensors may come to share one."""
+        tensors = {names.get(name, name): tensor for name, tensor in self.tensors.items()}
+        loaded = {names.get(name, name): tensor for name, tensor in self._loaded.items()}
+        return Checkpoint(self.directory, self.config, tensors, loaded, self._files)
+
     def with_config(self, config: Mapping[str, Any]) -> "Checkpoint":
         """The same with another config.json."""
         return Checkpoint(self.directory, config, self.tensors, self._loaded, self._files)

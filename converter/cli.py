@@ -100,6 +100,14 @@ def _main(arguments: list[str]) -> int:
         "mean fewer graphs to compile at start-up, but more bytes to read at every step; --dry-run prints both "
         "(default: no limit)",
     )
+    parser.add_argument(
+        "--drop-empty-experts",
+        action="store_true",
+        help="remove experts without any channel left, and their rows of the router. Without it, which is exact, they "
+        "stay and add zeros. With it tokens are sent to other experts in their place, as after REAP: the result is NOT "
+        "the masked model, and the model card and config.json say so. Verified against the masked model whose routers "
+        "choose among the experts that stay. Refused where fewer would be left than the router chooses",
+    )
     add_quantization_arguments(parser, "--quantize", required=False)
     parser.add_argument(
         "--max-shard-size",
@@ -178,6 +186,7 @@ def _convert(args: argparse.Namespace) -> None:
         gqa_layout=args.gqa_layout,
         alignment=args.align,
         max_distinct_shapes=args.max_distinct_shapes,
+        drop_empty_experts=args.drop_empty_experts,
         quantize=wanted,
     )
     print_plan(plan)

@@ -9,10 +9,10 @@ from typing import Any
 
 from converter.checkpoint import Checkpoint
 from converter.hidden import EMBEDDING
-from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry
 from pruned_vllm.formats.config_values import shown
 from pruned_vllm.formats.geometry import PER_LAYER_LISTS, ModelGeometry
+from pruned_vllm.formats.headers import StoredTensor
 from pruned_vllm.formats.layer import LayerGeometry
 
 # Sizes by layer that RTP-LLM and its kind write beside the tensors. The tensors say the same, and config.json must not
@@ -31,7 +31,7 @@ def shared_config(weights: Checkpoint, base: Mapping[str, Any] | None) -> tuple[
             says nothing, what the frequencies of RoPE tell that old checkpoints have; else hidden_size by heads.
 
     Raises:
-        InputError: the model is not supported, or its layers have different numbers of experts.
+        InputError: the model is not supported.
     """
     config = {key: value for key, value in weights.config.items() if key not in (*SIZE_LISTS, *EMPTY_LISTS)}
     stated, notes = dense_geometry(weights.directory, config), list[str]()
@@ -50,17 +50,15 @@ def shared_config(weights: Checkpoint, base: Mapping[str, Any] | None) -> tuple[
         config |= {key: config[key][:num_layers] for key in PER_LAYER_LISTS if isinstance(config.get(key), list)}
         said = len(stated.layers)
         notes.append(f"The files have {num_layers} layers, where config.json says {said}: the last are gone.")
-    if stated.experts is not None and (num_experts := _num_experts(weights, stated)) != stated.experts.num_experts:
-        keys = stated.family.experts_format.count_keys
-        config[next((key for key in keys if config.get(key) is not None), keys[0])] = num_experts
-        notes.append(f"A layer has {num_experts} experts, where config.json says {stated.experts.num_experts}.")
+    notes += _correct_num_experts(config, weights, stated)
     return config, notes
 
 
 def with_largest_layer(
     config: Mapping[str, Any], stated: ModelGeometry, layers: Sequence[LayerGeometry]
 ) -> dict[str, Any]:
-    """`config` whose top level, which `stated` is the geometry of, says no less heads and channels than a layer has.
+    """`config` whose top level, which `stated` is the geometry of, says no less heads, channels and experts than any
+    layer has.
 
     Some projects write the sizes of the last layer there.
     """
@@ -75,6 +73,9 @@ def with_largest_layer(
     width = max(layer.intermediate_size for layer in layers)
     if width > max(layer.intermediate_size for layer in stated.dense_layers):
         changed["intermediate_size"] = width
+    count = max(len(layer.expert_intermediate_sizes) for layer in layers)
+    if stated.experts is not None and count > stated.experts.num_experts:
+        changed |= stated.family.experts_format.with_count(config, count)
     return changed
 
 
@@ -92,6 +93,12 @@ def size_list_problems(config: Mapping[str, Any], layers: Sequence[LayerGeometry
     return problems
 
 
+def num_experts(tensors: Mapping[str, StoredTensor], stated: ModelGeometry, index: int) -> int | None:
+    """The experts of a layer, which its router has rows for; None where there is no router."""
+    router = tensors.get(f"model.layers.{index}.{stated.family.experts_format.router}.weight")
+    return router.shape[0] if router is not None and len(router.shape) == 2 else None
+
+
 def _rotated_dimensions(weights: Checkpoint) -> int | None:
     """head_dim by the frequencies of RoPE [head_dim / 2], if all that there are agree."""
     shapes = {tensor.shape for name, tensor in weights.tensors.items() if name.endswith(".rotary_emb.inv_freq")}
@@ -99,15 +106,16 @@ def _rotated_dimensions(weights: Checkpoint) -> int | None:
     return 2 * shape[0] or None if len(shape) == 1 else None
 
 
-def _num_experts(weights: Checkpoint, stated: ModelGeometry) -> int:
-    """The experts that the routers know, the same number in every layer that has one."""
-    router = stated.family.experts_format.router
-    names = [f"model.layers.{index}.{router}.weight" for index in range(len(stated.layers))]
-    routers = {name: weights.tensors[name].shape for name in names if name in weights.tensors}
-    counts = {name: shape[0] for name, shape in routers.items() if len(shape) == 2}
-    if len(set(counts.values())) > 1:
-        raise InputError(
-            "The layers have different numbers of experts, which no configuration of Transformers or vLLM can say:",
-            [f"{name}: {count} rows" for name, count in counts.items()],
-        )
-    return next(iter(counts.values()), stated.dense_experts.num_experts)
+def _correct_num_experts(config: dict[str, Any], weights: Checkpoint, stated: ModelGeometry) -> list[str]:
+    """Lets `config` say as many experts as the layers have, where that is one number. Returns a sentence where layers
+    have another than config.json says."""
+    with_experts = [index for index, layer in enumerate(stated.layers) if layer.expert_intermediate_sizes]
+    found = [num_experts(weights.tensors, stated, index) for index in with_experts]
+    counts = {count for count in found if count is not None}
+    if not counts or counts == {stated.dense_experts.num_experts}:
+        return []
+    said, least, most = stated.dense_experts.num_experts, min(counts), max(counts)
+    if least == most:
+        config |= stated.family.experts_format.with_count(config, most)
+    left = f"{most}" if least == most else f"{least} to {most}"
+    return [f"A layer has {left} experts, where config.json says {said}."]

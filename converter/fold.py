@@ -61,7 +61,7 @@ def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
         width = int(masks.channel.count_nonzero())
     if masks.expert is not None:
         experts = tuple(masks.expert.count_nonzero(dim=1).tolist())
-    return LayerGeometry(groups, width, experts)
+    return LayerGeometry(groups, width, experts, layer.constant_experts)
 
 
 def cut_layer(

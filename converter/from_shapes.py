@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from converter.checkpoint import TORCH_DTYPES, Checkpoint
-from converter.cut_config import SIZE_LISTS
+from converter.cut_config import SIZE_LISTS, num_experts
 from converter.hidden import EMBEDDING
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
@@ -70,7 +70,11 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
         if not groups:
             reader.drop_norms(dense.family, "attention")
         if layer.expert_intermediate_sizes:
-            count = len(layer.expert_intermediate_sizes)
+            count = num_experts(tensors, dense, index)
+            if count is None:  # which is reported later
+                count = dense.dense_experts.num_experts
+            if count < dense.dense_experts.num_experts_per_tok:
+                found.problems.append(f"model.layers.{index}: {dense.dense_experts.too_few(count)}")
             experts = tuple(reader.mlp(dense.family.experts_format.modules_of(expert)) for expert in range(count))
             found.layers.append(LayerGeometry(groups, 0, experts))
         else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.checkpoint import Checkpoint
+from converter.dropped_experts import NOT_EXACT
 from converter.importers import AUTO, recognise
 from converter.inspection_keys import ALIGNMENTS, BATCH_SIZES, CONTEXT
 from converter.plan import Plan, make_plan
@@ -142,6 +143,7 @@ class Inspection:
             "query_heads_per_kv_head": list(layer.query_heads_per_kv_head),
             "intermediate_size": layer.intermediate_size,
             "expert_intermediate_sizes": list(layer.expert_intermediate_sizes),
+            "constant_experts": list(layer.constant_experts),
             "skip": layer.skip,
             "parameters": self.geometry.layer_parameters(index),
             "bytes": self.layer_bytes[index],
@@ -201,7 +203,7 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
     elif problems := dense_problems(tensors, geometry):
         raise InputError(f"The tensors in {path} do not fit its config.json:", problems)
     pruning = config["pruning"] if isinstance(config.get("pruning"), Mapping) else {}
-    method = pruning.get("method")
+    method, is_exact = pruning.get("method"), pruning.get("exact")
     before = geometry.with_layers(geometry.dense_layers)
     dense_parameters = geometry.num_parameters if kind == "stock" else _dense_parameters(pruning, before)
     gained = is_quantized or not geometry.is_dense
@@ -230,7 +232,10 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
         serving=serving_needs(geometry, architecture, quantization),
         quantization=quantization,
-        notes=tuple(f"config.json: {problem}." for problem in refusals(geometry.family, config)),
+        notes=(
+            *(f"config.json: {problem}." for problem in refusals(geometry.family, config)),
+            *(f"Experts were dropped with their rows of the router; {NOT_EXACT}." for _ in range(is_exact is False)),
+        ),
         unknown=tuple(unknown),
     )
 

@@ -18,7 +18,7 @@ JSON_KEYS = {
     "decoding step, over the same model with weights as wide as its embedding's",
     "parameters, bytes, kv_cache_bytes_per_token": "each {dense, pruned}; bytes are those of the weights",
     "layers": "a list of {layer, num_attention_heads, num_key_value_heads, query_heads_per_kv_head, "
-    "intermediate_size, expert_intermediate_sizes, skip, parameters, bytes}",
+    "intermediate_size, expert_intermediate_sizes, constant_experts, skip, parameters, bytes}",
     "distinct_shapes": "number of different layers",
     "widths": "{count, multiples}: how many FFN widths, of experts too, and how many are multiples of 8, 16 and 64",
     "serving": "{architecture, needs_plugin, versions, largest_tensor_parallel_size, even_tensor_parallel_sizes, "

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from converter.checkpoint import DTYPES, Checkpoint
+from converter.dropped_experts import DroppedExperts, without_empty_experts
 from converter.fold import Cut, cut_layer, cut_mlp, kept_layer
 from converter.hidden import EMBEDDING, LM_HEAD, HiddenCut, make_hidden_cut
 from converter.importers import AUTO, read_source
@@ -35,13 +36,14 @@ class Plan:
     """A conversion that can be done.
 
     Attributes:
-        source: what an importer found.
+        source: what an importer found, less experts that are dropped.
         exact, pruned: geometries as the masks leave it, and as it is written: `exact` plus padding.
         alignment: of the FFN widths and of the hidden size, where that is cut.
         cuts: by full tensor name; a tensor that is not named is copied.
         rms_norm_eps: the new one, where hidden dimensions were cut.
         dtype: of the tensors that are written; None is the one that each has.
         quantization: how weights are rounded, after all else; None: they are not.
+        dropped: the experts that are dropped, and what the importer found; None: none is.
     """
 
     source: Source
@@ -52,6 +54,7 @@ class Plan:
     rms_norm_eps: float | None
     dtype: torch.dtype | None
     quantization: Quantization | None = None
+    dropped: DroppedExperts | None = None
 
     @property
     def dense(self) -> ModelGeometry:
@@ -120,7 +123,7 @@ class Plan:
         if self.source.pruning is not None:
             return dict(self.source.pruning)
         after = self.pruned if self.quantization is None else self.quantization.unpadded
-        return {
+        pruning = {
             "format_version": FORMAT_VERSION,
             "method": self.source.method,
             "source": self.source.hub_id,
@@ -130,6 +133,9 @@ class Plan:
                 "num_key_value_heads": [self.before.num_key_value_heads, after.num_key_value_heads],
             },
         }
+        if self.dropped is not None:
+            pruning |= {"exact": False, "dropped_experts": self.dropped.by_layer}
+        return pruning
 
 
 def make_plan(
@@ -143,6 +149,7 @@ def make_plan(
     gqa_layout: Literal["compact", "padded"] = "compact",
     alignment: int = 1,
     max_distinct_shapes: int | None = None,
+    drop_empty_experts: bool = False,
     quantize: Wanted | None = None,
 ) -> Plan:
     """Reads the pruned model in `path` and checks all of it.
@@ -159,6 +166,8 @@ def make_plan(
         alignment: pads FFN widths to multiples of this, at most to the dense width. Experts of different widths stay
             as they are: their kernels take any number of rows.
         max_distinct_shapes: pads layers until there are at most so many different ones, at the least possible bytes.
+        drop_empty_experts: whether experts without channels go with their rows of the router, see
+            converter/dropped_experts.py. The result then is not the masked model.
         quantize: how weights are to be rounded, if they are.
 
     Raises:
@@ -178,6 +187,7 @@ def make_plan(
             "their layers are served at any width without padding"
         )
     check_source(f"{path} cannot be converted:", source)
+    source, dropped = without_empty_experts(source) if drop_empty_experts else (source, None)
     hidden = make_hidden_cut(source.hidden or HiddenMask(), dense, source.weights.config, alignment)
     model = dense if hidden is None else replace(dense, hidden_size=hidden.hidden_size)
     if dense.tie_word_embeddings and hidden is not None and hidden.embedding is not None:
@@ -204,10 +214,11 @@ def make_plan(
         exact=replace(model, layers=tuple(exact), hidden_size=hidden.exact_size if hidden else dense.hidden_size),
         pruned=pruned,
         alignment=alignment,
-        cuts=make_cuts(source, pruned, hidden),
+        cuts=make_cuts(source, pruned, hidden, dropped),
         rms_norm_eps=hidden.rms_norm_eps if hidden else None,
         dtype=dtype,
         quantization=quantization,
+        dropped=dropped,
     )
 
 
@@ -240,8 +251,14 @@ def _largest_width(dense: LayerGeometry, given: LayerGeometry) -> int:
     return max(layer.intermediate_size or layer.expert_width for layer in (dense, given))
 
 
-def make_cuts(source: Source, target: ModelGeometry, hidden: HiddenCut | None) -> dict[str, Cut]:
-    """The cut of every tensor that changes, by full name, that makes `source` into a model of this geometry."""
+def make_cuts(
+    source: Source, target: ModelGeometry, hidden: HiddenCut | None, dropped: DroppedExperts | None = None
+) -> dict[str, Cut]:
+    """The cut of every tensor that changes, by full name, that makes `source` into a model of this geometry.
+
+    Args:
+        dropped: experts that `source` has no more, but its routers do.
+    """
     dense = source.dense
     cuts: dict[str, Cut] = {}
     for index, (masks, layer) in enumerate(zip(source.masks, target.layers, strict=True)):
@@ -250,6 +267,9 @@ def make_cuts(source: Source, target: ModelGeometry, hidden: HiddenCut | None) -
         )
         if layer.expert_intermediate_sizes:
             layer_cuts |= _shared_cuts(dense, target)
+            if dropped is not None:
+                rows = torch.tensor(dropped.kept[index])
+                layer_cuts |= {name: Cut(rows=rows) for name in dense.family.experts_format.router_tensors}
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     if hidden is not None:
         untied = hidden.embedding is not None

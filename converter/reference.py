@@ -18,6 +18,7 @@ from converter.positions import Positions, visible
 from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import LayerMasks
 
 PART_NUMBERS = 1 << 24  # of a weight that are in float32 at the same time
@@ -34,6 +35,7 @@ class ReferenceModel:
         masks: one entry for each layer; None: there are none.
         channel_mask_site: "product" or "gate_and_up".
         hidden: masks of the hidden dimensions.
+        dropped_experts: for each layer the experts that its router must not choose; None: it may choose all.
         rounding: if given, every weight is off by what rounding to this dtype does after a multiplication: row by row
             it is multiplied by a number that is drawn at random, rounded, and divided again.
     """
@@ -44,6 +46,7 @@ class ReferenceModel:
     masks: Sequence[LayerMasks[torch.Tensor]] | None = None
     channel_mask_site: str = "product"
     hidden: HiddenMask = field(default_factory=HiddenMask)
+    dropped_experts: Sequence[tuple[int, ...]] | None = None
     rounding: torch.dtype | None = None
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -80,7 +83,8 @@ class ReferenceModel:
         states = states + _times(added, self.hidden.outputs)
         if layer.expert_intermediate_sizes:
             normed = self._norm(prefix + family.mlp_norms[0], states)
-            added, chosen = self._experts(prefix, normed, layer.expert_intermediate_sizes, masks.expert, chosen)
+            dropped = () if self.dropped_experts is None else self.dropped_experts[index]
+            added, chosen = self._experts(prefix, normed, layer, masks.expert, dropped, chosen)
             added = self._normed_output(prefix, family.mlp_norms, added)
         elif layer.intermediate_size:
             normed = self._norm(prefix + family.mlp_norms[0], states)
@@ -123,24 +127,32 @@ class ReferenceModel:
         self,
         prefix: str,
         states: torch.Tensor,
-        widths: tuple[int, ...],
+        layer: LayerGeometry,
         mask: torch.Tensor | None,
+        dropped: tuple[int, ...],
         chosen: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         names, experts = self.geometry.family.experts_format, self.geometry.dense_experts
-        probabilities = self._linear(f"{prefix}{names.router}", states).softmax(-1)
+        logits = self._linear(f"{prefix}{names.router}", states)
+        if dropped:
+            logits[:, list(dropped)] = -torch.inf
+        probabilities = logits.softmax(-1)
         if chosen is None:
             chosen = probabilities.topk(experts.num_experts_per_tok, dim=-1).indices
         weights = probabilities.gather(1, chosen)
         if experts.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         result = torch.zeros_like(states)
-        for expert, width in enumerate(widths):
+        for expert, width in enumerate(layer.expert_intermediate_sizes):
             token, place = torch.where(chosen == expert)
+            modules = tuple(prefix + module for module in names.modules_of(expert))
             if width and len(token):
-                modules = tuple(prefix + module for module in names.modules_of(expert))
                 output = self._mlp(modules, states[token], None if mask is None else mask[expert])
-                result.index_add_(0, token, output * weights[token, place, None])
+            elif expert in layer.constant_experts:
+                output = self._bias(modules[2])
+            else:
+                continue
+            result.index_add_(0, token, output * weights[token, place, None])
         if experts.shared_intermediate_size:
             modules = tuple(f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up", "down"))
             shared = self._mlp(modules, states, None)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from converter.advice import serve_command
 from converter.checkpoint import ELEMENT_BYTES
+from converter.dropped_experts import NOT_EXACT
 from converter.layer_table import print_layers
 from converter.plan import Plan
 from converter.quantize.report import quantization_lines
@@ -38,6 +39,8 @@ def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
     dense = {name: max(map(size, plan.dense.layers)) for name, size in sizes.items()}
     sizes = {name: size for name, size in sizes.items() if dense[name]}
     header = ["layer", *(f"{name} of {dense[name]:,}" for name in sizes)]
+    has_own_number = any(map(_has_own_number, plan.exact.layers, plan.dense.layers))
+    header += [f"number of {experts.num_experts:,}"] if experts and has_own_number else []
     header += [f"each of {experts.intermediate_size:,}", "from", "to"] if experts else []
     header += ["MB exact", "MB padded", "lost"] if padded else ["MB", "of dense"]
     rows = []
@@ -47,6 +50,8 @@ def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             kept, written = size(exact), size(layer)
             padding = f"+{written - kept:,}" if written > kept else ""
             row.append(f"{kept:,}{padding}" if kept else "-")
+        if has_own_number:
+            row.append(f"{len(exact.expert_intermediate_sizes):,}" if exact.expert_intermediate_sizes else "-")
         if experts:
             row += _spread(exact.expert_intermediate_sizes)
         dense_bytes, exact_bytes, written_bytes = (
@@ -60,6 +65,10 @@ def _layer_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             row.append(f"{exact_bytes / dense_bytes:.1%}")
         rows.append(row)
     return header, rows
+
+
+def _has_own_number(layer: LayerGeometry, dense: LayerGeometry) -> bool:
+    return len(layer.expert_intermediate_sizes) != len(dense.expert_intermediate_sizes)
 
 
 def _spread(widths: Sequence[int]) -> list[str]:
@@ -125,14 +134,31 @@ def _expert_totals(plan: Plan) -> list[str]:
     """What the masks leave of the routed experts."""
     if plan.dense.experts is None:
         return []
-    widths = [width for layer in plan.exact.layers for width in layer.expert_intermediate_sizes]
+    dense, widths = (
+        [width for layer in layers for width in layer.expert_intermediate_sizes]
+        for layers in (plan.dense.layers, plan.exact.layers)
+    )
     if not widths:  # the family has experts, but no layer of this model
         return []
-    channels = plan.dense.experts.intermediate_size * len(widths)
-    return [
-        f"Experts: {len(widths):,} with {channels:,} channels before, {sum(widths):,} after "
-        f"({1 - sum(widths) / channels:.1%} removed); {widths.count(0):,} experts lost all."
+    lines = [
+        f"Experts: {len(dense):,} with {sum(dense):,} channels before, {sum(widths):,} after "
+        f"({1 - sum(widths) / sum(dense):.1%} removed); {widths.count(0):,} experts lost all."
     ]
+    if len(widths) < len(dense):
+        counts = [len(layer.expert_intermediate_sizes) for layer in plan.exact.layers]
+        counts = [count for count in counts if count]
+        least, most = f"{min(counts):,}", f"{max(counts):,}"
+        lines.append(
+            f"Experts that are left: {len(widths):,}, {least if least == most else f'{least} to {most}'} in a layer."
+        )
+    if constants := sum(len(layer.constant_experts) for layer in plan.exact.layers):
+        lines.append(f"Experts that output a constant: {constants:,}.")
+    if plan.dropped is not None:
+        lines.append(
+            f"Not exact: {sum(map(len, plan.dropped.by_layer.values())):,} experts were dropped with their rows of the "
+            f"router (--drop-empty-experts); {NOT_EXACT}."
+        )
+    return lines
 
 
 def _shape_totals(plan: Plan) -> list[str]:

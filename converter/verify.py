@@ -14,6 +14,9 @@ computes is measured by what it adds to the states of a token, and by a hundredt
 
 Every run sends a token to the experts that the first one chose: a tie that rounding decides otherwise is no error.
 
+Where experts are dropped, the pruned model is the one with all of them whose router gives the dropped ones minus
+infinity (converter/dropped_experts.py says why).
+
 Where weights are quantized, they are taken as they were before: converter/quantize/verify.py looks at what was rounded.
 """
 
@@ -85,8 +88,9 @@ def check_conversion(plan: Plan, directory: Path) -> str:
             [f"{step.name}: by {step.difference:.2g}, {step.allowed:.2g} may be rounding" for step in wrong],
         )
     worst = max(steps, key=lambda step: step.difference / step.allowed)
+    with_router = "" if plan.dropped is None else ", whose routers choose among the experts that stay alone"
     return (
-        f"Verified against the pruned model: {facts}. From the same input, {worst.name} differs most, by "
+        f"Verified against the pruned model{with_router}: {facts}. From the same input, {worst.name} differs most, by "
         f"{worst.difference:.2g}, where {worst.allowed:.2g} may be rounding."
     )
 
@@ -110,6 +114,8 @@ def _compare(plan: Plan, written: Checkpoint, tokens: torch.Tensor) -> tuple[lis
     for index in progress_bar(range(len(pruned.geometry.layers)), desc="verifying", unit=" layers"):
         expected, chosen = pruned.layer(index, states, PROMPT_LENGTHS)
         noisy, _ = rounded.layer(index, states, PROMPT_LENGTHS, chosen)
+        if chosen is not None and plan.dropped is not None:
+            chosen = plan.dropped.renumbered(index, chosen)
         twice = None if chosen is None else chosen.repeat(2, 1)
         results, _ = converted.layer(index, torch.cat((free, at_kept(states))), 2 * PROMPT_LENGTHS, twice)
         free, result = results.chunk(2)
@@ -124,7 +130,7 @@ def _compare(plan: Plan, written: Checkpoint, tokens: torch.Tensor) -> tuple[lis
 
 def _models(plan: Plan, written: Checkpoint) -> tuple[ReferenceModel, ReferenceModel, ReferenceModel]:
     """The pruned model, the same with weights that are rounded by chance, and the converted one."""
-    source = plan.source
+    source = plan.source if plan.dropped is None else plan.dropped.source
     pruned = ReferenceModel(
         config=source.weights.config,
         geometry=source.dense.with_layers(source.layers),
@@ -134,6 +140,9 @@ def _models(plan: Plan, written: Checkpoint) -> tuple[ReferenceModel, ReferenceM
     )
     if source.hidden is not None:
         pruned = replace(pruned, hidden=source.hidden)
+    if plan.dropped is not None:
+        dropped = [plan.dropped.dropped(index) for index in range(len(source.layers))]
+        pruned = replace(pruned, dropped_experts=dropped)
     read = _reader(written) if plan.quantization is None else _reader_before_rounding(plan, written)
     converted = ReferenceModel(written.config, ModelGeometry.from_config(written.config), read)
     return pruned, replace(pruned, rounding=_rounded_to(plan)), converted

@@ -194,7 +194,8 @@ def _learn(arguments: dict) -> None:
     if PartialState().is_main_process:
         for name, value in results.items():
             print(f"{name.replace('_', ' '):>20}: {value:.4g}")
-        print(f"Wrote {out}. Next: convert-pruned {out} OUT")
+        option = " --drop-empty-experts" if METHODS[job["method"]].drops_experts else ""
+        print(f"Wrote {out}. Next: convert-pruned {out} OUT{option}")
 
 
 if __name__ == "__main__":

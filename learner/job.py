@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.masked import CHANNEL_MASK_SITES
+from pruned_vllm.formats.masked import CHANNEL_MASK_SITES, MASK_KEYS
 
 BUDGETS = ("global", "layer", "expert")
 GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
@@ -149,6 +149,19 @@ class WandaSettings(CalibrationSettings):
 
 
 @dataclass(frozen=True)
+class ReapSettings(CalibrationSettings):
+    """The paper removes as many experts from each layer (arXiv 2510.13999)."""
+
+    budget: str = option(
+        "layer", "what loses the share that --sparsity says: the whole model, or every layer by itself", choices=BUDGETS
+    )
+
+    def __post_init__(self) -> None:
+        if self.budget == "expert":
+            raise InputError("reap removes whole experts, so none can lose a share; --budget must be global or layer")
+
+
+@dataclass(frozen=True)
 class TyrSettings(CalibrationSettings):
     """Defaults of arXiv 2503.09657; selection draws from the calibration text too."""
 
@@ -192,6 +205,9 @@ class Method:
         changes_weights: whether the model has other weights in the end, which the checkpoint must hold.
         takes_remote_code: whether it prunes models whose code comes with the checkpoint; see
             learner/model/remote_code.py.
+        kinds: the units that it prunes; others stay as they are.
+        drops_experts: whether experts without channels are meant to go with their rows of the router, which
+            convert-pruned --drop-empty-experts does.
     """
 
     module: str
@@ -202,6 +218,8 @@ class Method:
     offloads: bool = False
     changes_weights: bool = False
     takes_remote_code: bool = True
+    kinds: tuple[str, ...] = tuple(MASK_KEYS)
+    drops_experts: bool = False
 
 
 METHODS = {
@@ -221,6 +239,14 @@ METHODS = {
         takes_remote_code=False,
     ),
     "wanda": Method("learner.methods.wanda", WandaSettings, "keeps units whose weights and activations are large"),
+    "reap": Method(
+        "learner.methods.reap",
+        ReapSettings,
+        "REAP, arXiv 2510.13999: removes whole experts, those of small weighted outputs",
+        takes_remote_code=False,
+        kinds=("expert",),
+        drops_experts=True,
+    ),
     "magnitude": Method(
         "learner.methods.baselines:magnitude", NoSettings, "keeps the units with the largest weights", reads_text=False
     ),

@@ -2,6 +2,7 @@
 
 import importlib
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
 from learner.model.dense import load_dense, on_device
-from learner.model.masking import apply_masks
+from learner.model.masking import apply_masks, restrict_routers
 from learner.model.perplexity import perplexity
 from learner.model.saving import check_can_be_saved, save_model
 from learner.model.units import sparsity
@@ -102,7 +103,8 @@ def learn(
         masks = {name: mask.contiguous() for name, mask in units.to_masks(learned.values).items()}
         if job.eval_data:
             on_model = {name: mask.to(model.device) for name, mask in masks.items()}
-            with apply_masks(model, on_model, learned.channel_mask_site):
+            routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
+            with apply_masks(model, on_model, learned.channel_mask_site), routers:
                 results["masked_perplexity"] = perplexity(
                     model, eval_ids, title="masked perplexity", show_progress=show
                 )

@@ -184,10 +184,12 @@ def _draw_ffn(pattern: Mapping[str, Any]):
 def _draw_experts(pattern: Mapping[str, Any]):
     layers, dense = pattern["layers"], pattern["dense"]
     width = dense["expert_intermediate_size"]
-    blank = [np.nan] * dense["num_experts"]  # layers with a dense MLP
+    rows = np.full((len(layers), dense["num_experts"]), np.nan)  # blank: experts that are gone, dense MLPs
+    for row, layer in zip(rows, layers, strict=True):
+        row[: len(layer["expert_widths"])] = layer["expert_widths"]
     figure = _figure(11, _height(pattern), f"channels left of each expert, of {width:,}")
     by_expert, by_width = figure.subplots(1, 2)
-    image = _map(by_expert, [layer["expert_widths"] or blank for layer in layers], "expert", vmin=0, vmax=width)
+    image = _map(by_expert, rows, "expert", vmin=0, vmax=width)
     figure.colorbar(image, label="channels left")
     edges = np.linspace(0, width, min(NUM_BINS, width) + 1)
     counts = [np.histogram(layer["expert_widths"], edges)[0] for layer in layers]

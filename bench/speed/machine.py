@@ -38,7 +38,7 @@ def matmul_shapes(geometry: ModelGeometry, cases: Iterable[Case]) -> list[tuple[
     for index in range(len(dense.layers)):
         for name, shape in dense.layer_tensor_shapes(index).items():
             if len(shape) == 2:
-                share = chosen_share(geometry) if ".experts." in name else 1
+                share = chosen_share(dense, index) if ".experts." in name else 1
                 found |= {(max(1, round(tokens * share)), shape[1], shape[0]) for tokens in batches}
     return sorted(found)
 

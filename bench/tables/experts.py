@@ -86,7 +86,8 @@ def perplexity() -> str:
     )
     rows = [("nothing", f"{model['heldout_perplexity']:.2f}", "")]
     for sparsity in sorted({run["sparsity"] for run in runs}):
-        both = {run["budget"]: run for run in runs if run["sparsity"] == sparsity}
+        of_ddp = [run for run in runs if run["sparsity"] == sparsity and run.get("method", "ddp") == "ddp"]
+        both = {run["budget"]: run for run in of_ddp}
         widths = [width for layer in both["global"]["expert_widths"] for width in layer]
         rows.append(
             (

@@ -21,6 +21,7 @@ from converter.zero_units import find_zero_units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.config_values import shown
+from pruned_vllm.formats.experts import NUM_EXPERTS
 from pruned_vllm.formats.families import FAMILIES, find_family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems, read_headers
@@ -107,24 +108,24 @@ def _sizes_from_overrides(config: Mapping[str, Any]) -> tuple[dict[str, Any], tu
     experts = find_family(config).experts
     count_keys = experts.count_keys if experts is not None else ()
     stated = next((config[key] for key in count_keys if config.get(key) is not None), None)
-    problems = [
-        f"per_layer_config[{shown(index)}]: {key} is {shown(sizes[key])}, the model has {shown(stated)}"
-        for index, sizes in overrides.items()
-        for key in count_keys
-        if sizes.get(key) is not None and sizes[key] != stated
-    ]
-    if problems:
-        raise InputError("Layers with different numbers of experts cannot be served; all need the same:", problems)
-    plain = {key: value for key, value in config.items() if key not in _OURS}
-    width_key = experts.width_key if experts is not None else "intermediate_size"
-    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", width_key):
-        sizes = [entry[key] for entry in overrides.values() if isinstance(entry.get(key), int)]
-        if plain.get(key) is None and sizes:  # every layer has its own
-            plain[key] = max(sizes)
+    # What the family calls the number of experts becomes our key; Hugging Face has several names for some.
     kept = {
-        index: {key: value for key, value in sizes.items() if key not in count_keys}
+        index: {
+            NUM_EXPERTS if key in count_keys else key: value
+            for key, value in sizes.items()
+            if key not in count_keys or value != stated
+        }
         for index, sizes in overrides.items()
     }
+    plain = {key: value for key, value in config.items() if key not in _OURS}
+    width_key = experts.width_key if experts is not None else "intermediate_size"
+    wanted = {key: key for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", width_key)}
+    if experts is not None and stated is None:
+        wanted[NUM_EXPERTS] = count_keys[0]
+    for key, top_level_key in wanted.items():
+        sizes = [entry[key] for entry in kept.values() if isinstance(entry.get(key), int)]
+        if plain.get(top_level_key) is None and sizes:  # every layer has its own
+            plain[top_level_key] = max(sizes)
     return plain, ModelGeometry.from_config({**plain, "per_layer_config": kept}).layers
 
 

@@ -10,6 +10,7 @@ from converter.quantize.schemes import Wanted, describe_quantization
 from converter.source import Source
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.masked import MASKS_FILE, LayerMasks
@@ -21,6 +22,7 @@ CONVERTED_KEYS = (
     "allow_global_per_layer_attribute_access",
     "query_heads_per_kv_head",
     "expert_intermediate_sizes",
+    CONSTANT_EXPERTS,
 )
 
 

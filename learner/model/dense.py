@@ -73,7 +73,7 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
-        units = Units.from_geometry(geometry, tied=job.query_heads == "tied")
+        units = _units(job, geometry)
         if job.head_sparsity == 0:
             units = units.without("head")
         elif job.head_sparsity and "head" not in units.layers:
@@ -116,6 +116,18 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
     for name in zeros:
         model.get_parameter(name).zero_()
     return DenseModel(model, tokenizer, units, directory, commit, fingerprint)
+
+
+def _units(job: Job, geometry: ModelGeometry) -> Units:
+    """The units that the method prunes. Raises InputError where the model has none."""
+    method, units = METHODS[job.method], Units.from_geometry(geometry, tied=job.query_heads == "tied")
+    if job.head_sparsity and "head" not in method.kinds:
+        raise InputError(f"{job.method} removes no heads; leave out --head-sparsity")
+    for kind in set(units.layers) - set(method.kinds):
+        units = units.without(kind)
+    if not units.layers:
+        raise InputError(f"{job.method} removes whole experts, and {job.model} has none; choose another --method")
+    return units
 
 
 def _check_code(job: Job, architecture: str) -> None:

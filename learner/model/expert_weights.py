@@ -36,10 +36,17 @@ def watch_products(experts: Any, see: Callable[[int, torch.Tensor], None]) -> li
         ]
 
     def recompute(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        hidden_states, chosen, _ = args  # [tokens, hidden_size], [tokens, experts that a token takes], their weights
-        for expert in chosen.unique().tolist():
-            tokens = hidden_states[(chosen == expert).any(1)]
-            gate, up = (tokens @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-            see(expert, module.act_fn(gate) * up)
+        for expert, product, _ in routed_products(module, args):
+            see(expert, product)
 
     return [experts.register_forward_pre_hook(recompute)]
+
+
+def routed_products(experts: Any, args: tuple[torch.Tensor, ...]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """What W_down reads, computed anew from what Transformers' experts are called with, for each expert that any token
+    is sent to: its number, [tokens of that expert, width], and the weight of each token's output [tokens]."""
+    hidden_states, chosen, weights = args  # [tokens, hidden_size], [tokens, experts that a token takes], their weights
+    for expert in chosen.unique().tolist():
+        token, place = torch.where(chosen == expert)
+        gate, up = (hidden_states[token] @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        yield expert, experts.act_fn(gate) * up, weights[token, place]

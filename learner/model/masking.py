@@ -49,6 +49,26 @@ def apply_masks(
         yield
 
 
+@contextmanager
+def restrict_routers(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Lets the routers of `model` choose, while the block runs, among the experts to which `masks` leave any channel.
+
+    Their softmax is over those alone. That is what convert-pruned --drop-empty-experts makes of the masks. Only for
+    models that Transformers has: its routers return (logits, weights of the chosen, their numbers).
+    """
+    with ExitStack() as stack:
+        layers = model.model.layers
+        for layer, of_layer in zip(layers, layer_masks(masks, len(layers)), strict=True):
+            if of_layer.expert is None:
+                continue
+            gate, kept = layer.mlp.gate, of_layer.expert.any(dim=1).nonzero().view(-1)
+            stack.callback(setattr, gate, "weight", gate.weight)
+            gate.weight = nn.Parameter(gate.weight[kept], requires_grad=False)
+            handle = gate.register_forward_hook(lambda _, args, output, kept=kept: (*output[:2], kept[output[2]]))
+            stack.callback(handle.remove)
+        yield
+
+
 def _mask_mlp(stack: ExitStack, mlp: Any, mask: torch.Tensor, site: str) -> None:
     """`mask` is [intermediate_size]."""
     if site == "product":

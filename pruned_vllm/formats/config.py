@@ -8,6 +8,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.wrappers import text_config
 
@@ -71,14 +72,14 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
         for index, (layer, dense) in enumerate(zip(geometry.layers, geometry.dense_layers, strict=True))
     }
     # Hugging Face wants every per-layer key at the top level too.
-    ours = [
-        key
-        for key in ("query_heads_per_kv_head", "expert_intermediate_sizes")
-        if any(key in keys for keys in overrides.values())
-    ]
+    ours: dict[str, int | None] = dict.fromkeys(
+        ("query_heads_per_kv_head", "expert_intermediate_sizes", CONSTANT_EXPERTS)
+    )
+    if geometry.experts is not None:
+        ours[NUM_EXPERTS] = geometry.experts.num_experts
     return {
         **config,
-        **dict.fromkeys(ours),
+        **{key: value for key, value in ours.items() if any(key in keys for keys in overrides.values())},
         "architectures": [geometry.family.pruned_architecture],
         "head_dim": geometry.head_dim,
         "num_key_value_heads": geometry.dense_layers[0].num_key_value_heads,
@@ -98,7 +99,7 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
         return None
     if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
         return None
-    widths = _uniform_widths(geometry)
+    widths = _uniform_widths(geometry, config)
     if widths is None or any(layer.skip for layer in geometry.layers) or not stock_agrees(geometry.family, config):
         return None
     if geometry.family.model_type not in O_BIAS_IN_VLLM and geometry.o_bias:
@@ -123,8 +124,9 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
     return stock
 
 
-def _uniform_widths(geometry: ModelGeometry) -> dict[str, int] | None:
-    """The top-level keys for FFN widths that are the same in all layers of a kind; None where some differ."""
+def _uniform_widths(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[str, int] | None:
+    """The top-level keys for FFN widths, and for the number of experts, that are the same in all layers of a kind; None
+    where some differ."""
     with_experts = [layer for layer in geometry.layers if layer.expert_intermediate_sizes]
     dense = {layer.intermediate_size for layer in geometry.layers if not layer.expert_intermediate_sizes}
     if len(dense) > 1:
@@ -132,9 +134,11 @@ def _uniform_widths(geometry: ModelGeometry) -> dict[str, int] | None:
     widths = dict(zip(["intermediate_size"], dense, strict=False))  # no key where all layers have experts
     if with_experts:
         names, width = geometry.family.experts_format, with_experts[0].expert_width
-        if not width or {layer.expert_width for layer in with_experts} != {width}:
+        counts = {len(layer.expert_intermediate_sizes) for layer in with_experts}
+        if not width or {layer.expert_width for layer in with_experts} != {width} or len(counts) > 1:
             return None
         if names.shared_count_key is not None and width != geometry.dense_experts.intermediate_size:
             return None  # the width of the shared MLP, which stays, is a multiple of this key
         widths[names.width_key] = width
+        widths |= names.with_count(config, counts.pop())
     return widths

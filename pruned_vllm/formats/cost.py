@@ -4,8 +4,8 @@ Decode is bound by memory: a step reads every weight once and the keys and value
 Prefill is bound by arithmetic. Both counts hold what pruning cannot touch (lm_head, embedding rows, norms, routers,
 shared experts), so a ratio of two models is what a perfect runtime would reach.
 
-Of routed experts they count what tokens need on average if a router sends each to k different ones of E, every choice
-as likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes a share k/E.
+Of a layer's routed experts they count what tokens need on average if its router sends each to k different ones of E,
+every choice as likely as any other: a step of T tokens reads a share 1 - (1 - k/E)^T of them, and a token passes k/E.
 Trained routers prefer some experts, and tokens of one text resemble each other: a real batch reads fewer.
 """
 
@@ -37,12 +37,14 @@ def moved_bytes(
         tensor_bytes: of every tensor of a quantized model, by name, in place of `element_bytes` a weight. lm_head and
             embeddings are not quantized.
     """
+    indices = range(len(geometry.layers))
     if tensor_bytes is None:
-        layers, routed = geometry.num_layer_parameters * element_bytes, routed_weights(geometry) * element_bytes
+        layers = geometry.num_layer_parameters * element_bytes
+        routed = {index: routed_weights(geometry, index) * element_bytes for index in indices}
     else:
-        layers = sum(size for name, size in tensor_bytes.items() if name.startswith("model.layers."))
-        routed = sum(size for name, size in tensor_bytes.items() if _ROUTED.search(name))
-    unread = routed * (1 - chosen_share(geometry)) ** tokens
+        layers = sum(layer_bytes(tensor_bytes).values())
+        routed = layer_bytes({name: size for name, size in tensor_bytes.items() if _ROUTED.search(name)})
+    unread = sum(routed[index] * (1 - chosen_share(geometry, index)) ** tokens for index in indices)
     lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
     embedding_rows = tokens * geometry.hidden_size
     kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
@@ -66,22 +68,23 @@ def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) 
         tokens: of the sequence that the step computes; 1 in decode.
         attended_pairs: of a token and one that it attends to.
     """
-    heads, weights = 0, -routed_weights(geometry) * (1 - chosen_share(geometry))
+    heads, weights = 0, 0.0
     for index, layer in enumerate(geometry.layers):
         shapes = geometry.layer_tensor_shapes(index).values()
         weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+        weights -= routed_weights(geometry, index) * (1 - chosen_share(geometry, index))
         heads += layer.num_attention_heads
     attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
     lm_head = 2 * geometry.vocab_size * geometry.hidden_size
     return 2 * weights * tokens + attention + lm_head
 
 
-def routed_weights(geometry: ModelGeometry) -> int:
-    """Weights of all routed experts, three matrices each; 0 in a model without experts."""
-    return 3 * geometry.hidden_size * sum(sum(layer.expert_intermediate_sizes) for layer in geometry.layers)
+def routed_weights(geometry: ModelGeometry, index: int) -> int:
+    """Weights of all routed experts of a layer, three matrices each; 0 in a layer without experts."""
+    return 3 * geometry.hidden_size * sum(geometry.layers[index].expert_intermediate_sizes)
 
 
-def chosen_share(geometry: ModelGeometry) -> float:
-    """The share of a layer's routed experts that one token is sent to; 1 in a model without experts."""
-    experts = geometry.experts
-    return experts.num_experts_per_tok / experts.num_experts if experts else 1.0
+def chosen_share(geometry: ModelGeometry, index: int) -> float:
+    """The share of a layer's routed experts that one token is sent to; 1 in a layer without experts."""
+    count = len(geometry.layers[index].expert_intermediate_sizes)
+    return geometry.dense_experts.num_experts_per_tok / count if count else 1.0

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, positive
 
+# Keys of `per_layer_config`. The first one is the same whatever the family calls it at the top level.
+NUM_EXPERTS, CONSTANT_EXPERTS = "num_experts", "constant_experts"
+
 
 @dataclass(frozen=True)
 class ExpertsFormat:
@@ -25,6 +28,10 @@ class ExpertsFormat:
         shared_gate: module of the linear layer that weighs that MLP's output, if there is one.
         norm_topk_prob: whether the router divides the weights of the experts that it chooses by their sum; a string is
             the config key that says so (absent means False).
+        bias: whether the projections of routed experts have biases. That of the down projection stays where an
+            expert has lost all of its channels.
+        activation: what a channel makes of its gate and up, by vLLM's names; kernels/ragged_moe_arguments.py has the
+            formulas.
     """
 
     count_keys: tuple[str, ...]
@@ -37,11 +44,23 @@ class ExpertsFormat:
     shared_count_key: str | None = None
     shared_gate: str | None = None
     norm_topk_prob: bool | str = "norm_topk_prob"
+    bias: bool = False
+    activation: Literal["silu", "gelu", "gelu_tanh", "swigluoai"] = "silu"
 
     @property
     def router(self) -> str:
         """The router's module in a decoder layer; its weight is [experts, hidden_size]."""
         return f"{self.module}.gate"
+
+    @property
+    def router_tensors(self) -> tuple[str, ...]:
+        """The tensors in a decoder layer that have a row for each expert."""
+        return (f"{self.router}.weight",)
+
+    def with_count(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
+        """The keys of a config.json that say the number of experts, with another one; it may have several of them."""
+        keys = (*self.count_keys, NUM_EXPERTS)
+        return {key: count for key in keys if config.get(key) is not None}
 
     def modules_of(self, expert: int) -> tuple[str, str, str]:
         """The gate, up and down projection of a routed expert, as modules in a decoder layer."""
@@ -92,3 +111,16 @@ class DenseExperts:
         elif experts.shared_count_key is not None and config.get(experts.shared_count_key) is not None:
             shared = width * natural(config, experts.shared_count_key, 0)
         return cls(count, chosen, width, shared, flag(experts.norm_topk_prob, config))
+
+    def num_experts_of(self, overrides: Mapping[str, Any]) -> int:
+        """The experts of a layer, of which `per_layer_config` says `overrides`. Raises ValueError with the numbers."""
+        count = positive(overrides, NUM_EXPERTS, default=self.num_experts, most=LARGEST_COUNT)
+        if count > self.num_experts:
+            raise ValueError(f"{NUM_EXPERTS} is {count}, but a layer had {self.num_experts} before pruning")
+        if count < self.num_experts_per_tok:
+            raise ValueError(self.too_few(count))
+        return count
+
+    def too_few(self, count: int) -> str:
+        """Why a layer cannot have `count` experts, which are fewer than a token is sent to."""
+        return f"{NUM_EXPERTS} is {count}, but the router chooses {self.num_experts_per_tok} (num_experts_per_tok)"

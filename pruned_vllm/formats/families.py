@@ -40,7 +40,7 @@ class Family:
         scales_embedding: whether the output of the embedding is multiplied by the root of hidden_size.
         fused: projections that the files of a dense model hold as one tensor, and the parts of its rows, as modules of
             a decoder layer. Transformers has such a module, too. A converted model has the parts.
-        experts: where the experts are, in a family that has any; they have no biases.
+        experts: where the experts are, in a family that has any.
         defaults: config keys that old config.json files leave out, with the values that the stock code takes then. A
             value that is a str is the key whose value it is.
         default_head_dim: head_dim where config.json has none; None means hidden_size // num_attention_heads.

@@ -6,9 +6,11 @@ A converted model keeps its dense sizes at the top level of config.json and says
     "per_layer_config": {"0": {"num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 333},
                          "3": {"skip": ["attention"], "intermediate_size": 512}}
 
-A layer that is not listed, and a key that a layer does not list, has the dense value. Two keys are ours, for what
-Hugging Face has no word for: `query_heads_per_kv_head` (a list, written when the groups differ) and
-`expert_intermediate_sizes` (the width of each expert, written when they differ or are all 0).
+A layer that is not listed, and a key that a layer does not list, has the dense value. Three keys are ours, for what
+Hugging Face has no word for: `query_heads_per_kv_head` (a list, written when the groups differ),
+`expert_intermediate_sizes` (the width of each expert, written when they differ or are all 0) and `constant_experts`
+(those of width 0 that output a constant). `num_experts` says how
+many experts a layer has, and rows its router, where some are gone altogether; the same key in every family.
 
     geometry = ModelGeometry.from_config(json.load(open("config.json")))
     geometry.layers[3].num_key_value_heads, geometry.num_parameters, geometry.kv_cache_bytes_per_token(2)
@@ -21,7 +23,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, positive, shown, without_nulls
-from pruned_vllm.formats.experts import DenseExperts
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, DenseExperts
 from pruned_vllm.formats.families import Family, find_family
 from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
@@ -237,8 +239,11 @@ class _Layers:
         if index in self._with_experts:
             if self._experts is None:  # reported already
                 return None
-            keys = {*ATTENTION_KEYS, self._width_key, "expert_intermediate_sizes"}
-            arguments = (self._experts.num_experts, self._width_key)
+            keys = {*ATTENTION_KEYS, self._width_key, NUM_EXPERTS, "expert_intermediate_sizes", CONSTANT_EXPERTS}
+            num_experts = self._problems.checked(where, self._experts.num_experts_of, overrides)
+            if num_experts is None:
+                return None
+            arguments = (num_experts, self._width_key)
         if unknown := set(overrides) - keys:
             self._problems.add(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(keys)}")
             return None

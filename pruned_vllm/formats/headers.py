@@ -154,8 +154,13 @@ def count_problems(tensors: Iterable[str], geometry: ModelGeometry) -> list[str]
     promised = next((count for count in layers if geometry.layer_tensor_shapes(count - 1)), 0)
     if (found := _count(_LAYER, names)) != promised:
         problems.append(f"config.json says {promised:,} layers, the files have {found:,}")
-    widths = {layer.expert_intermediate_sizes for layer in geometry.layers}
-    promised = max((expert + 1 for layer in widths for expert, width in enumerate(layer) if width), default=0)
+    has_bias = geometry.family.experts is not None and geometry.family.experts.bias
+    last = (
+        max((expert for expert, width in enumerate(layer.expert_intermediate_sizes) if width or has_bias), default=-1)
+        for layer in set(geometry.layers)
+    )
+    constant = (max(layer.constant_experts, default=-1) for layer in geometry.layers)
+    promised = max((*last, *constant), default=-1) + 1
     if (found := _count(_EXPERT, names)) != promised:
         problems.append(f"config.json says {promised:,} experts, the files have {found:,}")
     return problems

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive, shown
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
 
@@ -16,13 +17,17 @@ class LayerGeometry:
     Attributes:
         query_heads_per_kv_head: for each KV head, how many query heads read it; () when attention is skipped.
         intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
-        expert_intermediate_sizes: FFN channels of each routed expert; () for a layer with a dense MLP or none. 0 is an
-            expert that outputs zeros; the router still sees it. A layer whose experts are all 0 skips nothing.
+        expert_intermediate_sizes: FFN channels of each routed expert that the layer has; () for a layer with a dense
+            MLP or none. 0 is an expert that outputs zeros; the router still sees it. A layer whose experts are all 0
+            skips nothing.
+        constant_experts: those among the experts without channels that output a constant, the bias of their down
+            projection, in ascending order (MoNE, arXiv 2507.00390).
     """
 
     query_heads_per_kv_head: tuple[int, ...]
     intermediate_size: int
     expert_intermediate_sizes: tuple[int, ...] = ()
+    constant_experts: tuple[int, ...] = ()
 
     @property
     def num_attention_heads(self) -> int:
@@ -71,7 +76,7 @@ class LayerGeometry:
         """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
 
         Args:
-            num_experts: 0 for a layer with a dense MLP.
+            num_experts: that the layer has; 0 for a layer with a dense MLP.
             width_key: the family's key for the width of all experts.
         """
         skip = sizes.get("skip") or []
@@ -104,7 +109,14 @@ class LayerGeometry:
             widths = naturals(sizes, "expert_intermediate_sizes") or (positive(sizes, width_key),) * num_experts
             if len(widths) != num_experts:
                 raise ValueError(f"expert_intermediate_sizes has {len(widths)} numbers for {num_experts} experts")
-            return cls(tuple(groups), 0, widths)
+            constants = naturals(sizes, CONSTANT_EXPERTS)
+            empty = [expert for expert, width in enumerate(widths) if not width]
+            if list(constants) != sorted({*constants} & {*empty}):
+                raise ValueError(
+                    f"{CONSTANT_EXPERTS} is {shown(list(constants))}; it must name experts without channels, in "
+                    f"ascending order, and those are {shown(empty)}"
+                )
+            return cls(tuple(groups), 0, widths, constants)
         width = positive(sizes, "intermediate_size")
         return cls(tuple(groups), 0 if "mlp" in skip else width)
 
@@ -121,9 +133,12 @@ class LayerGeometry:
                 overrides["query_heads_per_kv_head"] = list(self.query_heads_per_kv_head)
         if self.intermediate_size not in (0, dense.intermediate_size):
             overrides["intermediate_size"] = self.intermediate_size
-        if self.expert_intermediate_sizes != dense.expert_intermediate_sizes:
-            if self.expert_width:
-                overrides[width_key] = self.expert_width
-            else:
-                overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
+        if len(self.expert_intermediate_sizes) != len(dense.expert_intermediate_sizes):
+            overrides[NUM_EXPERTS] = len(self.expert_intermediate_sizes)
+        if not self.expert_width and self.expert_intermediate_sizes:
+            overrides["expert_intermediate_sizes"] = list(self.expert_intermediate_sizes)
+        elif self.expert_width != dense.expert_width:
+            overrides[width_key] = self.expert_width
+        if self.constant_experts:
+            overrides[CONSTANT_EXPERTS] = list(self.constant_experts)
         return overrides

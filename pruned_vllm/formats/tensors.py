@@ -12,7 +12,9 @@ def layer_tensor_shapes(model: ModelSizes, layer: LayerGeometry, index: int) -> 
 
     A skipped sublayer has no norm and no weights. Where it ends in a bias (`o_proj`, `down_proj`), that stays:
     it was added to the hidden states whatever the masks removed. An expert without channels has no tensors, but its
-    row in the router stays: a token that is sent there gets zeros from it, and its share from its other experts.
+    row in the router stays: a token that is sent there gets zeros from it, and its share from its other experts. Where
+    experts have biases, that of its down projection stays, too, and is what the token gets; so does the constant of an
+    expert that has one, under the same name.
     """
     attention = _attention_shapes(model, layer)
     mlp = _experts_shapes(model, layer) if layer.expert_intermediate_sizes else _mlp_shapes(model, layer)
@@ -78,9 +80,12 @@ def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     widths = layer.expert_intermediate_sizes
     shapes = _linear(names.router, len(widths), hidden)
     for expert, width in enumerate(widths):
+        gate, up, down = names.modules_of(expert)
         if width:
-            gate, up, down = names.modules_of(expert)
-            shapes |= _linear(gate, width, hidden) | _linear(up, width, hidden) | _linear(down, hidden, width)
+            shapes |= _linear(gate, width, hidden, names.bias) | _linear(up, width, hidden, names.bias)
+            shapes |= _linear(down, hidden, width, names.bias)
+        elif names.bias or expert in layer.constant_experts:
+            shapes[f"{down}.bias"] = (hidden,)
     if shared := model.dense_experts.shared_intermediate_size:
         shapes |= _linear(f"{names.shared_module}.gate_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.up_proj", shared, hidden)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry: ModelGeometry, index: int):
     """A stock decoder layer at the size of layer `index`."""
-    layer: Any = layer_class(config.per_layer_config[index], index)
+    layer: Any = layer_class(_layer_config(config, geometry, index), index)
     # A layer's config is a copy. At run time attention looks up the implementation, which the user may change.
     layer.self_attn.config = layer.mlp.config = config
     groups = geometry.layers[index].query_heads_per_kv_head
@@ -30,14 +31,21 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
     elif not geometry.layers[index].has_even_groups:
         layer.self_attn.num_key_value_groups = 1
         layer.self_attn.register_forward_pre_hook(partial(_repeat_kv_heads, groups), with_kwargs=True)
-    if widths := geometry.layers[index].expert_intermediate_sizes:
-        layer.mlp.experts = _RaggedExperts(
-            geometry.family.experts_format, geometry.hidden_size, widths, config.hidden_act
-        )
+    if geometry.layers[index].expert_intermediate_sizes:
+        layer.mlp.experts = _RaggedExperts(geometry, index, config.hidden_act)
     elif not geometry.layers[index].intermediate_size:
         _remove_norms(layer, geometry.family.mlp_norms)
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
     return layer
+
+
+def _layer_config(config: PreTrainedConfig, geometry: ModelGeometry, index: int) -> PreTrainedConfig:
+    """The config of one layer, with its number of experts under every name that a stock router may look for."""
+    layer_config = copy(config.per_layer_config[index])
+    if widths := geometry.layers[index].expert_intermediate_sizes:
+        for key in geometry.family.experts_format.count_keys:
+            setattr(layer_config, key, len(widths))
+    return layer_config
 
 
 def _remove_norms(layer: nn.Module, norms: tuple[str, ...]) -> None:
@@ -90,8 +98,14 @@ class _OwnHeads:
 class _RaggedExperts(nn.ModuleList):
     """In place of the stock experts, which are all of one width; takes what the stock router returns."""
 
-    def __init__(self, names: ExpertsFormat, hidden_size: int, widths: tuple[int, ...], activation: str) -> None:
-        super().__init__(_Expert(names, hidden_size, width, activation) for width in widths)
+    def __init__(self, geometry: ModelGeometry, index: int, activation: str) -> None:
+        layer, names = geometry.layers[index], geometry.family.experts_format
+        super().__init__(
+            _ConstantExpert(names, geometry.hidden_size)
+            if expert in layer.constant_experts
+            else _Expert(names, geometry.hidden_size, width, activation)
+            for expert, width in enumerate(layer.expert_intermediate_sizes)
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -100,7 +114,7 @@ class _RaggedExperts(nn.ModuleList):
         result = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
             token, choice = torch.where(top_k_index == index)
-            if expert.width and len(token):
+            if expert.adds_anything and len(token):
                 # A batch of one: where there is none, compressed-tensors rounds the inputs of all tokens by one scale.
                 output = expert(hidden_states[token][None])[0] * top_k_weights[token, choice, None]
                 result.index_add_(0, token, output.to(result.dtype))
@@ -112,7 +126,7 @@ class _Expert(nn.Module):
 
     def __init__(self, names: ExpertsFormat, hidden_size: int, width: int, activation: str) -> None:
         super().__init__()
-        self.width = width
+        self.adds_anything = width > 0
         self._names = names.projections
         gate, up, down = self._names
         if width:
@@ -124,6 +138,20 @@ class _Expert(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up, down = (getattr(self, name) for name in self._names)
         return down(self.activation(gate(hidden_states)) * up(hidden_states))
+
+
+class _ConstantExpert(nn.Module):
+    """An expert whose output is always the same: the bias of its down projection."""
+
+    adds_anything = True
+
+    def __init__(self, names: ExpertsFormat, hidden_size: int) -> None:
+        super().__init__()
+        self._down = names.projections[2]
+        self.add_module(self._down, _BiasOnly(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return getattr(self, self._down)(hidden_states)
 
 
 class _SkippedSublayer(nn.Module):

@@ -3,12 +3,37 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal, get_args
 
 import torch
 
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 CODES = (torch.int8, torch.float8_e4m3fn, torch.uint8)  # of quantized weights
+ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What a channel makes of its gate and its up.
+
+    Attributes:
+        name: vLLM's names. "silu": silu(gate) * up. "gelu": gelu(gate) * up, by the error function. "gelu_tanh": the
+            same by its approximation with tanh, which Transformers calls gelu_pytorch_tanh. "swigluoai": that of
+            gpt-oss, (up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up from -limit to limit.
+        alpha, limit: of "swigluoai".
+    """
+
+    name: ActivationName = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ActivationName):
+            raise ValueError(f"activation is {self.name!r}, not one of {', '.join(get_args(ActivationName))}")
+
+
+SILU = Activation()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +61,21 @@ class Scales:
     quantize_input: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Biases:
+    """What is added to the projections of experts; None adds nothing.
+
+    Attributes:
+        gate_up: float32 [2, rows]: of gate and of up, one for each row of their weights, added before the activation.
+        down: float32 [experts, hidden]: added once to what a token gets from an expert, before the router's weight
+            multiplies it; also by experts without channels. Where several ranks hold parts of every expert and their
+            outputs are summed, one of them alone may have it.
+    """
+
+    gate_up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+
+
 def check_arguments(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -45,6 +85,7 @@ def check_arguments(
     topk_ids: torch.Tensor,
     max_width: int,
     scales: Scales | None = None,
+    biases: Biases | None = None,
 ) -> None:
     """Refuses what kernels would read wrongly; looks at shapes, dtypes and places only, never at values.
 
@@ -53,7 +94,9 @@ def check_arguments(
     Raises:
         ValueError: lists everything that does not fit.
     """
-    if _fit(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales):
+    expected_biases = {} if biases is None else _expected_biases(biases, x, down, offsets)
+    biases_fit = not expected_biases or all(_is_bias(tensor, shape, x) for tensor, shape in expected_biases.values())
+    if biases_fit and _fit(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales):
         return
     given = {
         "gate_up": gate_up, "down": down, "offsets": offsets, "topk_weights": topk_weights, "topk_ids": topk_ids
@@ -62,6 +105,7 @@ def check_arguments(
         given |= {
             "scales.gate_up": scales.gate_up, "scales.down": scales.down, "scales.down_offsets": scales.down_offsets
         }  # fmt: skip
+    given |= {name: tensor for name, (tensor, _) in expected_biases.items()}
     problems = [f"{name} is on {t.device}, x on {x.device}" for name, t in given.items() if t.device != x.device]
     if x.dtype not in NUMBERS:
         problems.append(f"x is {x.dtype}; float32, bfloat16 or float16 are supported")
@@ -83,6 +127,11 @@ def check_arguments(
         problems.append(f"max_width is {max_width}")
     if scales is not None and x.dim() == 2 and down.dim() == 2:
         problems += _scale_problems(scales, down, offsets, hidden=x.shape[1])
+    problems += [
+        f"{name} is {tensor.dtype} {list(tensor.shape)}, not torch.float32 {list(shape)}"
+        for name, (tensor, shape) in expected_biases.items()
+        if tensor.dtype != torch.float32 or tensor.shape != shape
+    ]
     raise ValueError("\n  - ".join(("ragged_moe cannot use its arguments", *problems)))
 
 
@@ -134,6 +183,27 @@ def _fit(
         and topk_weights.is_floating_point()
         and topk_weights.get_device() == topk_ids.get_device() == device
         and max_width >= 0
+    )
+
+
+def _expected_biases(
+    biases: Biases, x: torch.Tensor, down: torch.Tensor, offsets: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+    """The biases that are there, and the shapes that they must have; what these follow from may be wrong, too."""
+    experts = tuple(bounds - 1 for bounds in offsets.shape)
+    shapes = {
+        "biases.gate_up": (biases.gate_up, (2, *down.shape[:1])),
+        "biases.down": (biases.down, (*experts, *x.shape[-1:])),
+    }
+    return {name: (tensor, shape) for name, (tensor, shape) in shapes.items() if tensor is not None}
+
+
+def _is_bias(tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> bool:
+    return (
+        tensor.dtype == torch.float32
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        and tensor.get_device() == x.get_device()
     )
 
 

@@ -2,6 +2,8 @@
 //
 //   out[t] = sum over the experts e that token t chose of  weight[t, e] * down_e(silu(gate_e(x[t])) * up_e(x[t]))
 //
+// Compiled with -DGENERAL it has biases and other activations, too: see ragged_moe_epilogues.h.
+//
 // Weights are gate_up [2, rows, hidden_size] and down [rows, hidden_size]. A row is one channel, and expert e has the
 // rows from offsets[e] to offsets[e + 1]. They are read where they lie: nothing is padded, no whole matrix is copied.
 // They are numbers like x, or codes of 8 or 4 bits with scales (WEIGHTS, see ragged_moe_readers.h), which are widened
@@ -24,16 +26,17 @@
 #include <omp.h>
 
 #include "ragged_moe_choices.h"
+#include "ragged_moe_epilogues.h"
 #include "ragged_moe_products.h"
 #include "ragged_moe_weights.h"
 
 namespace {
 
 template <typename T, typename W>
-class Layer {
+class Layer : Epilogue {
  public:
-  explicit Layer(const Weights<W>& weights)
-      : weights_(weights), hidden_size_(weights.hidden_size), run_(weights.rows_of_run()),
+  Layer(const Weights<W>& weights, const Extras* extras)
+      : Epilogue(extras), weights_(weights), hidden_size_(weights.hidden_size), run_(weights.rows_of_run()),
         layout_(Layout::of<T, W>(hidden_size_, weights.group_size ? weights.group_size : hidden_size_)),
         input_size_(layout_.input_size()), row_size_((hidden_size_ + PAIR - 1) / PAIR * PAIR) {}
 
@@ -59,6 +62,7 @@ class Layer {
       // A thread has columns of its own, so that tokens need no locks.
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), units = row_size_ / PAIR;
       const int64_t start = units * thread / threads * PAIR, end = units * (thread + 1) / threads * PAIR;
+      if (down_bias) add_down_biases(topk_weights, topk_ids, num_tokens, top_k, start, std::min(end, hidden_size_));
       for (const int64_t e : choices.experts()) add_down(choices, e, start, std::min(end, hidden_size_));
 #pragma omp barrier
 #pragma omp for
@@ -163,10 +167,23 @@ class Layer {
         while (c < channels) multiply(std::integral_constant<int, 1>());
         for (int m = 0; m < M.value; ++m) {
           float *g = gates + m * CHANNELS, *h = ups + m * CHANNELS;
-          for (c = 0; c < channels; ++c) h[c] *= choice[i + m].weight * g[c] / (1.0f + exponential(-g[c]));
+          combine(choice[i + m].weight, weights_, task.expert, task.start, channels, g, h);
           write_words<T>(h, channels, choice[i + m].hidden + words_before(task.start));
         }
       });
+  }
+
+  // Adds the biases of down of all chosen experts, also of those without channels, in columns from `first` to `last`.
+  void add_down_biases(const float* topk_weights, const int32_t* topk_ids, int64_t num_tokens, int64_t top_k,
+                       int64_t first, int64_t last) const {
+    for (int64_t i = 0; i < num_tokens * top_k; ++i) {
+      if (topk_ids[i] < 0 || topk_ids[i] >= weights_.num_experts) continue;
+      const float* bias = down_bias + topk_ids[i] * hidden_size_;
+      float* output = outputs_.get() + i / top_k * row_size_;
+      const Pair weight = {Floats{} + topk_weights[i], Floats{} + topk_weights[i]};
+      for (int64_t column = first; column < last; column += PAIR)
+        add_scaled(output + column, weight, load_scales<T>(bias + column, last - column));
+    }
   }
 
   // Adds the expert's outputs in columns from `first` to `last`. Both ways finish a block of rows for all tokens before
@@ -282,20 +299,22 @@ using Stored = T;
 }  // namespace
 
 // Tensors are contiguous and in CPU memory; x and out are [num_tokens, hidden_size], topk_weights and topk_ids
-// [num_tokens, top_k], offsets [num_experts + 1]. Scales are null for weights like x. Returns 1 when memory ran out,
-// and 2 where an expert's rows are not among the `rows` of weights, or its runs of scales not among the `runs` of down.
+// [num_tokens, top_k], offsets [num_experts + 1]. Scales are null for weights like x; extras are read with -DGENERAL
+// alone. Returns 1 when memory ran out, and 2 where an expert's rows are not among the `rows` of weights, or its runs
+// of scales not among the `runs` of down.
 #define RAGGED_MOE(name, T)                                                                                           \
   extern "C" int ragged_moe_##name(const void* x, const void* gate_up, const void* down, const int32_t* offsets,      \
                                    const float* gate_up_scales, const float* down_scales,                             \
                                    const int32_t* down_offsets, const float* topk_weights, const int32_t* topk_ids,   \
-                                   void* out, int64_t num_tokens, int64_t hidden_size, int64_t rows, int64_t runs,    \
-                                   int64_t num_experts, int64_t top_k, int64_t group_size) try {                      \
+                                   void* out, const Extras* extras, int64_t num_tokens, int64_t hidden_size,          \
+                                   int64_t rows, int64_t runs, int64_t num_experts, int64_t top_k,                    \
+                                   int64_t group_size) try {                                                          \
     using W = Stored<T>;                                                                                              \
     const Weights<W> weights{static_cast<const W*>(gate_up), static_cast<const W*>(down), offsets, gate_up_scales,    \
                              down_scales, down_offsets, rows, runs, num_experts, hidden_size, group_size};            \
     if (!weights.are_there()) return 2;                                                                               \
-    Layer<T, W>(weights).run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k,                     \
-                             static_cast<T*>(out));                                                                   \
+    Layer<T, W>(weights, extras)                                                                                      \
+        .run(static_cast<const T*>(x), topk_weights, topk_ids, num_tokens, top_k, static_cast<T*>(out));              \
     return 0;                                                                                                         \
   } catch (const std::bad_alloc&) {                                                                                   \
     return 1;                                                                                                         \

@@ -11,7 +11,8 @@ projection is rounded to bfloat16, as vLLM's own op does. AMX is not used.
 Quantized weights are read as they are stored, so that a few tokens take as long as reading half or a quarter of the
 bytes does. They become numbers in registers: of the type of `x`, or float32 where that is what the CPU multiplies. Both
 have every value of 8-bit integers and of e4m3fn, so nothing is rounded that would not be for weights like `x`; scales
-multiply sums in float32. `x` is not quantized. Each kind of weights is a library of its own.
+multiply sums in float32. `x` is not quantized. Each kind of weights is a library of its own, and another one where
+experts have biases or an activation other than silu.
 
 Why not vLLM's own `cpu_fused_moe`: it wants all experts equally wide. One call for every class of similar widths, with
 as many classes as are best, came to 0.8 of the ideal speedup. Why not PyTorch's matrix products for experts with many
@@ -24,12 +25,22 @@ import logging
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 
 from pruned_vllm.kernels.compilation import load_library
-from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments, check_down_offsets, check_offsets
+from pruned_vllm.kernels.ragged_moe_arguments import (
+    SILU,
+    Activation,
+    ActivationName,
+    Biases,
+    Scales,
+    check_arguments,
+    check_down_offsets,
+    check_offsets,
+)
 
 logger = logging.getLogger("vllm.pruned_vllm")  # under vLLM's own logging configuration
 
@@ -48,7 +59,20 @@ FUNCTIONS = {
 }
 WRONG_OFFSETS = 2  # what these return where offsets lead outside of the weights or their scales
 NO_SCALES = [0, 0, 0]  # null pointers
+NO_BIASES = Biases()
 WEIGHTS = {torch.int8: "Int8", torch.float8_e4m3fn: "Float8", torch.uint8: "Int4"}  # of ragged_moe_readers.h
+
+
+class Extras(ctypes.Structure):
+    """`Extras` of ragged_moe_epilogues.h."""
+
+    _fields_ = (
+        ("gate_up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+        ("activation", ctypes.c_int64),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    )
 
 
 def ragged_moe(
@@ -60,6 +84,8 @@ def ragged_moe(
     topk_ids: torch.Tensor,
     max_width: int,
     scales: Scales | None = None,
+    activation: Activation = SILU,
+    biases: Biases | None = None,
 ) -> torch.Tensor:
     """Sums the chosen experts' outputs, each times its router weight; the same input gives the same bits.
 
@@ -70,14 +96,15 @@ def ragged_moe(
         ValueError: also where an expert's rows are not among the rows of weights, or its scales not among the scales.
         MemoryError: two rows of float32 for each token, and the channels of its experts, did not fit.
     """
-    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales)
+    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales, biases)
     if x.numel() == 0:
         return torch.empty_like(x)
-    library = _library(None if scales is None else WEIGHTS[down.dtype])
+    is_general = biases is not None or activation.name != SILU.name
+    library = _library(None if scales is None else WEIGHTS[down.dtype], is_general)
     if library is None or offsets.dtype != torch.int32:
         _check_values(offsets, len(down), scales)
     if library is None:
-        return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids, scales)
+        return _matrix_products(x, gate_up, down, offsets, topk_weights, topk_ids, scales, activation, biases)
     num_experts, runs, group_size = len(offsets) - 1, 0, 0
     x, offsets, topk_weights = x.contiguous(), offsets.to(torch.int32), topk_weights.to(torch.float32).contiguous()
     if topk_ids.dtype != torch.int32:
@@ -91,6 +118,8 @@ def ragged_moe(
         pointers += [tensor.data_ptr() for tensor in (scales.gate_up, scales.down, scales.down_offsets)]
         runs, group_size = len(scales.down), scales.group_size or 0
     pointers += [tensor.data_ptr() for tensor in (topk_weights, topk_ids, out)]
+    extras = _extras(activation, biases or NO_BIASES) if is_general else None
+    pointers.append(0 if extras is None else ctypes.addressof(extras))
     sizes = (*x.shape, len(down), runs, num_experts, topk_ids.shape[1], group_size)
     failure = getattr(library, FUNCTIONS[x.dtype])(*pointers, *sizes)
     if failure == WRONG_OFFSETS:
@@ -98,6 +127,12 @@ def ragged_moe(
     if failure:
         raise MemoryError(f"experts of {len(x)} tokens, {topk_ids.shape[1]} each, did not fit in memory")
     return out
+
+
+def _extras(activation: Activation, biases: Biases) -> Extras:
+    """Refers to the memory of `biases`, which must outlive it."""
+    pointers = [None if bias is None else bias.data_ptr() for bias in (biases.gate_up, biases.down)]
+    return Extras(*pointers, get_args(ActivationName).index(activation.name), activation.alpha, activation.limit)
 
 
 def _check_values(offsets: torch.Tensor, rows: int, scales: Scales | None) -> None:
@@ -116,17 +151,37 @@ def _matrix_products(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     scales: Scales | None,
+    activation: Activation,
+    biases: Biases | None,
 ) -> torch.Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32)
+    gate_up_bias, down_bias = (None, None) if biases is None else (biases.gate_up, biases.down)
+    # float32, so that scaled weights, and what is close to the limits of an activation, are not rounded to 16 bits.
+    numbers = x if scales is None and biases is None and activation.name == SILU.name else x.float()
     for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
         tokens, choices = torch.where(topk_ids == expert)
+        chosen = topk_weights[tokens, choices, None].float()
         if len(tokens) and start < end:
-            inputs, weights = x[tokens], (*gate_up[:, start:end], down[start:end])
-            if scales is not None:  # float32, so that scaled weights are not rounded to 16 bits
-                inputs, weights = inputs.float(), _scaled(weights, scales, expert, slice(start, end))
-            result = (F.silu(inputs @ weights[0].T) * (inputs @ weights[1].T)) @ weights[2]
-            out.index_add_(0, tokens, result.float() * topk_weights[tokens, choices, None].float())
+            inputs, weights = numbers[tokens], (*gate_up[:, start:end], down[start:end])
+            if scales is not None:
+                weights = _scaled(weights, scales, expert, slice(start, end))
+            gate, up, to_hidden = (weight.to(inputs.dtype) for weight in weights)
+            sums = [inputs @ gate.T, inputs @ up.T]
+            if gate_up_bias is not None:
+                sums = [part + bias for part, bias in zip(sums, gate_up_bias[:, start:end], strict=True)]
+            out.index_add_(0, tokens, (_activated(*sums, activation) @ to_hidden).float() * chosen)
+        if down_bias is not None:
+            out.index_add_(0, tokens, chosen * down_bias[expert])
     return out.to(x.dtype)
+
+
+def _activated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation.name == "swigluoai":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    if activation.name == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none") * up
 
 
 def _scaled(codes: tuple[torch.Tensor, ...], scales: Scales, expert: int, rows: slice) -> tuple[torch.Tensor, ...]:
@@ -156,12 +211,18 @@ def _capability() -> str:
 
 
 @functools.cache
-def _library(weights: str | None) -> ctypes.CDLL | None:
-    """The compiled functions for weights like x (None) or for a value of WEIGHTS; None, with a warning, where they
-    cannot be compiled."""
+def _library(weights: str | None, is_general: bool) -> ctypes.CDLL | None:
+    """The compiled functions, or None, with a warning, where they cannot be compiled.
+
+    Args:
+        weights: a value of WEIGHTS; None for weights like x.
+        is_general: whether experts may have biases and any activation.
+    """
     flags = [*FLAGS, *INSTRUCTIONS.get(_capability(), ())]
     if weights is not None:
         flags.append(f"-DWEIGHTS={weights}")
+    if is_general:
+        flags.append("-DGENERAL")
     try:
         library = load_library(SOURCE, flags)
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
@@ -175,5 +236,5 @@ def _library(weights: str | None) -> ctypes.CDLL | None:
         )
         return None
     for name in FUNCTIONS.values():
-        getattr(library, name).argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int64] * 7
+        getattr(library, name).argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] * 7
     return library

@@ -4,9 +4,10 @@ Four launches, all on the device, their grids fixed by shapes alone, so that a C
 any routing:
 
 1. schedule: sorts the (token, choice) pairs by expert and cuts each expert's pairs into tiles of BLOCK_M rows
-2. gate and up projection together, silu(gate) * up in the epilogue, for a (tile, block of channels) each
+2. gate and up projection together, biases and activation in the epilogue, for a (tile, block of channels) each
 3. down projection times the router's weight, for a (tile, block of hidden units) each
-4. sum of a token's top-k results, in float32 and in the order of the choices: no atomics, the same bits every time
+4. sum of a token's top-k results, in float32 and in the order of the choices: no atomics, the same bits every time.
+   Biases of the down projection are added here, as experts without channels have one, too
 
 Weights lie in rows: row r of `gate`, `up` and `down` belongs to channel r, experts one after the other. An expert of
 odd width therefore shifts the next one by whole rows of `hidden` numbers and leaves every row as aligned as the first.
@@ -23,16 +24,17 @@ import torch
 import triton
 import triton.language as tl
 
-from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments
+from pruned_vllm.kernels.ragged_moe_activations import activated
+from pruned_vllm.kernels.ragged_moe_arguments import SILU, Activation, Biases, Scales, check_arguments
 from pruned_vllm.kernels.ragged_moe_codes import INTERPRETED, dot, numbers, quantize_rows
 from pruned_vllm.kernels.ragged_moe_config import QUANTIZED_INPUT_ABOVE, choose_config
+from pruned_vllm.kernels.ragged_moe_reduce import sum_choices
 from pruned_vllm.kernels.ragged_moe_schedule import locate, make_schedule, read_tile
 
 # Rows of the intermediate start at multiples of this, and what the down projection reads of a row ends at one, with
 # zeros behind the expert's width. With an end that Triton cannot prove to be a multiple of a vector, loads of 16-bit
 # numbers fall to one number each, and they cannot be pipelined.
 VECTOR = 16
-REDUCE_BLOCK = 1024
 
 
 @triton.jit
@@ -72,13 +74,15 @@ def _add(rows, weight, total, scales_at, exists, GROUP_SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
 def _gate_up_kernel(
-    x, gate_up, intermediate, tiles, sorted_pairs, topk_ids, offsets, x_scales, scales,
+    x, gate_up, intermediate, tiles, sorted_pairs, topk_ids, offsets, x_scales, scales, bias,
     num_tiles, num_blocks, num_experts, topk, hidden, row_size, up_offset, num_groups, up_scales_offset,
     intermediate_stride,
+    ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     SORTED: tl.constexpr, GROUP: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """intermediate[row, :width] = silu(x[token] gate^T) * (x[token] up^T), then zeros up to a multiple of VECTOR."""
+    """intermediate[row, :width] = activation(x[token] gate^T + bias[0], x[token] up^T + bias[1]), then zeros up to a
+    multiple of VECTOR."""
     tile, block = locate(num_tiles, num_blocks, GROUP)
     _, weight_row, width, row, pair, exists = read_tile(
         tile, tiles, sorted_pairs, topk_ids, offsets, num_experts, SORTED, BLOCK_M
@@ -124,7 +128,12 @@ def _gate_up_kernel(
         scale = tl.load(x_scales + pair // topk, exists, 0.0)[:, None]
         gate *= scale
         up *= scale
-    product = gate / (1.0 + tl.exp(-gate)) * up  # 0 beyond the width: the weights were read as 0 there
+    if bias is not None:
+        bias_at = bias + weight_row + channel
+        gate += tl.load(bias_at, is_channel, 0.0)[None, :]
+        up += tl.load(bias_at + up_offset // row_size, is_channel, 0.0)[None, :]  # so many rows later
+    # 0 beyond the width: weights and biases were read as 0 there.
+    product = activated(gate, up, ACTIVATION, ALPHA, LIMIT)
     end = (width + VECTOR - 1) // VECTOR * VECTOR
     out_at = intermediate + row[:, None] * intermediate_stride + channel[None, :]
     tl.store(out_at, product.to(intermediate.dtype.element_ty), exists[:, None] & (channel < end)[None, :])
@@ -177,22 +186,6 @@ def _down_kernel(
     tl.store(out_at, total.to(partial.dtype.element_ty), exists[:, None] & is_column[None, :])
 
 
-@triton.jit
-def _reduce_kernel(partial, topk_ids, offsets, out, num_experts, hidden, TOPK: tl.constexpr, BLOCK: tl.constexpr):
-    """out[token] = sum over the token's choices that were routed to an expert with channels."""
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(TOPK):
-        pair = token * TOPK + choice
-        expert = tl.load(topk_ids + pair)
-        known = (expert >= 0) & (expert < num_experts)
-        width = tl.load(offsets + expert + 1, known, 0) - tl.load(offsets + expert, known, 0)
-        end = tl.where(width > 0, hidden, 0)  # the other pairs' partial results were never written
-        total += tl.load(partial + pair * hidden + column, column < end, 0.0).to(tl.float32)
-    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), column < hidden)
-
-
 def ragged_moe(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -202,8 +195,10 @@ def ragged_moe(
     topk_ids: torch.Tensor,
     max_width: int,
     scales: Scales | None = None,
+    activation: Activation = SILU,
+    biases: Biases | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts, (silu(x gate^T) * (x up^T)) down, each at its own width.
+    """The weighted sum of each token's experts, activation(x gate^T, x up^T) down, each at its own width.
 
     Accumulates in float32; what experts hand to their down projection and what they return are rounded to the dtype of
     `x`, as in vLLM's fused MoE. Reads nothing back to the host.
@@ -219,6 +214,8 @@ def ragged_moe(
         max_width: width of the widest expert. It sizes the grid and a workspace and must not be smaller than the
             widest one; that cannot be checked without waiting for the device.
         scales: of quantized weights; `gate_up` and `down` are codes then, see `Scales`.
+        activation: what channels make of gate and up.
+        biases: added to the projections, see `Biases`. An expert without channels adds its bias of down, too.
 
     Returns:
         [tokens, hidden], dtype of x.
@@ -227,13 +224,35 @@ def ragged_moe(
         ValueError: shapes, dtypes, devices or layouts do not fit; the message lists everything that does not. Or the
             GPU has no float8_e4m3fn.
     """
-    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales)
+    check_arguments(x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales, biases)
     _check_device(x, down)
-    num_tokens, hidden = x.shape
-    num_pairs, num_experts = topk_ids.numel(), len(offsets) - 1
-    if num_pairs == 0 or num_experts == 0 or max_width == 0 or hidden == 0:
-        return x.new_zeros(num_tokens, hidden)
+    adds_nothing = max_width == 0 and (biases is None or biases.down is None)
+    if topk_ids.numel() == 0 or len(offsets) == 1 or x.shape[1] == 0 or adds_nothing:
+        return x.new_zeros(x.shape)
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    partial = x  # a placeholder, never read
+    if max_width:
+        partial = _compute_pairs(
+            x, gate_up, down, offsets, topk_weights, topk_ids, max_width, scales, activation, biases
+        )
+    return sum_choices(partial, topk_ids, topk_weights, offsets, biases)
+
+
+def _compute_pairs(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    offsets: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    max_width: int,
+    scales: Scales | None,
+    activation: Activation,
+    biases: Biases | None,
+) -> torch.Tensor:
+    """What each (token, choice) gets from its expert's channels, times its router weight [pairs, hidden]. Pairs that
+    are routed nowhere, or to an expert without channels, are not written."""
+    hidden, num_pairs, num_experts = x.shape[1], topk_ids.numel(), len(offsets) - 1
     pairs_per_expert = num_pairs / num_experts
     quantize = (
         scales is not None
@@ -249,7 +268,6 @@ def ragged_moe(
     stride = triton.cdiv(max_width, VECTOR) * VECTOR
     intermediate = x.new_empty(num_pairs, stride)
     partial = x.new_empty(num_pairs, hidden)
-    out = x.new_empty(num_tokens, hidden)
     routing = (tiles, sorted_pairs, topk_ids, offsets)
     group_size = (scales and scales.group_size) or 0
     options = {
@@ -262,9 +280,10 @@ def ragged_moe(
     inputs, input_scales = quantize_rows(x) if quantize else (x, None)
     blocks = triton.cdiv(max_width, config.gate_up.block_n)
     _gate_up_kernel[(num_tiles * blocks,)](
-        inputs, gate_up, intermediate, *routing, input_scales, scales and scales.gate_up,
+        inputs, gate_up, intermediate, *routing, input_scales, scales and scales.gate_up, biases and biases.gate_up,
         num_tiles, blocks, num_experts, topk_ids.shape[1], hidden, gate_up.stride(1), gate_up.stride(0),
         scales.gate_up.stride(1) if scales else 0, scales.gate_up.stride(0) if scales else 0, stride,
+        ACTIVATION=activation.name, ALPHA=activation.alpha, LIMIT=activation.limit,
         **options, **config.gate_up.launch_options(group_size),
     )  # fmt: skip
     inputs, input_scales = intermediate, None
@@ -277,10 +296,7 @@ def ragged_moe(
         num_tiles, blocks, num_experts, hidden, down.stride(0), stride,
         **options, **config.down.launch_options(group_size),
     )  # fmt: skip
-    _reduce_kernel[(num_tokens, triton.cdiv(hidden, REDUCE_BLOCK))](
-        partial, topk_ids, offsets, out, num_experts, hidden, TOPK=topk_ids.shape[1], BLOCK=REDUCE_BLOCK
-    )
-    return out
+    return partial
 
 
 def _check_device(x: torch.Tensor, weights: torch.Tensor) -> None:

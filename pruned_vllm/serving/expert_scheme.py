@@ -92,8 +92,8 @@ def expert_problems(
 ) -> list[str]:
     """A sentence for each reason why experts of different widths cannot be quantized as asked."""
     problems: dict[str, None] = {}
-    for index, layer in enumerate(geometry.layers):
-        if has_ragged_experts(layer, ranks):
+    for index in range(len(geometry.layers)):
+        if _needs_own_experts(geometry, index, ranks):
             try:
                 expert_scheme(model, geometry, quantization, index)
             except InputError as error:
@@ -111,15 +111,24 @@ def has_own_experts(
     """
     from vllm.platforms import current_platform
 
-    layer = geometry.layers[index]
-    if has_ragged_experts(layer, ranks):
+    if not geometry.layers[index].expert_intermediate_sizes:
+        return False
+    if _needs_own_experts(geometry, index, ranks):
         return True
-    if not layer.expert_intermediate_sizes or not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         return False
     try:
         return expert_scheme(model, geometry, quantization, index) is not None
     except InputError:
         return False  # vLLM's own layer says what it thinks of it
+
+
+def _needs_own_experts(geometry: ModelGeometry, index: int, ranks: int) -> bool:
+    """Whether a layer has experts that vLLM's own layer does not hold: of different widths, or with biases or another
+    activation than silu, which it takes from the files of single families, and for some ways of storing weights."""
+    layer, names = geometry.layers[index], geometry.family.experts
+    is_general = names is not None and (names.bias or names.activation != "silu")
+    return has_ragged_experts(layer, ranks) or (is_general and bool(layer.expert_intermediate_sizes))
 
 
 def _is_online(model: "ModelConfig") -> bool:

@@ -1,12 +1,16 @@
 """The weights of a rank's routed experts as the kernel takes them, made from a checkpoint's tensors one by one.
 
 Rows lie one expert after the other: gate and up [2, rows, hidden], down [rows, hidden] (transposed). Experts that are
-quantized have scales beside them, see `Scales` in kernels/ragged_moe_arguments.py. Nothing but one tensor of the file
-and what becomes of it is in memory besides, also where 16-bit weights are quantized on the way in.
+quantized have scales beside them, and some families have biases, see `Scales` and `Biases` in
+kernels/ragged_moe_arguments.py. Nothing but one tensor of the file and what becomes of it is in memory besides, also
+where 16-bit weights are quantized on the way in.
+
+The outputs of all ranks are summed, so the first rank alone adds the biases of down. It does so for every expert,
+whichever channels it holds.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 
 import torch
 from torch import nn
@@ -27,11 +31,13 @@ class Place:
     """Where an expert's part of a tensor goes.
 
     Attributes:
+        expert: its number.
         channels: those of its channels that this rank holds.
         rows: where they lie among the rank's rows.
         runs: where the scales of down_proj lie; empty where there are none.
     """
 
+    expert: int
     channels: range
     rows: slice
     runs: slice
@@ -41,13 +47,18 @@ def place_experts(channels: list[range], scheme: ExpertScheme | None) -> list[Pl
     """The places of all experts, of which the rank holds `channels`."""
     rows = [0, *accumulate(map(len, channels))]
     runs = [0, *accumulate(_runs(held, scheme) for held in channels)]
-    places = zip(channels, rows, rows[1:], runs, runs[1:], strict=False)
-    return [Place(held, slice(start, end), slice(first, last)) for held, start, end, first, last in places]
+    places = zip(count(), channels, rows, rows[1:], runs, runs[1:], strict=False)
+    return [
+        Place(expert, held, slice(start, end), slice(first, last)) for expert, held, start, end, first, last in places
+    ]
 
 
 def make_parameters(places: list[Place], hidden_size: int, scheme: ExpertScheme | None) -> dict[str, nn.Parameter]:
-    """Uninitialised parameters by name, on the device and in the dtype that are the default."""
+    """Uninitialised parameters by name, on the device and in the dtype that are the default. Where the rank holds no
+    channel there are none."""
     rows, runs = places[-1].rows.stop, places[-1].runs.stop
+    if not rows:  # nothing would be loaded, and vLLM wants every parameter loaded
+        return {}
     if scheme is None:
         tensors = {"gate_up": torch.empty(2, rows, hidden_size), "down": torch.empty(rows, hidden_size)}
     else:
@@ -64,11 +75,22 @@ def make_parameters(places: list[Place], hidden_size: int, scheme: ExpertScheme 
     return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
 
 
-def parameter_name(projection: str, part: str) -> str | None:
+def make_biases(places: list[Place], hidden_size: int, rank: int) -> dict[str, nn.Parameter]:
+    """The same for the biases of a family that has some."""
+    rows, tensors = places[-1].rows.stop, {}
+    if rows:
+        tensors["gate_up_bias"] = torch.empty(2, rows, dtype=torch.float32)
+    if rank == 0:
+        tensors["down_bias"] = torch.empty(len(places), hidden_size, dtype=torch.float32)
+    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+
+
+def parameter_name(projection: str, part: str, has_biases: bool) -> str | None:
     """Which parameter a tensor of the checkpoint goes to; None for what nobody needs.
 
     Args:
         part: the last part of its name.
+        has_biases: whether the family's experts have biases.
 
     Raises:
         InputError: experts have no such tensors.
@@ -78,6 +100,8 @@ def parameter_name(projection: str, part: str) -> str | None:
         return weight
     if part == "weight_scale":
         return f"{weight}_scale"
+    if part == "bias" and has_biases:
+        return f"{weight}_bias"
     if part == "weight_shape":
         return None
     raise InputError(f"experts of different widths have no tensors {part!r}")
@@ -89,6 +113,8 @@ def target_of(name: str, parameter: torch.Tensor, place: Place, projection: str)
         return parameter.data[place.rows]
     if name == "down_scale":
         return parameter.data[place.runs]
+    if name == "down_bias":
+        return parameter.data[place.expert]
     return parameter.data[(GATE, UP).index(projection), place.rows]
 
 

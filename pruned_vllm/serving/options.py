@@ -219,7 +219,7 @@ REFUSALS = (
     Refusal(
         ("--hf-overrides",),
         _substitutes_experts,
-        "config.json has approximate_experts or an expert_substitution, which replace experts by constants; a pruned "
-        "model has no such experts: convert the model before its experts are replaced, or serve it unpruned",
+        "config.json has approximate_experts or an expert_substitution, which replace experts by constants in layers "
+        "of vLLM 0.33; convert-pruned reads such a model (--from mone), and its result is served with the constants",
     ),
 )

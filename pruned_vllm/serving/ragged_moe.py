@@ -3,13 +3,14 @@
 The router, its top-k and the shared experts are vLLM's. The routed experts' weights are what `expert_weights.py` makes
 of them, expert e in the rows from offsets[e] to offsets[e + 1]. One custom op computes them, so that torch.compile and
 CUDA graphs see a single node. Where all experts of a layer have the same width, they are vLLM's own FusedMoE, unless
-they are quantized and vLLM computes on a CPU.
+they are quantized and vLLM computes on a CPU, or have biases or an activation other than silu.
 
 Experts may be quantized (`expert_scheme.py`). Their inputs are not, also where the scheme asks for that, but for large
 batches of float8_e4m3fn on a GPU: the results are closer to the 16-bit model, and a line of the log says so.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
-from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.platforms import current_platform
@@ -30,9 +30,10 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from pruned_vllm.kernels.ragged_moe_arguments import Scales
+from pruned_vllm.kernels.ragged_moe_arguments import SILU, Activation, Biases, Scales
 from pruned_vllm.serving.expert_scheme import ExpertScheme, expert_scheme, has_own_experts
 from pruned_vllm.serving.expert_weights import (
+    make_biases,
     make_parameters,
     parameter_name,
     place_experts,
@@ -43,6 +44,7 @@ from pruned_vllm.serving.expert_weights import (
 )
 from pruned_vllm.serving.layout_changes import DOWN, GATE, UP
 from pruned_vllm.serving.model_layout import ModelLayout
+from pruned_vllm.serving.moe_router import build_router, router_arguments
 from pruned_vllm.serving.sharding import shard_experts
 
 logger = init_logger("vllm.pruned_vllm")  # under vLLM's own logging configuration
@@ -57,34 +59,36 @@ class MoEBlock(nn.Module):
         layer, experts, hidden_size = geometry.layers[index], geometry.dense_experts, geometry.hidden_size
         scheme_arguments = vllm_config.model_config, geometry, layout.quantization, index
         self.ranks = ranks
-        self.gate = GateLinear(hidden_size, experts.num_experts, prefix=f"{prefix}.gate")
-        top_k = experts.num_experts_per_tok
+        num_experts, top_k = len(layer.expert_intermediate_sizes), experts.num_experts_per_tok
+        self.gate = GateLinear(hidden_size, num_experts, prefix=f"{prefix}.gate")
+        names = geometry.family.experts_format
+        routing: dict[str, Any] = {"renormalize": experts.norm_topk_prob}
         self.is_stock = not has_own_experts(*scheme_arguments, ranks)
         if self.is_stock:
             self.experts = FusedMoEFactory(
-                num_experts=experts.num_experts,
+                num_experts=num_experts,
                 top_k=top_k,
                 hidden_size=hidden_size,
                 intermediate_size=layer.expert_width,
-                renormalize=experts.norm_topk_prob,
                 quant_config=vllm_config.quant_config,
                 reduce_results=False,
                 prefix=f"{prefix}.experts",
                 ckpt_names=(GATE, DOWN, UP),
+                **router_arguments(top_k, num_experts, **routing),
             )
         else:
-            self.router = create_fused_moe_router(
-                top_k=top_k, global_num_experts=experts.num_experts, renormalize=experts.norm_topk_prob
-            )
+            self.router = build_router(top_k, num_experts, **routing)
             self.experts = RaggedExperts(
                 vllm_config,
                 layer.expert_intermediate_sizes,
                 hidden_size,
                 prefix=f"{prefix}.experts",
                 scheme=expert_scheme(*scheme_arguments),
+                activation=Activation(names.activation),
+                has_biases=names.bias,
+                has_constants=bool(layer.constant_experts),
             )
         self.shared = None
-        names = geometry.family.experts_format
         if experts.shared_intermediate_size and names.shared_module is not None:
             self.shared = names.shared_module.removeprefix("mlp.")
             shared = LlamaMLP(
@@ -123,9 +127,12 @@ class RaggedExperts(nn.Module):
     """The routed experts of one rank, which holds a run of each expert's channels.
 
     Args:
-        widths: FFN channels of each expert on all ranks together; 0 is an expert that outputs zeros.
+        widths: FFN channels of each expert on all ranks together; 0 is an expert that outputs zeros, or its bias.
         prefix: the module's name, by which the custom op finds it.
         scheme: how they are quantized; None if they are not.
+        activation: what a channel makes of its gate and up.
+        has_biases: whether their projections have biases.
+        has_constants: whether some experts without channels output a bias although the family has none.
     """
 
     gate_up: nn.Parameter
@@ -142,16 +149,26 @@ class RaggedExperts(nn.Module):
         hidden_size: int,
         prefix: str,
         scheme: ExpertScheme | None = None,
+        activation: Activation = SILU,
+        has_biases: bool = False,
+        has_constants: bool = False,
     ) -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.tensor_parallel_size
+        rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
         quantum = scheme.group_size or 1 if scheme is not None else 1
-        channels = shard_experts(widths, ranks, quantum)[get_tensor_model_parallel_rank() if ranks > 1 else 0]
+        channels = shard_experts(widths, ranks, quantum)[rank]
         self.scheme, self.hidden_size, self.widths = scheme, hidden_size, widths
+        self.activation, self.has_biases = activation, has_biases or has_constants
         self.places = place_experts(channels, scheme)
         self.max_width = max(map(len, channels))
-        # Without a channel there is nothing to load, and vLLM wants every parameter loaded.
-        for name, parameter in make_parameters(self.places, hidden_size, scheme).items() if self.max_width else ():
+        parameters = make_parameters(self.places, hidden_size, scheme)
+        if has_biases:
+            parameters |= make_biases(self.places, hidden_size, rank)
+        elif has_constants and rank == 0:  # other experts have no such bias in the checkpoint
+            zeros = torch.zeros(len(widths), hidden_size, dtype=torch.float32)
+            parameters["down_bias"] = nn.Parameter(zeros, requires_grad=False)
+        for name, parameter in parameters.items():
             parameter.weight_loader = self.load_part  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
         for name, ends in (
@@ -171,7 +188,8 @@ class RaggedExperts(nn.Module):
         context[prefix] = self
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        """Takes this rank's channels of "{expert}.w1.weight" (gate), "w3" (up) and "w2" (down), and of their scales.
+        """Takes this rank's channels of "{expert}.w1.weight" (gate), "w3" (up) and "w2" (down), and of their scales
+        and biases.
 
         16-bit weights of experts that are to be quantized become int8 or float8 on the spot. A scale of down_proj is
         that of the whole row, whatever part of it the rank holds.
@@ -179,11 +197,12 @@ class RaggedExperts(nn.Module):
         for name, tensor in weights:
             expert, projection, part = name.split(".")
             place = self.places[int(expert)]
-            loaded = parameter_name(projection, part)
-            if loaded is None or not place.channels:
+            loaded = parameter_name(projection, part, self.has_biases)
+            is_held = hasattr(self, loaded) if loaded == "down_bias" else bool(place.channels)
+            if loaded is None or not is_held:
                 continue
             values = {loaded: tensor}
-            if self.scheme is not None and self.scheme.is_online:
+            if part == "weight" and self.scheme is not None and self.scheme.is_online:
                 numbers, scale = quantized(tensor, self.scheme)
                 values = {loaded: numbers, f"{loaded}_scale": scale}
             for target, value in values.items():
@@ -193,9 +212,11 @@ class RaggedExperts(nn.Module):
                 yield target
 
     def load_part(self, param: torch.Tensor, tensor: torch.Tensor, name: str, expert: int, projection: str) -> None:
-        """Copies this rank's part of a projection of an expert, or of its scale, into the parameter `name`."""
+        """Copies this rank's part of a projection of an expert, of its scale or bias, into the parameter `name`."""
         place, scheme = self.places[expert], self.scheme
-        if scheme is not None and name.endswith("_scale"):
+        if name.endswith("_bias"):
+            value = tensor if projection == DOWN else tensor[place.channels.start : place.channels.stop]
+        elif scheme is not None and name.endswith("_scale"):
             outputs = self.hidden_size if projection == DOWN else self.widths[expert]
             value = rank_scale(tensor, place, projection, scheme.group_size, outputs)
         else:
@@ -209,20 +230,27 @@ class RaggedExperts(nn.Module):
 
     def compute(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """What the custom op does."""
-        if not self.max_width:
+        biases = None
+        if self.has_biases:
+            biases = Biases(getattr(self, "gate_up_bias", None), getattr(self, "down_bias", None))
+        if not self.max_width and (biases is None or biases.down is None):
             return torch.zeros_like(x)
         if x.is_cpu:
             from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
         else:
             from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
+        weights: tuple[torch.Tensor, torch.Tensor]
         scales = None
-        if self.scheme is not None:
-            scales = Scales(
-                self.gate_up_scale, self.down_scale, self.down_offsets, self.scheme.group_size, self.quantize_input
-            )
-        return ragged_moe(
-            x, self.gate_up, self.down, self.offsets, topk_weights, topk_ids, self.max_width, scales=scales
-        )
+        if not self.max_width:
+            weights = x.new_empty(2, 0, self.hidden_size), x.new_empty(0, self.hidden_size)
+        else:
+            weights = self.gate_up, self.down
+            if self.scheme is not None:
+                scales = Scales(
+                    self.gate_up_scale, self.down_scale, self.down_offsets, self.scheme.group_size, self.quantize_input
+                )
+        routing = (self.offsets, topk_weights, topk_ids, self.max_width)
+        return ragged_moe(x, *weights, *routing, scales, self.activation, biases)
 
     def _note(self) -> str:
         """What a reader of the log may not expect."""

@@ -15,6 +15,7 @@ from bench.ragged_moe import measure
 from bench.scale import read_pattern, scale_model
 from bench.speed.widths import beta_shares, quantiles, widths_of
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
 
 SMALL = {
@@ -73,6 +74,18 @@ def test_experts_keep_the_shares_of_a_small_model(model_type, name):
     assert first == [0, 5, 15, 40, 80, 125, 175, 200]
     assert last == [160, 170, 190, 200, 200, 200, 200, 200]
     assert pruned.layers[0] != pruned.layers[1], "the order of widths is drawn for each layer"
+
+
+def test_layers_keep_the_share_of_experts_of_a_small_model():
+    """Three of four, and two of four, but never fewer than a token is sent to."""
+    per_layer = {"0": {"num_experts": 3, "expert_intermediate_sizes": [50, 10, 0]}, "1": {"num_experts": 2}}
+    config = small_config("mixtral", "PrunedMixtralForCausalLM", per_layer, intermediate_size=50)
+    del config["num_experts"]
+    written = converted_config(ModelGeometry.from_config(config), config)
+    assert written["num_experts"] == 4
+    dense, pruned = map(ModelGeometry.from_config, scale_model(written, LARGE | {"num_experts_per_tok": 5}))
+    assert dense.experts.num_experts == 8
+    assert [len(layer.expert_intermediate_sizes) for layer in pruned.layers] == [6, 6, 5, 5]
 
 
 def test_layers_take_after_layers_of_their_kind():

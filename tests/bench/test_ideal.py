@@ -24,6 +24,7 @@ MOE = ModelGeometry.from_config(MOE_CONFIG)
 RAGGED = ModelGeometry.from_config(
     MOE_CONFIG | {"per_layer_config": {"1": {"expert_intermediate_sizes": [40, 0, 15, 25]}}}
 )
+HALF = ModelGeometry.from_config(MOE_CONFIG | {"per_layer_config": {"1": {"num_experts": 2}}})
 # Two layers of attention, one with a dense MLP, one with a router, a shared expert of 30 channels and its gate; biases
 # of q, k and v and the norms are vectors.
 MOE_UNROUTED = 2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 100 + 4 * 64 + 3 * 64 * 30 + 64
@@ -51,6 +52,15 @@ def test_decode_reads_the_experts_that_tokens_are_sent_to(geometry, channels, ba
     cache = batch_size * (32 + 32) * 2 * 2 * 2 * 16 * 2
     weights = MOE_UNROUTED + MOE_VECTORS + read * 3 * 64 * channels + 64 + 64000 + batch_size * 64
     assert step_bytes(geometry, case, 2) == weights * 2 + cache
+
+
+@pytest.mark.parametrize(("batch_size", "read"), [(1, 1 / 2), (3, 7 / 8)])
+def test_decode_reads_more_of_the_experts_where_there_are_fewer(batch_size, read):
+    case = Case.parse(f"decode:{batch_size}:32:64")
+    cache = batch_size * (32 + 32) * 2 * 2 * 2 * 16 * 2
+    router = 2 * 64  # rows that are gone
+    weights = MOE_UNROUTED - router + MOE_VECTORS + read * 3 * 64 * 80 + 64 + 64000 + batch_size * 64
+    assert step_bytes(HALF, case, 2) == weights * 2 + cache
 
 
 @pytest.mark.parametrize(("geometry", "channels"), [(MOE, 160), (RAGGED, 80)])

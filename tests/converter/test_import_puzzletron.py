@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from helpers.cut import rows
+from helpers.dropped import keep_experts
 from helpers.imports import assert_converts, logits, sizes
 from helpers.masked import convert_pruned, edit_json
 from helpers.puzzletron import block, heterogeneous, intermediate, num_kv_heads, overrides, write_subblocks
@@ -114,9 +115,15 @@ def test_numbers_of_experts(tmp_path, capsys):
     key = "num_experts" if "num_experts" in json.loads(path.read_text()) else "num_local_experts"
     edit_json(path, per_layer_config={"1": {key: 4, "moe_intermediate_size": 24}})
     assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
-    edit_json(path, per_layer_config={"1": {key: 3}})
-    assert convert_pruned(tmp_path / "in", tmp_path / "out2") == 2
-    assert f"{key} is 3, the model has 4" in capsys.readouterr().err
+    keep_experts(tmp_path / "in", model, [[0, 1, 2, 3], [0, 3, 1], [2, 1]])
+    edit_json(path, per_layer_config={"1": {key: 3}, "2": {"num_experts": 2}})
+    assert_converts(tmp_path / "in", tmp_path / "out2", logits(model))
+    config = json.loads((tmp_path / "out2" / "config.json").read_text())
+    assert config["per_layer_config"] == {"1": {"num_experts": 3}, "2": {"num_experts": 2}}
+    edit_json(path, per_layer_config={"1": {key: 1}, "2": {"num_experts": 5}})
+    assert convert_pruned(tmp_path / "in", tmp_path / "out3") == 2
+    error = capsys.readouterr().err
+    assert "num_experts is 1, but the router chooses 2" in error and "num_experts is 5, but a layer had 4" in error
 
 
 def changed_block(index, part, **changes):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.dropped import keep_experts
 from helpers.imports import assert_converts, cut, logits, replace_weights, sizes, stored, write_flap
 from helpers.masked import convert_pruned, edit_json, edit_weights
 from helpers.tiny import HEAD_DIM, tiny_model
@@ -181,11 +182,38 @@ def test_fewer_experts_than_config_json_says(tmp_path, capsys):
     edit_json(path, **{key: 7})
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
     assert pruned.config.num_experts == 4 and "A layer has 4 experts" in capsys.readouterr().out
-    router = "model.layers.1.mlp.gate.weight"
-    edit_weights(tmp_path / "in", {router: stored(tmp_path / "in")[router][:3]})
-    assert convert_pruned(tmp_path / "in", tmp_path / "out2") == 2
-    error = capsys.readouterr().err
-    assert "different numbers of experts" in error and f"{router}: 3 rows" in error
+
+
+# What config.json says is the number before pruning, or that of some layer.
+@pytest.mark.parametrize("said", [4, 2])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe"])
+def test_other_numbers_of_experts_in_every_layer(tmp_path, capsys, model_type, said):
+    """As REAP's kin write them; one expert has no tensors, but a row of the router: it adds zeros."""
+    model = tiny_model(model_type, 6, 3, 24)
+    model.save_pretrained(tmp_path / "in")
+    keep_experts(tmp_path / "in", model, [[0, 2, 3], [3, 1], [0, 1, 2, 3]], silent=((2, 1),))
+    path = tmp_path / "in" / "config.json"
+    keys = [key for key in ("num_experts", "num_local_experts") if key in json.loads(path.read_text())]
+    edit_json(path, **dict.fromkeys(keys, said))
+    pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
+    assert f"A layer has 2 to 4 experts, where config.json says {said}." in capsys.readouterr().out
+    assert [len(layer.mlp.experts) for layer in pruned.model.layers] == [3, 2, 4]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["per_layer_config"]["1"]["num_experts"] == 2
+    assert "exact" not in config["pruning"], "convert-pruned dropped nothing"
+    # Now that silent expert goes, too.
+    assert convert_pruned(tmp_path / "in", tmp_path / "fewer", "--drop-empty-experts") == 0
+    config = json.loads((tmp_path / "fewer" / "config.json").read_text())
+    assert config["per_layer_config"]["2"] == {"num_experts": 3}
+    assert config["pruning"]["dropped_experts"] == {"2": [1]}
+
+
+def test_fewer_experts_than_the_router_chooses_are_refused(tmp_path, capsys):
+    model = tiny_model("qwen3_moe", 3, 3, 24)
+    model.save_pretrained(tmp_path / "in")
+    keep_experts(tmp_path / "in", model, [[0, 2, 3], [3], [0, 1, 2, 3]])
+    assert convert_pruned(tmp_path / "in", tmp_path / "out") == 2
+    assert "model.layers.1: num_experts is 1, but the router chooses 2" in capsys.readouterr().err
 
 
 BROKEN = {

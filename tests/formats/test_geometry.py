@@ -16,6 +16,7 @@ from pruned_vllm.formats.families import FAMILIES, Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.tensors import Shapes
+from pruned_vllm.serving import deepseek_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -182,13 +183,14 @@ def test_config_round_trip_of_experts(data, model_type):
     config = moe_config(model_type)
     dense = ModelGeometry.from_config(config)
     widths = st.one_of(
-        st.lists(st.integers(0, 3) | st.just(24), min_size=4, max_size=4).map(tuple),
-        st.integers(0, 100).map(lambda width: (width,) * 4),
+        st.lists(st.integers(0, 3) | st.just(24), min_size=2, max_size=4).map(tuple),
+        st.builds(lambda width, count: (width,) * count, st.integers(0, 100) | st.just(24), st.integers(2, 4)),
     )
     its_layers = tuple(
         LayerGeometry(data.draw(groups), 0, data.draw(widths)) if layer.expert_intermediate_sizes else data.draw(layers)
         for layer in dense.dense_layers
     )
+    its_layers = tuple(replace(layer, constant_experts=data.draw(constants_of(layer))) for layer in its_layers)
     before = dense.with_layers(its_layers)
     written = converted_config(before, config)
     after = ModelGeometry.from_config(written)
@@ -196,8 +198,15 @@ def test_config_round_trip_of_experts(data, model_type):
     assert after.tensor_shapes() == before.tensor_shapes()
     if "per_layer_config" in written:
         assert after == before
+        deepseek_config.register()
         hugging_face = AutoConfig.for_model(**written)
         assert ModelGeometry.from_config(hugging_face.to_dict()) == before
+
+
+def constants_of(layer: LayerGeometry) -> st.SearchStrategy[tuple[int, ...]]:
+    """Any of the experts without channels."""
+    empty = [expert for expert, width in enumerate(layer.expert_intermediate_sizes) if not width]
+    return st.lists(st.sampled_from(empty), unique=True).map(sorted).map(tuple) if empty else st.just(())
 
 
 def test_experts_without_channels_have_no_tensors():
@@ -208,6 +217,49 @@ def test_experts_without_channels_have_no_tensors():
     assert shapes["model.layers.1.mlp.gate.weight"] == (4, 96), "the router still sees every expert"
     assert shapes["model.layers.1.mlp.experts.1.down_proj.weight"] == (96, 7)
     assert not [name for name in shapes if ".experts.0." in name or ".experts.2." in name]
+
+
+@pytest.mark.parametrize("model_type", MOE_KEYS)
+def test_a_layer_may_have_fewer_experts(model_type):
+    """Rows of the router and experts; two of them, which are as many as a token is sent to, in the last layer."""
+    dense = ModelGeometry.from_config(moe_config(model_type))
+    attention, width_key = dense.layers[0].query_heads_per_kv_head, dense.family.experts.width_key
+    layers = [dense.layers[0], LayerGeometry(attention, 0, (5, 0, 7)), LayerGeometry(attention, 0, (5,) * 2)]
+    if not dense.layers[1].expert_intermediate_sizes:
+        layers[1] = dense.layers[1]
+    written = converted_config(dense.with_layers(layers), moe_config(model_type))
+    assert written["per_layer_config"]["2"] == {"num_experts": 2, width_key: 5}
+    assert written["num_experts"] == 4, "Hugging Face wants each key at the top level, too"
+    ours = ModelGeometry.from_config(written)
+    assert ours.layers == tuple(layers) and ours.experts.num_experts == 4
+    shapes = ours.layer_tensor_shapes(2)
+    experts = dense.family.experts
+    assert shapes[f"model.layers.2.{experts.router}.weight"] == (2, 96)
+    assert not [name for name in shapes if f".{experts.module}.experts.2." in name]
+
+
+def test_fewer_experts_of_the_dense_width_are_said_by_their_number_alone():
+    config = moe_config("qwen3_moe", per_layer_config={"2": {"num_experts": 3}})
+    ours = ModelGeometry.from_config(config)
+    assert ours.layers[2].expert_intermediate_sizes == (24,) * 3 and not ours.is_dense
+    assert converted_config(ours, moe_config("qwen3_moe"))["per_layer_config"] == {"2": {"num_experts": 3}}
+
+
+def test_biases_of_experts(monkeypatch):
+    """That of the down projection is what an expert without channels still adds."""
+    row = FAMILIES["qwen2_moe"]
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", replace(row, experts=replace(row.experts_format, bias=True)))
+    config = moe_config("qwen2_moe", per_layer_config={"1": {"expert_intermediate_sizes": [0, 7, 0, 24]}})
+    shapes = ModelGeometry.from_config(config).layer_tensor_shapes(1)
+    prefix = "model.layers.1.mlp.experts."
+    experts = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    biases = {name: shape for name, shape in experts.items() if name.endswith("bias")}
+    widths = {"0": (), "1": (7,), "2": (), "3": (24,)}
+    assert biases == {
+        **{f"{expert}.{name}_proj.bias": width for expert, width in widths.items() for name in ("gate", "up") if width},
+        **{f"{expert}.down_proj.bias": (96,) for expert in widths},
+    }
+    assert {name[0] for name in experts if name.endswith("weight")} == {"1", "3"}
 
 
 def test_experts_of_one_width_use_the_key_of_hugging_face():
@@ -222,20 +274,27 @@ def test_experts_of_one_width_use_the_key_of_hugging_face():
     }
 
 
+@pytest.mark.parametrize(("width", "count"), [(5, 4), (24, 3), (5, 2)])
 @pytest.mark.parametrize("model_type", MOE_KEYS)
-def test_uniform_experts_get_the_stock_architecture(model_type):
+def test_uniform_experts_get_the_stock_architecture(model_type, width, count):
     dense = ModelGeometry.from_config(moe_config(model_type, head_dim=8))
     pruned = dense.with_layers(
-        replace(layer, expert_intermediate_sizes=(5,) * 4)
+        replace(layer, expert_intermediate_sizes=(width,) * count)
         if layer.expert_intermediate_sizes
         else replace(layer, intermediate_size=30)
         for layer in dense.layers
     )
     written = converted_config(pruned, moe_config(model_type, head_dim=8))
     # deepseek's shared experts are a multiple of the experts' width, which would shrink with it.
-    assert ("per_layer_config" in written) == (model_type == "deepseek")
+    assert ("per_layer_config" in written) == (model_type == "deepseek" and width != 24)
+    if "per_layer_config" not in written:
+        assert [written[key] for key in dense.family.experts.count_keys if key in written] == [count]
     assert ModelGeometry.from_config(written).layers == pruned.layers
     assert ModelGeometry.from_config(written).tensor_shapes() == pruned.tensor_shapes()
+
+
+def constants_in_layer_0(constants) -> dict:
+    return {"per_layer_config": {"0": {"expert_intermediate_sizes": [0, 2, 0, 4], "constant_experts": constants}}}
 
 
 @pytest.mark.parametrize(
@@ -254,6 +313,22 @@ def test_uniform_experts_get_the_stock_architecture(model_type):
         ({"per_layer_config": {"0": {"intermediate_size": 5}}}, r"unknown keys \['intermediate_size'\]"),
         ({"per_layer_config": {"1": {"moe_intermediate_size": 5}}}, r"unknown keys \['moe_intermediate_size'\]"),
         ({"per_layer_config": {"0": {"skip": ["mlp"]}}}, "a layer with experts may name 'attention'"),
+        ({"per_layer_config": {"0": {"num_experts": 0}}}, r"\['0'\]: num_experts is 0; it must be a whole number of"),
+        ({"per_layer_config": {"0": {"num_experts": "3"}}}, "num_experts is '3'"),
+        ({"per_layer_config": {"0": {"num_experts": 5}}}, "num_experts is 5, but a layer had 4 before pruning"),
+        ({"per_layer_config": {"0": {"num_experts": 10**12}}}, "num_experts is 1000000000000"),
+        ({"per_layer_config": {"0": {"num_experts": 1}}}, "num_experts is 1, but the router chooses 2"),
+        ({"per_layer_config": {"1": {"num_experts": 3}}}, r"unknown keys \['num_experts'\]"),
+        ({"per_layer_config": {"0": {"constant_experts": [1]}}}, r"constant_experts is \[1\]; .* those are \[\]"),
+        (constants_in_layer_0([1]), "must name experts without channels"),
+        (constants_in_layer_0([2, 0]), "in ascending order"),
+        (constants_in_layer_0([0, 0]), "in ascending order"),
+        (constants_in_layer_0([4]), r"those are \[0, 2\]"),
+        (constants_in_layer_0("02"), "must be a list of whole numbers"),
+        (
+            {"per_layer_config": {"0": {"num_experts": 3, "expert_intermediate_sizes": [1, 2, 3, 4]}}},
+            "expert_intermediate_sizes has 4 numbers for 3 experts",
+        ),
     ],
 )
 def test_bad_configs_of_experts_are_refused(changes, message):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from helpers.composer import with_masks
+from helpers.dropped import write_mone
 from helpers.l0 import L0Module
 from helpers.masked import edit_json
 from helpers.tiny import expert_masks, masks_for, tiny_model, write_masked
@@ -111,6 +112,21 @@ def _masked(directory: Path, **config) -> Path:
 def _experts(directory: Path) -> Path:
     model = _small("qwen2_moe", moe_intermediate_size=4, shared_expert_intermediate_size=4, mlp_only_layers=[0])
     return write_masked(directory, model, expert_masks(model, [[1, 0, 4, 2]], [3]))
+
+
+def _fewer_experts(directory: Path) -> Path:
+    """A converted model with another number of experts in one layer."""
+    ckpt = _experts(directory.with_name("ckpt"))
+    assert cli.main([str(ckpt), str(directory), "--align=1", "--no-verify", "--drop-empty-experts"]) == 0
+    shutil.rmtree(ckpt)
+    return directory
+
+
+def _constants(directory: Path) -> Path:
+    """Constants in place of experts, as MoNE has them."""
+    model = _small("qwen2_moe", moe_intermediate_size=4, shared_expert_intermediate_size=4)
+    write_mone(directory, model, {1: [2]}, declared=True)
+    return directory
 
 
 def _sharded(directory: Path) -> Path:
@@ -252,6 +268,8 @@ SURFACES: dict[str, dict[str, Seed]] = {
         "experts": Seed(_experts, "config.json", "json", convert),
         "verified": Seed(_masked, "config.json", "json", convert_verified),
         "experts_verified": Seed(_experts, "config.json", "json", convert_verified),
+        "fewer_experts": Seed(_fewer_experts, "config.json", "json", inspect),
+        "constants": Seed(_constants, "config.json", "json", convert),
         "blocks": Seed(_blocks, "config.json", "json", convert),
         "converted": Seed(_converted, "config.json", "json", inspect),
         "to quantize": Seed(_converted, "config.json", "json", quantize),

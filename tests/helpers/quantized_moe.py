@@ -6,7 +6,17 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from helpers.ragged_moe import Case, Inputs, compare, guarded, poisoned_memory, random_inputs, reference
+from helpers.ragged_moe import (
+    PLAIN,
+    Case,
+    Inputs,
+    Variant,
+    compare,
+    guarded,
+    poisoned_memory,
+    random_inputs,
+    reference,
+)
 
 from pruned_vllm.kernels.ragged_moe_arguments import Scales, run_offsets
 
@@ -108,25 +118,37 @@ def _random_scales(shape: tuple[int, ...], divisor: torch.Tensor, device: str) -
 
 
 def check_quantized(
-    ragged_moe: Callable, case: Case, dtype: torch.dtype, kind: Kind, seed: int, device: str, **options
+    ragged_moe: Callable,
+    case: Case,
+    dtype: torch.dtype,
+    kind: Kind,
+    seed: int,
+    device: str,
+    variant: Variant = PLAIN,
+    **options,
 ) -> str:
     """Calls a kernel on random inputs; "" or what is wrong with its output."""
     quantized = quantized_inputs(case, dtype, kind, seed, device)
-    expected, allowed = reference(quantized.exact)
+    arguments = variant.arguments(quantized.exact)
+    expected, allowed = reference(quantized.exact, **arguments)
     with poisoned_memory():
-        actual = ragged_moe(*quantized.inputs, scales=replace(quantized.scales, **options))
+        actual = ragged_moe(*quantized.inputs, scales=replace(quantized.scales, **options), **arguments)
     return compare(actual, expected, allowed, dtype)
 
 
-def check_quantized_triton(case: Case, dtype: torch.dtype, kind: Kind, seed: int, device: str) -> str:
+def check_quantized_triton(
+    case: Case, dtype: torch.dtype, kind: Kind, seed: int, device: str, variant: Variant = PLAIN
+) -> str:
     """The same for the Triton kernel."""
     from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
 
     may_quantize = kind.codes != torch.float8_e4m3fn  # which changes nothing for others
-    return check_quantized(ragged_moe, case, dtype, kind, seed, device, quantize_input=may_quantize)
+    return check_quantized(ragged_moe, case, dtype, kind, seed, device, variant, quantize_input=may_quantize)
 
 
-def check_quantized_input(case: Case, dtype: torch.dtype, group_size: int | None, seed: int, device: str) -> str:
+def check_quantized_input(
+    case: Case, dtype: torch.dtype, group_size: int | None, seed: int, device: str, variant: Variant = PLAIN
+) -> str:
     """The same where the input is quantized, too. Its numbers are codes times a power of two, the largest code among
     them, so that this changes nothing; what enters the down projection is rounded."""
     from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
@@ -135,9 +157,10 @@ def check_quantized_input(case: Case, dtype: torch.dtype, group_size: int | None
     codes = numbers(random_codes(inputs.x.shape, torch.float8_e4m3fn))
     codes[:, 0] = 448
     inputs.x.copy_(codes * 2.0 ** torch.randint(-9, -5, (len(codes), 1)))
-    expected, allowed = reference(exact, fp8_hidden=True)
+    arguments = variant.arguments(inputs)
+    expected, allowed = reference(exact, fp8_hidden=True, **arguments)
     with poisoned_memory():
-        actual = ragged_moe(*inputs, scales=replace(scales, quantize_input=True))
+        actual = ragged_moe(*inputs, scales=replace(scales, quantize_input=True), **arguments)
     return compare(actual, expected, allowed, dtype)
 
 

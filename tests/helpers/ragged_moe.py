@@ -5,11 +5,13 @@ Imports Triton only inside of functions: a process that shall interpret kernels 
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from pruned_vllm.kernels.ragged_moe_arguments import SILU, Activation, Biases
 from pruned_vllm.kernels.ragged_moe_config import Config
 
 
@@ -59,6 +61,36 @@ MORE_CASES = (
     Case(5, 1, (1, 1), 1, "any"),
     Case(131, 130, (3, 259), 2),
     Case(150, 197, (300, 0, 131, 1), 2, "any"),
+)
+
+
+class Variant(NamedTuple):
+    """An activation, and which projections have biases."""
+
+    activation: Activation = SILU
+    biases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        limit = "" if self.activation.limit == SILU.limit else f"-{self.activation.limit}"
+        return "-".join((self.activation.name + limit, *self.biases))
+
+    def arguments(self, inputs: "Inputs") -> dict[str, Any]:
+        """What a kernel takes besides the inputs: random biases between NaN in memory; nothing where nothing is new."""
+        if self == PLAIN:
+            return {}
+        shapes = {"gate_up": (2, len(inputs.down)), "down": (len(inputs.offsets) - 1, inputs.x.shape[1])}
+        biases = {name: guarded(torch.randn(shapes[name]).to(inputs.x.device)) for name in self.biases}
+        return {"activation": self.activation, "biases": Biases(**biases) if biases else None}
+
+
+PLAIN = Variant()
+BOTH = ("gate_up", "down")
+GENERAL = (
+    Variant(SILU, BOTH),
+    Variant(SILU, ("gate_up",)),
+    Variant(SILU, ("down",)),
+    *(Variant(Activation(name), biases) for name in ("gelu", "gelu_tanh", "swigluoai") for biases in ((), BOTH)),
+    Variant(Activation("swigluoai", alpha=0.8, limit=0.7), BOTH),  # limits that many numbers are beyond
 )
 
 
@@ -115,12 +147,24 @@ def few_numbers(rows: int, columns: int, most: int) -> torch.Tensor:
     return numbers.scatter_(1, torch.randint(columns, (rows, most)), torch.randint(-1, 2, (rows, most)).float())
 
 
-def reference(inputs: Inputs, *, fp8_hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def activated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """By the definitions."""
+    if activation.name == "swigluoai":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    return functions[activation.name](gate) * up
+
+
+def reference(
+    inputs: Inputs, activation: Activation = SILU, biases: Biases | None = None, *, fp8_hidden: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The exact result and the error that rounding may cause, both float64 [tokens, hidden].
 
     Rounded to the dtype are what enters the down projection, what leaves it, and the sum: three times at most `eps` of
     the sum of absolute terms (hardware rounds to nearest, which is half of it; the interpreter truncates bfloat16). The
-    rest is float32 arithmetic on sums of absolute terms: a small multiple of its eps, far below the worst case.
+    rest is float32 arithmetic on sums of absolute terms: a small multiple of its eps, far below the worst case. No
+    activation is steeper than 1.2.
 
     With `fp8_hidden` what enters the down projection is rounded to float8_e4m3fn, scaled so that a token's largest is
     448: by at most 1/16 of it or, where it is small, 2^-10 of a scale.
@@ -128,15 +172,18 @@ def reference(inputs: Inputs, *, fp8_hidden: bool = False) -> tuple[torch.Tensor
     x, gate_up, down, offsets, topk_weights, topk_ids, _ = inputs
     x64, gate64, up64, down64 = x.double(), gate_up[0].double(), gate_up[1].double(), down.double()
     result, rounded, computed, coarse = (torch.zeros_like(x64) for _ in range(4))
-    bounds = offsets.tolist()
+    bounds, biases = offsets.tolist(), biases or Biases()
+    gate_up_bias = x64.new_zeros(2, len(down)) if biases.gate_up is None else biases.gate_up.double()
+    down_bias = x64.new_zeros(len(bounds) - 1, x.shape[1]) if biases.down is None else biases.down.double()
     for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         weight = (topk_weights.double() * (topk_ids == expert)).sum(1, keepdim=True)
-        gate, up = gate64[begin:end], up64[begin:end]
-        product = F.silu(x64 @ gate.T) * (x64 @ up.T)
-        absolute = (x64.abs() @ gate.abs().T) * (x64.abs() @ up.abs().T)
-        result += weight * (product @ down64[begin:end])
-        rounded += weight * (product.abs() @ down64[begin:end].abs())
-        computed += weight * (absolute @ down64[begin:end].abs())
+        gate, up, (gate_bias, up_bias) = gate64[begin:end], up64[begin:end], gate_up_bias[:, begin:end]
+        product = activated(x64 @ gate.T + gate_bias, x64 @ up.T + up_bias, activation)
+        absolute = x64.abs() @ gate.abs().T + gate_bias.abs()
+        absolute *= x64.abs() @ up.abs().T + up_bias.abs() + (activation.name == "swigluoai")
+        result += weight * (product @ down64[begin:end] + down_bias[expert])
+        rounded += weight * (product.abs() @ down64[begin:end].abs() + down_bias[expert].abs())
+        computed += weight * (absolute @ down64[begin:end].abs() + down_bias[expert].abs())
         if fp8_hidden and begin < end:
             error = torch.maximum(product.abs() / 16, product.abs().amax(1, keepdim=True) / 448 / 1024)
             coarse += weight * (error @ down64[begin:end].abs())
@@ -158,20 +205,23 @@ def poisoned_memory():
         torch.use_deterministic_algorithms(before)
 
 
-def check(ragged_moe: Callable, case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
+def check(
+    ragged_moe: Callable, case: Case, dtype: torch.dtype, seed: int, device: str, variant: Variant = PLAIN
+) -> str:
     """Calls a kernel on random inputs; "" or what is wrong with its output."""
     inputs = random_inputs(case, dtype, seed, device)
-    expected, allowed = reference(inputs)
+    arguments = variant.arguments(inputs)
+    expected, allowed = reference(inputs, **arguments)
     with poisoned_memory():
-        actual = ragged_moe(*inputs)
+        actual = ragged_moe(*inputs, **arguments)
     return compare(actual, expected, allowed, dtype)
 
 
-def check_triton(case: Case, dtype: torch.dtype, seed: int, device: str) -> str:
+def check_triton(case: Case, dtype: torch.dtype, seed: int, device: str, variant: Variant = PLAIN) -> str:
     """The same for the Triton kernel."""
     from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
 
-    return check(ragged_moe, case, dtype, seed, device)
+    return check(ragged_moe, case, dtype, seed, device, variant)
 
 
 def compare_contestants() -> list[str]:
@@ -225,7 +275,7 @@ class Types(NamedTuple):
     group_size: int = 0
 
 
-def compile_config(config: Config, types: Types, compute_capability: int) -> list:
+def compile_config(config: Config, types: Types, compute_capability: int, variant: Variant = PLAIN) -> list:
     """The gate-and-up and the down kernel compiled for a GPU that need not be there, and what quantizes their inputs.
     Sizes are multiples of 16."""
     from pruned_vllm.kernels.ragged_moe_codes import QUANTIZE_BLOCK, _quantize_kernel
@@ -239,7 +289,10 @@ def compile_config(config: Config, types: Types, compute_capability: int) -> lis
     absent |= dict.fromkeys(() if types.weights else ("scales", "run_offsets"))
     options = {"SORTED": config.is_sorted, "GROUP": config.group, "BLOCK_M": config.block_m, "VECTOR": VECTOR}
     options |= {"GROUP_SIZE": types.group_size} | absent
-    gate_up = {"x": inputs, "x_scales": "fp32", "intermediate": types.x}
+    activation = variant.activation
+    options |= {"ACTIVATION": activation.name, "ALPHA": activation.alpha, "LIMIT": activation.limit}
+    options |= {} if "gate_up" in variant.biases else {"bias": None}
+    gate_up = {"x": inputs, "x_scales": "fp32", "bias": "fp32", "intermediate": types.x}
     down = {"intermediate": inputs, "intermediate_scales": "fp32"}
     compiled = [
         _compile(kernel, pointers | more, options | tile.launch_options(types.group_size), compute_capability)
@@ -250,6 +303,19 @@ def compile_config(config: Config, types: Types, compute_capability: int) -> lis
         options = {"ROUTED": True, "BLOCK": QUANTIZE_BLOCK, "VECTOR": VECTOR, "num_warps": 4, "num_stages": 3}
         compiled.append(_compile(_quantize_kernel, pointers, options, compute_capability))
     return compiled
+
+
+def compile_reduce(dtype: str, compute_capability: int, has_bias: bool):
+    """The kernel that sums a token's choices, of which there are 4."""
+    from pruned_vllm.kernels.ragged_moe_reduce import REDUCE_BLOCK, _reduce_kernel
+
+    pointers = {"partial": dtype, "out": dtype, "topk_ids": "i32", "offsets": "i32"}
+    options = {"TOPK": 4, "BLOCK": REDUCE_BLOCK, "num_warps": 4, "num_stages": 3}
+    if has_bias:
+        pointers |= {"topk_weights": "fp32", "down_bias": "fp32"}
+    else:
+        options |= {"topk_weights": None, "down_bias": None}
+    return _compile(_reduce_kernel, pointers, options, compute_capability)
 
 
 def _compile(kernel, pointers: dict[str, str], options: dict, compute_capability: int):

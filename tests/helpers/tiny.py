@@ -165,10 +165,16 @@ def expert_masks(
     return masks
 
 
-def converted(directory: Path, model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str = "product") -> Path:
-    """Masked checkpoint -> converted model through the real pipeline; returns the converted directory."""
+def converted(
+    directory: Path, model: PreTrainedModel, masks: dict[str, torch.Tensor], site: str = "product", **options
+) -> Path:
+    """Masked checkpoint -> converted model through the real pipeline; returns the converted directory.
+
+    Args:
+        options: of `make_plan`.
+    """
     write_masked(directory / "ckpt", model, masks, site)
-    convert(make_plan(directory / "ckpt"), directory / "out")
+    convert(make_plan(directory / "ckpt", **options), directory / "out")
     return directory / "out"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.dropped import restrict_to_experts_with_channels
 from helpers.tiny import HF_MOE, converted, expert_masks, masks_for, oracle, prompts, tiny_model
 from safetensors.torch import load_file
 
@@ -65,6 +66,28 @@ def test_saved_model_is_the_converted_model(tmp_path, name):
     assert ModelGeometry.from_config(json.loads((saved / "config.json").read_text())) == geometry
     tokens = torch.tensor(prompts()[-1:])
     with torch.no_grad():  # weights that lie elsewhere in memory may be multiplied in another order
+        torch.testing.assert_close(load_pruned(saved)(tokens).logits, pruned(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", HF_MOE)
+def test_layers_with_their_own_number_of_experts(tmp_path, model_type):
+    """The second layer has as many as a token is sent to. Loaded, saved and loaded again."""
+    model = tiny_model(model_type, 6, 3, WIDTH)
+    masks = expert_masks(model, [[17, 0, 24, 5], [0, 3, 0, 4], [8, 8, 8, 8]])
+    directory = converted(tmp_path, model, masks, drop_empty_experts=True)
+    restrict_to_experts_with_channels(model, masks)
+    pruned, saved, tokens = load_pruned(directory), tmp_path / "saved", torch.tensor(prompts()[-1:])
+    assert [tuple(layer.mlp.gate.weight.shape) for layer in pruned.model.layers] == [
+        (count, model.config.hidden_size) for count in (3, 2, 4)
+    ]
+    generated = pruned.generate(tokens, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
+    continuation = generated[0, tokens.shape[1] :].tolist()
+    assert oracle(model, masks, "product", prompts()[-1], continuation)[0] == continuation
+    pruned.save_pretrained(saved)
+    geometries = [ModelGeometry.from_config(json.loads((path / "config.json").read_text())) for path in
+                  (directory, saved)]  # fmt: skip
+    assert geometries[0] == geometries[1] and pruned.num_parameters() == geometries[0].num_parameters
+    with torch.no_grad():
         torch.testing.assert_close(load_pruned(saved)(tokens).logits, pruned(tokens).logits, rtol=0, atol=1e-5)
 
 

@@ -31,7 +31,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def compiled():
     """Sees to it that a test does not pass by what stands in for the kernel."""
     for weights in WEIGHTS.values():
-        assert ragged_moe_cpu._library(weights) is not None, "the kernel could not be compiled; see the warning"
+        assert ragged_moe_cpu._library(weights, False) is not None, "the kernel could not be compiled; see the warning"
 
 
 def problems(kind: Kind, dtype: torch.dtype, cases: Sequence[Case]) -> list[str]:
@@ -91,7 +91,7 @@ def test_against_float64(kind, dtype):
 @kinds
 @dtypes
 def test_matrix_products_against_float64(monkeypatch, kind, dtype):
-    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights: None)
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights, is_general: None)
     found = problems(kind, dtype, CASES[::3])
     assert not found, "\n".join(found)
 
@@ -114,9 +114,9 @@ def test_instructions_of_other_processors(capability, codes, tmp_path, monkeypat
     monkeypatch.setattr(ragged_moe_cpu, "_capability", lambda: capability)
     monkeypatch.setattr(ragged_moe_cpu, "FLAGS", [flag.replace("-O3", "-O1") for flag in ragged_moe_cpu.FLAGS])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = ragged_moe_cpu._library.__wrapped__(WEIGHTS[codes])
+    library = ragged_moe_cpu._library.__wrapped__(WEIGHTS[codes], False)
     assert library is not None
-    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights: library)
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights, is_general: library)
     found = [
         problem
         for kind in KINDS + LONG_GROUPS

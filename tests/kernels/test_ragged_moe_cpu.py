@@ -51,12 +51,12 @@ def integer_problem(case: Case, dtype: torch.dtype) -> str:
 @pytest.fixture
 def compiled():
     """Sees to it that a test does not pass by what stands in for the kernel."""
-    assert ragged_moe_cpu._library(None) is not None, "the kernel could not be compiled; see the warning"
+    assert ragged_moe_cpu._library(None, False) is not None, "the kernel could not be compiled; see the warning"
 
 
 @pytest.fixture
 def without_a_compiler(monkeypatch):
-    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights: None)
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights, is_general: None)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -93,9 +93,9 @@ def test_instructions_of_other_processors(capability, tmp_path, monkeypatch):
         pytest.skip(f"needs a CPU that can more than {capability}")
     monkeypatch.setattr(ragged_moe_cpu, "_capability", lambda: capability)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = ragged_moe_cpu._library.__wrapped__(None)
+    library = ragged_moe_cpu._library.__wrapped__(None, False)
     assert library is not None
-    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights: library)
+    monkeypatch.setattr(ragged_moe_cpu, "_library", lambda weights, is_general: library)
     problems = [check(ragged_moe, *case.values, 3, "cpu") for case in TABLE]
     problems += [integer_problem(*case.values) for case in TABLE]
     assert not any(problems), problems
@@ -107,7 +107,7 @@ def test_other_flags_are_another_library(tmp_path, monkeypatch):
     monkeypatch.setattr(ragged_moe_cpu, "INSTRUCTIONS", {})
     for flags in (("-O1", "-shared", "-fPIC", "-std=c++17"), ("-O0", "-shared", "-fPIC", "-std=c++17")):
         monkeypatch.setattr(ragged_moe_cpu, "FLAGS", flags)
-        assert ragged_moe_cpu._library.__wrapped__(None) is not None
+        assert ragged_moe_cpu._library.__wrapped__(None, False) is not None
     assert len(list(tmp_path.rglob("*.so"))) == 2
 
 
@@ -234,7 +234,7 @@ def test_without_a_compiler_a_warning_says_so(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    assert ragged_moe_cpu._library.__wrapped__(None) is None
+    assert ragged_moe_cpu._library.__wrapped__(None, False) is None
     assert "Install a C++ compiler with OpenMP" in caplog.text and "no-such-compiler" in caplog.text
     assert not list(tmp_path.rglob("ragged_moe_cpu*"))
 
@@ -244,6 +244,6 @@ def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(ragged_moe_cpu, "FLAGS", ("-fno-such-flag",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    assert ragged_moe_cpu._library.__wrapped__(None) is None
+    assert ragged_moe_cpu._library.__wrapped__(None, False) is None
     assert "-fno-such-flag" in caplog.text
     assert not list(tmp_path.rglob("ragged_moe_cpu*"))

@@ -10,6 +10,7 @@ import torch
 from helpers import composer, l0
 from helpers.cut import LLM_PRUNER, Project, channel_wise, config_like, cut_weights, half, rows, upto, zeroed
 from helpers.ddp import KEYS, log_alphas, trainable_params
+from helpers.dropped import keep_experts, write_mone
 from helpers.imports import dropped, kill_hidden, write_flap, write_list
 from helpers.levels import DOWN_PROJ, O_PROJ, modules, write_levels
 from helpers.llama import Rules, logits
@@ -183,9 +184,26 @@ def hidden_zeros(directory: Path, monkeypatch) -> Sibling:
 
 
 # By the name of the importer, and what is special about a case.
+def reap(directory: Path, monkeypatch) -> Sibling:
+    """Another number of experts in every layer: vLLM's own expert layers, each with its own number."""
+    model = tiny_model("qwen2_moe", 6, 3, 24)
+    model.save_pretrained(directory / "in")
+    keep_experts(directory / "in", model, [[0, 2, 3], [3, 1], [0, 1, 2, 3]])
+    return Sibling(directory / "in", stock(model))
+
+
+def mone(directory: Path, monkeypatch) -> Sibling:
+    """In the last layer every expert is a constant, in the first one."""
+    model = tiny_model("mixtral", 6, 3, 24)
+    write_mone(directory / "in", model, {0: [2], 2: [0, 1, 2, 3]})
+    return Sibling(directory / "in", stock(model))
+
+
 SIBLINGS = {
     "shapes, FLAP": flap,
     "shapes, a state dict": state_dict,
+    "shapes, REAP": reap,
+    "mone": mone,
     "llm-pruner, block-wise": llm_pruner_blocks,
     "llm-pruner, channel-wise": llm_pruner_channels,
     "ddp": ddp("qwen3", 8, 4, 40, head=log_alphas(3, 8), intermediate=log_alphas(3, 40)),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.dropped import restrict_to_experts_with_channels
 from helpers.serving import assert_serves_the_masked_model, engine, rewrite
 from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, tiny_model
 
@@ -61,6 +62,34 @@ def test_served_model_is_the_masked_model(tmp_path, model_type, widths, heads, c
     model, masks = model_and_masks(model_type, widths, heads, **config)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks)
+
+
+# Widths of which 0 is dropped: other numbers of experts in each layer, as many as the router chooses in the second one.
+DROPPED = [[17, 0, 24, 5], [0, 3, 0, 4], [24, 23, 1, 12]]
+DROPPED_EQUAL = [[8, 0, 8, 8], [0, 8, 0, 8], [8, 8, 8, 8]]  # vLLM's own expert layers, each with its own number
+DROPPED_ALIKE = [[24, 0, 24, 24], [0, 24, 24, 24], [24, 24, 24, 0]]  # a stock model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "widths", "ranks", "config"),
+    [
+        ("qwen3_moe", DROPPED, 1, {}),
+        *(pytest.param(name, DROPPED, 1, {}, marks=pytest.mark.slow) for name in MOE_CONFIGS if name != "qwen3_moe"),
+        pytest.param("mixtral", DROPPED_EQUAL, 1, {}, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", DROPPED_ALIKE, 1, {"hidden_size": 192}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", DROPPED, 2, {}, marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", DROPPED_EQUAL, 3, {"vocab_size": 257}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_that_are_dropped_are_never_chosen(tmp_path, monkeypatch, model_type, widths, ranks, config):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1" if ranks > 1 else "auto")
+    model, masks = model_and_masks(model_type, widths, widths is DROPPED, **config)
+    directory = converted(tmp_path, model, masks, drop_empty_experts=True)
+    written = json.loads((directory / "config.json").read_text())
+    assert ("per_layer_config" in written) == (widths is not DROPPED_ALIKE) and written["pruning"]["exact"] is False
+    restrict_to_experts_with_channels(model, masks)
+    options = {"tensor_parallel_size": ranks} if ranks > 1 else {}
+    assert_serves_the_masked_model(directory, model, masks, **options)
 
 
 def test_masks_on_both_projections(tmp_path):
