@@ -31,10 +31,9 @@ class Positions:
     @property
     def scale(self) -> float:
         """What the products of q and k are multiplied by."""
-        size = self._geometry.head_dim
-        if self._geometry.family.model_type == "gemma3_text":
-            size = self._config.get("query_pre_attn_scalar") or 256
-        return float(size) ** -0.5
+        family = self._geometry.family
+        given = family.with_defaults(self._config)
+        return float(given[family.query_scale_key] if family.query_scale_key else self._geometry.head_dim) ** -0.5
 
     def window(self, index: int) -> int | None:
         """How many tokens a token of layer `index` sees, itself among them; None: all before it."""
@@ -78,6 +77,11 @@ class Positions:
             rope = rope[kind]
         if kind not in self._rotary:
             size = int(self._geometry.head_dim * rope.get("partial_rotary_factor", 1))
+            if size < 2 or size % 2:
+                raise InputError(
+                    f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, so that {size} of the "
+                    f"{self._geometry.head_dim} numbers of a head turn; RoPE turns pairs, so it must be an even number"
+                )
             given = {"rope_parameters": {key: value for key, value in rope.items() if key not in _NOT_LLAMA}}
             given |= {"max_position_embeddings": self._read.max_position_embeddings}
             self._rotary[kind] = _built(lambda: LlamaRotaryEmbedding(LlamaConfig(**_one_head(size), **given)), given)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.config_values import shown
 from pruned_vllm.formats.families import ACTIVATIONS, FAMILIES, Family
 
 ROPE = "rope_parameters."  # prefix of the keys inside of `rope_parameters`, or `rope_scaling` as it was called
@@ -205,15 +206,27 @@ def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> Non
 def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that is refused."""
     found = [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
-    wanted, given = query_scaling(family, config), config.get(QUERY_SCALING)
-    if wanted is not None and None in wanted.values():
-        found.append(
-            "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, without which Hugging "
-            "Face's model fails"
+    return [*found, *_query_problems(family, config)]
+
+
+def _query_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the numbers that queries are scaled by, in a family that has such."""
+    if (key := family.query_scale_key) is not None and not _is_positive(family.with_defaults(config)[key]):
+        yield f"{key} is {shown(config[key])}; it must be a number above 0"
+    if (wanted := query_scaling(family, config)) is None:
+        return
+    given = config.get(QUERY_SCALING)
+    if not all(map(_is_positive, wanted.values())):
+        yield (
+            "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, or they are no numbers "
+            "above 0; Hugging Face's model needs both"
         )
-    elif given is not None and wanted is not None and given != wanted:
-        found.append(f"{QUERY_SCALING} is {given!r}, but rope_parameters say {wanted!r}")
-    return found
+    elif given is not None and given != wanted:
+        yield f"{QUERY_SCALING} is {shown(given)}, but rope_parameters say {wanted!r}"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def told(family: Family, config: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,7 @@ class Family:
         norms_add_one: whether norms multiply by 1 + weight in place of the weight.
         activation: of the gated MLP; ACTIVATIONS has the names that config.json gives it.
         activation_key: config key of the activation.
+        query_scale_key: config key of the number whose root divides the products of q and k; None means head_dim.
         scales_embedding: whether the output of the embedding is multiplied by the root of hidden_size.
         fused: projections that the files of a dense model hold as one tensor, and the parts of its rows, as modules of
             a decoder layer. Transformers has such a module, too. A converted model has the parts.
@@ -59,6 +60,7 @@ class Family:
     norms_add_one: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     activation_key: str = "hidden_act"
+    query_scale_key: str | None = None
     scales_embedding: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     experts: ExpertsFormat | None = None
@@ -199,13 +201,14 @@ FAMILIES: dict[str, Family] = {
             norms_add_one=True,
             activation="gelu_tanh",
             activation_key="hidden_activation",
+            query_scale_key="query_pre_attn_scalar",
             scales_embedding=True,
             stock_heads="divides_hidden",
             default_head_dim=256,
             defaults=(
                 *(("vocab_size", 262208), ("hidden_size", 2304), ("intermediate_size", 9216)),
                 *(("num_hidden_layers", 26), ("num_attention_heads", 8), ("num_key_value_heads", 4)),
-                ("tie_word_embeddings", True),
+                *(("query_pre_attn_scalar", 256), ("tie_word_embeddings", True)),
             ),
         ),
         Family(  # also Phi-4 and Phi-4-mini

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pruned_vllm.common.files import read_json, sample
-from pruned_vllm.formats.headers import StoredTensor, stored_tensors
+from pruned_vllm.formats.headers import StoredTensor, checked_tensors
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import find_weight_files
 
@@ -49,7 +49,7 @@ class Fingerprint:
         """
         tensors: dict[str, StoredTensor] = {}
         for path in find_weight_files(directory):
-            tensors |= {canonical_name(key): tensor for key, tensor in stored_tensors(path).items()}
+            tensors |= {canonical_name(key): tensor for key, tensor in checked_tensors(path).items()}
         config = read_json(directory / "config.json")
         related = {key: value for key, value in config.items() if value is not None and key not in UNRELATED_KEYS}
         samples = {}

@@ -72,7 +72,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     files = find_weight_files(directory)
     for file in files:
         try:
-            found = _checked_tensors(file, _stamp(file))
+            found = checked_tensors(file)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -97,9 +97,13 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def checked_tensors(file: Path) -> dict[str, StoredTensor]:
+    """`stored_tensors` of a file that the library finds sound. It is read once, whoever asks. Raises InputError."""
+    return _checked_tensors(file, _stamp(file))
+
+
 @lru_cache(maxsize=1024)
 def _checked_tensors(file: Path, stamp: tuple[int, ...]) -> dict[str, StoredTensor]:
-    """`stored_tensors` of a file; it is read once, however many formats look whether it is theirs."""
     open_safetensors(file)  # the library that loaders use decides whether it is one; it tells no offsets
     return stored_tensors(file)
 

@@ -45,7 +45,7 @@ def _remove_norms(layer: nn.Module, norms: tuple[str, ...]) -> None:
         setattr(layer, norm, nn.Identity())
 
 
-def _unfuse(layer: nn.Module, config: PreTrainedConfig, geometry: ModelGeometry, index: int) -> None:
+def _unfuse(layer: Any, config: PreTrainedConfig, geometry: ModelGeometry, index: int) -> None:
     """Puts one linear layer for each projection, as the files have them, in the place of a fused one."""
     shapes = geometry.layer_tensor_shapes(index)
     for fused, parts in geometry.family.fused:

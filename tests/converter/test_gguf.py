@@ -192,6 +192,7 @@ def test_other_tokenizers_are_refused_and_can_be_left_out(out, tmp_path, capsys,
 
 WRONG_MODELS = {
     "experts": (lambda: tiny_model("mixtral", 4, 4, 24), "holds all experts of a layer in one tensor"),
+    "another family": (lambda: tiny_model("gemma3_text", 4, 4, 24, hidden_size=128), "is not known here"),
     "biases of Qwen3": (lambda: tiny_model("qwen3", 4, 4, 24, attention_bias=True), "has no such bias"),
     "yarn": (
         lambda: tiny_model("llama", 4, 4, 24, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),

@@ -196,9 +196,10 @@ def test_both_factors_of_a_tensor_are_multiplied_in_float32(tmp_path, monkeypatc
     {
         "nothing left": (Case(embedding_and_outputs, 0, 0), "removes every dimension"),
         "olmoe": (Case(embedding_and_outputs, 0, 71, "olmoe"), "one norm for all heads"),
+        "gemma3": (Case(embedding_and_outputs, 0, 71, "gemma3_text"), "normalises what sublayers add"),
         "eps": (Case(divided_by_150, 0, 71, config={"rms_norm_eps": -1.0}), "rms_norm_eps is -1.0"),
     }.values(),
-    ids=["nothing left", "olmoe", "eps"],
+    ids=["nothing left", "olmoe", "gemma3", "eps"],
 )
 def test_masks_that_cannot_be_applied_are_refused(tmp_path, monkeypatch, capsys, case, message):
     assert convert(tmp_path, monkeypatch, case)[0] == 2

@@ -281,6 +281,13 @@ REFUSED = {
         {"rope_scaling": PHI_4_MINI["rope_scaling"] | {"attention_factor": 2.0}},
         "rope_parameters.attention_factor is 2.0",
     ),
+    "queries divided by nothing": (GEMMA_1B, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; it must be"),
+    "queries divided by a text": (GEMMA_1B, {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar is '256'"),
+    "queries scaled by a text": (
+        MINISTRAL_3B["text_config"],
+        {"rope_parameters": {"llama_4_scaling_beta": "0.1", "original_max_position_embeddings": 16384}},
+        "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, or they are no numbers",
+    ),
     "half of a head": (MISTRAL_SMALL["text_config"], {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
 }
 

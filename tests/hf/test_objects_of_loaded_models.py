@@ -14,13 +14,14 @@ from pruned_vllm.hf.loading import load_pruned
 
 RAGGED = [[17, 0, 24, 5], [0, 0, 0, 0], [1, 2, 3, 4]]
 UNEVEN = [[0] * 6, [1, 1, 1, 0, 1, 0], [1] * 6]  # no attention, groups of [2, 1, 1], all
+DENSE = ("llama", "gemma3_text", "phi3")
 CHANNELS = [(torch.arange(40) < width).float() for width in (17, 0, 40)]
 
 
 def loaded(directory: Path, model_type: str):
     model = tiny_model(model_type, 6, 3, 24 if model_type in ("mixtral", "qwen3_moe") else 40)
-    masks = masks_for(UNEVEN, CHANNELS if model_type == "llama" else [])
-    masks |= expert_masks(model, RAGGED) if model_type != "llama" else {}
+    masks = masks_for(UNEVEN, CHANNELS if model_type in DENSE else [])
+    masks |= expert_masks(model, RAGGED) if model_type not in DENSE else {}
     return load_pruned(converted(directory, model, masks), dtype=torch.float32)
 
 
@@ -42,7 +43,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
 def test_a_copy_is_the_model(tmp_path, model_type, way):
     model = loaded(tmp_path, model_type)
     copied = WAYS[way](model, tmp_path)
@@ -52,7 +53,7 @@ def test_a_copy_is_the_model(tmp_path, model_type, way):
     assert torch.equal(logits(load_pruned(tmp_path / "saved")), logits(model))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
 def test_another_process_can_use_it(tmp_path, model_type):
     model = loaded(tmp_path, model_type)  # a new process has not made the classes yet
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -32,6 +32,10 @@ def llama():
     return tiny_model("llama", 12, 3, 40), masks_for(UNEVEN, widths(17, 40, 0))
 
 
+def phi3():  # its stock class has fused projections
+    return tiny_model("phi3", 12, 3, 40), masks_for(UNEVEN, widths(17, 40, 0))
+
+
 def even_llama():  # comes out as a stock model
     return tiny_model("llama", 6, 6, 40), masks_for([[1, 1, 1, 0, 0, 0]] * 3, widths(16, 16, 16))
 
@@ -43,6 +47,7 @@ def moe(model_type: str, kept: list[list[int]] = RAGGED):
 
 MODELS = {
     "llama": llama,
+    "phi3": phi3,
     "llama, stock": even_llama,
     "qwen3_moe": lambda: moe("qwen3_moe"),
     "qwen3_moe, stock": lambda: moe("qwen3_moe", [[16] * 4] * 3),

@@ -1,14 +1,19 @@
 """Transformers and vLLM compute the same from the config.json that is written, or it is refused."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from helpers.masked import convert_pruned, edit_json
 from helpers.serving import engine
-from helpers.tiny import HEAD_DIM, MOE_CONFIGS, converted, expert_masks, tiny_model, write_masked
+from helpers.tiny import DENSE_CONFIGS, HEAD_DIM, MOE_CONFIGS, converted, expert_masks, tiny_model, write_masked
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
 
 from learner.cli import main as learn_masks
 from pruned_vllm.common.errors import InputError
@@ -198,3 +203,54 @@ def test_angles_are_the_same_in_vllm(parameters):
         vllm = get_rope(HEAD_DIM, 256, rope_parameters=read_by_vllm.rope_parameters, dtype=torch.float32)
         actual, _ = vllm.forward_native(positions, heads.clone(), heads.clone())
     torch.testing.assert_close(actual.view(128, 2, HEAD_DIM), expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+NESTED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+OLDER = {"rope_theta": 7e5, "rope_local_base_freq": 9e3, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0 + i / 4 for i in range(16)],
+        "long_factor": [2.0 + i for i in range(16)],
+    },
+}
+HALF = {"partial_rotary_factor": 0.5}
+FAMILY_ANGLES = {  # keys of config.json, the type of layer, tokens of a text, and --max-model-len
+    "gemma3, full": ("gemma3_text", {"rope_parameters": NESTED}, "full_attention", 128, 256),
+    "gemma3, sliding": ("gemma3_text", {"rope_parameters": NESTED}, "sliding_attention", 128, 256),
+    "gemma3, older keys, full": ("gemma3_text", OLDER, "full_attention", 128, 256),
+    "gemma3, older keys, sliding": ("gemma3_text", OLDER, "sliding_attention", 128, 256),
+    "phi3": ("phi3", {"rope_theta": 5e4}, None, 128, 256),
+    "phi3, half of a head": ("phi3", HALF, None, 128, 256),
+    "phi3, longrope, short": ("phi3", LONGROPE, None, 64, 64),
+    "phi3, longrope, long": ("phi3", LONGROPE, None, 128, 256),
+    "ministral3": ("ministral3", DENSE_CONFIGS["ministral3"], None, 128, 256),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_ANGLES)
+def test_angles_of_families_are_the_same_in_vllm(monkeypatch, name):
+    model_type, changes, kind, tokens, max_model_len = FAMILY_ANGLES[name]
+    family, config = FAMILIES[model_type], config_of(model_type, max_position_embeddings=256, **changes)
+    assert not refusals(family, config)
+    model = getattr(transformers, family.architecture)
+    code, config_class = sys.modules[model.__module__], model.config_class
+    rotary = getattr(code, f"{family.architecture.removesuffix('ForCausalLM')}RotaryEmbedding")(config_class(**config))
+    positions = torch.arange(tokens)
+    heads = torch.randn(tokens, 2 * HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    by_head = heads.view(1, tokens, 2, HEAD_DIM).transpose(1, 2)
+    angles = rotary(by_head, positions[None], *([kind] if kind else []))
+    expected, _ = code.apply_rotary_pos_emb(by_head, by_head, *angles)
+    parameters = config_class(**agreed_config(family, config)).rope_parameters
+    asked = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+    monkeypatch.setattr(phi3_long_rope_scaled_rope, "get_current_vllm_config", lambda: asked)
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})  # remembers no --max-model-len
+    with set_current_vllm_config(VllmConfig()):
+        vllm = get_rope(HEAD_DIM, 256, rope_parameters=parameters[kind] if kind else parameters, dtype=torch.float32)
+        compute = getattr(vllm, "forward_native", vllm.forward)
+        actual, _ = compute(positions, heads.clone(), heads.clone())
+    torch.testing.assert_close(actual.view(tokens, 2, HEAD_DIM), expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
