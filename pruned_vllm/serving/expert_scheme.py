@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # this file is imported while the plugin registers, before vL
 
 Number = Literal["int8", "fp8", "int4"]
 
+FP8_CAPABILITY = (8, 9)  # of NVIDIA's GPUs: what Triton needs to widen float8_e4m3fn
+
 # Names of --quantization that quantize while weights are loaded, or say that --quantization-config does.
 _EXPERTS_INT8 = "experts_int8"
 _ONLINE: dict[str, Number] = {"fp8_per_channel_static": "fp8", "int8_per_channel_static": "int8"}
@@ -95,10 +97,25 @@ def expert_problems(
     for index, layer in enumerate(geometry.layers):
         if has_ragged_experts(layer, ranks):
             try:
-                expert_scheme(model, geometry, quantization, index)
+                scheme = expert_scheme(model, geometry, quantization, index)
             except InputError as error:
                 problems[str(error)] = None
+            else:
+                problems |= dict.fromkeys(_device_problems(scheme))
     return list(problems)
+
+
+def _device_problems(scheme: ExpertScheme | None) -> list[str]:
+    from vllm.platforms import current_platform
+
+    if scheme is None or scheme.number != "fp8" or not current_platform.is_cuda():
+        return []
+    if current_platform.has_device_capability(FP8_CAPABILITY):
+        return []
+    return [
+        f"experts in float8_e4m3fn need a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}, which this "
+        "one has not; quantize them to int8 or int4 (quantize-pruned, or --quantization experts_int8)"
+    ]
 
 
 def has_own_experts(
