@@ -126,8 +126,8 @@ def draw(results: Mapping, path: Path) -> None:
     left.set_xscale("log")
     left.set_xlabel("perplexity on held-out text (served, blocks of 128 tokens)")
     for place, value in enumerate(perplexities):
-        left.text(value, place, f" {value:.1f}", va="center", fontsize=8)
-    left.margins(x=0.15)
+        left.text(value, place, f" {value:,.{1 if value < 1000 else 0}f}", va="center", fontsize=8)
+    left.margins(x=0.25)
     right_shares = [100 * models[name]["questions"]["accuracy"] for name in names]
     errors = [100 * models[name]["questions"]["standard_error"] for name in names]
     right.barh(labels, right_shares, xerr=errors, color=colors, capsize=3)

@@ -25,8 +25,8 @@ def quality(measured: Mapping) -> str:
                 title(name, models),
                 millions(model["parameters"]),
                 *_removed(model["learning"] if "method" in model else {}),
-                f"{masked:.2f}",
-                f"{perplexity['served']:.2f}",
+                _perplexity(masked),
+                _perplexity(perplexity["served"]),
                 f"{questions['right']} of {questions['questions']}",
                 _minutes(model.get("learning", {})),
             )
@@ -122,6 +122,10 @@ def summary(measured: Mapping) -> str:
 def _removed(learning: Mapping) -> list[str]:
     shares = [learning.get(f"{kind}_sparsity") for kind in ("head", "channel")]
     return ["" if share is None else percent(share) for share in shares]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.{2 if value < 1000 else 0}f}"
 
 
 def _minutes(learning: Mapping) -> str:
