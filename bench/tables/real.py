@@ -49,12 +49,14 @@ def notes() -> str:
     """What the table's figures are worth."""
     measured = results(REAL)
     questions = measured["models"]["dense"]["questions"]
+    minutes = sum(step["seconds"] for step in measured["steps"].values()) / 60
     return paragraph(
         f"Perplexity over {measured['text']['tokens']:,} held-out tokens of Python's own documentation, in blocks of "
         f"128 tokens, float32. The {questions['questions']} questions have four answers each, so guessing gets "
         f"{questions['questions'] / 4:.0f} right, and the standard error is "
         f"{questions['standard_error'] * questions['questions']:.1f} answers for the dense model: only large "
-        f"differences count. The weights came from {measured['model']['source']}."
+        f"differences count. The weights came from {measured['model']['source']}. All {len(measured['steps'])} steps "
+        f"together took {minutes:.0f} minutes."
     )
 
 
