@@ -38,8 +38,8 @@ CHAT = (
     "Explain in one sentence what a dictionary in Python is.",
 )
 
-LEARNING_SECONDS = {"ddp": 480, "tyr": 300, "maskprune": 300, "wanda": 30, "magnitude": 15}
-SECONDS = {"model": 60, "text": 10, "convert": 10, "know": 60, "serve": 75, "recover": 300, "speed": 300}
+LEARNING_SECONDS = {"ddp": 370, "tyr": 390, "maskprune": 310, "wanda": 30, "magnitude": 15}
+SECONDS = {"model": 60, "text": 10, "convert": 10, "know": 55, "serve": 65, "recover": 280, "speed": 400}
 
 
 def names() -> list[str]:
