@@ -19,6 +19,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "online": online.traffic,
     "online-servers": online.servers,
     "online-notes": online.notes,
+    "null-test": online.null_test,
     "breakdown": breakdown.table,
     "breakdown-notes": breakdown.notes,
     "real-headline": real.headline,

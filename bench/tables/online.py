@@ -12,6 +12,7 @@ TRAFFIC = {
     "long_context": "the same, long prompts, 1.4 GiB",
     "smollm2": "SmolLM2-135M, DDP, 20 %, chat",
 }
+NULL_TEST = "null_offline"
 AGREEMENT = ("agreement_offline", "agreement_online")
 
 
@@ -111,3 +112,15 @@ def _agreement_sentence() -> str:
         f"{case['speedup']:.3f}x ({interval_text(case, digits=3)}) and online {gain['speedup']:.3f}x "
         f"({interval_text(gain, digits=3)})."
     )
+
+
+def null_test() -> str:
+    """Whether the benchmark finds no difference where there is none, and one where there is."""
+    cases = _found(NULL_TEST)["cases"]
+    found = [
+        f"`{case['name']}` {case['equal']['speedup']:.3f}x ({interval_text(case['equal'], digits=3)}) against itself, "
+        f"{case['slowed']['speedup']:.3f}x where the second engine was slowed by a tenth, which "
+        f"{'passes' if case['passed'] else 'does not pass: engines differ by more than their own noise'}"
+        for case in cases
+    ]
+    return paragraph(f"The null test here, with SmolLM2 and one start of the engines: {'; '.join(found)}.")
