@@ -4,7 +4,6 @@ On CPU vLLM is told the size of the KV cache, not of the whole; so the whole is 
 rest. On a GPU `--gpu-memory-utilization` does the same, and this is used only where the user gives an amount.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ GIB = 2**30
 DEFAULT_KV_CACHE_BYTES = 4 * GIB  # of the dense model on CPU
 KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; smaller on GPUs
 PROCESS_BYTES = 3 * GIB  # what the processes of a server take beside weights and KV cache, compiling included
-SCALE_BYTES = 4
-_EXPERT_SCALE = re.compile(r"\.experts\.\d+\..*_scale$")
+EXPERT_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def loaded_bytes(directory: Path, element_bytes: int) -> dict[str, int] | None:
     loaded = {}
     for name, tensor in read_headers(directory).items():
         stored = ELEMENT_BYTES.get(tensor.dtype, element_bytes)
-        served = SCALE_BYTES if _EXPERT_SCALE.search(name) else element_bytes
+        served = EXPERT_SCALE_BYTES if ".experts." in name and name.endswith("_scale") else element_bytes
         loaded[name] = (tensor.span[1] - tensor.span[0]) * served // stored
     return loaded
 

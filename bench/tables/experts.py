@@ -21,11 +21,9 @@ FEW_TOKENS, MANY_TOKENS = (1, 8), (512, 4096)
 
 def drawn_widths() -> str:
     rows = []
-    for layer in results(DRAWN)["layers"]:
-        name = LAYER_NAMES[layer["name"].split(",")[0]]
-        for case in layer["cases"]:
-            count = f"{case['tokens']} token" + "s" * (case["tokens"] > 1)
-            rows.append((f"{name}, {count}", *_layer_figures(case)))
+    for name, case in _cases(DRAWN):
+        count = f"{case['tokens']} token" + "s" * (case["tokens"] > 1)
+        rows.append((f"{name}, {count}", *_layer_figures(case)))
     return markdown_table(("case", "over dense", "over padded", "ideal", "of ideal", "of ideal, same kernel"), rows)
 
 
@@ -42,7 +40,9 @@ def _layer_figures(case: dict) -> tuple[str, ...]:
 
 def notes() -> str:
     def rates(contestant: str, key: str, form: str, tokens: tuple[int, ...]) -> str:
-        return from_to([case["contestants"][contestant][key] for case in _cases() if case["tokens"] in tokens], form)
+        return from_to(
+            [case["contestants"][contestant][key] for _, case in _cases(DRAWN) if case["tokens"] in tokens], form
+        )
 
     reading, vllm_reading = (rates(name, "gb_per_s", ".0f", FEW_TOKENS) for name in ("ragged", "dense"))
     multiplying, vllm_multiplying = (rates(name, "tflop_per_s", ".2f", MANY_TOKENS) for name in ("ragged", "dense"))
@@ -55,21 +55,21 @@ def notes() -> str:
     )
 
 
-def _cases() -> Iterator[dict]:
-    for layer in results(DRAWN)["layers"]:
-        yield from layer["cases"]
+def _cases(file: str) -> Iterator[tuple[str, dict]]:
+    """The name of each layer with each of its cases."""
+    for layer in results(file)["layers"]:
+        name = LAYER_NAMES[layer["name"].split(",")[0]]
+        yield from ((name, case) for case in layer["cases"])
 
 
 def quantized() -> str:
     """Ragged experts, 16-bit and quantized, over vLLM's 16-bit op on the dense layer."""
     rows = []
-    for layer in results(QUANTIZED)["layers"]:
-        name = LAYER_NAMES[layer["name"].split(",")[0]]
-        for case in layer["cases"]:
-            found = case["contestants"]
-            speedups = [_of_ideal(found["dense"], "speedup_of_ragged")]
-            speedups += [_of_ideal(found[f"ragged {scheme}"], "speedup_over_dense") for scheme in SCHEMES]
-            rows.append((f"{name}, {case['tokens']}", *speedups))
+    for name, case in _cases(QUANTIZED):
+        found = case["contestants"]
+        speedups = [_of_ideal(found["dense"], "speedup_of_ragged")]
+        speedups += [_of_ideal(found[f"ragged {scheme}"], "speedup_over_dense") for scheme in SCHEMES]
+        rows.append((f"{name}, {case['tokens']}", *speedups))
     return markdown_table(("layer, tokens", "bfloat16", *SCHEMES), rows)
 
 

@@ -25,8 +25,8 @@ def quality(measured: Mapping) -> str:
                 title(name, models),
                 millions(model["parameters"]),
                 *_removed(model["learning"] if "method" in model else {}),
-                _perplexity(masked),
-                _perplexity(perplexity["served"]),
+                perplexity_text(masked),
+                perplexity_text(perplexity["served"]),
                 f"{questions['right']} of {questions['questions']}",
                 _minutes(model.get("learning", {})),
             )
@@ -96,7 +96,7 @@ def _facts(model: Mapping) -> tuple[str, str, str]:
     questions = model["questions"]
     return (
         millions(model["parameters"]),
-        f"{model['perplexity']['served']:.1f}",
+        perplexity_text(model["perplexity"]["served"], 1),
         f"{questions['right']} of {questions['questions']}",
     )
 
@@ -126,8 +126,9 @@ def _removed(learning: Mapping) -> list[str]:
     return ["" if share is None else percent(share) for share in shares]
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:,.{2 if value < 1000 else 0}f}"
+def perplexity_text(value: float, digits: int = 2) -> str:
+    """27.29; 3,940 where nobody needs digits behind the point."""
+    return f"{value:,.{digits if value < 1000 else 0}f}"
 
 
 def _minutes(learning: Mapping) -> str:

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pruned_vllm.kernels.ragged_moe_arguments import Scales, check_arguments
+from pruned_vllm.kernels.ragged_moe_arguments import FP8_CAPABILITY, Scales, check_arguments
 from pruned_vllm.kernels.ragged_moe_codes import INTERPRETED, dot, numbers, quantize_rows
 from pruned_vllm.kernels.ragged_moe_config import QUANTIZED_INPUT_ABOVE, choose_config
 from pruned_vllm.kernels.ragged_moe_schedule import locate, make_schedule, read_tile
@@ -289,8 +289,11 @@ def _check_device(x: torch.Tensor, weights: torch.Tensor) -> None:
         return
     if x.device.type == "cpu":
         raise ValueError("ragged_moe got tensors in CPU memory, where Triton's kernels do not run")
-    if weights.dtype == torch.float8_e4m3fn and (capability := torch.cuda.get_device_capability(x.device)) < (8, 9):
+    if (
+        weights.dtype == torch.float8_e4m3fn
+        and (capability := torch.cuda.get_device_capability(x.device)) < FP8_CAPABILITY
+    ):
         raise ValueError(
             f"ragged_moe got float8_e4m3fn weights on a GPU of compute capability {capability[0]}.{capability[1]}; "
-            "it takes 8.9 to read them. Quantize the experts to 8-bit integers instead"
+            f"it takes {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} to read them. Quantize the experts to 8-bit integers instead"
         )

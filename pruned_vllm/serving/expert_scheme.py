@@ -19,8 +19,6 @@ if TYPE_CHECKING:  # this file is imported while the plugin registers, before vL
 
 Number = Literal["int8", "fp8", "int4"]
 
-FP8_CAPABILITY = (8, 9)  # of NVIDIA's GPUs: what Triton needs to widen float8_e4m3fn
-
 # Names of --quantization that quantize while weights are loaded, or say that --quantization-config does.
 _EXPERTS_INT8 = "experts_int8"
 _ONLINE: dict[str, Number] = {"fp8_per_channel_static": "fp8", "int8_per_channel_static": "int8"}
@@ -107,6 +105,8 @@ def expert_problems(
 
 def _device_problems(scheme: ExpertScheme | None) -> list[str]:
     from vllm.platforms import current_platform
+
+    from pruned_vllm.kernels.ragged_moe_arguments import FP8_CAPABILITY
 
     if scheme is None or scheme.number != "fp8" or not current_platform.is_cuda():
         return []
