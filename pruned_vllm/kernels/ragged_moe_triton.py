@@ -295,5 +295,6 @@ def _check_device(x: torch.Tensor, weights: torch.Tensor) -> None:
     ):
         raise ValueError(
             f"ragged_moe got float8_e4m3fn weights on a GPU of compute capability {capability[0]}.{capability[1]}; "
-            f"it takes {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} to read them. Quantize the experts to 8-bit integers instead"
+            f"it takes {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} to read them. Quantize the experts to 8-bit integers "
+            "instead"
         )
