@@ -30,6 +30,7 @@ from converter.checkpoint import Checkpoint
 from converter.folded import FoldedTensors
 from converter.hidden import EMBEDDING
 from converter.plan import Plan
+from converter.quantize.quantization import Quantization
 from converter.reference import ReferenceModel
 from converter.source import WeightChanges
 from pruned_vllm.common.errors import InputError
@@ -143,7 +144,7 @@ def _models(plan: Plan, written: Checkpoint) -> tuple[ReferenceModel, ReferenceM
     if plan.dropped is not None:
         dropped = [plan.dropped.dropped(index) for index in range(len(source.layers))]
         pruned = replace(pruned, dropped_experts=dropped)
-    read = _reader(written) if plan.quantization is None else _reader_before_rounding(plan, written)
+    read = _reader(written) if plan.quantization is None else _reader_before_rounding(plan, plan.quantization, written)
     converted = ReferenceModel(written.config, ModelGeometry.from_config(written.config), read)
     return pruned, replace(pruned, rounding=_rounded_to(plan)), converted
 
@@ -160,9 +161,10 @@ def _reader(checkpoint: Checkpoint, changes: WeightChanges | None = None) -> Cal
     return read
 
 
-def _reader_before_rounding(plan: Plan, written: Checkpoint) -> Callable[[str], torch.Tensor | None]:
-    quantization, folded, read_written = plan.quantization, FoldedTensors(plan), _reader(written)
-    assert quantization is not None
+def _reader_before_rounding(
+    plan: Plan, quantization: Quantization, written: Checkpoint
+) -> Callable[[str], torch.Tensor | None]:
+    folded, read_written = FoldedTensors(plan), _reader(written)
     return lambda name: folded.read(name) if quantization.quantizes(name) else read_written(name)
 
 

@@ -1,5 +1,6 @@
 """The steps of bench.quantized: quantize, serve, time; each leaves a record and is not done again."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,8 @@ from pruned_vllm.formats.headers import read_headers
 from pruned_vllm.formats.weights import find_weight_files
 
 SERVED_NAME = "quantized"
+# Exceptions by which vLLM says that it does not take a model; others mean that something broke.
+REFUSAL = re.compile(r"\b(?:ValueError|NotImplementedError|AssertionError|InputError): ")
 
 
 def run_steps(pairs: Sequence[Pair], settings: Settings, work: Path, records: Records) -> None:
@@ -72,7 +75,7 @@ def _quantize(pair: Pair, form: str, directory: Path, was_interrupted: bool) -> 
 
 
 def _serve(pair: Pair, directory: Path, log: Path, was_interrupted: bool) -> Mapping:
-    """{"perplexity", "tokens"}, or {"refused"} with the last line of vLLM's log that names an error."""
+    """{"perplexity", "tokens"}, or {"refused"} with the last line of vLLM's log in which it refuses the model."""
     from transformers import AutoTokenizer
 
     from bench.real.evaluation import held_out
@@ -92,9 +95,10 @@ def _serve(pair: Pair, directory: Path, log: Path, was_interrupted: bool) -> Map
                 **describe(directory),
             }
     except InputError:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-        errors = [line for line in lines if "Error" in line or "refuse" in line] or lines[-1:]
-        return {"refused": errors[-1] if errors else "vLLM wrote no log", **describe(directory)}
+        refusals = [line.strip() for line in log.read_text(errors="replace").splitlines() if REFUSAL.search(line)]
+        if not refusals:  # it crashed, or did not answer in time
+            raise
+        return {"refused": refusals[-1], **describe(directory)}
 
 
 def _time(

@@ -20,7 +20,7 @@ OPTIONS = {
     "ddp": ("--steps", "80", *BATCH, "--learning-rate", "0.1", "--lambda2-learning-rate", "6"),
     "tyr": (
         *CALIBRATION,
-        *("--iterations", "2", "--generations", "6", "--offspring", "8", "--selection-tokens", "4096"),
+        *("--iterations", "2", "--generations", "6", "--offspring", "8", "--selection-tokens", "2048"),
     ),
     "maskprune": ("--steps", "60", *BATCH),
     "wanda": CALIBRATION,
@@ -38,8 +38,8 @@ CHAT = (
     "Explain in one sentence what a dictionary in Python is.",
 )
 
-LEARNING_SECONDS = {"ddp": 480, "tyr": 180, "maskprune": 300, "wanda": 30, "magnitude": 15}
-SECONDS = {"model": 60, "text": 10, "convert": 10, "know": 60, "serve": 75, "recover": 300, "speed": 300}
+LEARNING_SECONDS = {"ddp": 370, "tyr": 390, "maskprune": 310, "wanda": 30, "magnitude": 15}
+SECONDS = {"model": 60, "text": 10, "convert": 10, "know": 55, "serve": 65, "recover": 280, "speed": 400}
 
 
 def names() -> list[str]:

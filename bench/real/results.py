@@ -26,7 +26,7 @@ from bench.real.records import LIBRARIES, Records
 from bench.report.reports import results_report
 from bench.report.results import Result
 from bench.report.write import write as write_report
-from bench.tables.real import title
+from bench.tables.real import perplexity_text, title
 from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 from pruned_vllm.common.files import write_json
 
@@ -126,8 +126,8 @@ def draw(results: Mapping, path: Path) -> None:
     left.set_xscale("log")
     left.set_xlabel("perplexity on held-out text (served, blocks of 128 tokens)")
     for place, value in enumerate(perplexities):
-        left.text(value, place, f" {value:.1f}", va="center", fontsize=8)
-    left.margins(x=0.15)
+        left.text(value, place, f" {perplexity_text(value, 1)}", va="center", fontsize=8)
+    left.margins(x=0.25)
     right_shares = [100 * models[name]["questions"]["accuracy"] for name in names]
     errors = [100 * models[name]["questions"]["standard_error"] for name in names]
     right.barh(labels, right_shares, xerr=errors, color=colors, capsize=3)

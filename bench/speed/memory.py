@@ -19,6 +19,7 @@ GIB = 2**30
 DEFAULT_KV_CACHE_BYTES = 4 * GIB  # of the dense model on CPU
 KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; smaller on GPUs
 PROCESS_BYTES = 3 * GIB  # what the processes of a server take beside weights and KV cache, compiling included
+EXPERT_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,17 @@ def weights_bytes(directory: Path, geometry: ModelGeometry, config: Mapping[str,
 def loaded_bytes(directory: Path, element_bytes: int) -> dict[str, int] | None:
     """Bytes of every tensor of a quantized model in memory, by name; None for a model whose weights are floats.
 
-    Floats are loaded in the dtype that is served, of `element_bytes` bytes, others as they are stored.
+    Floats are loaded in the dtype that is served, of `element_bytes` bytes, others as they are stored; the scales of
+    routed experts in float32.
     """
     if "quantization_config" not in read_config(directory):
         return None
-    return {
-        name: (tensor.span[1] - tensor.span[0]) * element_bytes // ELEMENT_BYTES.get(tensor.dtype, element_bytes)
-        for name, tensor in read_headers(directory).items()
-    }
+    loaded = {}
+    for name, tensor in read_headers(directory).items():
+        stored = ELEMENT_BYTES.get(tensor.dtype, element_bytes)
+        served = EXPERT_SCALE_BYTES if ".experts." in name and name.endswith("_scale") else element_bytes
+        loaded[name] = (tensor.span[1] - tensor.span[0]) * served // stored
+    return loaded
 
 
 def share_memory(

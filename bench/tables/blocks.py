@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.tables import breakdown, conversion, experts, layouts, methods, models, sweep
+from bench.tables import breakdown, conversion, experts, layouts, methods, models, online, quantized, real, sweep
 from pruned_vllm.common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -16,8 +16,17 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "headline": sweep.headline,
     "sweep": sweep.table,
     "sweep-notes": sweep.notes,
+    "online": online.traffic,
+    "online-servers": online.servers,
+    "online-notes": online.notes,
+    "null-test": online.null_test,
     "breakdown": breakdown.table,
     "breakdown-notes": breakdown.notes,
+    "real-headline": real.headline,
+    "real": real.table,
+    "real-notes": real.notes,
+    "real-speed": real.speed,
+    "real-chat": real.chat,
     "demo-perplexity": models.demo_perplexity,
     "conversion": conversion.sentences,
     "layouts": layouts.table,
@@ -26,6 +35,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "experts-notes": experts.notes,
     "experts-learned": experts.learned_widths,
     "experts-need": experts.perplexity,
+    "experts-quantized": experts.quantized,
+    "quantized": quantized.table,
+    "quantized-notes": quantized.notes,
     "methods": methods.table,
     "methods-notes": methods.table_notes,
     "ablation-ddp": methods.ddp_parts,

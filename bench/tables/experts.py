@@ -1,6 +1,6 @@
 """What bench.ragged_moe and bench.pico_moe measured of mixtures of experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from bench.tables.markdown import (
     from_to,
@@ -13,17 +13,17 @@ from bench.tables.markdown import (
 
 LAYER_NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B layer", "deepseek-moe-16b": "DeepSeekMoE-16B layer"}
 DRAWN = "cpu_ragged_moe/ragged_moe.json"
+QUANTIZED = "cpu_quantized/ragged_moe.json"
+SCHEMES = ("int8", "fp8", "int4")
 SAME_KERNEL = "dense, same kernel"
 FEW_TOKENS, MANY_TOKENS = (1, 8), (512, 4096)
 
 
 def drawn_widths() -> str:
     rows = []
-    for layer in results(DRAWN)["layers"]:
-        name = LAYER_NAMES[layer["name"].split(",")[0]]
-        for case in layer["cases"]:
-            count = f"{case['tokens']} token" + "s" * (case["tokens"] > 1)
-            rows.append((f"{name}, {count}", *_layer_figures(case)))
+    for name, case in _cases(DRAWN):
+        count = f"{case['tokens']} token" + "s" * (case["tokens"] > 1)
+        rows.append((f"{name}, {count}", *_layer_figures(case)))
     return markdown_table(("case", "over dense", "over padded", "ideal", "of ideal", "of ideal, same kernel"), rows)
 
 
@@ -40,7 +40,9 @@ def _layer_figures(case: dict) -> tuple[str, ...]:
 
 def notes() -> str:
     def rates(contestant: str, key: str, form: str, tokens: tuple[int, ...]) -> str:
-        return from_to([case["contestants"][contestant][key] for case in _cases() if case["tokens"] in tokens], form)
+        return from_to(
+            [case["contestants"][contestant][key] for _, case in _cases(DRAWN) if case["tokens"] in tokens], form
+        )
 
     reading, vllm_reading = (rates(name, "gb_per_s", ".0f", FEW_TOKENS) for name in ("ragged", "dense"))
     multiplying, vllm_multiplying = (rates(name, "tflop_per_s", ".2f", MANY_TOKENS) for name in ("ragged", "dense"))
@@ -49,14 +51,31 @@ def notes() -> str:
         f"tokens the time is that of reading weights, which it does at {reading} GB/s here, and vLLM's op at "
         f"{vllm_reading}. For 512 tokens and more it is that of multiplying: {multiplying} TFLOP/s, and "
         f"{vllm_multiplying} by vLLM's op. \"Same kernel\" runs the dense layer in the project's kernel, too. The "
-        "learned widths below were measured on another machine and with the kernel before it had AVX-512 BF16; it read "
-        "weights faster than vLLM's op there."
+        "learned widths below were measured on another machine and with the kernel before it had AVX-512 BF16."
     )
 
 
-def _cases() -> Iterator[dict]:
-    for layer in results(DRAWN)["layers"]:
-        yield from layer["cases"]
+def _cases(file: str) -> Iterator[tuple[str, dict]]:
+    """The name of each layer with each of its cases."""
+    for layer in results(file)["layers"]:
+        name = LAYER_NAMES[layer["name"].split(",")[0]]
+        yield from ((name, case) for case in layer["cases"])
+
+
+def quantized() -> str:
+    """Ragged experts, 16-bit and quantized, over vLLM's 16-bit op on the dense layer."""
+    rows = []
+    for name, case in _cases(QUANTIZED):
+        found = case["contestants"]
+        speedups = [_of_ideal(found["dense"], "speedup_of_ragged")]
+        speedups += [_of_ideal(found[f"ragged {scheme}"], "speedup_over_dense") for scheme in SCHEMES]
+        rows.append((f"{name}, {case['tokens']}", *speedups))
+    return markdown_table(("layer, tokens", "bfloat16", *SCHEMES), rows)
+
+
+def _of_ideal(contestant: Mapping, key: str) -> str:
+    speedup = with_quartiles(contestant, key)
+    return f"{speedup} of {contestant['ideal_speedup']:.2f}x: {contestant['of_ideal']:.2f}"
 
 
 def learned_widths() -> str:

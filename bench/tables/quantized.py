@@ -40,9 +40,12 @@ def multiplied(measured: Mapping) -> str:
     ]
     for pair, found in measured["pairs"].items():
         for scheme, timed in found["schemes"].items():
-            if ratios := [case["of_product"]["ratio"] for case in timed.get("cases", ())]:
+            if cases := timed.get("cases", ()):
+                ratios = [case["of_product"]["ratio"] for case in cases]
+                ideals = list(map(_ideal_of_product, cases))
                 sentences.append(
-                    f"{pair}, pruned and {scheme}: {from_to(ratios, '.2f')} of the product of the two single speedups."
+                    f"{pair}, pruned and {scheme}: {from_to(ratios, '.2f')} of the product of the two single speedups "
+                    f"(the bytes of lm_head, which stays whole, leave {from_to(ideals, '.2f')})."
                 )
             sentences += [
                 f"{pair}, {scheme}, {form}: refused ({text})." for form, text in timed.get("refused", {}).items()
@@ -53,6 +56,12 @@ def multiplied(measured: Mapping) -> str:
 def summary(measured: Mapping) -> str:
     """All of it, for a terminal."""
     return f"{forms(measured)}\n\n{multiplied(measured)}"
+
+
+def _ideal_of_product(case: Mapping) -> float:
+    """The ideal speedup of both, of the product of the two single ideals."""
+    single = case["pruned"]["ideal_speedup"] * case["quantized"]["ideal_speedup"]
+    return case["both"]["ideal_speedup"] / single
 
 
 def _cases(found: Mapping) -> list[Mapping]:

@@ -25,8 +25,8 @@ def quality(measured: Mapping) -> str:
                 title(name, models),
                 millions(model["parameters"]),
                 *_removed(model["learning"] if "method" in model else {}),
-                f"{masked:.2f}",
-                f"{perplexity['served']:.2f}",
+                perplexity_text(masked),
+                perplexity_text(perplexity["served"]),
                 f"{questions['right']} of {questions['questions']}",
                 _minutes(model.get("learning", {})),
             )
@@ -49,12 +49,14 @@ def notes() -> str:
     """What the table's figures are worth."""
     measured = results(REAL)
     questions = measured["models"]["dense"]["questions"]
+    minutes = sum(step["seconds"] for step in measured["steps"].values()) / 60
     return paragraph(
         f"Perplexity over {measured['text']['tokens']:,} held-out tokens of Python's own documentation, in blocks of "
         f"128 tokens, float32. The {questions['questions']} questions have four answers each, so guessing gets "
         f"{questions['questions'] / 4:.0f} right, and the standard error is "
         f"{questions['standard_error'] * questions['questions']:.1f} answers for the dense model: only large "
-        f"differences count. The weights came from {measured['model']['source']}."
+        f"differences count. The weights came from {measured['model']['source']}. All {len(measured['steps'])} steps "
+        f"together took {minutes:.0f} minutes."
     )
 
 
@@ -94,7 +96,7 @@ def _facts(model: Mapping) -> tuple[str, str, str]:
     questions = model["questions"]
     return (
         millions(model["parameters"]),
-        f"{model['perplexity']['served']:.1f}",
+        perplexity_text(model["perplexity"]["served"], 1),
         f"{questions['right']} of {questions['questions']}",
     )
 
@@ -122,6 +124,11 @@ def summary(measured: Mapping) -> str:
 def _removed(learning: Mapping) -> list[str]:
     shares = [learning.get(f"{kind}_sparsity") for kind in ("head", "channel")]
     return ["" if share is None else percent(share) for share in shares]
+
+
+def perplexity_text(value: float, digits: int = 2) -> str:
+    """27.29; 3,940 where nobody needs digits behind the point."""
+    return f"{value:,.{digits if value < 1000 else 0}f}"
 
 
 def _minutes(learning: Mapping) -> str:

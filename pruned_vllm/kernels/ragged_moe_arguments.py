@@ -9,6 +9,7 @@ import torch
 
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+FP8_CAPABILITY = (8, 9)  # compute capability that Triton needs to widen float8_e4m3fn
 CODES = (torch.int8, torch.float8_e4m3fn, torch.uint8)  # of quantized weights
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from pruned_vllm.kernels.ragged_moe_activations import activated
-from pruned_vllm.kernels.ragged_moe_arguments import SILU, Activation, Biases, Scales, check_arguments
+from pruned_vllm.kernels.ragged_moe_arguments import FP8_CAPABILITY, SILU, Activation, Biases, Scales, check_arguments
 from pruned_vllm.kernels.ragged_moe_codes import INTERPRETED, dot, numbers, quantize_rows
 from pruned_vllm.kernels.ragged_moe_config import QUANTIZED_INPUT_ABOVE, choose_config
 from pruned_vllm.kernels.ragged_moe_reduce import sum_choices
@@ -305,8 +305,12 @@ def _check_device(x: torch.Tensor, weights: torch.Tensor) -> None:
         return
     if x.device.type == "cpu":
         raise ValueError("ragged_moe got tensors in CPU memory, where Triton's kernels do not run")
-    if weights.dtype == torch.float8_e4m3fn and (capability := torch.cuda.get_device_capability(x.device)) < (8, 9):
+    if (
+        weights.dtype == torch.float8_e4m3fn
+        and (capability := torch.cuda.get_device_capability(x.device)) < FP8_CAPABILITY
+    ):
         raise ValueError(
             f"ragged_moe got float8_e4m3fn weights on a GPU of compute capability {capability[0]}.{capability[1]}; "
-            "it takes 8.9 to read them. Quantize the experts to 8-bit integers instead"
+            f"it takes {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} to read them. Quantize the experts to 8-bit integers "
+            "instead"
         )

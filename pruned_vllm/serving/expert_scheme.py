@@ -95,10 +95,27 @@ def expert_problems(
     for index in range(len(geometry.layers)):
         if _needs_own_experts(geometry, index, ranks):
             try:
-                expert_scheme(model, geometry, quantization, index)
+                scheme = expert_scheme(model, geometry, quantization, index)
             except InputError as error:
                 problems[str(error)] = None
+            else:
+                problems |= dict.fromkeys(_device_problems(scheme))
     return list(problems)
+
+
+def _device_problems(scheme: ExpertScheme | None) -> list[str]:
+    from vllm.platforms import current_platform
+
+    from pruned_vllm.kernels.ragged_moe_arguments import FP8_CAPABILITY
+
+    if scheme is None or scheme.number != "fp8" or not current_platform.is_cuda():
+        return []
+    if current_platform.has_device_capability(FP8_CAPABILITY):
+        return []
+    return [
+        f"experts in float8_e4m3fn need a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))}, which this "
+        "one has not; quantize them to int8 or int4 (quantize-pruned, or --quantization experts_int8)"
+    ]
 
 
 def has_own_experts(

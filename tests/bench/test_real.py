@@ -24,6 +24,8 @@ KINDS = ("model", "text", "learn", "convert", "know", "serve", "recover", "speed
         ({"perplexity": 52.78}, 52.80, ["served by vLLM 52.8000, in Transformers 52.7800"]),
         ({"perplexity": 52.78, "masked_perplexity": 52.75}, 52.78, []),
         ({"perplexity": 3939.5, "masked_perplexity": 3903.3}, 3939.5, []),  # what learning has broken
+        ({"perplexity": 4000.0, "masked_perplexity": 3903.3}, 4000.0, ["converted 4000.0000, masked 3903.3000"]),
+        ({"perplexity": 52.78, "masked_perplexity": 52.6}, 52.78, ["converted 52.7800, masked 52.6000"]),
         ({"perplexity": 52.78, "masked_perplexity": 50.0}, 52.78, ["converted 52.7800, masked 50.0000"]),
         ({"perplexity": 52.78, "masked_perplexity": 50.0}, 40.0, ["converted", "served"]),
         ({"perplexity": 52.78}, float("nan"), ["served"]),

@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers.compressed import SCHEMES, Scheme, round_weight, store
 from vllm.config.quantization import resolve_quantization_config
+from vllm.platforms import current_platform
 
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.quantization import Quantization
-from pruned_vllm.serving.expert_scheme import ExpertScheme, expert_scheme
+from pruned_vllm.serving.expert_scheme import ExpertScheme, expert_problems, expert_scheme
 from pruned_vllm.serving.expert_weights import make_parameters, place_experts, quantized
 from pruned_vllm.serving.ragged_moe import RaggedExperts
 from pruned_vllm.serving.sharding import shard_experts
@@ -245,6 +246,26 @@ def test_what_is_asked_while_loading(name, arguments, expected):
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match="does not reach experts of different widths; such experts can have"):
         online(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "is_refused"),
+    [
+        ("fp8-dynamic", (8, 0), True),
+        ("fp8-dynamic", (8, 9), False),
+        ("fp8-dynamic", None, False),
+        ("w8a8-int8", (8, 0), False),
+    ],
+)
+def test_fp8_experts_are_refused_on_gpus_that_cannot_read_them(name, capability, is_refused, monkeypatch):
+    assert of_checkpoint(SCHEMES[name]) == TAKEN[name]  # imports of vLLM what depends on the platform
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: capability is not None)
+    monkeypatch.setattr(current_platform, "has_device_capability", lambda needed: capability >= needed)
+    quantization = Quantization.from_config({"quantization_config": SCHEMES[name].config()})
+    geometry = ModelGeometry.from_config(CONFIG)
+    problems = expert_problems(model_config("compressed-tensors"), geometry, quantization, 1)
+    assert len(problems) == is_refused
+    assert all("compute capability 8.9" in problem and "experts_int8" in problem for problem in problems)
 
 
 def test_experts_are_not_quantized_twice():
