@@ -13,6 +13,10 @@ WRAPPERS = {  # model type of the language model -> that of the multimodal one, 
         "gemma3",
         {"mm_tokens_per_image": 4, "vision_config": {"model_type": "siglip_vision_model", **VISION}},
     ),
+    **{
+        f"{name}_text": (name, {"vision_config": {"depth": 1, "num_heads": 2, **VISION, "out_hidden_size": 96}})
+        for name in ("qwen3_5", "qwen3_5_moe")
+    },
     "ministral3": ("mistral3", {"vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION}}),
     "mistral": ("mistral3", {"vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION}}),
 }

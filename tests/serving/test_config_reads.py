@@ -74,7 +74,7 @@ def served_reads(family: Family) -> Reads:
 
 def layer_reads(family: Family) -> Reads:
     """A stock decoder layer reads most of what its attention is built with."""
-    _, layer = models.SERVED[family.model_type]
+    _, layer = models.served(family.model_type)
     return reads([layer], ("pruned_vllm.serving", *VLLM_MODELS), follow_defaults=isinstance(layer, type))
 
 

@@ -21,7 +21,7 @@ FIRST_DENSE = {"deepseek"}  # their first layer has an MLP in place of experts
 def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = False, **config):
     model = tiny_model(model_type, 6, 6 if model_type == "deepseek" else 3, WIDTH, **config)
     masks = expert_masks(model, widths[1:] if model_type in FIRST_DENSE else widths)
-    return model, masks | (masks_for(HEADS, []) if heads and model_type != "olmoe" else {})
+    return model, masks | (masks_for(HEADS, [], model) if heads and model_type != "olmoe" else {})
 
 
 PATTERNS = {
