@@ -132,7 +132,8 @@ class ReferenceModel:
         import transformers  # late: an import of seconds
 
         model_class = getattr(transformers, self.geometry.family.architecture)
-        config = model_class.config_class.from_dict(dict(self.config))
+        same = {key: value for key, value in self.config.items() if key != "per_layer_config"}
+        config = model_class.config_class.from_dict(same)
         name = self.geometry.family.architecture.removesuffix("ForCausalLM") + "GatedDeltaNet"
         prefix = f"model.layers.{index}.{MODULE}."
         with torch.device("meta"):

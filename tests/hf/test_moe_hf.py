@@ -28,6 +28,9 @@ CASES = {
     "qwen2_moe": ("qwen2_moe", HEADS, [], {}),
     "qwen2_moe, mixed": ("qwen2_moe", [], [11], MIXED),
     "qwen3_moe": ("qwen3_moe", HEADS, [], {"attention_bias": True}),
+    "qwen3_next": ("qwen3_next", HEADS, [], {}),
+    "qwen3_next, mixed": ("qwen3_next", HEADS, [11], MIXED),
+    "qwen3_5_moe": ("qwen3_5_moe_text", HEADS, [], {"attention_bias": True}),
     "qwen3_moe, mixed": ("qwen3_moe", HEADS, [11], MIXED),
     "qwen3_moe, mixed, no mlp in layer 1": ("qwen3_moe", [], [0], MIXED),
 }

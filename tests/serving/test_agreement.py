@@ -8,7 +8,16 @@ import torch
 import transformers
 from helpers.masked import convert_pruned, edit_json
 from helpers.serving import engine
-from helpers.tiny import DENSE_CONFIGS, HEAD_DIM, MOE_CONFIGS, converted, expert_masks, tiny_model, write_masked
+from helpers.tiny import (
+    DENSE_CONFIGS,
+    HEAD_DIM,
+    LINEAR,
+    MOE_CONFIGS,
+    converted,
+    expert_masks,
+    tiny_model,
+    write_masked,
+)
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -80,7 +89,8 @@ NOT_STOCK = {
 
 def config_of(model_type: str, **changes) -> dict:
     """config.json of a model that a stock architecture can say."""
-    sizes = MOE_CONFIGS.get(model_type, {}) | {"vocab_size": 256, "hidden_size": 192, "intermediate_size": 40}
+    sizes = MOE_CONFIGS.get(model_type) or (LINEAR if model_type == "qwen3_5_text" else {})
+    sizes |= {"vocab_size": 256, "hidden_size": 192, "intermediate_size": 40}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": HEAD_DIM, "num_hidden_layers": 3}
     return {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture], **sizes, **heads, **changes}
 
