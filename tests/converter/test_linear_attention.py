@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.masked import convert_pruned, edit_json, edit_weights
 from helpers.tiny import LINEAR, expert_masks, masks_for, tiny_model, write_masked
+from helpers.wrapped import fuse_experts
 from safetensors.torch import load_file, save_file
 
 from converter.quantize.quantization import plan_quantization
@@ -124,17 +125,7 @@ def test_quantizing_leaves_it_alone():
 def fused(tmp_path) -> Path:
     """A masked checkpoint whose files hold all experts of a layer in two tensors, as published ones do."""
     ckpt = masked(tmp_path / "ckpt", "qwen3_5_moe_text")
-    tensors, changes, remove = load_file(ckpt / "model.safetensors"), {}, []
-    for layer in range(3):
-        prefix = f"model.layers.{layer}.mlp.experts"
-        parts = {
-            name: torch.stack([tensors[f"{prefix}.{expert}.{name}_proj.weight"] for expert in range(4)])
-            for name in ("gate", "up", "down")
-        }
-        changes[f"{prefix}.gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), dim=1)
-        changes[f"{prefix}.down_proj"] = parts["down"]
-        remove += [name for name in tensors if name.startswith(f"{prefix}.") and name not in changes]
-    edit_weights(ckpt, changes, remove=tuple(remove))
+    fuse_experts(ckpt)
     return ckpt
 
 
