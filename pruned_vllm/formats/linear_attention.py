@@ -75,6 +75,10 @@ class LinearAttention:
             )
         return sizes
 
+    def is_shared_by(self, ranks: int) -> bool:
+        """Whether so many tensor-parallel ranks share its heads, which are not padded."""
+        return self.num_key_heads % ranks == 0 == self.num_value_heads % ranks
+
     @property
     def key_size(self) -> int:
         return self.num_key_heads * self.key_head_dim

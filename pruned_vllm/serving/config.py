@@ -87,7 +87,7 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
             f"{most_heads}"
         )
     linear = geometry.linear_attention
-    if linear is not None and (linear.num_key_heads % ranks or linear.num_value_heads % ranks):
+    if linear is not None and not linear.is_shared_by(ranks):
         raise InputError(
             f"--tensor-parallel-size {ranks} does not divide the {linear.num_key_heads} key heads and "
             f"{linear.num_value_heads} value heads of linear attention, which are neither pruned nor padded; choose "
