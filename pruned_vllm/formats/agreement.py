@@ -138,6 +138,8 @@ ROWS = (
     Row("norm_topk_prob", "handled", "ModelGeometry; Mixtral has no such key",
         ("qwen2_moe", "qwen3_moe", "mixtral", "deepseek", "qwen3_next")),
     Row("norm_topk_prob", "dropped", _VLLM_ONLY, ("qwen3_5_moe_text",), (True,)),
+    Row("moe_intermediate_size shared_expert_intermediate_size norm_topk_prob", "idle", "read for experts, which "
+        "this one of its kind has not", ("qwen3_5_text",)),
     Row("norm_topk_prob", "not stock", "vLLM's OLMoE never divides by the sum", ("olmoe",), (False,)),
     Row("scoring_func", "refused", "the published code knows softmax alone", ("deepseek",), ("softmax",)),
     Row("n_group topk_group topk_method routed_scaling_factor moe_router_dtype", "dropped", _VLLM_ONLY, ("deepseek",)),
