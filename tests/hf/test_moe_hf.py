@@ -30,7 +30,7 @@ CASES = {
     "qwen3_moe": ("qwen3_moe", HEADS, [], {"attention_bias": True}),
     "qwen3_next": ("qwen3_next", HEADS, [], {}),
     "qwen3_next, mixed": ("qwen3_next", HEADS, [11], MIXED),
-    "qwen3_5_moe": ("qwen3_5_moe_text", HEADS, [], {"attention_bias": True}),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", HEADS, [], {"attention_bias": True}),
     "qwen3_moe, mixed": ("qwen3_moe", HEADS, [11], MIXED),
     "qwen3_moe, mixed, no mlp in layer 1": ("qwen3_moe", [], [0], MIXED),
 }

@@ -90,7 +90,7 @@ NOT_STOCK = {
 def config_of(model_type: str, **changes) -> dict:
     """config.json of a model that a stock architecture can say."""
     sizes = MOE_CONFIGS.get(model_type) or (LINEAR if model_type == "qwen3_5_text" else {})
-    sizes |= {"vocab_size": 256, "hidden_size": 192, "intermediate_size": 40}
+    sizes = sizes | {"vocab_size": 256, "hidden_size": 192, "intermediate_size": 40}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": HEAD_DIM, "num_hidden_layers": 3}
     return {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture], **sizes, **heads, **changes}
 
