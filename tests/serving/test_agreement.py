@@ -81,6 +81,8 @@ DROPPED = {
 NOT_STOCK = {
     "windows in some layers": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}),
     "windows in the last layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "biases of full attention": ("qwen3_5_text", {"attention_bias": True}),
+    "an lm_head that is the embedding": ("qwen3_next", {"tie_word_embeddings": True}),
     "no biases": ("qwen2_moe", {"qkv_bias": False}),
     "norms": ("olmoe", {"rms_norm_eps": 1e-3}),
     "router": ("olmoe", {"norm_topk_prob": True}),
