@@ -109,7 +109,7 @@ class LoraAdapter:
         if shard is not None:
             halves, found = _find_halves(shard, checkpoint, geometry)
             problems += found
-        shapes, pairs = geometry.tensor_shapes(), {}
+        shapes, pairs = geometry.tensor_shapes(), dict[str, LoraPair]()
         for name, keys in halves.items():
             rows = _rows_of_parts(name, geometry.family, shapes)
             shape = sum(shapes[part][0] for part in rows), shapes[next(iter(rows))][1]

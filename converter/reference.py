@@ -191,7 +191,9 @@ class ReferenceModel:
 
     def _mlp(self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """pruned_vllm/formats/agreement.py refuses other activations than the family's."""
-        activate = F.silu if self.geometry.family.activation == "silu" else partial(F.gelu, approximate="tanh")
+        activate: Callable[[torch.Tensor], torch.Tensor] = F.silu
+        if self.geometry.family.activation == "gelu_tanh":
+            activate = partial(F.gelu, approximate="tanh")
         gate, up = (self._linear(module, states) for module in modules[:2])
         if self.channel_mask_site == "product":
             product = _times(activate(gate) * up, mask)

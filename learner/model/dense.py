@@ -98,7 +98,7 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
                 **options,
             )
             if "key_mapping" in options:
-                model._weight_conversions = []  # else save_pretrained would put the prefixes back
+                vars(model)["_weight_conversions"] = []  # else save_pretrained would put the prefixes back
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=model.config, trust_remote_code=job.trust_remote_code
         )

@@ -61,11 +61,12 @@ def _unfuse(layer: Any, config: PreTrainedConfig, geometry: ModelGeometry, index
     for fused, parts in geometry.family.fused:
         path, _, name = fused.rpartition(".")
         sublayer, names = layer.get_submodule(path), [part.rpartition(".")[2] for part in parts]
-        stored = [shapes.get(f"model.layers.{index}.{part}.weight") for part in parts]
-        if None in stored:  # the sublayer is skipped
+        weights = [f"model.layers.{index}.{part}.weight" for part in parts]
+        if not set(weights) <= shapes.keys():  # the sublayer is skipped
             continue
         delattr(sublayer, name)
-        for part, (rows, columns) in zip(names, stored, strict=True):
+        for part, weight in zip(names, weights, strict=True):
+            rows, columns = shapes[weight]
             sublayer.add_module(part, nn.Linear(columns, rows, bias=False))
         setattr(sublayer, name, _SideBySide(sublayer, names))
     if geometry.family.fused:  # attention finds q, k and v in the output of the fused projection by its config

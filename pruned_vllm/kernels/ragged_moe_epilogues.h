@@ -29,7 +29,7 @@ struct Silu {
 };
 
 struct General : Extras {
-  enum Activation { SILU, GELU, GELU_TANH, CLAMPED_SWIGLU };  // ACTIVATIONS of ragged_moe_arguments.py, in its order
+  enum Activation { SILU, GELU, GELU_TANH, CLAMPED_SWIGLU };  // as ActivationName in ragged_moe_arguments.py
 
   explicit General(const Extras* extras) : Extras(*extras) {}
 
