@@ -2,7 +2,8 @@
 
 Why the folds are exact, with m the mask, for every finite m:
 - head mask on the attention output of head h: m_h (P_h X W_V^h) W_O^h. Where a KV head serves one query head, m_h goes
-  into its rows of W_V and b_V; where it serves several, only W_O's columns belong to one query head alone.
+  into its rows of W_V and b_V; where it serves several, only W_O's columns belong to one query head alone. A gate of
+  the output multiplies the same numbers, before or after; its rows of W_Q go with the head.
 - channel mask on the product, m_j (act(gate_j) * up_j): goes into row j of W_up and b_up (DDP, paper section 3.1).
 - channel mask on both projections before the activation, act(m_j gate_j) * (m_j up_j): goes into both rows.
 - expert masks are channel masks of each routed expert. The router and the MLP that all tokens share stay as they are.
@@ -11,7 +12,7 @@ Padding is exact too: a padded KV head has zero values, a padded query head or c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,7 +62,7 @@ def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
         width = int(masks.channel.count_nonzero())
     if masks.expert is not None:
         experts = tuple(masks.expert.count_nonzero(dim=1).tolist())
-    return LayerGeometry(groups, width, experts, layer.constant_experts)
+    return replace(layer, query_heads_per_kv_head=groups, intermediate_size=width, expert_intermediate_sizes=experts)
 
 
 def cut_layer(
@@ -96,7 +97,7 @@ def cut_layer(
         factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long))
         factors = None if factors is None else factors.repeat_interleave(head_dim)
         into_v_proj = set(layer.query_heads_per_kv_head) == {1}
-        linear("self_attn.q_proj", Cut(rows=query_rows))
+        linear("self_attn.q_proj", Cut(rows=head_rows(query_heads, family.query_rows(head_dim))))
         linear("self_attn.k_proj", Cut(rows=kv_rows))
         linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if into_v_proj else None))
         cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if into_v_proj else factors)

@@ -1,5 +1,6 @@
 """The tensors of a plan as they are before they are rounded to fewer bits: cut, folded, and in their dtype."""
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -38,7 +39,7 @@ class FoldedTensors:
             matrix = checkpoint.matrix(name)
         shape = self._shapes[name]
         folding = Folding(matrix, self._plan.cuts.get(name, Cut()), len(shape), self._plan.dtype_of(name))
-        if folding.shape != (shape if len(shape) == 2 else (1, *shape)):
+        if folding.shape != (math.prod(shape[:-1]), shape[-1]):
             raise AssertionError(f"{name}: cut to {list(folding.shape)}, the geometry says {list(shape)}")
         return folding
 

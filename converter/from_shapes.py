@@ -65,9 +65,9 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
     found = CutLayers()
     for index, layer in enumerate(dense.layers):
         prefix = f"model.layers.{index}."
-        reader = _LayerReader(prefix, tensors, dense.head_dim, found)
-        groups = reader.attention()
-        if not groups:
+        reader = _LayerReader(prefix, tensors, dense, found)
+        groups = () if layer.linear_attention else reader.attention()
+        if not groups and not layer.linear_attention:
             reader.drop_norms(dense.family, "attention")
         if layer.expert_intermediate_sizes:
             count = num_experts(tensors, dense, index)
@@ -76,12 +76,12 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
             if count < dense.dense_experts.num_experts_per_tok:
                 found.problems.append(f"model.layers.{index}: {dense.dense_experts.too_few(count)}")
             experts = tuple(reader.mlp(dense.family.experts_format.modules_of(expert)) for expert in range(count))
-            found.layers.append(LayerGeometry(groups, 0, experts))
+            found.layers.append(LayerGeometry(groups, 0, experts, linear_attention=layer.linear_attention))
         else:
             width = reader.mlp(_MLP)
             if not width:
                 reader.drop_norms(dense.family, "mlp")
-            found.layers.append(LayerGeometry(groups, width))
+            found.layers.append(LayerGeometry(groups, width, linear_attention=layer.linear_attention))
     return found
 
 
@@ -119,8 +119,11 @@ def with_last_biases(weights: Checkpoint, geometry: ModelGeometry) -> Checkpoint
 
 
 class _LayerReader:
-    def __init__(self, prefix: str, tensors: Mapping[str, StoredTensor], head_dim: int, found: CutLayers) -> None:
-        self._prefix, self._tensors, self._head_dim, self._found = prefix, tensors, head_dim, found
+    def __init__(
+        self, prefix: str, tensors: Mapping[str, StoredTensor], dense: ModelGeometry, found: CutLayers
+    ) -> None:
+        self._prefix, self._tensors, self._head_dim, self._found = prefix, tensors, dense.head_dim, found
+        self._query_rows = dense.family.query_rows(dense.head_dim)
 
     def attention(self) -> tuple[int, ...]:
         """Query heads of each KV head."""
@@ -130,10 +133,10 @@ class _LayerReader:
                 self._contradiction(_ATTENTION, (q, k, v, o))
             self._drop_modules(_ATTENTION)
             return ()
-        if q != o or k != v or q % self._head_dim or k % self._head_dim:
+        if q * self._head_dim != o * self._query_rows or k != v or o % self._head_dim or k % self._head_dim:
             self._contradiction(_ATTENTION, (q, k, v, o), f"; head_dim is {self._head_dim}. {OTHER_HEAD_DIM}")
             return ()
-        heads, kv_heads = q // self._head_dim, k // self._head_dim
+        heads, kv_heads = o // self._head_dim, k // self._head_dim
         if heads % kv_heads:
             self._found.problems.append(
                 f"{self._prefix}self_attn: {heads} query heads for {kv_heads} KV heads; which of them belong together "

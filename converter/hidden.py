@@ -135,6 +135,11 @@ def make_hidden_cut(
             f"hidden dimensions cannot be cut from {dense.family.architecture}: it multiplies the embedding by the "
             "root of their number and normalises what sublayers add, so no factor on either can be folded into weights"
         )
+    if dense.linear_attention is not None:
+        raise InputError(
+            f"hidden dimensions cannot be cut from {dense.family.architecture}: no project that masks them knows "
+            "linear attention, so there is nothing to compare with"
+        )
     return cut
 
 

@@ -71,8 +71,9 @@ def _plot(found: "Inspection") -> None:
     if found.kind != "converted":
         raise InputError(f"{found.path} is no converted model; add --plot when you convert it, or learn with --report")
     if found.geometry.is_dense:
+        heads = [layer.num_attention_heads for layer in found.geometry.layers]
         raise InputError(
-            f"{found.path}: all layers are equal ({found.geometry.layers[0].num_attention_heads} query heads), and "
+            f"{found.path}: all layers are equal ({max(heads)} query heads), and "
             "config.json does not say what they were before; add --plot when you convert it, or learn with --report"
         )
     print(f"Wrote {write_report(pattern_of_geometry(found.geometry), found.path)}")

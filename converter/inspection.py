@@ -94,7 +94,8 @@ class Inspection:
         """Ratio of bytes of one decoding step, of a model whose weights are not quantized over this one's."""
         step = batch_size, batch_size * CONTEXT, self.element_bytes
         sizes = None if self.quantization is None else self.tensor_bytes
-        return moved_bytes(before, *step) / moved_bytes(self.geometry, *step, sizes)
+        states = 2 * batch_size  # read and written
+        return moved_bytes(before, *step, None, states) / moved_bytes(self.geometry, *step, sizes, states)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, under JSON_KEYS."""

@@ -10,7 +10,7 @@ from converter.mask_values import lost_heads, not_finite
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES
-from pruned_vllm.formats.masked import MASKS_FILE, LayerMasks, layer_masks, mask_shapes
+from pruned_vllm.formats.masked import HEAD_MASK, MASKS_FILE, LayerMasks, layer_masks, mask_shapes
 from pruned_vllm.formats.weights import open_safetensors
 
 
@@ -24,12 +24,18 @@ def read_masks(directory: Path, geometry: ModelGeometry) -> list[LayerMasks[torc
     path = directory / MASKS_FILE
     shard = open_safetensors(path, "pt")
     expected = mask_shapes(geometry)
+    linear = {HEAD_MASK.format(index) for index, layer in enumerate(geometry.layers) if layer.linear_attention}
     masks: dict[str, torch.Tensor] = {}
     problems = []
     for name in sorted(shard.keys()):
         header = shard.get_slice(name)
         shape = tuple(header.get_shape())
-        if name not in expected:
+        if name not in expected and name in linear:
+            problems.append(
+                f"{name}: the layer has linear attention, and vLLM has one shape of state for all layers of a model; "
+                "heads can go from layers with full attention alone"
+            )
+        elif name not in expected:
             problems.append(
                 f"{name}: unknown key; known: {_describe_keys(expected)} for layers 0 to {len(geometry.layers) - 1}"
             )

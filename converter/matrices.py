@@ -52,7 +52,7 @@ class StoredMatrix:
 
     @property
     def num_rows(self) -> int:
-        return self.tensor.shape[0] if len(self.tensor.shape) == 2 else 1
+        return math.prod(self.tensor.shape[:-1])
 
     @property
     def num_columns(self) -> int:

@@ -23,11 +23,12 @@ from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry, skip_problems
-from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, has_draft_layers
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION
 from pruned_vllm.formats.tensors import Shapes
+from pruned_vllm.formats.weights import has_weight_files
 from pruned_vllm.formats.wrappers import wrapped_architecture
 
 
@@ -179,6 +180,9 @@ def make_plan(
         source = replace(source, hub_id=source.hub_id or hub_id)
     if wrapper := wrapped_architecture(source.weights.directory):
         note = f"Of {wrapper}, the language model alone was read; OUT is a model of text, without what reads images."
+        source = replace(source, notes=(*source.notes, note))
+    if has_weight_files(source.weights.directory) and has_draft_layers(source.weights.directory):
+        note = "Layers for multi-token prediction (mtp.*) were left out: the pruned model drafts no tokens with them."
         source = replace(source, notes=(*source.notes, note))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:

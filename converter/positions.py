@@ -18,7 +18,10 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_f
 POSITION_KEYS = (*ROPE_KEYS, "max_position_embeddings", "original_max_position_embeddings")
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern")
 # What LlamaConfig does not know of rope_parameters, since Llama does it in no layer.
-_NOT_LLAMA = ("partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings")
+_NOT_LLAMA = (
+    *("partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"),
+    *("mrope_section", "mrope_interleaved"),  # all positions of a token of text are the same
+)
 
 
 class Positions:

@@ -5,6 +5,7 @@ mask what `channel_mask_site` says, a mask of hidden dimensions the states thems
 memory in float32 at a time. What depends on positions is in converter/positions.py.
 """
 
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.linear_attention import MODULE
 from pruned_vllm.formats.masked import LayerMasks
 
 PART_NUMBERS = 1 << 24  # of a weight that are in float32 at the same time
@@ -71,7 +73,10 @@ class ReferenceModel:
         """
         layer, prefix, family = self.geometry.layers[index], f"model.layers.{index}.", self.geometry.family
         masks = LayerMasks[torch.Tensor]() if self.masks is None else self.masks[index]
-        if layer.query_heads_per_kv_head:
+        if layer.linear_attention:
+            normed = self._norm(prefix + family.attention_norms[0], states)
+            added = self._linear_attention(index, normed, lengths)
+        elif layer.query_heads_per_kv_head:
             normed = self._norm(prefix + family.attention_norms[0], states)
             heads = self._attention(index, normed, lengths)
             if masks.head is not None:
@@ -103,6 +108,8 @@ class ReferenceModel:
         """Output of each query head [tokens, query heads, head_dim]."""
         norm, size, prefix = self.geometry.family.qk_norm, self.geometry.head_dim, f"model.layers.{index}.self_attn."
         q, k, v = (self._linear(f"{prefix}{name}_proj", states) for name in "qkv")
+        if self.geometry.family.output_gate:
+            q, gate = (part.flatten(1) for part in q.unflatten(1, (-1, 2 * size)).chunk(2, dim=-1))
         if norm == "all_heads":
             q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
         q, k, v = (heads.unflatten(1, (-1, size)) for heads in (q, k, v))
@@ -117,7 +124,28 @@ class ReferenceModel:
             F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q.shape[1], window), scale=scale)
             for q, k, v in prompts
         ]
-        return torch.cat(outputs, dim=1).transpose(0, 1)
+        result = torch.cat(outputs, dim=1).transpose(0, 1)
+        return result * gate.unflatten(1, (-1, size)).sigmoid() if self.geometry.family.output_gate else result
+
+    def _linear_attention(self, index: int, states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """What a gated delta net makes of normed states. As Transformers computes it: no conversion changes one."""
+        import transformers  # late: an import of seconds
+
+        model_class = getattr(transformers, self.geometry.family.architecture)
+        same = {key: value for key, value in self.config.items() if key != "per_layer_config"}
+        config = model_class.config_class.from_dict(same)
+        name = self.geometry.family.architecture.removesuffix("ForCausalLM") + "GatedDeltaNet"
+        prefix = f"model.layers.{index}.{MODULE}."
+        with torch.device("meta"):
+            module = getattr(sys.modules[model_class.__module__], name)(config, index)
+        tensors = {}
+        for part in module.state_dict():
+            tensor = self.read(prefix + part)
+            if tensor is None:
+                raise InputError(f"{prefix}{part} is missing; the model cannot be run without it")
+            tensors[part] = self._rounded(tensor.float(), prefix + part)
+        module.load_state_dict(tensors, assign=True)
+        return torch.cat([module(prompt[None])[0] for prompt in states.split(list(lengths))])
 
     @cached_property
     def _positions(self) -> Positions:

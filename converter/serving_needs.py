@@ -53,13 +53,16 @@ def serving_needs(
     needs_plugin = architecture.startswith(PRUNED_PREFIX)
     heads = max(layer.num_attention_heads for layer in geometry.layers)
     sizes = range(1, min(max(heads, 1), LARGEST_SIZE) + 1)
-    even = tuple(size for size in sizes if all(_divides(size, layer, geometry) for layer in geometry.layers))
+    linear = geometry.linear_attention
+    possible = [size for size in sizes if linear is None or linear.is_shared_by(size)]
+    even = tuple(size for size in possible if all(_divides(size, layer, geometry) for layer in geometry.layers))
+    largest = max(heads, 1) if linear is None else max(possible)
     any_size = needs_plugin and geometry.family.can_lose_heads  # OLMoE's norm takes all heads together
     return ServingNeeds(
         architecture=architecture,
         needs_plugin=needs_plugin,
         versions=supported_versions(),
-        largest_tensor_parallel_size=max(heads, 1) if any_size else max(even),
+        largest_tensor_parallel_size=largest if any_size else max(even),
         even_tensor_parallel_sizes=even,
         notes=(*_quantization_notes(geometry, quantization), *_notes(geometry, needs_plugin)),
     )

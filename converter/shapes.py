@@ -36,7 +36,7 @@ def fits(layer: LayerGeometry, shape: LayerGeometry) -> bool:
 
     A sublayer that is gone stays gone. Uneven groups take no padding: only the same groups, in any order, fit.
     """
-    if layer.skip != shape.skip or layer.intermediate_size > shape.intermediate_size:
+    if _kind(layer) != _kind(shape) or layer.intermediate_size > shape.intermediate_size:
         return False
     if shape.has_even_groups:
         return layer.num_key_value_heads <= shape.num_key_value_heads and layer.widest_group <= shape.widest_group
@@ -58,12 +58,11 @@ def with_few_shapes(
     Raises:
         InputError: `limit` is less than the number of different sets of missing sublayers.
     """
-    kinds = {tuple(layer.skip): None for layer in layers}
+    kinds = {_kind(layer): None for layer in layers}
     if limit < len(kinds):
-        named = ", ".join(f"no {' and no '.join(kind)}" if kind else "complete" for kind in kinds)
         raise InputError(
-            f"{limit} distinct layer shapes are too few: the masks leave {len(kinds)} kinds of layers ({named}), and "
-            f"padding makes none into another; the smallest number that works is {len(kinds)}"
+            f"{limit} distinct layer shapes are too few: the masks leave {len(kinds)} kinds of layers "
+            f"({', '.join(kinds)}), and padding makes none into another; the smallest number that works is {len(kinds)}"
         )
     if len(set(layers)) <= limit:
         return list(layers)
@@ -96,27 +95,37 @@ def _candidates(layers: Sequence[LayerGeometry]) -> dict[LayerGeometry, set[Laye
     def add(groups: tuple[int, ...], inside: list[LayerGeometry]) -> None:
         """Shapes of these groups, in every width that one of the layers has."""
         for width in {layer.intermediate_size for layer in inside}:
-            shape = LayerGeometry(groups, width)
+            shape = replace(inside[0], query_heads_per_kv_head=groups, intermediate_size=width)
             narrow = {layer for layer in inside if layer.intermediate_size <= width}
             if not shape.has_even_groups or _join(narrow) == shape:
                 found[shape] = narrow
 
-    for kind in dict.fromkeys(tuple(layer.skip) for layer in layers):
-        alike = [layer for layer in layers if tuple(layer.skip) == kind]
+    for kind in dict.fromkeys(map(_kind, layers)):
+        alike = [layer for layer in layers if _kind(layer) == kind]
         for num_key_value_heads in {layer.num_key_value_heads for layer in alike}:
             for group in {layer.widest_group for layer in alike}:
-                even = LayerGeometry((group,) * num_key_value_heads, max(layer.intermediate_size for layer in alike))
+                width = max(layer.intermediate_size for layer in alike)
+                groups = (group,) * num_key_value_heads
+                even = replace(alike[0], query_heads_per_kv_head=groups, intermediate_size=width)
                 add(even.query_heads_per_kv_head, [layer for layer in alike if fits(layer, even)])
         for groups in dict.fromkeys(layer.query_heads_per_kv_head for layer in alike if not layer.has_even_groups):
             add(groups, [layer for layer in alike if layer.query_heads_per_kv_head == groups])
     return found
 
 
-def _join(layers: set[LayerGeometry]) -> LayerGeometry:
-    """The smallest shape with even groups that all layers fit into."""
-    group = max((layer.widest_group for layer in layers), default=0)
-    num_key_value_heads = max((layer.num_key_value_heads for layer in layers), default=0)
-    return LayerGeometry((group,) * num_key_value_heads, max((layer.intermediate_size for layer in layers), default=0))
+def _join(layers: set[LayerGeometry]) -> LayerGeometry | None:
+    """The smallest shape with even groups that all layers, which are of one kind, fit into; None of none."""
+    if not layers:
+        return None
+    groups = (max(layer.widest_group for layer in layers),) * max(layer.num_key_value_heads for layer in layers)
+    width = max(layer.intermediate_size for layer in layers)
+    return replace(next(iter(layers)), query_heads_per_kv_head=groups, intermediate_size=width)
+
+
+def _kind(layer: LayerGeometry) -> str:
+    """What no padding changes."""
+    found = ["linear attention"] * layer.linear_attention + [f"no {sublayer}" for sublayer in layer.skip]
+    return " and ".join(found) or "complete"
 
 
 def _sorted_groups(layer: LayerGeometry) -> tuple[int, ...]:

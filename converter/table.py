@@ -107,6 +107,7 @@ def totals(plan: Plan) -> list[str]:
         f"Weights: {plan.bytes_of(before) / 1e9:,.3f} GB before, {plan.bytes_of(after) / 1e9:,.3f} GB after.",
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
+        *_linear_totals(plan),
         *_hidden_totals(plan),
         *_expert_totals(plan),
         *_shape_totals(plan),
@@ -119,6 +120,19 @@ def totals(plan: Plan) -> list[str]:
     if plan.source.changes is not None:
         lines.append(plan.source.changes.describe())
     return [*lines, *plan.source.notes]
+
+
+def _linear_totals(plan: Plan) -> list[str]:
+    """What stays as it is in layers that have linear attention."""
+    count = sum(layer.linear_attention for layer in plan.pruned.layers)
+    if not count:
+        return []
+    element_bytes = plan.dtype_of("model.embed_tokens.weight").itemsize
+    megabytes = plan.pruned.state_bytes_per_sequence(element_bytes) / 1e6
+    return [
+        f"{count} of {len(plan.pruned.layers)} layers have linear attention, which stays as it is: {megabytes:,.1f} MB "
+        "of state for each sequence, however long it is."
+    ]
 
 
 def _hidden_totals(plan: Plan) -> list[str]:

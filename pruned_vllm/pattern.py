@@ -49,7 +49,7 @@ def pattern_of_geometry(geometry: ModelGeometry) -> dict[str, Any]:
 
     The query heads of a KV head stand side by side, those that are left first, and so do the KV heads of a layer.
     """
-    group = geometry.dense_layers[0].widest_group
+    group = max(layer.widest_group for layer in geometry.dense_layers)
     rows = []
     for layer, dense in zip(geometry.layers, geometry.dense_layers, strict=True):
         heads = [int(head < kept) for kept in layer.query_heads_per_kv_head for head in range(group)]
@@ -102,7 +102,7 @@ def _row(dense: LayerGeometry, heads: list[int], channels: int, experts: tuple[i
         "heads": heads,
         "channels": channels,
         "expert_widths": list(experts),
-        "heads_removed": 1 - sum(heads) / len(heads),
+        "heads_removed": 1 - sum(heads) / len(heads) if heads else 0.0,
         "channels_removed": 1 - (channels + sum(experts)) / before,
     }
 
@@ -112,8 +112,8 @@ def _pattern(geometry: ModelGeometry, rows: list[dict[str, Any]], head_positions
     return {
         "architecture": geometry.family.architecture,
         "dense": {
-            "num_attention_heads": dense[0].num_attention_heads,
-            "num_key_value_heads": dense[0].num_key_value_heads,
+            "num_attention_heads": max(layer.num_attention_heads for layer in dense),
+            "num_key_value_heads": max(layer.num_key_value_heads for layer in dense),
             "intermediate_size": max(layer.intermediate_size for layer in dense),
             "num_experts": experts.num_experts if experts else 0,
             "expert_intermediate_size": experts.intermediate_size if experts else 0,
@@ -157,12 +157,13 @@ def _height(pattern: Mapping[str, Any]) -> float:
 
 def _draw_heads(pattern: Mapping[str, Any]):
     layers, dense = pattern["layers"], pattern["dense"]
-    removed = np.mean([layer["heads_removed"] for layer in layers])
+    removed = np.mean([layer["heads_removed"] for layer in layers if layer["heads"]])
     known = "" if pattern["head_positions_known"] else "\n(how many of each KV head; positions are not known)"
     figure = _figure(6, _height(pattern), f"query heads left (dark), {removed:.1%} removed{known}")
     axes = figure.subplots()
-    _map(axes, [layer["heads"] for layer in layers], "query head", cmap="Blues", vmin=0, vmax=1)
     heads, kv_heads = dense["num_attention_heads"], dense["num_key_value_heads"]
+    rows = [layer["heads"] or [np.nan] * heads for layer in layers]  # blank: linear attention
+    _map(axes, rows, "query head", cmap="Blues", vmin=0, vmax=1)
     if kv_heads < heads:
         for kv_head in range(1, kv_heads):
             axes.axvline(kv_head * heads / kv_heads - 0.5, color="grey", linewidth=0.8)

@@ -83,7 +83,8 @@ def step_bytes(
     decode = case.kind == "decode"
     tokens = case.batch_size * (1 if decode else case.input_len)
     kv_tokens = case.batch_size * (case.mean_context if decode else case.input_len)
-    return moved_bytes(geometry, tokens, kv_tokens, element_bytes, tensor_bytes)
+    moved_states = case.batch_size * (2 if decode else 1)  # a decode step reads and writes them
+    return moved_bytes(geometry, tokens, kv_tokens, element_bytes, tensor_bytes, moved_states)
 
 
 def step_flops(geometry: ModelGeometry, case: Case) -> float:

@@ -48,6 +48,11 @@ def read(request: Request) -> Source:
         for index, (line, layer) in enumerate(zip(lines, base.dense.layers, strict=True))
         if shared and "mlp" in WORDS[line] and layer.expert_intermediate_sizes
     ]
+    problems += [
+        f"layer {index}: its linear attention cannot be dropped, since vLLM has one shape of state for all layers"
+        for index, (line, layer) in enumerate(zip(lines, base.dense.layers, strict=True))
+        if layer.linear_attention and "attn" in WORDS[line]
+    ]
     if problems:
         raise InputError(f"{file} asks for what cannot be expressed:", problems)
     last = {"attn": "self_attn.o_proj.bias", "mlp": "mlp.down_proj.bias"}

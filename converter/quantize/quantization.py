@@ -1,6 +1,6 @@
 """Decides which layers are quantized and what is written of each. Pure Python.
 
-lm_head, embeddings, norms, biases, routers and the gates of shared experts stay as they are.
+lm_head, embeddings, norms, biases, linear attention, routers and the gates of shared experts stay as they are.
 """
 
 import math
@@ -115,8 +115,12 @@ def _linear_modules(geometry: ModelGeometry) -> tuple[str, ...]:
 
 
 def _kept_modules(geometry: ModelGeometry) -> Iterator[str]:
-    """Routers and gates of shared experts."""
+    """Routers and gates of shared experts, and linear attention, which pruning leaves alone, too."""
     for index, layer in enumerate(geometry.layers):
+        if layer.linear_attention:
+            shapes = geometry.gated_delta_net.tensor_shapes(geometry.hidden_size)
+            linear = (name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2)
+            yield from (f"model.layers.{index}.{module}" for module in linear)
         if layer.expert_intermediate_sizes:
             names = geometry.family.experts_format
             yield from (f"model.layers.{index}.{module}" for module in (names.router, names.shared_gate) if module)

@@ -59,7 +59,8 @@ def _ideal_line(plan: Plan) -> str:
         texts = []
         for batch_size in BATCH_SIZES:
             step = batch_size, batch_size * CONTEXT, element_bytes
-            speedup = moved_bytes(before, *step) / moved_bytes(plan.pruned, *step, sizes)
+            states = 2 * batch_size  # read and written
+            speedup = moved_bytes(before, *step, None, states) / moved_bytes(plan.pruned, *step, sizes, states)
             texts.append(f"{speedup:.2f}x at batch {batch_size}")
         return ", ".join(texts)
 

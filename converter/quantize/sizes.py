@@ -93,7 +93,7 @@ def size_problems(
             size = _head_inputs(layer, geometry.head_dim, wanted.ranks)
             check(f"layer {index}: o_proj, whose inputs are {heads} = {size},", size, scheme.needed_inputs, fix)
         if f"model.layers.{index}.self_attn.q_proj" in modules:
-            size = _qkv_outputs(layer, geometry.head_dim, wanted.ranks)
+            size = _qkv_outputs(layer, geometry, wanted.ranks)
             what = f"layer {index}: q, k and v, whose outputs are {heads} and {layer.num_key_value_heads} KV heads"
             check(f"{what} = {size},", size, scheme.needed_outputs, fix)
     names, experts = geometry.family.experts, geometry.experts
@@ -126,14 +126,14 @@ def _head_inputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:
     return layer.num_attention_heads // ranks * head_dim if even else head_dim
 
 
-def _qkv_outputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:
+def _qkv_outputs(layer: LayerGeometry, geometry: ModelGeometry, ranks: int) -> int:
     """Outputs of q, k and v together on each rank; one head's where ranks hold different numbers."""
     heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
     if ranks > 1:
         if not layer.shares_heads_evenly(ranks):
-            return head_dim
+            return geometry.head_dim
         heads, kv_heads = heads // ranks, max(1, kv_heads // ranks)
-    return (heads + 2 * kv_heads) * head_dim
+    return heads * geometry.family.query_rows(geometry.head_dim) + 2 * kv_heads * geometry.head_dim
 
 
 def _heads(layer: LayerGeometry, geometry: ModelGeometry, ranks: int) -> str:

@@ -23,4 +23,4 @@ def gate_up_weights(mlp: Any) -> tuple[torch.Tensor, ...]:
 
 def is_fused(model: Any) -> bool:
     """Whether a layer of this ...ForCausalLM has one module for q, k and v."""
-    return hasattr(model.model.layers[0].self_attn, "qkv_proj")
+    return any(hasattr(getattr(layer, "self_attn", None), "qkv_proj") for layer in model.model.layers)

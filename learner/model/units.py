@@ -36,7 +36,7 @@ class Units:
         """All units of a dense model. Raises InputError for a pruned one."""
         if not geometry.is_dense:
             raise InputError("the model is pruned already (config.json has per_layer_config); give the dense one")
-        heads_per_unit = geometry.layers[0].widest_group if tied else 1
+        heads_per_unit = max(layer.widest_group for layer in geometry.layers) if tied else 1
         shapes = layer_masks(mask_shapes(geometry), len(geometry.layers))
         layers = {
             kind: tuple(index for index, layer in enumerate(shapes) if getattr(layer, kind) is not None)

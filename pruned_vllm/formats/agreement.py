@@ -57,6 +57,9 @@ _DENSE = tuple(name for name, family in FAMILIES.items() if family.experts is No
 _WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3")
 _SILU = tuple(name for name, family in FAMILIES.items() if family.activation == "silu")
 _WITHOUT_BIASES = ("mistral", "phi3", "ministral3")
+_LINEAR = tuple(name for name, family in FAMILIES.items() if family.linear_attention is not None)
+_QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text")
+_PARTLY_ROTATED = ("phi3", *_LINEAR)
 _VLLM_ONLY = "vLLM acts on it, the Hugging Face model does not"
 _LLAMA_LAYER = "the plugin serves them with vLLM's Llama layer, which it tells the biases of the checkpoint"
 
@@ -71,15 +74,20 @@ ROWS = (
     Row("num_attention_heads num_key_value_heads head_dim per_layer_config", "handled", "ModelGeometry"),
     Row("num_kv_heads n_head_kv num_attention_groups multi_query_group_num", "dropped", _VLLM_ONLY),
     Row("hidden_size_per_head", "dropped", _VLLM_ONLY),
-    Row("tie_word_embeddings", "handled", "ModelGeometry; Transformers ties weights outside of its model classes"),
+    Row("tie_word_embeddings", "handled", "ModelGeometry; Transformers ties weights outside of its model classes",
+        _all_but("qwen3_next")),
+    Row("tie_word_embeddings", "not stock", "vLLM's Qwen3-Next always has an lm_head of its own", ("qwen3_next",),
+        (False,)),
     Row("attention_bias", "handled", "ModelGeometry", ("llama", "qwen3", "qwen3_moe", "deepseek", "gemma3_text")),
     Row("attention_bias", "refused", "vLLM's OLMoE has no such biases", ("olmoe",), (False,)),
+    Row("attention_bias", "not stock", "vLLM's own classes have no such biases", _LINEAR, (False,)),
     Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, _WITHOUT_BIASES),
     Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
     Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", *_WITHOUT_BIASES)),
     Row("mlp_bias bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe", "olmoe", "deepseek")),
     Row("qkv_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "olmoe", "deepseek")),
     Row("attention_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe")),
+    Row("qkv_bias", "dropped", _VLLM_ONLY, _LINEAR),
     Row("qkv_bias", "not stock", "vLLM's Qwen2-MoE always has it", ("qwen2_moe",), (True,)),
     # What a layer computes.
     Row("hidden_act", "refused", "vLLM has these models with silu alone", _SILU, ACTIVATIONS["silu"]),
@@ -92,6 +100,9 @@ ROWS = (
         (False,)),
     Row("rms_norm_eps", "not stock", "vLLM's OLMoE always takes 1e-5", ("olmoe",), (1e-5,)),
     Row("clip_qkv", "refused", "vLLM's OLMoE does not clip", ("olmoe",)),
+    Row("attn_output_gate", "dropped", _VLLM_ONLY, _LINEAR, (True,)),
+    Row("output_gate_type", "dropped", _VLLM_ONLY, _LINEAR, ACTIVATIONS["silu"]),
+    Row("layer_scale", "dropped", _VLLM_ONLY, _LINEAR),
     Row("qk_norm dual_chunk_attention_config", "dropped", _VLLM_ONLY),
     Row("logit_scale", "dropped", _VLLM_ONLY, allowed=(1,)),
     Row("attn_logit_softcapping", "dropped", _VLLM_ONLY, _all_but("gemma3_text")),
@@ -102,12 +113,13 @@ ROWS = (
     # Which tokens a layer attends to.
     Row("sliding_window layer_types", "handled", "both sides read them",
         ("qwen2", "qwen3", "qwen2_moe", "gemma3_text")),
+    Row("layer_types", "handled", "ModelGeometry", _LINEAR),
     Row("use_sliding_window", "not stock", "vLLM's own classes have it for all layers or none",
         ("qwen2", "qwen3", "qwen2_moe"), (False,)),
     Row("max_window_layers", "handled", "the config class that both sides use", ("qwen2", "qwen3")),
     Row("sliding_window", "handled", "both sides apply it to all layers",
         ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")),
-    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek")),
+    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek", *_LINEAR)),
     Row("sliding_window", "refused", "Hugging Face's OLMoE applies it with some attention kernels only", ("olmoe",)),
     Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
     Row("attention_chunk_size rswa_window target_layer_count", "dropped", _VLLM_ONLY),
@@ -120,18 +132,23 @@ ROWS = (
     Row("moe_num_experts num_experts_per_token top_k_experts moe_topk moe_top_k", "dropped", _VLLM_ONLY),
     Row("mlp_only_layers decoder_sparse_step", "handled", "ModelGeometry"),
     Row("n_shared_experts first_k_dense_replace moe_layer_freq", "handled", "ModelGeometry", ("deepseek",)),
-    Row("shared_expert_intermediate_size", "handled", "ModelGeometry", ("qwen2_moe",)),
+    Row("shared_expert_intermediate_size", "handled", "ModelGeometry",
+        ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")),
     Row("shared_expert_intermediate_size", "dropped", _VLLM_ONLY, ("qwen3_moe",)),
     Row("norm_topk_prob", "handled", "ModelGeometry; Mixtral has no such key",
-        ("qwen2_moe", "qwen3_moe", "mixtral", "deepseek")),
+        ("qwen2_moe", "qwen3_moe", "mixtral", "deepseek", "qwen3_next")),
+    Row("norm_topk_prob", "dropped", _VLLM_ONLY, ("qwen3_5_moe_text",), (True,)),
+    Row("moe_intermediate_size shared_expert_intermediate_size norm_topk_prob", "idle", "read for experts, which "
+        "this one of its kind has not", ("qwen3_5_text",)),
     Row("norm_topk_prob", "not stock", "vLLM's OLMoE never divides by the sum", ("olmoe",), (False,)),
     Row("scoring_func", "refused", "the published code knows softmax alone", ("deepseek",), ("softmax",)),
     Row("n_group topk_group topk_method routed_scaling_factor moe_router_dtype", "dropped", _VLLM_ONLY, ("deepseek",)),
     # Positions.
     Row("rope_parameters rope_theta max_position_embeddings", "handled", "the config class that both sides use"),
     Row("original_max_position_embeddings", "handled", "the config class that both sides use"),
-    Row("partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", _all_but("phi3"), (1,)),
-    Row("partial_rotary_factor", "handled", "the config class that both sides use", ("phi3",)),
+    Row("partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head",
+        _all_but(*_PARTLY_ROTATED), (1,)),
+    Row("partial_rotary_factor", "handled", "the config class that both sides use", _PARTLY_ROTATED),
     Row("rotary_emb_base rotary_pct rotary_emb_fraction mrope_section xdrope_section", "dropped", _VLLM_ONLY),
     Row(f"{ROPE}rope_theta {ROPE}type", "handled", "the config class that both sides use"),
     Row(f"{ROPE}rope_type", "refused", "vLLM and Hugging Face compute other angles",
@@ -143,9 +160,13 @@ ROWS = (
     Row(f"{ROPE}rope_type", "refused", "Phi-3 knows the default and longrope alone", ("phi3",),
         ("default", "longrope")),
     Row(f"{ROPE}long_factor", "told", LONGROPE, ("phi3",)),
-    Row(f"{ROPE}partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head", _all_but("phi3"),
-        (1,)),
-    Row(f"{ROPE}partial_rotary_factor", "handled", "both rotate so much of a head", ("phi3",)),
+    Row(f"{ROPE}partial_rotary_factor", "refused", "the Hugging Face model rotates all of a head",
+        _all_but(*_PARTLY_ROTATED), (1,)),
+    Row(f"{ROPE}partial_rotary_factor", "handled", "both rotate so much of a head", _PARTLY_ROTATED),
+    Row(f"{ROPE}mrope_section {ROPE}mrope_interleaved", "handled",
+        "a token of text has one position, three times; vLLM's hook for the stock class takes these keys out",
+        _QWEN3_5),
+    Row(f"{ROPE}mrope_section {ROPE}mrope_interleaved", "dropped", _VLLM_ONLY, _all_but(*_QWEN3_5)),
     Row(f"{ROPE}full_attention", "refused", "these models have one kind for all layers: vLLM would take the defaults",
         _all_but("gemma3_text")),
     Row(f"{ROPE}full_attention {ROPE}sliding_attention", "handled", "both sides read them", ("gemma3_text",)),
@@ -157,7 +178,7 @@ ROWS = (
     Row(f"{ROPE}beta_fast {ROPE}beta_slow {ROPE}mscale {ROPE}mscale_all_dim "
         f"{ROPE}truncate {ROPE}low_freq_factor {ROPE}high_freq_factor {ROPE}original_max_position_embeddings",
         "handled", "both compute the same, see the test of angles"),
-    Row(f"{ROPE}rope_dim {ROPE}mrope_section {ROPE}mrope_interleaved {ROPE}use_fope {ROPE}num_key_value_heads "
+    Row(f"{ROPE}rope_dim {ROPE}use_fope {ROPE}num_key_value_heads "
         f"{ROPE}num_inv_freq {ROPE}fope_sep_head {ROPE}fope_init_factor", "dropped", _VLLM_ONLY),
     Row(f"{ROPE}short_factor", "handled", "both compute the same, see the test of angles", ("phi3",)),
     Row(f"{ROPE}short_mscale {ROPE}long_mscale", "dropped", _VLLM_ONLY, ("phi3",)),

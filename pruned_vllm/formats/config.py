@@ -82,7 +82,7 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
         **{key: value for key, value in ours.items() if any(key in keys for keys in overrides.values())},
         "architectures": [geometry.family.pruned_architecture],
         "head_dim": geometry.head_dim,
-        "num_key_value_heads": geometry.dense_layers[0].num_key_value_heads,
+        "num_key_value_heads": max(layer.num_key_value_heads for layer in geometry.dense_layers),
         # Without it LlamaConfig raises AmbiguousGlobalPerLayerAttributeError while it validates itself.
         "allow_global_per_layer_attribute_access": True,
         "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
@@ -94,10 +94,11 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
 
     None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
     """
-    layer = geometry.layers[0]
     if geometry.family.fused:  # the stock code wants the fused tensors
         return None
-    if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
+    layer, *others = (layer for layer in geometry.layers if not layer.linear_attention)
+    same_heads = all(other.query_heads_per_kv_head == layer.query_heads_per_kv_head for other in others)
+    if not same_heads or not layer.has_even_groups:
         return None
     widths = _uniform_widths(geometry, config)
     if widths is None or any(layer.skip for layer in geometry.layers) or not stock_agrees(geometry.family, config):

@@ -26,6 +26,7 @@ def moved_bytes(
     kv_tokens: float,
     element_bytes: int,
     tensor_bytes: Mapping[str, int] | None = None,
+    moved_states: int = 0,
 ) -> float:
     """Bytes that a step moves: layers, of routed experts those that some token is sent to, final norm, lm_head, an
     embedding row a token, and the KV cache.
@@ -36,6 +37,7 @@ def moved_bytes(
         element_bytes: of a weight and of the cache; 2 for bfloat16.
         tensor_bytes: of every tensor of a quantized model, by name, in place of `element_bytes` a weight. lm_head and
             embeddings are not quantized.
+        moved_states: how often the states of linear attention, of a sequence in all layers, are read or written.
     """
     indices = range(len(geometry.layers))
     if tensor_bytes is None:
@@ -48,7 +50,8 @@ def moved_bytes(
     lm_head = geometry.vocab_size * geometry.hidden_size  # read whole where it is tied to the embeddings, too
     embedding_rows = tokens * geometry.hidden_size
     kv_cache = kv_tokens * geometry.kv_cache_bytes_per_token(element_bytes)
-    return layers - unread + (geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache
+    states = moved_states * geometry.state_bytes_per_sequence(element_bytes)
+    return layers - unread + (geometry.hidden_size + lm_head + embedding_rows) * element_bytes + kv_cache + states
 
 
 def layer_bytes(tensor_bytes: Mapping[str, int]) -> Counter[int]:
@@ -62,21 +65,24 @@ def layer_bytes(tensor_bytes: Mapping[str, int]) -> Counter[int]:
 
 def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) -> float:
     """Floating-point operations of a step for one sequence: 2 per token and weight, of routed experts those that the
-    token is sent to, causal attention, and lm_head for the last position only, which is all that vLLM computes.
+    token is sent to, causal attention, linear attention, and lm_head for the last position only, which is all that vLLM
+    computes.
 
     Args:
         tokens: of the sequence that the step computes; 1 in decode.
         attended_pairs: of a token and one that it attends to.
     """
-    heads, weights = 0, 0.0
+    heads, weights, states = 0, 0.0, 0
     for index, layer in enumerate(geometry.layers):
         shapes = geometry.layer_tensor_shapes(index).values()
         weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
         weights -= routed_weights(geometry, index) * (1 - chosen_share(geometry, index))
         heads += layer.num_attention_heads
+        if layer.linear_attention:
+            states += geometry.gated_delta_net.flops_per_token
     attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
     lm_head = 2 * geometry.vocab_size * geometry.hidden_size
-    return 2 * weights * tokens + attention + lm_head
+    return (2 * weights + states) * tokens + attention + lm_head
 
 
 def routed_weights(geometry: ModelGeometry, index: int) -> int:

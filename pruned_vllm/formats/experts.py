@@ -30,6 +30,9 @@ class ExpertsFormat:
             the config key that says so (absent means False).
         bias: whether the projections of routed experts have biases. That of the down projection stays where an
             expert has lost all of its channels.
+        may_be_fused: whether files of a dense model may hold all experts of a layer in two tensors,
+            `experts.gate_up_proj` [experts, 2 * channels, hidden_size], gate before up, and `experts.down_proj`
+            [experts, hidden_size, channels].
         activation: what a channel makes of its gate and up, by vLLM's names; kernels/ragged_moe_arguments.py has the
             formulas.
     """
@@ -45,6 +48,7 @@ class ExpertsFormat:
     shared_gate: str | None = None
     norm_topk_prob: bool | str = "norm_topk_prob"
     bias: bool = False
+    may_be_fused: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh", "swigluoai"] = "silu"
 
     @property

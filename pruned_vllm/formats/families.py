@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.experts import ExpertsFormat
+from pruned_vllm.formats.linear_attention import Projections
 
 PRUNED_PREFIX = "Pruned"  # PrunedLlamaForCausalLM: an architecture that a vLLM without the plugin refuses to load
 
@@ -30,6 +31,10 @@ class Family:
             (absent means False).
         qk_norm: q and k are RMS-normalised, each head by itself ("head": weights `q_norm`, `k_norm` of size [head_dim])
             or all heads of a token together ("all_heads": a weight for each row of the projection).
+        output_gate: whether q_proj has, head by head, as many rows again for a gate: its sigmoid multiplies the output
+            of that head before o_proj.
+        linear_attention: how layers with a gated delta net store it, in a family where only some layers have attention;
+            pruned_vllm/formats/linear_attention.py says which.
         attention_norms, mlp_norms: the norms of a sublayer, modules of the decoder layer. The first is before the
             sublayer, later ones normalise its output before that is added to the hidden states. A sublayer that is
             skipped has none of them.
@@ -55,6 +60,8 @@ class Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: Literal["head", "all_heads"] | None = None
+    output_gate: bool = False
+    linear_attention: Projections | None = None
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     norms_add_one: bool = False
@@ -85,6 +92,10 @@ class Family:
         inside = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm is not None else ()
         return (*self.attention_norms, *inside) if sublayer == "attention" else self.mlp_norms
 
+    def query_rows(self, head_dim: int) -> int:
+        """Rows of q_proj for each query head."""
+        return head_dim * (1 + self.output_gate)
+
     @property
     def can_lose_heads(self) -> bool:
         """Whether the other heads compute the same without a head: not if the norm of q and k takes all together."""
@@ -107,6 +118,16 @@ class Family:
 
 KV_HEADS_AS_HEADS = (("num_key_value_heads", "num_attention_heads"),)
 NORM_EPS_1E_5 = (("rms_norm_eps", 1e-5),)
+SHARED_EXPERT_512 = (("shared_expert_intermediate_size", 512),)
+# What Qwen3-Next and all after it have in common.
+QWEN3_NEXT: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "qk_norm": "head",
+    "output_gate": True,
+    "norms_add_one": True,
+    "default_head_dim": 256,
+}
 # What config.json calls the function; the first name is the one that vLLM knows.
 ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
@@ -219,6 +240,41 @@ FAMILIES: dict[str, Family] = {
                 ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
             ),
             defaults=(*KV_HEADS_AS_HEADS, *NORM_EPS_1E_5),
+        ),
+        Family(  # also Qwen3.6; inside of multimodal models
+            model_type="qwen3_5_text",
+            architecture="Qwen3_5ForCausalLM",
+            linear_attention="apart",
+            **QWEN3_NEXT,
+        ),
+        Family(
+            model_type="qwen3_5_moe_text",
+            architecture="Qwen3_5MoeForCausalLM",
+            linear_attention="apart",
+            **QWEN3_NEXT,
+            defaults=SHARED_EXPERT_512,
+            experts=ExpertsFormat(
+                count_keys=("num_experts",),
+                shared_module="mlp.shared_expert",
+                shared_width_key="shared_expert_intermediate_size",
+                shared_gate="mlp.shared_expert_gate",
+                norm_topk_prob=True,
+                may_be_fused=True,
+            ),
+        ),
+        Family(
+            model_type="qwen3_next",
+            architecture="Qwen3NextForCausalLM",
+            linear_attention="joined",
+            **QWEN3_NEXT,
+            defaults=(*SHARED_EXPERT_512, ("norm_topk_prob", True)),
+            experts=ExpertsFormat(
+                count_keys=("num_experts",),
+                layers="sparse_step",
+                shared_module="mlp.shared_expert",
+                shared_width_key="shared_expert_intermediate_size",
+                shared_gate="mlp.shared_expert_gate",
+            ),
         ),
         Family(
             model_type="ministral3",

@@ -26,6 +26,7 @@ from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, positive, sho
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, DenseExperts
 from pruned_vllm.formats.families import Family, find_family
 from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
+from pruned_vllm.formats.linear_attention import LinearAttention, linear_layers
 from pruned_vllm.formats.sizes import ModelSizes
 from pruned_vllm.formats.tensors import Shapes, layer_tensor_shapes
 
@@ -73,6 +74,9 @@ class ModelGeometry(ModelSizes):
         experts = None
         if family.experts is not None:
             experts = problems.checked("top level", DenseExperts.from_config, family.experts, sizes)
+        linear = None
+        if (stored := family.linear_attention) is not None:
+            linear = problems.checked("top level", LinearAttention.from_config, stored, sizes)
         dense_layers, layers = _Layers(family, experts, sizes, num_layers or 0, problems).read()
         tied = problems.checked("top level", flag, "tie_word_embeddings", sizes)
         names = ("qkv_bias", "o_bias", "mlp_bias")
@@ -89,6 +93,7 @@ class ModelGeometry(ModelSizes):
             vocab_size=vocab_size,
             tie_word_embeddings=tied,
             **biases,
+            linear_attention=linear,
             experts=experts,
             dense_layers=tuple(dense_layers),
             layers=tuple(layers),
@@ -139,6 +144,11 @@ class ModelGeometry(ModelSizes):
     def kv_cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token keeps in the cache; `element_bytes` is 2 for bfloat16."""
         return 2 * self.num_key_value_heads * self.head_dim * element_bytes
+
+    def state_bytes_per_sequence(self, element_bytes: int) -> int:
+        """Bytes that layers with linear attention keep of a sequence, however long it is."""
+        layers = sum(layer.linear_attention for layer in self.layers)
+        return layers * self.gated_delta_net.state_bytes(element_bytes) if layers else 0
 
 
 def skip_problems(family: Family, layers: Sequence[LayerGeometry], o_bias: bool, mlp_bias: bool) -> list[str]:
@@ -191,7 +201,9 @@ class _Layers:
     ) -> None:
         self._sizes, self._num_layers, self._problems = sizes, num_layers, problems
         self._width_key, self._experts = "", experts
-        self._with_experts: set[int] = set()
+        self._with_experts, self._linear = set[int](), set[int]()
+        if family.linear_attention is not None:
+            self._linear = problems.checked("top level", linear_layers, sizes, num_layers) or set()
         if family.experts is not None:
             self._width_key = family.experts.width_key
             found = problems.checked("top level", family.experts.layers_with_experts, sizes, num_layers)
@@ -234,23 +246,24 @@ class _Layers:
         return overrides
 
     def _layer(self, where: str, index: int, overrides: Mapping[str, Any]) -> LayerGeometry | None:
-        keys = {*ATTENTION_KEYS, "intermediate_size"}
-        arguments: tuple[Any, ...] = ()
+        attention_keys = ("skip",) if index in self._linear else ATTENTION_KEYS
+        keys = {*attention_keys, "intermediate_size"}
+        num_experts = 0
         if index in self._with_experts:
             if self._experts is None:  # reported already
                 return None
-            keys = {*ATTENTION_KEYS, self._width_key, NUM_EXPERTS, "expert_intermediate_sizes", CONSTANT_EXPERTS}
+            keys = {*attention_keys, self._width_key, NUM_EXPERTS, "expert_intermediate_sizes", CONSTANT_EXPERTS}
             num_experts = self._problems.checked(where, self._experts.num_experts_of, overrides)
             if num_experts is None:
                 return None
-            arguments = (num_experts, self._width_key)
         if unknown := set(overrides) - keys:
             self._problems.add(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(keys)}")
             return None
         if self._units > LARGEST_UNITS:
             self._problems.add(f"top level: the layers have more than {LARGEST_UNITS:,} heads and experts together")
             return None
-        layer = self._problems.checked(where, LayerGeometry.from_sizes, {**self._sizes, **overrides}, *arguments)
+        arguments = ({**self._sizes, **overrides}, num_experts, self._width_key, index in self._linear)
+        layer = self._problems.checked(where, LayerGeometry.from_sizes, *arguments)
         if layer is not None:
             self._units += layer.num_key_value_heads + len(layer.expert_intermediate_sizes)
         return layer

@@ -15,7 +15,7 @@ from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors, read_header
-from pruned_vllm.formats.wrappers import OTHER_TOWERS
+from pruned_vllm.formats.wrappers import DRAFT, OTHER_TOWERS
 
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
 
@@ -62,7 +62,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of the weights of a model directory, by the name that `ModelGeometry.tensor_shapes` gives it.
 
-    Fused ones stay as they are stored; of a multimodal model the other towers are left out.
+    Fused ones stay as they are stored. Left out are the other towers of a multimodal model, and layers that draft.
 
     Raises:
         InputError: what `find_weight_files` refuses; or with all problems of the index and of the files.
@@ -77,7 +77,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
             problems.append(str(error))
             continue
         for key, tensor in found.items():
-            if key.startswith(OTHER_TOWERS):
+            if key.startswith((*OTHER_TOWERS, DRAFT)):
                 continue
             name = canonical_name(key)
             if name in tensors:
@@ -89,12 +89,17 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
             f"{key}: the index says it is in {file}, but it is not"
             for key, file in weight_map.items()
             if directory / file in files
-            and not key.startswith(OTHER_TOWERS)
+            and not key.startswith((*OTHER_TOWERS, DRAFT))
             and getattr(tensors.get(canonical_name(key)), "file", None) != directory / file
         ]
     if problems:
         raise InputError(f"The weights in {directory} cannot be read:", problems)
     return tensors
+
+
+def has_draft_layers(directory: Path) -> bool:
+    """Whether the weights of a model directory are those of layers that draft tokens, too. Raises InputError."""
+    return any(key.startswith(DRAFT) for file in find_weight_files(directory) for key in checked_tensors(file))
 
 
 def checked_tensors(file: Path) -> dict[str, StoredTensor]:
@@ -121,8 +126,8 @@ def dense_problems(tensors: Mapping[str, StoredTensor], dense: ModelGeometry) ->
     """What keeps these tensors from being a dense model of this geometry whose weights masks can be folded into."""
     if fused := sorted(name for name in tensors if _FUSED_EXPERTS.search(name)):
         return [
-            f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor; the format has one for "
-            "each expert, as every published checkpoint: load the model with Transformers 5 and save_pretrained it"
+            f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor; published checkpoints of "
+            "this family have one for each expert: load the model with Transformers 5 and save_pretrained it"
         ]
     if problems := count_problems(tensors, dense):
         return problems

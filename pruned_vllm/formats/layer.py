@@ -15,19 +15,21 @@ class LayerGeometry:
     """One decoder layer.
 
     Attributes:
-        query_heads_per_kv_head: for each KV head, how many query heads read it; () when attention is skipped.
+        query_heads_per_kv_head: for each KV head, how many query heads read it; () where attention is gone or linear.
         intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
         expert_intermediate_sizes: FFN channels of each routed expert that the layer has; () for a layer with a dense
             MLP or none. 0 is an expert that outputs zeros; the router still sees it. A layer whose experts are all 0
             skips nothing.
         constant_experts: those among the experts without channels that output a constant, the bias of their down
             projection, in ascending order (MoNE, arXiv 2507.00390).
+        linear_attention: whether it has a gated delta net in place of attention, which pruning leaves as it is.
     """
 
     query_heads_per_kv_head: tuple[int, ...]
     intermediate_size: int
     expert_intermediate_sizes: tuple[int, ...] = ()
     constant_experts: tuple[int, ...] = ()
+    linear_attention: bool = False
 
     @property
     def num_attention_heads(self) -> int:
@@ -69,25 +71,30 @@ class LayerGeometry:
     def skip(self) -> list[str]:
         """The sublayers that are gone, in the words of `per_layer_config`."""
         has_mlp = self.intermediate_size or self.expert_intermediate_sizes
-        return ["attention"] * (not self.query_heads_per_kv_head) + ["mlp"] * (not has_mlp)
+        has_attention = self.query_heads_per_kv_head or self.linear_attention
+        return ["attention"] * (not has_attention) + ["mlp"] * (not has_mlp)
 
     @classmethod
-    def from_sizes(cls, sizes: Mapping[str, Any], num_experts: int = 0, width_key: str = "") -> "LayerGeometry":
+    def from_sizes(
+        cls, sizes: Mapping[str, Any], num_experts: int = 0, width_key: str = "", linear_attention: bool = False
+    ) -> "LayerGeometry":
         """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
 
         Args:
             num_experts: that the layer has; 0 for a layer with a dense MLP.
             width_key: the family's key for the width of all experts.
+            linear_attention: whether it has such in place of attention.
         """
         skip = sizes.get("skip") or []
-        known = ("attention",) if num_experts else ("attention", "mlp")
+        known = ["attention"] * (not linear_attention) + ["mlp"] * (not num_experts)
         if not set(skip) <= set(known):
-            kind = "a layer with experts" if num_experts else "it"
-            raise ValueError(f"skip is {skip}; {kind} may name {' and '.join(map(repr, known))}")
+            kinds = ["linear attention"] * linear_attention + ["experts"] * (num_experts > 0)
+            kind = f"a layer with {' and '.join(kinds)}" if kinds else "it"
+            raise ValueError(f"skip is {skip}; {kind} may name {' and '.join(map(repr, known)) or 'nothing'}")
         counts = ("num_attention_heads", "num_key_value_heads")
         heads, kv_heads = (positive(sizes, key, most=LARGEST_COUNT) for key in counts)
         groups = sizes.get("query_heads_per_kv_head")
-        if "attention" in skip:
+        if "attention" in skip or linear_attention:
             groups = ()
         elif groups is None:
             if heads % kv_heads:
@@ -116,9 +123,9 @@ class LayerGeometry:
                     f"{CONSTANT_EXPERTS} is {shown(list(constants))}; it must name experts without channels, in "
                     f"ascending order, and those are {shown(empty)}"
                 )
-            return cls(tuple(groups), 0, widths, constants)
+            return cls(tuple(groups), 0, widths, constants, linear_attention)
         width = positive(sizes, "intermediate_size")
-        return cls(tuple(groups), 0 if "mlp" in skip else width)
+        return cls(tuple(groups), 0 if "mlp" in skip else width, linear_attention=linear_attention)
 
     def to_overrides(self, dense: "LayerGeometry", width_key: str = "") -> dict[str, Any]:
         """The flat keys in which this layer differs from the dense one; empty when it does not."""

@@ -16,7 +16,7 @@ from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 
 MASKS_FILE = "pruning_masks.safetensors"
-HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]
+HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]; no layers with linear attention
 CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"  # [intermediate_size]; only layers with a dense MLP
 EXPERT_MASK = "model.layers.{}.mlp.experts.channel_mask"  # [num_experts, moe_intermediate_size], whatever the family
 MASK_KEYS = {"head": HEAD_MASK, "channel": CHANNEL_MASK, "expert": EXPERT_MASK}
@@ -49,7 +49,8 @@ def mask_shapes(dense: ModelGeometry) -> dict[str, tuple[int, ...]]:
     """The keys that a mask file for this dense model may have, in the order of the layers, with their shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index, layer in enumerate(dense.layers):
-        shapes[HEAD_MASK.format(index)] = (layer.num_attention_heads,)
+        if not layer.linear_attention:
+            shapes[HEAD_MASK.format(index)] = (layer.num_attention_heads,)
         if layer.expert_intermediate_sizes:
             shapes[EXPERT_MASK.format(index)] = (len(layer.expert_intermediate_sizes), layer.expert_width)
         else:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pruned_vllm.formats.experts import DenseExperts
 from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.linear_attention import LinearAttention
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class ModelSizes:
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        linear_attention: of the layers that have one in place of attention; None in a model without such layers.
         experts: what the layers with experts have in common before pruning; None in a model without such layers.
     """
 
@@ -23,7 +25,15 @@ class ModelSizes:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    linear_attention: LinearAttention | None
     experts: DenseExperts | None
+
+    @property
+    def gated_delta_net(self) -> LinearAttention:
+        """`linear_attention`, for code about layers that have one. Raises ValueError in a model without such layers."""
+        if self.linear_attention is None:
+            raise ValueError(f"this {self.family.architecture} has no linear attention")
+        return self.linear_attention
 
     @property
     def dense_experts(self) -> DenseExperts:

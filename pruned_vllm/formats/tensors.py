@@ -16,7 +16,10 @@ def layer_tensor_shapes(model: ModelSizes, layer: LayerGeometry, index: int) -> 
     experts have biases, that of its down projection stays, too, and is what the token gets; so does the constant of an
     expert that has one, under the same name.
     """
-    attention = _attention_shapes(model, layer)
+    if layer.linear_attention:
+        attention = model.gated_delta_net.tensor_shapes(model.hidden_size)
+    else:
+        attention = _attention_shapes(model, layer)
     mlp = _experts_shapes(model, layer) if layer.expert_intermediate_sizes else _mlp_shapes(model, layer)
     if "attention" not in layer.skip:
         attention = _with_norms(model.family.attention_norms, attention, model.hidden_size)
@@ -55,7 +58,8 @@ def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
         return {"self_attn.o_proj.bias": (hidden,)} if model.o_bias else {}
     q = layer.num_attention_heads * model.head_dim
     kv = layer.num_key_value_heads * model.head_dim
-    shapes = _linear("self_attn.q_proj", q, hidden, model.qkv_bias)
+    query_rows = layer.num_attention_heads * model.family.query_rows(model.head_dim)
+    shapes = _linear("self_attn.q_proj", query_rows, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.k_proj", kv, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.v_proj", kv, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.o_proj", hidden, q, model.o_bias)

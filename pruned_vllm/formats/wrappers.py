@@ -21,10 +21,14 @@ TEXT_PREFIXES = {
     "language_model.lm_head.": "lm_head.",
 }
 OTHER_TOWERS = tuple(
-    f"{model}{part}" for model in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.")
+    f"{model}{part}" for model in ("", "model.") for part in ("vision_tower.", "multi_modal_projector.", "visual.")
 )
+DRAFT = "mtp."  # prefix of layers that draft tokens ahead (multi-token prediction), beside those of the model
 # Keys that may be at the top level, for both parts of the model.
-_SHARED_KEYS = ("dtype", "torch_dtype", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id")
+_SHARED_KEYS = (
+    *("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Wrapper:
 
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", "gemma3_text"),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral"),
 }
 

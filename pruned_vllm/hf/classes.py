@@ -54,9 +54,9 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
             continue
         if name == family.pruned_architecture:
             return pruned_class(family)
-        inner_name = family.architecture.replace("ForCausalLM", "Model")
-        if name == PRUNED_PREFIX + inner_name:
-            return _inner_class(getattr(transformers, inner_name))
+        for inner_name in (family.architecture.replace("ForCausalLM", suffix) for suffix in ("Model", "TextModel")):
+            if name == PRUNED_PREFIX + inner_name and hasattr(transformers, inner_name):
+                return _inner_class(getattr(transformers, inner_name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -22,10 +22,12 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
     """A stock decoder layer at the size of layer `index`."""
     layer: Any = layer_class(_layer_config(config, geometry, index), index)
     # A layer's config is a copy. At run time attention looks up the implementation, which the user may change.
-    layer.self_attn.config = layer.mlp.config = config
+    has_linear_attention = geometry.layers[index].linear_attention
+    for sublayer in (layer.mlp,) if has_linear_attention else (layer.mlp, layer.self_attn):
+        sublayer.config = config
     groups = geometry.layers[index].query_heads_per_kv_head
     _unfuse(layer, config, geometry, index)
-    if not groups:
+    if not groups and not has_linear_attention:
         _remove_norms(layer, geometry.family.attention_norms)
         layer.self_attn = _SkippedAttention(index, geometry.hidden_size, geometry.o_bias)
     elif not geometry.layers[index].has_even_groups:

@@ -29,7 +29,7 @@ def fit_projections(
         attention.qkv_proj = QKVParallelLinear(
             qkv_proj.hidden_size,
             attention.head_dim,
-            total_num_heads,
+            total_num_heads * (1 + geometry.family.output_gate),
             attention.total_num_kv_heads,
             bias=geometry.qkv_bias,
             quant_config=vllm_config.quant_config,

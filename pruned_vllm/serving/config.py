@@ -11,6 +11,7 @@ from pruned_vllm.formats.families import Family
 from pruned_vllm.serving.cpu_kernels import check_kernels
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import check_options
+from pruned_vllm.serving.stock_architectures import stock_hook
 from pruned_vllm.serving.tensor_check import check_directory
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
@@ -27,7 +28,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
         vLLM calls this with the whole configuration: of the target at the start, of a draft model in each worker.
 
         vLLM wants a head count that tensor parallelism divides, takes the largest layer's for it, and sizes some
-        buffers by it; what runs is the padded layout.
+        buffers by it; what runs is the padded layout. What vLLM does for the stock class is done before.
 
         Raises:
             InputError: weights that other readers of the directory would find elsewhere, or tensors that do not fit
@@ -35,6 +36,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 than to Hugging Face's model; options that this model cannot honour, tensor parallelism among them.
         """
         layout = model_layout(vllm_config)
+        stock_hook(layout.geometry.family.architecture).verify_and_update_config(vllm_config)
         check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
         check_options(vllm_config, layout)
         _check_tensor_parallelism(vllm_config, layout)
@@ -83,6 +85,13 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
             f"--tensor-parallel-size {ranks} is more than the {most_heads} query heads of the largest layer of "
             f"{vllm_config.model_config.model}: at least one rank would hold zeros alone in all of them; use at most "
             f"{most_heads}"
+        )
+    linear = geometry.linear_attention
+    if linear is not None and not linear.is_shared_by(ranks):
+        raise InputError(
+            f"--tensor-parallel-size {ranks} does not divide the {linear.num_key_heads} key heads and "
+            f"{linear.num_value_heads} value heads of linear attention, which are neither pruned nor padded; choose "
+            "one that does"
         )
     if not geometry.family.can_lose_heads and not all(layer.shares_heads_evenly(ranks) for layer in geometry.layers):
         raise InputError(

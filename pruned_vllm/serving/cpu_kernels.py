@@ -86,7 +86,8 @@ def _linear_layers(layout: ModelLayout, names: frozenset[str]) -> Iterator[tuple
         found: dict[str, tuple[int, int]] = {}
         if layer.num_key_value_heads:
             heads = sizes.query_heads
-            found["self_attn.qkv_proj"] = (hidden, (heads + 2 * sizes.kv_heads) * head_dim)
+            query_rows = heads * geometry.family.query_rows(head_dim)
+            found["self_attn.qkv_proj"] = (hidden, query_rows + 2 * sizes.kv_heads * head_dim)
             found["self_attn.o_proj"] = (heads * head_dim, hidden)
         if sizes.channels:
             found["mlp.gate_up_proj"], found["mlp.down_proj"] = (hidden, 2 * sizes.channels), (sizes.channels, hidden)

@@ -42,7 +42,7 @@ def build_layer(vllm_config: VllmConfig, model_layout: ModelLayout, stock_layer:
     if "attention" in sizes.skip:
         removed = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
         remove_sublayer(layer, ATTENTION, geometry.family.attention_norms, removed)
-    else:
+    elif not sizes.linear_attention:
         fit_projections(layer.self_attn, geometry, layout, vllm_config, f"{prefix}.{ATTENTION}")
     if sizes.expert_intermediate_sizes:
         layer.mlp = MoEBlock(vllm_config, model_layout, index, f"{prefix}.{MLP}")
@@ -58,13 +58,14 @@ def _arguments(vllm_config: VllmConfig, stock_layer: StockLayer, prefix: str) ->
     """What a stock layer wants to be built with, by the names that vLLM gives it."""
     config = vllm_config.model_config.hf_config
     layer_types = getattr(config, "layer_types", None)
-    is_sliding = layer_types is not None and layer_types[extract_layer_index(prefix)] == "sliding_attention"
+    layer_type = None if layer_types is None else layer_types[extract_layer_index(prefix)]
     arguments = {
         "vllm_config": vllm_config,
         "config": config,
         "cache_config": vllm_config.cache_config,
         "quant_config": vllm_config.quant_config,
-        "per_layer_sliding_window": config.sliding_window if is_sliding else None,
+        "layer_type": layer_type,
+        "per_layer_sliding_window": config.sliding_window if layer_type == "sliding_attention" else None,
         "prefix": prefix,
     }
     return {name: arguments[name] for name in inspect.signature(stock_layer).parameters if name in arguments}

@@ -43,7 +43,7 @@ def layout_changes(layout: ModelLayout) -> dict[str, Change]:
         key = (layer, layout.layers[number], layout.shared_channels[number])
         if key not in known:
             known[key] = [
-                *_layer_movements(layer, layout.layers[number], geometry.head_dim),
+                *_layer_movements(geometry, layer, layout.layers[number]),
                 *_shared_experts_movements(geometry, layout.shared_channels[number], layout.ranks),
             ]
         for name, dim, index in known[key]:
@@ -79,11 +79,11 @@ def _parted_inputs(layout: ModelLayout, number: int) -> Iterator[str]:
             yield f"{module}: each rank would hold {inputs} inputs, but {unit} are stored together"
 
 
-def _layer_movements(layer: LayerGeometry, layout: LayerLayout, head_dim: int) -> Iterator[Movement]:
+def _layer_movements(geometry: ModelGeometry, layer: LayerGeometry, layout: LayerLayout) -> Iterator[Movement]:
+    head_dim = geometry.head_dim
     if layout.query_index != list(range(layer.num_attention_heads)):
-        query_rows = head_rows(layout.query_index, head_dim)
-        yield "self_attn.q_proj", OUTPUTS, query_rows
-        yield "self_attn.o_proj", INPUTS, query_rows
+        yield "self_attn.q_proj", OUTPUTS, head_rows(layout.query_index, geometry.family.query_rows(head_dim))
+        yield "self_attn.o_proj", INPUTS, head_rows(layout.query_index, head_dim)
     if layout.kv_replicas == 1 and layout.kv_index != list(range(layer.num_key_value_heads)):
         kv_rows = head_rows(layout.kv_index, head_dim)
         yield "self_attn.k_proj", OUTPUTS, kv_rows

@@ -5,6 +5,8 @@ is around the layers (`base.py`): vLLM's Llama where it computes what the family
 vLLM work with it than with any other. The stock layer is built at each layer's own sizes (`layer.py`).
 """
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,7 @@ from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.olmoe import OlmoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
-from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.families import FAMILIES, Family
 from pruned_vllm.serving.base import PrunedForCausalLM
 from pruned_vllm.serving.layer import StockLayer
 
@@ -51,9 +53,31 @@ SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "deepseek": (LlamaForCausalLM, LlamaDecoderLayer),
 }
 
-for _model_type, _family in FAMILIES.items():
-    _stock_model, _stock_layer = SERVED[_model_type]
-    _members = {"stock_layer": staticmethod(_stock_layer), "__module__": __name__}
-    globals()[_family.pruned_architecture] = type(
-        _family.pruned_architecture, (PrunedForCausalLM, _stock_model), _members
-    )
+# Modules that have rows of their own, imported when one is asked for: the kernels that they import are for few models,
+# and where one cannot be imported no other family may suffer.
+SERVED_ELSEWHERE = dict.fromkeys(
+    ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "pruned_vllm.serving.gated_delta_net"
+)
+
+
+def served(model_type: str) -> tuple[type[nn.Module], StockLayer]:
+    """The row of a family."""
+    if model_type in SERVED:
+        return SERVED[model_type]
+    row: tuple[type[nn.Module], StockLayer] = import_module(SERVED_ELSEWHERE[model_type]).SERVED[model_type]
+    return row
+
+
+@cache
+def _served_class(family: Family) -> type[nn.Module]:
+    stock_model, stock_layer = served(family.model_type)
+    members = {"stock_layer": staticmethod(stock_layer), "__module__": __name__}
+    return type(family.pruned_architecture, (PrunedForCausalLM, stock_model), members)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """The class of an architecture, as vLLM asks for it; AttributeError for other names."""
+    for family in FAMILIES.values():
+        if name == family.pruned_architecture:
+            return _served_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

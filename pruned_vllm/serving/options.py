@@ -108,7 +108,7 @@ def _stages_without_attention(vllm_config: "VllmConfig", geometry: ModelGeometry
     return [
         (stage, start, end)
         for stage, start, end in found
-        if not any(layer.num_key_value_heads for layer in geometry.layers[start:end])
+        if not any(layer.num_key_value_heads or layer.linear_attention for layer in geometry.layers[start:end])
     ]
 
 

@@ -42,7 +42,7 @@ def masked_checkpoint(directory, model_type: str, name: str, **config):
     widths, counts = PATTERNS[name]
     skipped = 1 if model_type == "deepseek" else 0  # its first layer has no experts
     masks = expert_masks(model, widths[skipped:])
-    masks |= masks_for(HEADS, []) if model_type != "olmoe" and name == "other numbers" else {}
+    masks |= masks_for(HEADS, [], model) if model_type != "olmoe" and name == "other numbers" else {}
     write_masked(directory, model, masks)
     return model, masks, counts[skipped:]
 

@@ -57,7 +57,7 @@ def zero_padded(out: Path, dense: Path, padded: Path):
 def test_experts_compute_what_the_masked_ones_compute(tmp_path, model_type, site):
     model = tiny_model(model_type, 6, 3, WIDTH)
     masks = expert_masks(model, RAGGED)
-    masks |= {HEAD_MASK.format(1): torch.tensor([1, -2, 0.5, 3, 0.1, 1])}  # none is removed
+    masks |= {HEAD_MASK.format(2): torch.tensor([1, -2, 0.5, 3, 0.1, 1])}  # none is removed
     out = converted(tmp_path, model, masks, site)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == [FAMILIES[model_type].pruned_architecture]

@@ -19,7 +19,7 @@ from converter.verify import check_conversion
 from learner.model.masking import apply_masks
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import FAMILIES
-from pruned_vllm.formats.masked import HEAD_MASK, layer_masks
+from pruned_vllm.formats.masked import layer_masks
 
 LENGTHS = (1, 5, 17)
 TOKENS = torch.randint(256, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_the_reference_is_the_stock_model_with_hooks(tmp_path, name, site):
         masks = expert_masks(model, [[17, 0, 24, 5]] * 3, [21] * 3)
     else:
         masks = masks_for([], [torch.linspace(-1, 3, 40), torch.arange(40) % 3, torch.zeros(40)])
-    masks |= {HEAD_MASK.format(index): torch.tensor(values) for index, values in enumerate(SOFT_HEADS)}
+    masks |= masks_for(SOFT_HEADS, [], model)
     plan = make_plan(write_masked(tmp_path / "ckpt", model, {}))
     found = log_probabilities(reference(plan, masks, channel_mask_site=site))
     with apply_masks(model, masks, site):

@@ -165,6 +165,7 @@ def test_config_round_trip(its_layers, model_type):
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
         "head_dim": 16,
+        "full_attention_interval": 1,  # tests of linear attention are elsewhere
     }
     before = ModelGeometry.from_config(config).with_layers(tuple(its_layers))
     written = converted_config(before, config)

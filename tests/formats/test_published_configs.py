@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
@@ -181,6 +182,109 @@ MISTRAL_SMALL = MINISTRAL_3B | {  # mistralai/Mistral-Small-3.1-24B-Instruct-250
         "vocab_size": 512,
     },
 }
+LINEAR = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 16,
+}
+QWEN3_5_4B = {  # like Qwen/Qwen3.5-4B
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "dtype": "bfloat16",
+    "image_token_id": 500,
+    "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_output_gate": True,
+        "eos_token_id": 501,
+        "full_attention_interval": 4,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 160,
+        "initializer_range": 0.02,
+        "intermediate_size": 96,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        **LINEAR,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "use_cache": True,
+        "vocab_size": 512,
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 502,
+    "vision_config": {"depth": 2, "hidden_size": 64, "model_type": "qwen3_5", "num_heads": 4},
+    "vision_start_token_id": 503,
+}
+MOE = {
+    "moe_intermediate_size": 96,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 80,
+}
+QWEN3_5_35B = QWEN3_5_4B | {  # like Qwen/Qwen3.5-35B-A3B
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        **{key: value for key, value in QWEN3_5_4B["text_config"].items() if key != "intermediate_size"},
+        **MOE,
+        "model_type": "qwen3_5_moe_text",
+        "tie_word_embeddings": False,
+    },
+    "tie_word_embeddings": False,
+}
+QWEN3_NEXT = {  # Qwen/Qwen3-Next-80B-A3B-Instruct, which has no layer_types
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "full_attention_interval": 4,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 160,
+    "initializer_range": 0.02,
+    "intermediate_size": 112,
+    **LINEAR,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    **MOE,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 512,
+}
 # config.json, architecture, groups of a layer, head_dim, whether lm_head is the embedding, what the user is told
 PUBLISHED = {
     "gemma-3-1b-it": (GEMMA_1B, "Gemma3ForCausalLM", (4,), 32, True, ""),
@@ -188,6 +292,9 @@ PUBLISHED = {
     "Phi-3-mini-4k-instruct": (PHI_3, "Phi3ForCausalLM", (1, 1, 1, 1), 32, False, ""),
     "phi-4": (PHI_4, "Phi3ForCausalLM", (2, 2), 32, False, ""),
     "Phi-4-mini-instruct": (PHI_4_MINI, "Phi3ForCausalLM", (2, 2), 32, True, "long_factor"),
+    "Qwen3.5-4B": (QWEN3_5_4B, "Qwen3_5ForCausalLM", (2, 2), 32, True, ""),
+    "Qwen3.5-35B-A3B": (QWEN3_5_35B, "Qwen3_5MoeForCausalLM", (2, 2), 32, False, ""),
+    "Qwen3-Next-80B-A3B-Instruct": (QWEN3_NEXT, "Qwen3NextForCausalLM", (2, 2), 32, False, ""),
     "Ministral-3-3B-Base-2512": (MINISTRAL_3B, "Ministral3ForCausalLM", (2, 2), 32, True, ""),
     "Mistral-Small-3.1-24B-Instruct-2503": (MISTRAL_SMALL, "MistralForCausalLM", (2, 2), 32, False, ""),
 }
@@ -203,9 +310,13 @@ def test_published_configs_are_read(tmp_path, name):
     config, architecture, groups, head_dim, tied, sentence = PUBLISHED[name]
     text = read(tmp_path, config)
     geometry = ModelGeometry.from_config(text)
-    family, layer = geometry.family, geometry.layers[0]
+    family, experts = geometry.family, geometry.experts
     assert family.architecture == architecture and geometry.is_dense
-    assert layer == LayerGeometry(groups, 96) and geometry.head_dim == head_dim
+    widths = (96,) if experts is None else (0, (96,) * experts.num_experts)
+    linear = [] if family.linear_attention is None else [LayerGeometry((), *widths, linear_attention=True)] * 3
+    full = LayerGeometry(groups, *widths)
+    assert geometry.layers[:4] == ((*linear, full) if linear else (full,) * len(geometry.layers[:4]))
+    assert geometry.head_dim == head_dim
     assert geometry.tie_word_embeddings == tied
     assert not refusals(family, text) and [line for line in told(family, text) if sentence not in line] == []
     assert len(told(family, text)) == bool(sentence)
@@ -217,7 +328,11 @@ def test_what_is_written_of_them_is_a_model_of_text_alone(tmp_path, name):
     config, architecture, *_ = PUBLISHED[name]
     text = read(tmp_path, config)
     geometry = ModelGeometry.from_config(text)
-    pruned = geometry.with_layers((LayerGeometry((1, 1), 17), *geometry.layers[1:]))
+    heads = geometry.layers[3 if geometry.linear_attention else 0]
+    widths = {"expert_intermediate_sizes": (3, 0, 96, 1)} if geometry.experts else {"intermediate_size": 17}
+    changed = replace(heads, query_heads_per_kv_head=(1, 2), **widths)
+    layers = tuple(changed if layer is heads else layer for layer in geometry.layers)
+    pruned = geometry.with_layers(layers)
     written = converted_config(pruned, text)
     assert written["architectures"] == [f"Pruned{architecture}"] and "text_config" not in written
     assert ModelGeometry.from_config(written) == pruned

@@ -21,7 +21,7 @@ def restrict_to_experts_with_channels(model: PreTrainedModel, masks: dict[str, t
 
 
 def _restricted(config, dropped: torch.Tensor):
-    renormalise = config.model_type == "mixtral" or config.norm_topk_prob
+    renormalise = config.model_type in ("mixtral", "qwen3_5_moe_text") or config.norm_topk_prob
 
     def route(gate: nn.Module, args: tuple[torch.Tensor], output: tuple) -> tuple:
         logits = F.linear(args[0], gate.weight).masked_fill(dropped, -torch.inf)

@@ -26,10 +26,21 @@ NUM_LAYERS = 3
 VOCAB_SIZE = 256
 NUM_EXPERTS = 4
 _EXPERTS = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+_SHARED = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 20}
+# Layers with linear attention, of sizes that vLLM's CPU kernels take.
+LINEAR = {
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5},
+}
+MROPE = {"rope_parameters": {**LINEAR["rope_parameters"], "mrope_section": [3, 3, 2], "mrope_interleaved": True}}
 MOE_CONFIGS = {
     "mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
     "olmoe": _EXPERTS,
-    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
+    "qwen2_moe": {**_EXPERTS, **_SHARED},
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True},
     "deepseek": {
         "n_routed_experts": NUM_EXPERTS,
@@ -38,6 +49,8 @@ MOE_CONFIGS = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
     },
+    "qwen3_next": {**_EXPERTS, **_SHARED, **LINEAR},
+    "qwen3_5_moe_text": {**_EXPERTS, **_SHARED, **LINEAR, **MROPE},
 }
 # Families whose config class has other defaults than a tiny model can have, or whose positions are to be seen in it.
 DENSE_CONFIGS = {
@@ -51,6 +64,7 @@ DENSE_CONFIGS = {
         },
     },
     "phi3": {},
+    "qwen3_5_text": LINEAR | MROPE,
     "ministral3": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -101,8 +115,12 @@ def tiny_model(
     offset = 1 if FAMILIES[model_type].norms_add_one else 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith("linear_attn.norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5).sub_(offset)
+            elif name.endswith(("A_log", "dt_bias")):  # what is forgotten from token to token: little to most
+                parameter.uniform_(-2, 1)
             else:
                 parameter.normal_(std=0.15)
     return model.eval().requires_grad_(False)
@@ -136,9 +154,19 @@ def write_masked(
     return directory
 
 
-def masks_for(heads: list[list[float]], channels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Mask tensors under their keys from values by layer."""
-    masks = {HEAD_MASK.format(i): torch.tensor(values, dtype=torch.float32) for i, values in enumerate(heads)}
+def masks_for(
+    heads: list[list[float]], channels: list[torch.Tensor], model: PreTrainedModel | None = None
+) -> dict[str, torch.Tensor]:
+    """Mask tensors under their keys from values by layer.
+
+    Args:
+        model: whose layers with linear attention get no mask of heads.
+    """
+    masks = {
+        HEAD_MASK.format(i): torch.tensor(values, dtype=torch.float32)
+        for i, values in enumerate(heads)
+        if model is None or hasattr(model.model.layers[i], "self_attn")
+    }
     return masks | {CHANNEL_MASK.format(i): values.float() for i, values in enumerate(channels)}
 
 

@@ -28,6 +28,9 @@ CASES = {
     "qwen2_moe": ("qwen2_moe", HEADS, [], {}),
     "qwen2_moe, mixed": ("qwen2_moe", [], [11], MIXED),
     "qwen3_moe": ("qwen3_moe", HEADS, [], {"attention_bias": True}),
+    "qwen3_next": ("qwen3_next", HEADS, [], {}),
+    "qwen3_next, mixed": ("qwen3_next", HEADS, [11], MIXED),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", HEADS, [], {"attention_bias": True}),
     "qwen3_moe, mixed": ("qwen3_moe", HEADS, [11], MIXED),
     "qwen3_moe, mixed, no mlp in layer 1": ("qwen3_moe", [], [0], MIXED),
 }
@@ -37,7 +40,7 @@ def convert(tmp_path: Path, name: str, site: str = "product"):
     model_type, heads, dense_widths, config = CASES[name]
     width = 40 if config == MIXED else WIDTH
     model = tiny_model(model_type, 6, 3, width, **config)
-    masks = expert_masks(model, RAGGED, dense_widths) | masks_for(heads, [])
+    masks = expert_masks(model, RAGGED, dense_widths) | masks_for(heads, [], model)
     return model, masks, converted(tmp_path, model, masks, site)
 
 

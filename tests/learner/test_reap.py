@@ -43,7 +43,7 @@ def test_scores(model_type):
     for index, layer in enumerate(layers):
         logits = seen[index] @ layer.mlp.gate.weight.T
         weights, chosen = logits.softmax(-1).topk(2)
-        if model_type in ("mixtral", "qwen3_moe"):
+        if model_type in ("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"):
             weights = weights / weights.sum(-1, keepdim=True)
         for expert in range(NUM_EXPERTS):
             gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)

@@ -77,7 +77,8 @@ def test_a_tied_unit_is_a_kv_head_with_its_query_heads():
 
 @pytest.mark.parametrize("model_type", HF_MOE)
 def test_channels_of_experts_are_units(model_type):
-    config = {"mlp_only_layers": [1]} if model_type.startswith("qwen") else {}
+    has_dense_layers = model_type.startswith("qwen") and model_type != "qwen3_5_moe_text"
+    config = {"mlp_only_layers": [1]} if has_dense_layers else {}
     model = tiny_model(model_type, 6, 3, 24, **config)
     units = Units.from_geometry(geometry_of(model))
     heads = {} if model_type == "olmoe" else {"head": 6}  # OLMoE cannot lose heads

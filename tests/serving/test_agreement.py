@@ -8,7 +8,16 @@ import torch
 import transformers
 from helpers.masked import convert_pruned, edit_json
 from helpers.serving import engine
-from helpers.tiny import DENSE_CONFIGS, HEAD_DIM, MOE_CONFIGS, converted, expert_masks, tiny_model, write_masked
+from helpers.tiny import (
+    DENSE_CONFIGS,
+    HEAD_DIM,
+    LINEAR,
+    MOE_CONFIGS,
+    converted,
+    expert_masks,
+    tiny_model,
+    write_masked,
+)
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -72,6 +81,8 @@ DROPPED = {
 NOT_STOCK = {
     "windows in some layers": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}),
     "windows in the last layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "biases of full attention": ("qwen3_5_text", {"attention_bias": True}),
+    "an lm_head that is the embedding": ("qwen3_next", {"tie_word_embeddings": True}),
     "no biases": ("qwen2_moe", {"qkv_bias": False}),
     "norms": ("olmoe", {"rms_norm_eps": 1e-3}),
     "router": ("olmoe", {"norm_topk_prob": True}),
@@ -80,7 +91,8 @@ NOT_STOCK = {
 
 def config_of(model_type: str, **changes) -> dict:
     """config.json of a model that a stock architecture can say."""
-    sizes = MOE_CONFIGS.get(model_type, {}) | {"vocab_size": 256, "hidden_size": 192, "intermediate_size": 40}
+    sizes = MOE_CONFIGS.get(model_type) or (LINEAR if model_type == "qwen3_5_text" else {})
+    sizes = sizes | {"vocab_size": 256, "hidden_size": 192, "intermediate_size": 40}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": HEAD_DIM, "num_hidden_layers": 3}
     return {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture], **sizes, **heads, **changes}
 

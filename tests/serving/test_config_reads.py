@@ -17,6 +17,7 @@ from transformers import cache_utils, masking_utils, modeling_rope_utils
 from vllm.config import model as model_config
 from vllm.engine import arg_utils
 from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.models.qwen3_next import Qwen3NextForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.transformers_utils import config as config_reading
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
@@ -74,13 +75,16 @@ def served_reads(family: Family) -> Reads:
 
 def layer_reads(family: Family) -> Reads:
     """A stock decoder layer reads most of what its attention is built with."""
-    _, layer = models.SERVED[family.model_type]
+    _, layer = models.served(family.model_type)
     return reads([layer], ("pruned_vllm.serving", *VLLM_MODELS), follow_defaults=isinstance(layer, type))
 
 
 @functools.cache
 def stock_reads(family: Family) -> Reads:
-    stock_class = ModelRegistry._try_load_model_cls(family.architecture)
+    if family.architecture.startswith("Qwen3_5"):  # what its own file, which imports torchvision, is made of
+        stock_class = Qwen3NextForCausalLM
+    else:
+        stock_class = ModelRegistry._try_load_model_cls(family.architecture)
     return merged(reads([stock_class], VLLM_MODELS, follow_defaults=True), engine_reads())
 
 

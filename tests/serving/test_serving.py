@@ -43,6 +43,8 @@ SERVED_SLOWLY = (
     "phi3 ragged",
     "phi3 uneven groups, sliding window",
     "ministral3 skips, sliding window",
+    "qwen3.5 gqa, biases",
+    "qwen3.5 skips, tied",
 )
 
 

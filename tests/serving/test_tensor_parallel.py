@@ -34,6 +34,7 @@ TWO_RANKS = {
         "qwen3 biases, uneven groups",
         "gemma3 uneven groups, biases",
         "phi3 skips, half of a head rotated",
+        "qwen3.5 uneven groups",
     )
 } | {
     "llama one head and one channel, biases survive": Geometry(

@@ -126,8 +126,9 @@ def kind_parameters(model: PreTrainedModel, units: Units) -> dict[str, int]:
         return sum(module.weight.numel() + (0 if module.bias is None else module.bias.numel()) for module in modules)
 
     def count(kind: str, layer: Any) -> int:
-        attention, mlp = layer.self_attn, layer.mlp
+        mlp = layer.mlp
         if kind == "head":
+            attention = layer.self_attn
             fused = [attention.qkv_proj] if is_fused(model) else [attention.q_proj, attention.k_proj, attention.v_proj]
             return linear(*fused) + attention.o_proj.weight.numel()
         if kind == "channel":
