@@ -18,7 +18,7 @@ from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
+from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers, without_draft_layers
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.weights import has_weight_files
 
@@ -50,7 +50,7 @@ def shapes_differ(directory: Path) -> bool | None:
     if not (directory / "config.json").is_file() or not has_weight_files(directory):
         return None
     config = read_config(directory)
-    config, tensors = complete_biases(config, unfused(config, read_headers(directory)))
+    config, tensors = complete_biases(config, unfused(config, without_draft_layers(config, read_headers(directory))))
     stated = ModelGeometry.from_config(config)
     if any(key in config for key in SIZE_LISTS) or count_problems(tensors, stated):
         return True
@@ -66,7 +66,10 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
     for index, layer in enumerate(dense.layers):
         prefix = f"model.layers.{index}."
         reader = _LayerReader(prefix, tensors, dense.head_dim, found)
-        groups = reader.attention()
+        if dense.latent is None:
+            groups = reader.attention()
+        else:  # all heads or none; the shapes are compared later
+            groups = layer.query_heads_per_kv_head if reader.has(f"{prefix}self_attn.") else ()
         if not groups:
             reader.drop_norms(dense.family, "attention")
         if layer.expert_intermediate_sizes:
@@ -121,6 +124,9 @@ def with_last_biases(weights: Checkpoint, geometry: ModelGeometry) -> Checkpoint
 class _LayerReader:
     def __init__(self, prefix: str, tensors: Mapping[str, StoredTensor], head_dim: int, found: CutLayers) -> None:
         self._prefix, self._tensors, self._head_dim, self._found = prefix, tensors, head_dim, found
+
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self._tensors)
 
     def attention(self) -> tuple[int, ...]:
         """Query heads of each KV head."""

@@ -115,8 +115,10 @@ def _linear_modules(geometry: ModelGeometry) -> tuple[str, ...]:
 
 
 def _kept_modules(geometry: ModelGeometry) -> Iterator[str]:
-    """Routers and gates of shared experts."""
+    """Routers, gates of shared experts, and what vLLM multiplies into q and the output of latent attention."""
     for index, layer in enumerate(geometry.layers):
+        if geometry.latent is not None and layer.query_heads_per_kv_head:
+            yield f"model.layers.{index}.self_attn.kv_b_proj"
         if layer.expert_intermediate_sizes:
             names = geometry.family.experts_format
             yield from (f"model.layers.{index}.{module}" for module in (names.router, names.shared_gate) if module)

@@ -74,7 +74,10 @@ def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) 
         weights += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
         weights -= routed_weights(geometry, index) * (1 - chosen_share(geometry, index))
         heads += layer.num_attention_heads
-    attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
+    numbers = 2 * geometry.head_dim  # of a head that q k^T and p v multiply
+    if geometry.latent is not None:
+        numbers = geometry.latent.qk_head_dim + geometry.latent.v_head_dim
+    attention = 2 * heads * numbers * attended_pairs
     lm_head = 2 * geometry.vocab_size * geometry.hidden_size
     return 2 * weights * tokens + attention + lm_head
 

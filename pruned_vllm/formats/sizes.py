@@ -1,9 +1,11 @@
 """The sizes of a model that all its layers share and pruning leaves alone. Pure Python."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pruned_vllm.formats.experts import DenseExperts
 from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.latent import LatentAttention
 
 
 @dataclass(frozen=True)
@@ -11,7 +13,10 @@ class ModelSizes:
     """What every layer of a model has in common.
 
     Attributes:
+        head_dim: numbers of a head; where attention is `latent`, those of q and k that RoPE turns.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        qk_norm: how q and k are normalised, in the words of `Family`; None where they are not.
+        latent: the sizes of attention with one latent vector for all heads; None in a model with the usual attention.
         experts: what the layers with experts have in common before pruning; None in a model without such layers.
     """
 
@@ -24,6 +29,8 @@ class ModelSizes:
     o_bias: bool
     mlp_bias: bool
     experts: DenseExperts | None
+    qk_norm: Literal["head", "all_heads"] | None
+    latent: LatentAttention | None
 
     @property
     def dense_experts(self) -> DenseExperts:

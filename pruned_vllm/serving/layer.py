@@ -42,7 +42,7 @@ def build_layer(vllm_config: VllmConfig, model_layout: ModelLayout, stock_layer:
     if "attention" in sizes.skip:
         removed = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
         remove_sublayer(layer, ATTENTION, geometry.family.attention_norms, removed)
-    else:
+    elif geometry.latent is None:  # attention with a latent vector for all heads is whole
         fit_projections(layer.self_attn, geometry, layout, vllm_config, f"{prefix}.{ATTENTION}")
     if sizes.expert_intermediate_sizes:
         layer.mlp = MoEBlock(vllm_config, model_layout, index, f"{prefix}.{MLP}")
