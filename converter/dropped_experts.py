@@ -77,8 +77,8 @@ def without_empty_experts(source: Source) -> tuple[Source, DroppedExperts | None
             problems.append(f"layer {index}: {problem}")
     if problems:
         raise InputError(
-            "--drop-empty-experts would leave layers whose routers cannot choose. Convert without it, so that empty experts "
-            "stay and add zeros, or remove fewer:",
+            "--drop-empty-experts would leave layers whose routers cannot choose. Convert without it, so that empty "
+            "experts stay and add zeros, or remove others:",
             problems,
         )
     dropped = DroppedExperts(source, tuple(kept))

@@ -114,7 +114,8 @@ class Removed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Adds to the hidden states, the zeros of a `RemovedNorm`. Attention gets positions too, before or after."""
-        hidden_states = [value for value in (*args, *kwargs.values()) if value.is_floating_point()][0]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        hidden_states = next(value for value in tensors if value.is_floating_point())
         for bias in self.parameters():
             hidden_states = hidden_states + bias
         return hidden_states
