@@ -77,7 +77,7 @@ CONFIGS = {
     "half of a head rotated": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8}),
     "longrope": ("phi3", LONGROPE),
     "a dense layer, biases, no norms of heads": ("glm4_moe", {"first_k_dense_replace": 1, "use_qk_norm": False}),
-    "a latent vector and yarn": ("deepseek_v3", {"rope_parameters": YARN, "max_position_embeddings": 256}),
+    "a latent vector and yarn": ("deepseek_v3", {"rope_parameters": YARN}),
     "groups of experts": ("deepseek_v3", GROUPS),
     "groups by their best expert": (
         "deepseek_v2",

@@ -1,4 +1,4 @@
-"""config.json of published models with experts, as convert-pruned reads them: sizes as they are, since only they count."""
+"""config.json of published models with experts, as convert-pruned reads them, sizes as they are."""
 
 import json
 

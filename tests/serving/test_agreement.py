@@ -52,7 +52,7 @@ REFUSED = {
     "gemma3, capped logits": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     "phi3, linear": ("phi3", rope(rope_type="linear", factor=2.0), "rope_type is 'linear'"),
     "ministral3, no scale of queries": ("ministral3", rope(rope_type="default"), "lack llama_4_scaling_beta"),
-    "deepseek_v2, divided by the sum": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True: Hugging Face"),
+    "deepseek_v2, divided by the sum": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
     "deepseek_v2, sigmoid": ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
     "deepseek_v2, another router": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
     "deepseek_v2, biases of MLPs": ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is True"),
