@@ -12,9 +12,9 @@ def not_finite(*tensors: torch.Tensor, name: str = "") -> str | None:
 
 
 def lost_heads(head_mask: torch.Tensor, family: Family) -> str | None:
-    """Why heads whose mask is 0 cannot go from a model of this family; None where they can, or none is."""
+    """Why heads whose mask is 0 cannot go from a model of this family; None where they can, or where all go or none."""
     removed = int((head_mask == 0).sum())
-    if family.why_heads_stay is None or not removed:
+    if family.why_heads_stay is None or removed in (0, head_mask.numel()):
         return None
     return (
         f"{removed} of {head_mask.numel()} heads have a mask of 0, but {family.architecture} {family.why_heads_stay}; "
