@@ -214,10 +214,10 @@ ROWS = (
     Row("architectures model_type dtype name_or_path is_heterogeneous sub_configs", "handled", "what every config has"),
     Row("attn_type_list block_configs layers_block_type mamba_chunk_size chunk_size number_of_conv_states", "idle",
         "models with other layers than attention"),
-    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim", "handled",
+    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim", "handled",
         "LatentAttention", _LATENT),
     Row("use_qk_norm", "handled", "ModelGeometry", _GLM),
-    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim qk_head_dim", "idle",
+    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim", "idle",
         "read for DeepSeek's later models only", _all_but(*_LATENT)),
     Row("compress_ratios index_topk index_head_dim index_n_heads index_skip_topk_offset index_topk_freq "
         "index_topk_pattern indexer_rope_interleave", "dropped", _VLLM_ONLY, _LATENT),
