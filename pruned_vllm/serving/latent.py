@@ -25,8 +25,11 @@ class LatentForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        has_low_rank = vllm_config.model_config.hf_config.q_lora_rank is not None
-        joined = _MLP | _LOW_RANKS if has_low_rank else _MLP
+        model = vllm_config.model_config
+        joins_low_ranks = (
+            model.hf_config.q_lora_rank is not None and model.use_mla
+        )  # VLLM_MLA_DISABLE changes the latter
+        joined = _MLP | _LOW_RANKS if joins_low_ranks else _MLP
         self.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_stacked=joined)
 
 
