@@ -26,9 +26,8 @@ class LatentForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model = vllm_config.model_config
-        joins_low_ranks = (
-            model.hf_config.q_lora_rank is not None and model.use_mla
-        )  # VLLM_MLA_DISABLE changes the latter
+        # VLLM_MLA_DISABLE has vLLM build another attention, which joins nothing.
+        joins_low_ranks = model.hf_config.q_lora_rank is not None and model.use_mla
         joined = _MLP | _LOW_RANKS if joins_low_ranks else _MLP
         self.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_stacked=joined)
 
