@@ -184,7 +184,7 @@ def make_plan(
         note = f"Of {wrapper}, the language model alone was read; OUT is a model of text, without what reads images."
         source = replace(source, notes=(*source.notes, note))
     if drafts := num_draft_layers(source.weights.config):
-        note = f"Layers that draft tokens (multi-token prediction), {drafts}, are left out; OUT cannot draft with them."
+        note = f"config.json counts {drafts} layers that draft tokens (multi-token prediction); OUT has none of them."
         source = replace(source, notes=(*source.notes, note))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
