@@ -5,9 +5,12 @@ import shlex
 from converter.dropped_experts import NOT_EXACT
 from converter.plan import Plan
 from pruned_vllm.formats.companions import has_mistral_tokenizer, has_tokenizer, tokenizer_code
+from pruned_vllm.formats.geometry import ModelGeometry
 
 # vLLM 0.32, vllm/v1/attention/backends/cpu_attn.py, get_supported_head_sizes; GPUs take any multiple of 8.
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+CPU_LATENT_SIZES = (512, 64)  # vllm/v1/attention/backends/mla/cpu_mla.py: what is cached of a token, and turned by RoPE
 
 
 def serve_command(plan: Plan, out: str, dense: str | None = None) -> str:
@@ -35,7 +38,7 @@ def warnings(plan: Plan) -> list[str]:
     found = []
     if plan.dropped is not None:
         found.append(f"--drop-empty-experts changed routing: {NOT_EXACT}")
-    if (warning := head_dim_warning(plan.dense.head_dim)) is not None:
+    if (warning := head_dim_warning(plan.dense)) is not None:
         found.append(warning)
     companions = plan.source.companions
     if companions is None or not has_tokenizer(companions):
@@ -56,8 +59,18 @@ def warnings(plan: Plan) -> list[str]:
     return found
 
 
-def head_dim_warning(head_dim: int) -> str | None:
+def head_dim_warning(geometry: ModelGeometry) -> str | None:
     """A sentence about a size of heads that CPUs cannot serve, without a full stop; None for others."""
+    head_dim, latent = geometry.head_dim, geometry.latent
+    if latent is not None:
+        sizes = (latent.kv_lora_rank, latent.qk_rope_head_dim)
+        if sizes == CPU_LATENT_SIZES:
+            return None
+        return (
+            f"kv_lora_rank and qk_rope_head_dim are {sizes[0]} and {sizes[1]}; vLLM's attention on CPUs takes "
+            f"{CPU_LATENT_SIZES[0]} and {CPU_LATENT_SIZES[1]} alone, so this model, pruned or not, can be served on "
+            "GPUs only"
+        )
     if head_dim in CPU_HEAD_DIMS:
         return None
     return (

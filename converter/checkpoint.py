@@ -14,7 +14,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.fused import unfused
-from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers
+from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers, without_draft_layers
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -45,7 +45,7 @@ class Checkpoint:
             files: those that are open already.
         """
         self.directory = directory
-        self.config, self.tensors = complete_biases(config, unfused(config, tensors))
+        self.config, self.tensors = complete_biases(config, unfused(config, without_draft_layers(config, tensors)))
         self._loaded = dict(loaded or {})
         self._files = files or OpenFiles()
         for file in {tensor.file for tensor in self.tensors.values()}:

@@ -9,7 +9,7 @@ be another choice, but nobody who has the written files could compute it: those 
 (arXiv 2510.13999, `prune.py`: rows of the router are sliced, and nothing else is corrected).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from converter.fold import kept_layer
 from converter.source import Source, WeightChanges
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.experts import DenseExperts
 
 NOT_EXACT = "tokens are sent to others in their place, so this is not exactly the masked model"
 
@@ -72,10 +73,12 @@ def without_empty_experts(source: Source) -> tuple[Source, DroppedExperts | None
                 f"layer {index}: {len(kept[index])} of {len(widths)} experts have channels left, but the router "
                 f"chooses {experts.num_experts_per_tok} for each token (num_experts_per_tok)"
             )
+        elif problem := _group_problem(experts, len(widths), kept[index]):
+            problems.append(f"layer {index}: {problem}")
     if problems:
         raise InputError(
-            "--drop-empty-experts would leave layers with too few experts. Convert without it, so that empty experts "
-            "stay and add zeros, or remove fewer:",
+            "--drop-empty-experts would leave layers whose routers cannot choose. Convert without it, so that empty "
+            "experts stay and add zeros, or remove others:",
             problems,
         )
     dropped = DroppedExperts(source, tuple(kept))
@@ -83,6 +86,17 @@ def without_empty_experts(source: Source) -> tuple[Source, DroppedExperts | None
         return _reduced(dropped), dropped
     note = "No expert lost all its channels: --drop-empty-experts changes nothing."
     return replace(source, notes=(*source.notes, note)), None
+
+
+def _group_problem(experts: DenseExperts, count: int, kept: Sequence[int]) -> str | None:
+    """Why these of `count` experts cannot stay alone, where a token's experts are from the best groups of them."""
+    groups = experts.num_expert_group
+    if groups == 1 or len(kept) == count:
+        return None
+    sizes = [sum(expert * groups // count == group for expert in kept) for group in range(groups)]
+    if len(set(sizes)) > 1:
+        return f"{sizes} experts would be left of its {groups} groups (n_group), which must be equally large"
+    return experts.group_problem(len(kept))
 
 
 def _reduced(dropped: DroppedExperts) -> Source:

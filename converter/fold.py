@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from pruned_vllm.common.padding import PAD, head_rows, take_or_zero
-from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import LayerMasks
+from pruned_vllm.formats.sizes import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
 
 
 def cut_layer(
-    family: Family,
+    model: ModelSizes,
     layer: LayerGeometry,
-    head_dim: int,
     masks: LayerMasks,
     channel_mask_site: str,
     target: LayerGeometry,
@@ -91,7 +90,12 @@ def cut_layer(
         cuts[f"{name}.weight"] = cut
         cuts[f"{name}.bias"] = Cut(rows=cut.rows, row_factors=cut.row_factors)
 
-    if masks.head is not None:
+    if masks.head is not None and model.latent is not None:  # all heads are there, or none
+        factors = _factors(masks.head, torch.arange(len(masks.head)))
+        if factors is not None and target.query_heads_per_kv_head:
+            cuts["self_attn.o_proj.weight"] = Cut(column_factors=factors.repeat_interleave(model.latent.v_head_dim))
+    elif masks.head is not None:
+        head_dim = model.head_dim
         kv_heads, query_heads = _place_heads(_kept_query_heads(layer, masks.head), target)
         query_rows, kv_rows = head_rows(query_heads, head_dim), head_rows(kv_heads, head_dim)
         factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long))
@@ -107,7 +111,7 @@ def cut_layer(
         linear("mlp.up_proj", up)
         cuts["mlp.down_proj.weight"] = down
     for expert, mask in enumerate(_expert_masks(layer, masks, target)):
-        modules = family.experts_format.modules_of(expert)
+        modules = model.family.experts_format.modules_of(expert)
         mlp_cuts = cut_mlp(mask, channel_mask_site, target.expert_intermediate_sizes[expert])
         cuts |= {f"{module}.weight": cut for module, cut in zip(modules, mlp_cuts, strict=True)}
     return cuts

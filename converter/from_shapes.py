@@ -18,7 +18,7 @@ from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
+from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers, without_draft_layers
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.weights import has_weight_files
 
@@ -50,7 +50,7 @@ def shapes_differ(directory: Path) -> bool | None:
     if not (directory / "config.json").is_file() or not has_weight_files(directory):
         return None
     config = read_config(directory)
-    config, tensors = complete_biases(config, unfused(config, read_headers(directory)))
+    config, tensors = complete_biases(config, unfused(config, without_draft_layers(config, read_headers(directory))))
     stated = ModelGeometry.from_config(config)
     if any(key in config for key in SIZE_LISTS) or count_problems(tensors, stated):
         return True
@@ -66,7 +66,12 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
     for index, layer in enumerate(dense.layers):
         prefix = f"model.layers.{index}."
         reader = _LayerReader(prefix, tensors, dense, found)
-        groups = () if layer.linear_attention else reader.attention()
+        if layer.linear_attention:
+            groups: tuple[int, ...] = ()
+        elif dense.latent is None:
+            groups = reader.attention()
+        else:  # all heads or none; the shapes are compared later
+            groups = layer.query_heads_per_kv_head if reader.has(f"{prefix}self_attn.") else ()
         if not groups and not layer.linear_attention:
             reader.drop_norms(dense.family, "attention")
         if layer.expert_intermediate_sizes:
@@ -124,6 +129,9 @@ class _LayerReader:
     ) -> None:
         self._prefix, self._tensors, self._head_dim, self._found = prefix, tensors, dense.head_dim, found
         self._query_rows = dense.family.query_rows(dense.head_dim)
+
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self._tensors)
 
     def attention(self) -> tuple[int, ...]:
         """Query heads of each KV head."""

@@ -33,7 +33,9 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGEST_EPSILON = 1e30  # of a norm; no model has as much, and float32 can say it
 _OUTPUTS = (".o_proj.", ".down_proj.", ".w2.")
 _NORMED_PROJECTIONS = (".q_proj.", ".k_proj.")
-_HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
+# Tensors of one dimension, and weights, that have no hidden dimension.
+_WITHOUT_HIDDEN = (".q_norm.weight", ".k_norm.weight", ".q_a_layernorm.weight", ".kv_a_layernorm.weight")
+_WITHOUT_HIDDEN += (".q_b_proj.weight", ".kv_b_proj.weight", ".e_score_correction_bias")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class HiddenCut:
     def _cut(self, name: str, shape: tuple[int, ...], inner: Cut) -> Cut:
         if name == EMBEDDING:
             return replace(inner, columns=self.kept, column_factors=self.embedding)
-        if name.endswith(_HEAD_NORMS):
+        if name.endswith(_WITHOUT_HIDDEN):
             return inner
         if is_output(name):
             return replace(inner, rows=self.kept, row_factors=self.outputs)
@@ -107,7 +109,7 @@ def make_hidden_cut(
     if not len(kept):
         raise InputError("the hidden mask removes every dimension; there is nothing left to compute with")
     target = padded_size(len(kept), dense, alignment)
-    if target != size and dense.family.qk_norm == "all_heads":
+    if target != size and dense.qk_norm == "all_heads":
         raise InputError(
             f"{dense.family.architecture} has one norm for all heads of q, which is as wide as the hidden states; so "
             "hidden dimensions cannot be cut from it"
@@ -124,7 +126,7 @@ def make_hidden_cut(
         embedding=_at(mask.embedding, index),
         outputs=_at(mask.outputs, index),
         norms=None if norms is None else norms.float(),
-        normed_projections=math.sqrt(scale) if dense.family.qk_norm is not None else 1,
+        normed_projections=math.sqrt(scale) if dense.qk_norm is not None else 1,
         rms_norm_eps=epsilon * scale if scale != 1 else None,
     )
     nothing = cut.kept is cut.embedding is cut.outputs is cut.norms is None

@@ -12,10 +12,11 @@ def not_finite(*tensors: torch.Tensor, name: str = "") -> str | None:
 
 
 def lost_heads(head_mask: torch.Tensor, family: Family) -> str | None:
-    """Why heads whose mask is 0 cannot go from a model of this family; None where they can, or none is."""
-    if family.can_lose_heads or not (removed := int((head_mask == 0).sum())):
+    """Why heads whose mask is 0 cannot go from a model of this family; None where they can, or where all go or none."""
+    removed = int((head_mask == 0).sum())
+    if family.why_heads_stay is None or removed in (0, head_mask.numel()):
         return None
     return (
-        f"{removed} of {head_mask.numel()} heads have a mask of 0, but {family.architecture} normalises q and k over "
-        "all heads together, so the others would change without them; prune the experts alone"
+        f"{removed} of {head_mask.numel()} heads have a mask of 0, but {family.architecture} {family.why_heads_stay}; "
+        "prune the experts alone"
     )

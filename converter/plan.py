@@ -23,7 +23,7 @@ from pruned_vllm.formats.agreement import refusals
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry, skip_problems
-from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, has_draft_layers
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, has_draft_layers, num_draft_layers
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.masked import FORMAT_VERSION
@@ -78,7 +78,10 @@ class Plan:
         return self.exact.layers == self.before.layers and self.exact.hidden_size == self.before.hidden_size
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is written."""
+        """The dtype in which a tensor is written; a router's correction bias stays as exact as it is."""
+        experts = self.pruned.family.experts
+        if experts is not None and experts.correction_bias and name.endswith(f".{experts.correction_bias}"):
+            return self.checkpoint.dtype_of(name)
         return self.dtype or self.checkpoint.dtype_of(name)
 
     def bytes_of(self, geometry: ModelGeometry) -> int:
@@ -184,6 +187,9 @@ def make_plan(
     if has_weight_files(source.weights.directory) and has_draft_layers(source.weights.directory):
         note = "Layers for multi-token prediction (mtp.*) were left out: the pruned model drafts no tokens with them."
         source = replace(source, notes=(*source.notes, note))
+    if drafts := num_draft_layers(source.weights.config):
+        note = f"config.json counts {drafts} layers that draft tokens (multi-token prediction); OUT has none of them."
+        source = replace(source, notes=(*source.notes, note))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
@@ -231,7 +237,8 @@ def check_source(what: str, source: Source) -> None:
     weights = source.weights
     problems = [f"config.json: {problem}" for problem in refusals(source.dense.family, weights.config)]
     if source.dense.head_dim % 2:
-        problems.append(f"config.json: head_dim is {source.dense.head_dim}; it must be even, as RoPE turns pairs")
+        name = "head_dim" if source.dense.latent is None else "qk_rope_head_dim"
+        problems.append(f"config.json: {name} is {source.dense.head_dim}; it must be even, as RoPE turns pairs")
     problems += dense_problems(weights.tensors, source.dense.with_layers(source.layers))
     problems += source.problems
     try:
@@ -266,9 +273,7 @@ def make_cuts(
     dense = source.dense
     cuts: dict[str, Cut] = {}
     for index, (masks, layer) in enumerate(zip(source.masks, target.layers, strict=True)):
-        layer_cuts = cut_layer(
-            dense.family, source.layers[index], dense.head_dim, masks, source.channel_mask_site, layer
-        )
+        layer_cuts = cut_layer(dense, source.layers[index], masks, source.channel_mask_site, layer)
         if layer.expert_intermediate_sizes:
             layer_cuts |= _shared_cuts(dense, target)
             if dropped is not None:

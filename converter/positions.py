@@ -1,8 +1,11 @@
 """What attention does with positions, for a plain forward pass of every family: angles, windows, the scale of queries.
 
-Every family turns q and k as Llama does, some of them a part of each head, or by other angles in other layers.
+Every family turns q and k as Llama does, some of them a part of each head, or by other angles in other layers. Where
+attention has one latent vector for all heads, neighbours are turned together: numbers 2i and 2i + 1 of a head, not i
+and i + head_dim / 2. Put in the order of the others, the products of q and k are the same.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -34,9 +37,20 @@ class Positions:
     @property
     def scale(self) -> float:
         """What the products of q and k are multiplied by."""
-        family = self._geometry.family
+        family, latent = self._geometry.family, self._geometry.latent
+        if latent is not None:
+            return latent.qk_head_dim**-0.5 * self._yarn_scale
         given = family.with_defaults(self._config)
         return float(given[family.query_scale_key] if family.query_scale_key else self._geometry.head_dim) ** -0.5
+
+    @property
+    def _yarn_scale(self) -> float:
+        """What DeepSeek's models multiply the scale by where texts are longer than those they were trained on."""
+        rope = self._read.rope_parameters
+        magnitude = rope.get("mscale_all_dim") if rope["rope_type"] != "default" else None
+        if not magnitude or rope["factor"] <= 1:
+            return 1.0
+        return (0.1 * magnitude * math.log(rope["factor"]) + 1) ** 2
 
     def window(self, index: int) -> int | None:
         """How many tokens a token of layer `index` sees, itself among them; None: all before it."""
@@ -47,6 +61,8 @@ class Positions:
         self, index: int, lengths: Sequence[int], q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k [tokens, heads, head_dim] of prompts of these lengths, as layer `index` turns and scales them."""
+        if self._geometry.latent is not None:
+            q, k = (heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for heads in (q, k))
         positions = [torch.arange(length) for length in lengths]
         rotary = self._rotary_embedding(index)  # by prompt: some angles depend on its length
         angles = [rotary(torch.zeros(1), prompt[None]) for prompt in positions]

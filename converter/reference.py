@@ -19,6 +19,7 @@ from converter.positions import Positions, visible
 from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.latent import LATENT_NORM_EPS
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.linear_attention import MODULE
 from pruned_vllm.formats.masked import LayerMasks
@@ -105,19 +106,9 @@ class ReferenceModel:
         return self._linear(head, self._norm("model.norm", states)).log_softmax(-1)
 
     def _attention(self, index: int, states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Output of each query head [tokens, query heads, head_dim]."""
-        norm, size, prefix = self.geometry.family.qk_norm, self.geometry.head_dim, f"model.layers.{index}.self_attn."
-        q, k, v = (self._linear(f"{prefix}{name}_proj", states) for name in "qkv")
-        if self.geometry.family.output_gate:
-            q, gate = (part.flatten(1) for part in q.unflatten(1, (-1, 2 * size)).chunk(2, dim=-1))
-        if norm == "all_heads":
-            q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
-        q, k, v = (heads.unflatten(1, (-1, size)) for heads in (q, k, v))
-        if norm == "head":
-            q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
-        q, k = self._positions.turned(index, lengths, q, k)
-        repeats = torch.tensor(self.geometry.layers[index].query_heads_per_kv_head)
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        """Output of each query head [tokens, query heads, numbers of a head]."""
+        make = self._query_key_value if self.geometry.latent is None else self._latent_query_key_value
+        q, k, v, gate = make(index, states, lengths)
         prompts = zip(*(heads.transpose(0, 1).split(list(lengths), dim=1) for heads in (q, k, v)), strict=True)
         window, scale = self._positions.window(index), self._positions.scale
         outputs = [
@@ -125,7 +116,50 @@ class ReferenceModel:
             for q, k, v in prompts
         ]
         result = torch.cat(outputs, dim=1).transpose(0, 1)
-        return result * gate.unflatten(1, (-1, size)).sigmoid() if self.geometry.family.output_gate else result
+        return result if gate is None else result * gate.sigmoid()
+
+    def _query_key_value(
+        self, index: int, states: torch.Tensor, lengths: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """q, k and v of each query head [tokens, query heads, head_dim], turned, and its gate where it has one."""
+        norm, size, prefix = self.geometry.qk_norm, self.geometry.head_dim, f"model.layers.{index}.self_attn."
+        q, k, v = (self._linear(f"{prefix}{name}_proj", states) for name in "qkv")
+        gate = None
+        if self.geometry.family.output_gate:
+            q, gate = q.unflatten(1, (-1, 2 * size)).chunk(2, dim=-1)
+            q = q.flatten(1)
+        if norm == "all_heads":
+            q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
+        q, k, v = (heads.unflatten(1, (-1, size)) for heads in (q, k, v))
+        if norm == "head":
+            q, k = self._rms_norm(f"{prefix}q_norm", q), self._rms_norm(f"{prefix}k_norm", k)
+        q, k = self._positions.turned(index, lengths, q, k)
+        repeats = torch.tensor(self.geometry.layers[index].query_heads_per_kv_head)
+        return q, k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1), gate
+
+    def _latent_query_key_value(
+        self, index: int, states: torch.Tensor, lengths: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        """q and k of each head [tokens, heads, qk_head_dim], turned, and v [tokens, heads, v_head_dim]; no gate."""
+        latent, prefix = self.geometry.latent, f"model.layers.{index}.self_attn."
+        assert latent is not None
+        heads = self.geometry.layers[index].num_attention_heads
+
+        def normed(name: str, values: torch.Tensor) -> torch.Tensor:
+            return self._rms_norm(prefix + name, values, epsilon=LATENT_NORM_EPS)
+
+        if latent.q_lora_rank is None:
+            q = self._linear(f"{prefix}q_proj", states)
+        else:
+            low = normed("q_a_layernorm", self._linear(f"{prefix}q_a_proj", states))
+            q = self._linear(f"{prefix}q_b_proj", low)
+        compressed, turning = self._linear(f"{prefix}kv_a_proj_with_mqa", states).tensor_split([latent.kv_lora_rank], 1)
+        kv = self._linear(f"{prefix}kv_b_proj", normed("kv_a_layernorm", compressed)).unflatten(1, (heads, -1))
+        k_resting, v = kv.tensor_split([latent.qk_nope_head_dim], -1)
+        q_resting, q_turning = q.unflatten(1, (heads, -1)).tensor_split([latent.qk_nope_head_dim], -1)
+        q_turned, k_turned = self._positions.turned(index, lengths, q_turning, turning[:, None])
+        k = torch.cat((k_resting, k_turned.expand(-1, heads, -1)), dim=-1)
+        return torch.cat((q_resting, q_turned), dim=-1), k, v, None
 
     def _linear_attention(self, index: int, states: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """What a gated delta net makes of normed states. As Transformers computes it: no conversion changes one."""
@@ -161,15 +195,7 @@ class ReferenceModel:
         chosen: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         names, experts = self.geometry.family.experts_format, self.geometry.dense_experts
-        logits = self._linear(f"{prefix}{names.router}", states)
-        if dropped:
-            logits[:, list(dropped)] = -torch.inf
-        probabilities = logits.softmax(-1)
-        if chosen is None:
-            chosen = probabilities.topk(experts.num_experts_per_tok, dim=-1).indices
-        weights = probabilities.gather(1, chosen)
-        if experts.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+        chosen, weights = self._routed(prefix, states, dropped, chosen)
         result = torch.zeros_like(states)
         for expert, width in enumerate(layer.expert_intermediate_sizes):
             token, place = torch.where(chosen == expert)
@@ -188,6 +214,31 @@ class ReferenceModel:
                 shared = shared * self._linear(f"{prefix}{names.shared_gate}", states).sigmoid()
             result = result + shared
         return result, chosen
+
+    def _routed(
+        self, prefix: str, states: torch.Tensor, dropped: tuple[int, ...], chosen: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each token, and their weights [tokens, experts of a token]."""
+        names, experts = self.geometry.family.experts_format, self.geometry.dense_experts
+        logits = self._linear(f"{prefix}{names.router}", states)
+        logits[:, list(dropped)] = -torch.inf
+        scores = logits.softmax(-1) if names.scoring == "softmax" else logits.sigmoid()
+        if chosen is None:
+            ranking, best = scores, 1
+            if names.correction_bias is not None:
+                ranking, best = scores + self._read(f"{prefix}{names.router}.{names.correction_bias}").float(), 2
+            ranking = ranking.clone()
+            ranking[:, list(dropped)] = -torch.inf
+            groups = ranking.unflatten(1, (experts.num_expert_group, -1))
+            best = min(best, groups.shape[-1])
+            best_groups = groups.topk(best, dim=-1).values.sum(-1).topk(experts.topk_group, dim=-1).indices
+            is_open = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter(1, best_groups, True)
+            ranking = groups.masked_fill(~is_open[..., None], -torch.inf).flatten(1)
+            chosen = ranking.topk(experts.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if experts.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights * experts.routed_scaling_factor
 
     def _mlp(self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """pruned_vllm/formats/agreement.py refuses other activations than the family's."""
@@ -216,14 +267,17 @@ class ReferenceModel:
             added = self._norm(prefix + norm, added)
         return added
 
-    def _rms_norm(self, name: str, values: torch.Tensor, squares: torch.Tensor | None = None) -> torch.Tensor:
-        """Args: squares: what their mean is taken to be."""
+    def _rms_norm(
+        self, name: str, values: torch.Tensor, squares: torch.Tensor | None = None, epsilon: float | None = None
+    ) -> torch.Tensor:
+        """Args: squares: what their mean is taken to be; epsilon: None is that of config.json."""
         if squares is None:
             squares = values.square().mean(-1, keepdim=True)
         weight = self._rounded(self._weight(name).float(), name)
         if self.geometry.family.norms_add_one:
             weight = 1 + weight
-        epsilon = self.geometry.family.with_defaults(self.config).get("rms_norm_eps", 1e-6)
+        if epsilon is None:
+            epsilon = self.geometry.family.with_defaults(self.config).get("rms_norm_eps", 1e-6)
         return values * torch.rsqrt(squares + epsilon) * weight
 
     def _linear(self, module: str, values: torch.Tensor) -> torch.Tensor:
@@ -238,10 +292,13 @@ class ReferenceModel:
             yield self._rounded(part.float(), f"{module}.weight {number}")
 
     def _weight(self, module: str) -> torch.Tensor:
-        weight = self.read(f"{module}.weight")
-        if weight is None:
-            raise InputError(f"{module}.weight is missing; the model cannot be run without it")
-        return weight
+        return self._read(f"{module}.weight")
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self.read(name)
+        if tensor is None:
+            raise InputError(f"{name} is missing; the model cannot be run without it")
+        return tensor
 
     def _bias(self, module: str) -> torch.Tensor:
         """A module's bias, or zero."""

@@ -57,7 +57,7 @@ def serving_needs(
     possible = [size for size in sizes if linear is None or linear.is_shared_by(size)]
     even = tuple(size for size in possible if all(_divides(size, layer, geometry) for layer in geometry.layers))
     largest = max(heads, 1) if linear is None else max(possible)
-    any_size = needs_plugin and geometry.family.can_lose_heads  # OLMoE's norm takes all heads together
+    any_size = needs_plugin and geometry.family.can_lose_heads  # else heads cannot be padded
     return ServingNeeds(
         architecture=architecture,
         needs_plugin=needs_plugin,
@@ -134,5 +134,5 @@ def _notes(geometry: ModelGeometry, needs_plugin: bool) -> Iterable[str]:
         yield "KV connectors that cut the cache by one number of heads (LMCache among them) are refused."
     if not geometry.num_key_value_heads:
         yield "No layer has attention: prefix caching is off."
-    if (warning := head_dim_warning(geometry.head_dim)) is not None:
+    if (warning := head_dim_warning(geometry)) is not None:
         yield f"{warning}."

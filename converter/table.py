@@ -108,6 +108,7 @@ def totals(plan: Plan) -> list[str]:
         f"KV heads: {kv_before:,} before, {kv_after:,} after; "
         f"a token's KV cache shrinks to {kv_after / kv_before:.1%}.",
         *_linear_totals(plan),
+        *_latent_totals(plan),
         *_hidden_totals(plan),
         *_expert_totals(plan),
         *_shape_totals(plan),
@@ -142,6 +143,11 @@ def _hidden_totals(plan: Plan) -> list[str]:
         return []
     padding = f", {after - exact:,} of them padding" if after > exact else ""
     return [f"Hidden size: {before:,} before, {after:,} after{padding}."]
+
+
+def _latent_totals(plan: Plan) -> list[str]:
+    family = plan.dense.family
+    return [f"Attention stays whole: {family.architecture} {family.why_heads_stay}."] * family.latent_attention
 
 
 def _expert_totals(plan: Plan) -> list[str]:

@@ -119,12 +119,10 @@ def _is_scanned(name: str) -> bool:
 def _layer_masks(scan: _Scan, geometry: ModelGeometry, index: int, notes: list[str]) -> LayerMasks[torch.Tensor]:
     layer, prefix, family = geometry.layers[index], f"model.layers.{index}.", geometry.family
     head = channel = expert = None
-    if layer.query_heads_per_kv_head:
+    if layer.query_heads_per_kv_head and geometry.latent is None:
         head = _mask(_used_heads(scan, prefix, layer, geometry.head_dim))
         if head is not None and head.any() and not family.can_lose_heads:
-            notes.append(
-                f"Some heads are zero, but stay: {family.architecture} normalises q and k over all heads together"
-            )
+            notes.append(f"Some heads are zero, but stay: {family.architecture} {family.why_heads_stay}")
             head = None
     if layer.intermediate_size:
         channel = _mask(_used_channels(scan, *(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))))

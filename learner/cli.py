@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Learns which attention heads, FFN channels and channels of experts a model can do without. "
         "Writes a masked checkpoint for convert-pruned: the masks, and the place of the weights, or the weights "
         "themselves if the method changes them. The router and shared experts of mixture-of-experts models stay; OLMoE "
-        "keeps its heads.",
+        "and models with one latent vector for all heads (DeepSeek-V2 and later, GLM-4.7-Flash) keep their heads.",
         epilog="example: learn-masks meta-llama/Llama-2-7b-hf ckpt/ --sparsity 0.5 --data text/*.txt --dtype bfloat16",
     )
     add_version_argument(parser)

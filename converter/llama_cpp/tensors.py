@@ -73,7 +73,7 @@ class TensorMaker:
                 query_heads_per_kv_head=layer.query_heads_per_kv_head and target.query_heads_per_kv_head,
                 intermediate_size=layer.intermediate_size and target.intermediate_size,
             )
-            cuts = cut_layer(geometry.family, layer, geometry.head_dim, LayerMasks(), "product", there)
+            cuts = cut_layer(geometry, layer, LayerMasks(), "product", there)
             self._cuts |= {f"model.layers.{index}.{name}": cut for name, cut in cuts.items()}
 
     def tensors(self) -> Iterator[GgufTensor]:

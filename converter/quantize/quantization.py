@@ -115,12 +115,15 @@ def _linear_modules(geometry: ModelGeometry) -> tuple[str, ...]:
 
 
 def _kept_modules(geometry: ModelGeometry) -> Iterator[str]:
-    """Routers and gates of shared experts, and linear attention, which pruning leaves alone, too."""
+    """Routers and gates of shared experts, linear attention, and what vLLM multiplies into q and the output of latent
+    attention."""
     for index, layer in enumerate(geometry.layers):
         if layer.linear_attention:
             shapes = geometry.gated_delta_net.tensor_shapes(geometry.hidden_size)
             linear = (name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2)
             yield from (f"model.layers.{index}.{module}" for module in linear)
+        if geometry.latent is not None and layer.query_heads_per_kv_head:
+            yield f"model.layers.{index}.self_attn.kv_b_proj"
         if layer.expert_intermediate_sizes:
             names = geometry.family.experts_format
             yield from (f"model.layers.{index}.{module}" for module in (names.router, names.shared_gate) if module)

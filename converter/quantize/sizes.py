@@ -7,7 +7,7 @@ whose heads no kernel takes is refused.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from converter.quantize.schemes import GROUP_SIZES, Scheme, Wanted
@@ -87,7 +87,7 @@ def size_problems(
     hidden = f"the hidden size {geometry.hidden_size}"
     check(hidden, geometry.hidden_size, math.lcm(scheme.needed_inputs, scheme.needed_outputs), other)
     fix = f"{other}, or leave attention as it is: --ignore 're:.*self_attn.*'"
-    for index, layer in enumerate(geometry.layers):
+    for index, layer in enumerate(geometry.layers if geometry.latent is None else ()):
         heads = _heads(layer, geometry, wanted.ranks)
         if f"model.layers.{index}.self_attn.o_proj" in modules:
             size = _head_inputs(layer, geometry.head_dim, wanted.ranks)
@@ -96,6 +96,9 @@ def size_problems(
             size = _qkv_outputs(layer, geometry, wanted.ranks)
             what = f"layer {index}: q, k and v, whose outputs are {heads} and {layer.num_key_value_heads} KV heads"
             check(f"{what} = {size},", size, scheme.needed_outputs, fix)
+    for what, inputs, outputs in _latent_sizes(wanted, geometry, modules):
+        check(f"{what}, whose inputs are {inputs},", inputs, scheme.needed_inputs, fix)
+        check(f"{what}, whose outputs are {outputs},", outputs, scheme.needed_outputs, fix)
     names, experts = geometry.family.experts, geometry.experts
     if names is not None and experts is not None and names.shared_count_key is not None:
         # DeepSeekMoE: their width is a multiple of the routed experts' before pruning, and so cannot be padded.
@@ -111,11 +114,22 @@ def size_problems(
 def _fixed_inputs(wanted: Wanted, geometry: ModelGeometry, modules: frozenset[str]) -> dict[str, int]:
     """Numbers of inputs that cannot be padded, on each rank, by what they are."""
     inputs = {f"the hidden size {geometry.hidden_size}": geometry.hidden_size}
-    for index, layer in enumerate(geometry.layers):
+    inputs |= {f"{what}, whose inputs are {size},": size for what, size, _ in _latent_sizes(wanted, geometry, modules)}
+    for index, layer in enumerate(geometry.layers if geometry.latent is None else ()):
         if f"model.layers.{index}.self_attn.o_proj" in modules:
             size = _head_inputs(layer, geometry.head_dim, wanted.ranks)
             inputs[f"layer {index}: o_proj, whose inputs are {_heads(layer, geometry, wanted.ranks)} = {size},"] = size
     return inputs
+
+
+def _latent_sizes(wanted: Wanted, geometry: ModelGeometry, modules: frozenset[str]) -> Iterator[tuple[str, int, int]]:
+    """What of latent attention is quantized, with its inputs and outputs on each rank. All layers are alike."""
+    if geometry.latent is None:
+        return
+    heads = geometry.dense_layers[0].num_attention_heads // wanted.ranks
+    for module, (outputs, inputs) in geometry.latent.linear_shapes(geometry.hidden_size, heads).items():
+        if any(f"model.layers.{index}.{module}" in modules for index in range(len(geometry.layers))):
+            yield module.rpartition(".")[2], inputs, outputs
 
 
 def _head_inputs(layer: LayerGeometry, head_dim: int, ranks: int) -> int:

@@ -53,7 +53,7 @@ def apply_masks(
 def restrict_routers(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Lets the routers of `model` choose, while the block runs, among the experts to which `masks` leave any channel.
 
-    Their softmax is over those alone. That is what convert-pruned --drop-empty-experts makes of the masks. Only for
+    Their scores are those of these alone. That is what convert-pruned --drop-empty-experts makes of the masks. Only for
     models that Transformers has: its routers return (logits, weights of the chosen, their numbers).
     """
     with ExitStack() as stack:
@@ -62,8 +62,14 @@ def restrict_routers(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) 
             if of_layer.expert is None:
                 continue
             gate, kept = layer.mlp.gate, of_layer.expert.any(dim=1).nonzero().view(-1)
-            stack.callback(setattr, gate, "weight", gate.weight)
-            gate.weight = nn.Parameter(gate.weight[kept], requires_grad=False)
+            changes = {"weight": nn.Parameter(gate.weight[kept], requires_grad=False)}
+            if hasattr(gate, "num_experts"):
+                changes["num_experts"] = len(kept)
+            if hasattr(gate, "e_score_correction_bias"):
+                changes["e_score_correction_bias"] = gate.e_score_correction_bias[kept]
+            for name, value in changes.items():
+                stack.callback(setattr, gate, name, getattr(gate, name))
+                setattr(gate, name, value)
             handle = gate.register_forward_hook(lambda _, args, output, kept=kept: (*output[:2], kept[output[2]]))
             stack.callback(handle.remove)
         yield

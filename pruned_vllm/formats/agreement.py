@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.config_values import shown
+from pruned_vllm.formats import deepseek_keys
+from pruned_vllm.formats.config_values import is_positive, shown
 from pruned_vllm.formats.families import ACTIVATIONS, FAMILIES, Family
 
 ROPE = "rope_parameters."  # prefix of the keys inside of `rope_parameters`, or `rope_scaling` as it was called
@@ -54,12 +55,17 @@ class Row:
 
 
 _DENSE = tuple(name for name, family in FAMILIES.items() if family.experts is None)
+_LATENT = tuple(name for name, family in FAMILIES.items() if family.latent_attention)
+_GLM = ("glm4_moe",)
+_SIGMOID = tuple(name for name, family in FAMILIES.items() if family.experts and family.experts.scoring == "sigmoid")
+_ROUTED_LATE = (*_LATENT, *_GLM)  # families whose routers have groups and factors
 _WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3")
+_WITHOUT_LAYER_TYPES += _ROUTED_LATE
 _SILU = tuple(name for name, family in FAMILIES.items() if family.activation == "silu")
 _WITHOUT_BIASES = ("mistral", "phi3", "ministral3")
 _LINEAR = tuple(name for name, family in FAMILIES.items() if family.linear_attention is not None)
 _QWEN3_5 = ("qwen3_5_text", "qwen3_5_moe_text")
-_PARTLY_ROTATED = ("phi3", *_LINEAR)
+_PARTLY_ROTATED = ("phi3", *_LINEAR, *_GLM)
 _VLLM_ONLY = "vLLM acts on it, the Hugging Face model does not"
 _LLAMA_LAYER = "the plugin serves them with vLLM's Llama layer, which it tells the biases of the checkpoint"
 
@@ -78,9 +84,12 @@ ROWS = (
         _all_but("qwen3_next")),
     Row("tie_word_embeddings", "not stock", "vLLM's Qwen3-Next always has an lm_head of its own", ("qwen3_next",),
         (False,)),
-    Row("attention_bias", "handled", "ModelGeometry", ("llama", "qwen3", "qwen3_moe", "deepseek", "gemma3_text")),
+    Row("attention_bias", "handled", "ModelGeometry",
+        ("llama", "qwen3", "qwen3_moe", "deepseek", "gemma3_text", *_GLM)),
     Row("attention_bias", "refused", "vLLM's OLMoE has no such biases", ("olmoe",), (False,)),
     Row("attention_bias", "not stock", "vLLM's own classes have no such biases", _LINEAR, (False,)),
+    Row("attention_bias", "refused", "vLLM's latent attention has no biases", _LATENT, (False,)),
+    Row("mlp_bias", "refused", "vLLM's DeepSeek-V2 has no such biases", ("deepseek_v2",), (False,)),
     Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, _WITHOUT_BIASES),
     Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
     Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", *_WITHOUT_BIASES)),
@@ -119,7 +128,7 @@ ROWS = (
     Row("max_window_layers", "handled", "the config class that both sides use", ("qwen2", "qwen3")),
     Row("sliding_window", "handled", "both sides apply it to all layers",
         ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")),
-    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek", *_LINEAR)),
+    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek", *_LINEAR, *_ROUTED_LATE)),
     Row("sliding_window", "refused", "Hugging Face's OLMoE applies it with some attention kernels only", ("olmoe",)),
     Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
     Row("attention_chunk_size rswa_window target_layer_count", "dropped", _VLLM_ONLY),
@@ -131,18 +140,30 @@ ROWS = (
     Row("num_experts num_local_experts n_routed_experts num_experts_per_tok", "dropped", _VLLM_ONLY, _DENSE),
     Row("moe_num_experts num_experts_per_token top_k_experts moe_topk moe_top_k", "dropped", _VLLM_ONLY),
     Row("mlp_only_layers decoder_sparse_step", "handled", "ModelGeometry"),
-    Row("n_shared_experts first_k_dense_replace moe_layer_freq", "handled", "ModelGeometry", ("deepseek",)),
+    Row("n_shared_experts first_k_dense_replace", "handled", "ModelGeometry", ("deepseek", *_ROUTED_LATE)),
+    Row("moe_layer_freq", "handled", "ModelGeometry", ("deepseek",)),
+    Row("moe_layer_freq", "refused", "Hugging Face's model has experts in every layer behind the dense ones",
+        _ROUTED_LATE, (1,)),
+    Row("mlp_layer_types", "handled", "ModelGeometry; vLLM gets it as first_k_dense_replace", ("glm4_moe_lite",)),
     Row("shared_expert_intermediate_size", "handled", "ModelGeometry",
         ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")),
     Row("shared_expert_intermediate_size", "dropped", _VLLM_ONLY, ("qwen3_moe",)),
     Row("norm_topk_prob", "handled", "ModelGeometry; Mixtral has no such key",
-        ("qwen2_moe", "qwen3_moe", "mixtral", "deepseek", "qwen3_next")),
+        ("qwen2_moe", "qwen3_moe", "mixtral", "deepseek", "qwen3_next", *_SIGMOID)),
     Row("norm_topk_prob", "dropped", _VLLM_ONLY, ("qwen3_5_moe_text",), (True,)),
     Row("moe_intermediate_size shared_expert_intermediate_size norm_topk_prob", "idle", "read for experts, which "
         "this one of its kind has not", ("qwen3_5_text",)),
+    Row("norm_topk_prob", "refused", "Hugging Face's DeepSeek-V2 never divides by the sum", ("deepseek_v2",), (False,)),
     Row("norm_topk_prob", "not stock", "vLLM's OLMoE never divides by the sum", ("olmoe",), (False,)),
     Row("scoring_func", "refused", "the published code knows softmax alone", ("deepseek",), ("softmax",)),
-    Row("n_group topk_group topk_method routed_scaling_factor moe_router_dtype", "dropped", _VLLM_ONLY, ("deepseek",)),
+    Row("scoring_func", "refused", "Hugging Face's model knows softmax alone", ("deepseek_v2",), ("softmax",)),
+    Row("scoring_func", "refused", "Hugging Face's model knows sigmoid alone", _SIGMOID, ("sigmoid",)),
+    Row("topk_method", "refused", "Hugging Face's model knows no other", ("deepseek_v2",),
+        ("greedy", "group_limited_greedy")),
+    Row("topk_method", "refused", "Hugging Face's model knows no other", _SIGMOID, ("noaux_tc",)),
+    Row("n_group topk_group routed_scaling_factor", "handled", "ModelGeometry", _ROUTED_LATE),
+    Row("n_group topk_group topk_method routed_scaling_factor", "dropped", _VLLM_ONLY, ("deepseek",)),
+    Row("moe_router_dtype", "dropped", _VLLM_ONLY, ("deepseek", *_LATENT)),
     # Positions.
     Row("rope_parameters rope_theta max_position_embeddings", "handled", "the config class that both sides use"),
     Row("original_max_position_embeddings", "handled", "the config class that both sides use"),
@@ -152,7 +173,10 @@ ROWS = (
     Row("rotary_emb_base rotary_pct rotary_emb_fraction mrope_section xdrope_section", "dropped", _VLLM_ONLY),
     Row(f"{ROPE}rope_theta {ROPE}type", "handled", "the config class that both sides use"),
     Row(f"{ROPE}rope_type", "refused", "vLLM and Hugging Face compute other angles",
-        _all_but("deepseek", "gemma3_text", "phi3"), ("default", "linear", "llama3", "yarn")),
+        _all_but("deepseek", "gemma3_text", "phi3", *_ROUTED_LATE), ("default", "linear", "llama3", "yarn")),
+    Row(f"{ROPE}rope_type", "refused", "vLLM takes all others for yarn", _LATENT, ("default", "yarn")),
+    Row(f"{ROPE}rope_type", "refused", "no GLM has other angles, and others are not compared with vLLM's", _GLM,
+        ("default", "yarn")),
     Row(f"{ROPE}rope_type", "refused", "only linear scaling is the same in vLLM and in the published code",
         ("deepseek",), ("default", "linear")),
     Row(f"{ROPE}rope_type", "refused", "no Gemma 3 has other angles, and others are not compared with vLLM's",
@@ -167,16 +191,22 @@ ROWS = (
         "a token of text has one position, three times; vLLM's hook for the stock class takes these keys out",
         _QWEN3_5),
     Row(f"{ROPE}mrope_section {ROPE}mrope_interleaved", "dropped", _VLLM_ONLY, _all_but(*_QWEN3_5)),
+    Row("rope_interleave", "refused", "vLLM turns neighbours together", ("deepseek_v3", "glm4_moe_lite"), (True,)),
     Row(f"{ROPE}full_attention", "refused", "these models have one kind for all layers: vLLM would take the defaults",
         _all_but("gemma3_text")),
     Row(f"{ROPE}full_attention {ROPE}sliding_attention", "handled", "both sides read them", ("gemma3_text",)),
     Row(f"{ROPE}llama_4_scaling_beta", "handled", "vLLM gets it as llama_4_scaling; see query_scaling",
         ("ministral3",)),
-    Row(f"{ROPE}factor {ROPE}attention_factor", "handled", "both compute the same, see the test of angles",
-        _all_but("phi3")),
+    Row(f"{ROPE}factor", "handled", "both compute the same, see the test of angles", _all_but("phi3")),
+    Row(f"{ROPE}attention_factor", "handled", "both compute the same, see the test of angles",
+        _all_but("phi3", *_LATENT)),
+    Row(f"{ROPE}attention_factor", "refused", "vLLM's DeepSeek reads no other than 1, which changes what it computes",
+        _LATENT),
+    Row(f"{ROPE}truncate", "handled", "both compute the same, see the test of angles", _all_but(*_LATENT)),
+    Row(f"{ROPE}truncate", "refused", "vLLM's DeepSeek always truncates", _LATENT, (True,)),
     Row(f"{ROPE}factor {ROPE}attention_factor", "refused", "vLLM's longrope reads neither", ("phi3",)),
     Row(f"{ROPE}beta_fast {ROPE}beta_slow {ROPE}mscale {ROPE}mscale_all_dim "
-        f"{ROPE}truncate {ROPE}low_freq_factor {ROPE}high_freq_factor {ROPE}original_max_position_embeddings",
+        f"{ROPE}low_freq_factor {ROPE}high_freq_factor {ROPE}original_max_position_embeddings",
         "handled", "both compute the same, see the test of angles"),
     Row(f"{ROPE}rope_dim {ROPE}use_fope {ROPE}num_key_value_heads "
         f"{ROPE}num_inv_freq {ROPE}fope_sep_head {ROPE}fope_init_factor", "dropped", _VLLM_ONLY),
@@ -204,9 +234,17 @@ ROWS = (
     Row("architectures model_type dtype name_or_path is_heterogeneous sub_configs", "handled", "what every config has"),
     Row("attn_type_list block_configs layers_block_type mamba_chunk_size chunk_size number_of_conv_states", "idle",
         "models with other layers than attention"),
-    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim compress_ratios model index_topk "
-        "index_head_dim index_n_heads index_skip_topk_offset index_topk_freq index_topk_pattern "
-        "indexer_rope_interleave engram_layer_ids", "idle", "read for later DeepSeek models only"),
+    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim", "handled",
+        "LatentAttention", _LATENT),
+    Row("use_qk_norm", "handled", "ModelGeometry", _GLM),
+    Row("kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim", "idle",
+        "read for DeepSeek's later models only", _all_but(*_LATENT)),
+    Row("compress_ratios index_topk index_head_dim index_n_heads index_skip_topk_offset index_topk_freq "
+        "index_topk_pattern indexer_rope_interleave", "dropped", _VLLM_ONLY, _LATENT),
+    Row("compress_ratios index_topk index_head_dim index_n_heads index_skip_topk_offset index_topk_freq "
+        "index_topk_pattern indexer_rope_interleave", "idle", "read for DeepSeek's later models only",
+        _all_but(*_LATENT)),
+    Row("model engram_layer_ids", "idle", "read for DeepSeek's later models only"),
     Row("num_nextn_predict_layers sample_from_anchor dflash_config eagle_config eagle_aux_hidden_state_layer_ids",
         "idle", "draft models"),
     Row("max_source_positions", "idle", "encoders"),
@@ -227,27 +265,23 @@ def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> Non
 def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that is refused."""
     found = [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
-    return [*found, *_query_problems(family, config)]
+    return [*found, *_query_problems(family, config), *deepseek_keys.problems(family, config)]
 
 
 def _query_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the numbers that queries are scaled by, in a family that has such."""
-    if (key := family.query_scale_key) is not None and not _is_positive(family.with_defaults(config)[key]):
+    if (key := family.query_scale_key) is not None and not is_positive(family.with_defaults(config)[key]):
         yield f"{key} is {shown(config[key])}; it must be a number above 0"
     if (wanted := query_scaling(family, config)) is None:
         return
     given = config.get(QUERY_SCALING)
-    if not all(map(_is_positive, wanted.values())):
+    if not all(map(is_positive, wanted.values())):
         yield (
             "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, or they are no numbers "
             "above 0; Hugging Face's model needs both"
         )
     elif given is not None and given != wanted:
         yield f"{QUERY_SCALING} is {shown(given)}, but rope_parameters say {wanted!r}"
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def told(family: Family, config: Mapping[str, Any]) -> list[str]:
@@ -292,6 +326,7 @@ def agreed_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     names = ACTIVATIONS[family.activation]
     if agreed.get(family.activation_key) in names[1:]:  # the same function, but vLLM does not know the name
         agreed[family.activation_key] = names[0]
+    agreed |= deepseek_keys.for_vllm(family, config)
     scaling = query_scaling(family, config)
     return agreed if scaling is None else agreed | {QUERY_SCALING: scaling}
 

@@ -10,6 +10,7 @@ from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import DRAFT_LAYERS
 from pruned_vllm.formats.wrappers import text_config
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -56,6 +57,8 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     needed; else under the `Pruned` architecture with `per_layer_config`. Keys on which vLLM alone acts are left out.
     """
     config = agreed_config(geometry.family, config) | {"hidden_size": geometry.hidden_size}
+    if config.get(DRAFT_LAYERS):  # what is written has none
+        config[DRAFT_LAYERS] = 0
     if flag("tie_word_embeddings", geometry.family.with_defaults(config)) != geometry.tie_word_embeddings:
         config["tie_word_embeddings"] = geometry.tie_word_embeddings
     experts = geometry.family.experts
@@ -95,6 +98,8 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
     None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
     """
     if geometry.family.fused:  # the stock code wants the fused tensors
+        return None
+    if geometry.latent is not None:  # which vLLM's own layer computes wrongly, see serving/latent.py
         return None
     layer, *others = (layer for layer in geometry.layers if not layer.linear_attention)
     same_heads = all(other.query_heads_per_kv_head == layer.query_heads_per_kv_head for other in others)

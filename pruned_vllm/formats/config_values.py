@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 LARGEST_SIZE = 2**31 - 1
+LARGEST_NUMBER = 1e30  # any dtype but float16 can say it
 LARGEST_COUNT = 10_000  # of what is counted one by one: layers, heads of a layer, experts of a layer
 
 
@@ -18,6 +19,21 @@ def positive(config: Mapping[str, Any], key: str, default: int | None = None, mo
 def natural(config: Mapping[str, Any], key: str, default: int) -> int:
     """A whole number from 0 on."""
     return _whole(config, key, default, 0, LARGEST_SIZE)
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number above 0."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not is_positive(value) or not value < LARGEST_NUMBER:
+        raise ValueError(f"{key} is {shown(value)}; it must be a number above 0")
+    return float(value)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def flag(known: bool | str, config: Mapping[str, Any]) -> bool:

@@ -80,7 +80,10 @@ def sequence_flops(geometry: ModelGeometry, tokens: int, attended_pairs: float) 
         heads += layer.num_attention_heads
         if layer.linear_attention:
             states += geometry.gated_delta_net.flops_per_token
-    attention = 2 * 2 * heads * geometry.head_dim * attended_pairs  # q k^T and p v
+    numbers = 2 * geometry.head_dim  # of a head that q k^T and p v multiply
+    if geometry.latent is not None:
+        numbers = geometry.latent.qk_head_dim + geometry.latent.v_head_dim
+    attention = 2 * heads * numbers * attended_pairs
     lm_head = 2 * geometry.vocab_size * geometry.hidden_size
     return (2 * weights + states) * tokens + attention + lm_head
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, positive
+from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, number, positive, shown
 
 # Keys of `per_layer_config`. The first one is the same whatever the family calls it at the top level.
 NUM_EXPERTS, CONSTANT_EXPERTS = "num_experts", "constant_experts"
@@ -21,13 +21,21 @@ class ExpertsFormat:
         module: module of the experts and of their router (`gate`) in a decoder layer.
         projections: an expert's projections: gate, up, down.
         layers: which layers have experts: "all"; "sparse_step": `decoder_sparse_step` and `mlp_only_layers` say so;
-            "first_dense": `first_k_dense_replace` and `moe_layer_freq` do.
+            "first_dense": `first_k_dense_replace` and `moe_layer_freq` do; "mlp_types": `mlp_layer_types` does, and all
+            but the first have some where it is absent.
         shared_module: module of the MLP that every token passes besides the routed experts; None if there is none.
         shared_width_key: config key of that MLP's channels.
         shared_count_key: config key of what multiplies `width_key` to get them, in place of `shared_width_key`.
         shared_gate: module of the linear layer that weighs that MLP's output, if there is one.
         norm_topk_prob: whether the router divides the weights of the experts that it chooses by their sum; a string is
             the config key that says so (absent means False).
+        scoring: what makes a score of a router's logit; the weights of experts are scores.
+        correction_bias: tensor of the router that is added to scores where experts are chosen, and not to weights; it
+            is float32. None if there is none.
+        grouped: whether `n_group` and `topk_group` of config.json may say that a token's experts are from the best
+            groups alone. `topk_method` "greedy" says that they are not.
+        scaling_key: config key of what the weights are multiplied by at last; absent means 1.
+        float32_router: whether logits are computed in float32, whatever the dtype of the model is.
         bias: whether the projections of routed experts have biases. That of the down projection stays where an
             expert has lost all of its channels.
         may_be_fused: whether files of a dense model may hold all experts of a layer in two tensors,
@@ -41,12 +49,17 @@ class ExpertsFormat:
     width_key: str = "moe_intermediate_size"
     module: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    layers: Literal["all", "sparse_step", "first_dense"] = "all"
+    layers: Literal["all", "sparse_step", "first_dense", "mlp_types"] = "all"
     shared_module: str | None = None
     shared_width_key: str | None = None
     shared_count_key: str | None = None
     shared_gate: str | None = None
     norm_topk_prob: bool | str = "norm_topk_prob"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: str | None = None
+    grouped: bool = False
+    scaling_key: str | None = None
+    float32_router: bool = False
     bias: bool = False
     may_be_fused: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh", "swigluoai"] = "silu"
@@ -59,7 +72,8 @@ class ExpertsFormat:
     @property
     def router_tensors(self) -> tuple[str, ...]:
         """The tensors in a decoder layer that have a row for each expert."""
-        return (f"{self.router}.weight",)
+        parts = ("weight", self.correction_bias) if self.correction_bias else ("weight",)
+        return tuple(f"{self.router}.{part}" for part in parts)
 
     def with_count(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
         """The keys of a config.json that say the number of experts, with another one; it may have several of them."""
@@ -79,6 +93,13 @@ class ExpertsFormat:
         if self.layers == "first_dense":
             step, first = positive(config, "moe_layer_freq", default=1), natural(config, "first_k_dense_replace", 0)
             return {index for index in range(0, num_layers, step) if index >= first}
+        if self.layers == "mlp_types":
+            types = config.get("mlp_layer_types")
+            if types is None:
+                return set(range(1, num_layers))
+            if not isinstance(types, list | tuple) or not {*map(str, types)} <= {"dense", "sparse"}:
+                raise ValueError(f"mlp_layer_types is {shown(types)}; it must be a list of 'dense' and 'sparse'")
+            return {index for index, kind in enumerate(types[:num_layers]) if kind == "sparse"}
         return set(range(num_layers))
 
 
@@ -93,6 +114,9 @@ class DenseExperts:
         shared_intermediate_size: FFN channels of the MLP that every token passes besides; 0 if there is none. It is
             never pruned.
         norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+        num_expert_group, topk_group: groups of equally many consecutive experts, and how many of them a token's experts
+            are chosen from; 1 and 1 where all experts are alike.
+        routed_scaling_factor: what the weights are multiplied by at last.
     """
 
     num_experts: int
@@ -100,6 +124,9 @@ class DenseExperts:
     intermediate_size: int
     shared_intermediate_size: int
     norm_topk_prob: bool
+    num_expert_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
 
     @classmethod
     def from_config(cls, experts: ExpertsFormat, config: Mapping[str, Any]) -> "DenseExperts":
@@ -114,7 +141,14 @@ class DenseExperts:
             shared = natural(config, experts.shared_width_key, 0)
         elif experts.shared_count_key is not None and config.get(experts.shared_count_key) is not None:
             shared = width * natural(config, experts.shared_count_key, 0)
-        return cls(count, chosen, width, shared, flag(experts.norm_topk_prob, config))
+        groups = (1, 1)
+        if experts.grouped and config.get("topk_method") != "greedy":
+            groups = positive(config, "n_group", 1), positive(config, "topk_group", 1)
+        factor = 1.0 if experts.scaling_key is None else number(config, experts.scaling_key, 1.0)
+        result = cls(count, chosen, width, shared, flag(experts.norm_topk_prob, config), *groups, factor)
+        if problem := result.group_problem(count):
+            raise ValueError(problem)
+        return result
 
     def num_experts_of(self, overrides: Mapping[str, Any]) -> int:
         """The experts of a layer, of which `per_layer_config` says `overrides`. Raises ValueError with the numbers."""
@@ -123,7 +157,24 @@ class DenseExperts:
             raise ValueError(f"{NUM_EXPERTS} is {count}, but a layer had {self.num_experts} before pruning")
         if count < self.num_experts_per_tok:
             raise ValueError(self.too_few(count))
+        if problem := self.group_problem(count):
+            raise ValueError(problem)
         return count
+
+    def group_problem(self, count: int) -> str | None:
+        """Why the router cannot choose among `count` experts by groups; None where it can, or there is one group."""
+        groups, chosen = self.num_expert_group, self.topk_group
+        if groups == 1 and chosen == 1:
+            return None
+        size, rest = divmod(count, groups)
+        if rest or size < 2:  # groups are compared by their two best experts
+            return f"{count} experts are not {groups} groups (n_group) of equally many, at least 2"
+        if chosen > groups or chosen * size < self.num_experts_per_tok:
+            return (
+                f"topk_group is {chosen}: so many of {groups} groups of {size} experts have not the "
+                f"{self.num_experts_per_tok} that a token goes to (num_experts_per_tok)"
+            )
+        return None
 
     def too_few(self, count: int) -> str:
         """Why a layer cannot have `count` experts, which are fewer than a token is sent to."""

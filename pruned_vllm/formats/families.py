@@ -7,11 +7,12 @@ Adding an architecture is one row here and one in `pruned_vllm/serving/models.py
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.experts import ExpertsFormat
+from pruned_vllm.formats.latent import WHY_WHOLE
 from pruned_vllm.formats.linear_attention import Projections
 
 PRUNED_PREFIX = "Pruned"  # PrunedLlamaForCausalLM: an architecture that a vLLM without the plugin refuses to load
@@ -35,6 +36,8 @@ class Family:
             of that head before o_proj.
         linear_attention: how layers with a gated delta net store it, in a family where only some layers have attention;
             pruned_vllm/formats/linear_attention.py says which.
+        qk_norm_key: config key that says whether they are (absent means no); None where they always are.
+        latent_attention: whether attention is that of pruned_vllm/formats/latent.py.
         attention_norms, mlp_norms: the norms of a sublayer, modules of the decoder layer. The first is before the
             sublayer, later ones normalise its output before that is added to the hidden states. A sublayer that is
             skipped has none of them.
@@ -62,6 +65,8 @@ class Family:
     qk_norm: Literal["head", "all_heads"] | None = None
     output_gate: bool = False
     linear_attention: Projections | None = None
+    qk_norm_key: str | None = None
+    latent_attention: bool = False
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     norms_add_one: bool = False
@@ -90,6 +95,8 @@ class Family:
     def norms_of(self, sublayer: str) -> tuple[str, ...]:
         """All norms that go with a sublayer ("attention" or "mlp"), also those inside of it."""
         inside = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm is not None else ()
+        if self.latent_attention:
+            inside = ("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm")
         return (*self.attention_norms, *inside) if sublayer == "attention" else self.mlp_norms
 
     def query_rows(self, head_dim: int) -> int:
@@ -98,8 +105,15 @@ class Family:
 
     @property
     def can_lose_heads(self) -> bool:
-        """Whether the other heads compute the same without a head: not if the norm of q and k takes all together."""
-        return self.qk_norm != "all_heads"
+        """Whether some heads of a layer may go while others stay."""
+        return self.why_heads_stay is None
+
+    @property
+    def why_heads_stay(self) -> str | None:
+        """What the architecture does that keeps some heads from going without the others; None where they can."""
+        if self.qk_norm == "all_heads":
+            return "normalises q and k over all heads together, so the others would change without some of them"
+        return WHY_WHOLE if self.latent_attention else None
 
     @property
     def can_skip_biased_sublayers(self) -> bool:
@@ -128,6 +142,18 @@ QWEN3_NEXT: dict[str, Any] = {
     "norms_add_one": True,
     "default_head_dim": 256,
 }
+# Of the routers that GLM-4.5 and DeepSeek-V3 have: sigmoid, a bias where experts are chosen, groups, a factor at last.
+SIGMOID_ROUTER = ExpertsFormat(
+    count_keys=("n_routed_experts",),
+    layers="first_dense",
+    shared_module="mlp.shared_experts",
+    shared_count_key="n_shared_experts",
+    scoring="sigmoid",
+    correction_bias="e_score_correction_bias",
+    grouped=True,
+    scaling_key="routed_scaling_factor",
+    float32_router=True,
+)
 # What config.json calls the function; the first name is the one that vLLM knows.
 ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
@@ -210,6 +236,50 @@ FAMILIES: dict[str, Family] = {
                 shared_module="mlp.shared_experts",
                 shared_count_key="n_shared_experts",
             ),
+        ),
+        Family(  # DeepSeek-V2 and its Lite
+            model_type="deepseek_v2",
+            architecture="DeepseekV2ForCausalLM",
+            latent_attention=True,
+            defaults=(
+                *KV_HEADS_AS_HEADS,
+                *(("first_k_dense_replace", 0), ("n_shared_experts", 2), ("topk_method", "greedy")),
+            ),
+            experts=replace(SIGMOID_ROUTER, scoring="softmax", correction_bias=None, norm_topk_prob=False),
+        ),
+        Family(  # DeepSeek-V3 and R1, Moonlight
+            model_type="deepseek_v3",
+            architecture="DeepseekV3ForCausalLM",
+            latent_attention=True,
+            defaults=(
+                *KV_HEADS_AS_HEADS,
+                *(("first_k_dense_replace", 3), ("n_shared_experts", 1), ("n_group", 8), ("topk_group", 4)),
+                *(("norm_topk_prob", True), ("routed_scaling_factor", 2.5)),
+            ),
+            experts=SIGMOID_ROUTER,
+        ),
+        Family(  # GLM-4.5 to 4.7 and their Air
+            model_type="glm4_moe",
+            architecture="Glm4MoeForCausalLM",
+            qkv_bias="attention_bias",
+            qk_norm="head",
+            qk_norm_key="use_qk_norm",
+            defaults=(
+                *(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("norm_topk_prob", True)),
+                *NORM_EPS_1E_5,
+            ),
+            experts=SIGMOID_ROUTER,
+        ),
+        Family(  # GLM-4.7-Flash
+            model_type="glm4_moe_lite",
+            architecture="Glm4MoeLiteForCausalLM",
+            latent_attention=True,
+            defaults=(
+                *KV_HEADS_AS_HEADS,
+                *(("n_shared_experts", 1), ("norm_topk_prob", True), ("routed_scaling_factor", 1.8)),
+                *NORM_EPS_1E_5,
+            ),
+            experts=replace(SIGMOID_ROUTER, layers="mlp_types"),
         ),
         Family(
             model_type="gemma3_text",

@@ -25,6 +25,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, positive, shown, without_nulls
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, DenseExperts
 from pruned_vllm.formats.families import Family, find_family
+from pruned_vllm.formats.latent import WHY_WHOLE, LatentAttention
 from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
 from pruned_vllm.formats.linear_attention import LinearAttention, linear_layers
 from pruned_vllm.formats.sizes import ModelSizes
@@ -68,6 +69,10 @@ class ModelGeometry(ModelSizes):
             sizes["head_dim"] = family.default_head_dim
         if sizes["head_dim"] is None and heads and hidden_size:
             sizes["head_dim"] = hidden_size // heads
+        latent = None
+        if family.latent_attention:
+            latent = problems.checked("top level", LatentAttention.from_config, config, sizes)
+            sizes["head_dim"] = None if latent is None else latent.qk_rope_head_dim  # as for Hugging Face
         head_dim: Any = None  # without it something it derives from is missing, which is reported already
         if sizes["head_dim"] is not None:
             head_dim = problems.checked("top level", positive, sizes, "head_dim")
@@ -79,11 +84,22 @@ class ModelGeometry(ModelSizes):
             linear = problems.checked("top level", LinearAttention.from_config, stored, sizes)
         dense_layers, layers = _Layers(family, experts, sizes, num_layers or 0, problems).read()
         tied = problems.checked("top level", flag, "tie_word_embeddings", sizes)
+        norms = family.qk_norm
+        if family.qk_norm_key is not None and not problems.checked("top level", flag, family.qk_norm_key, sizes):
+            norms = None
         names = ("qkv_bias", "o_bias", "mlp_bias")
         biases = {name: problems.checked("top level", flag, getattr(family, name), sizes) for name in names}
         _check_per_layer_lists(config, num_layers, problems)
         for problem in skip_problems(family, layers, bool(biases["o_bias"]), bool(biases["mlp_bias"])):
             problems.add(problem)
+        if latent is not None:
+            whole = {(), *(layer.query_heads_per_kv_head for layer in dense_layers)}
+            for index, layer in enumerate(layers):
+                if layer.query_heads_per_kv_head not in whole:
+                    problems.add(
+                        f"layer {index} has {layer.num_attention_heads} heads, but {family.architecture} {WHY_WHOLE}; "
+                        "give it all heads or no attention"
+                    )
         if problems:
             raise InputError("config.json describes no valid model:", list(problems))
         return cls(
@@ -95,6 +111,8 @@ class ModelGeometry(ModelSizes):
             **biases,
             linear_attention=linear,
             experts=experts,
+            qk_norm=norms,
+            latent=latent,
             dense_layers=tuple(dense_layers),
             layers=tuple(layers),
         )
@@ -143,6 +161,9 @@ class ModelGeometry(ModelSizes):
 
     def kv_cache_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token keeps in the cache; `element_bytes` is 2 for bfloat16."""
+        if self.latent is not None:
+            with_attention = sum("attention" not in layer.skip for layer in self.layers)
+            return with_attention * self.latent.cache_width * element_bytes
         return 2 * self.num_key_value_heads * self.head_dim * element_bytes
 
     def state_bytes_per_sequence(self, element_bytes: int) -> int:

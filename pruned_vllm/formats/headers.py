@@ -8,15 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.config_values import LARGEST_COUNT, natural
 from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.tensors import canonical_name
 from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors, read_header
 from pruned_vllm.formats.wrappers import DRAFT, OTHER_TOWERS
 
+DRAFT_LAYERS = "num_nextn_predict_layers"
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
 
 # How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
@@ -100,6 +103,22 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
 def has_draft_layers(directory: Path) -> bool:
     """Whether the weights of a model directory are those of layers that draft tokens, too. Raises InputError."""
     return any(key.startswith(DRAFT) for file in find_weight_files(directory) for key in checked_tensors(file))
+
+
+def num_draft_layers(config: Mapping[str, Any]) -> int:
+    """Layers behind the last one that config.json counts apart: they draft tokens (multi-token prediction), and nothing
+    else in the model needs them. Raises ValueError for what is no number."""
+    return natural(config, DRAFT_LAYERS, 0)
+
+
+def without_draft_layers(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """`tensors` without those of layers that draft tokens. Raises InputError for sizes that are no numbers."""
+    try:
+        count, first = num_draft_layers(config), natural(config, "num_hidden_layers", 0)
+    except ValueError as error:
+        raise InputError(f"config.json: {error}") from None
+    prefixes = tuple(f"model.layers.{first + index}." for index in range(min(count, LARGEST_COUNT)))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
 def checked_tensors(file: Path) -> dict[str, StoredTensor]:

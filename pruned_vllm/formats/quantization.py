@@ -24,7 +24,11 @@ Inputs = Literal["none", "dynamic", "static"]
 Strategy = Literal["tensor", "channel", "group", "block"]
 
 # Layers of vLLM, and those of the checkpoint that they join. A name in `ignore` or `targets` may be either's.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 _JOINED_BY = {name: joined for joined, names in JOINED.items() for name in names}
 _PLAIN_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 

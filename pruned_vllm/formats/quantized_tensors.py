@@ -131,8 +131,9 @@ def joined_modules(geometry: ModelGeometry) -> Iterator[list[str]]:
     """The projections that vLLM computes together: q, k and v; gate and up; all experts of a layer."""
     for index, layer in enumerate(geometry.layers):
         prefix = f"model.layers.{index}"
-        if layer.num_key_value_heads:
-            yield [f"{prefix}.self_attn.{name}" for name in JOINED["qkv_proj"]]
+        if layer.num_key_value_heads and (geometry.latent is None or geometry.latent.q_lora_rank is not None):
+            joined = "qkv_proj" if geometry.latent is None else "fused_qkv_a_proj"
+            yield [f"{prefix}.self_attn.{name}" for name in JOINED[joined]]
         if layer.expert_intermediate_sizes:
             yield expert_modules(geometry, index)
             if geometry.dense_experts.shared_intermediate_size:
@@ -198,7 +199,7 @@ def _add_cache_scales(expected: dict[str, Choices], geometry: ModelGeometry, qua
         parts = {part: Stored(SCALARS, is_required=is_required) for part in _CACHE_SCALES}
         parts |= {part: Stored(SCALARS, (*FLOATS, "I8", "F8_E4M3"), is_required=False) for part in _CACHE_SCALES_OF_OLD}
         expected[prefix] = (parts,)
-        for letter in "kv":
+        for letter in "kv" if geometry.latent is None else "":
             module = f"{prefix}.{letter}_proj"
             if (choices := expected[module]) is not None and quantization.method != COMPRESSED_TENSORS:
                 scale = {f"{letter}_scale": Stored(SCALARS, is_required=False)}

@@ -1,9 +1,11 @@
 """The sizes of a model that all its layers share and pruning leaves alone. Pure Python."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pruned_vllm.formats.experts import DenseExperts
 from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.latent import LatentAttention
 from pruned_vllm.formats.linear_attention import LinearAttention
 
 
@@ -12,8 +14,11 @@ class ModelSizes:
     """What every layer of a model has in common.
 
     Attributes:
+        head_dim: numbers of a head; where attention is `latent`, those of q and k that RoPE turns.
         qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
         linear_attention: of the layers that have one in place of attention; None in a model without such layers.
+        qk_norm: how q and k are normalised, in the words of `Family`; None where they are not.
+        latent: the sizes of attention with one latent vector for all heads; None in a model with the usual attention.
         experts: what the layers with experts have in common before pruning; None in a model without such layers.
     """
 
@@ -27,6 +32,8 @@ class ModelSizes:
     mlp_bias: bool
     linear_attention: LinearAttention | None
     experts: DenseExperts | None
+    qk_norm: Literal["head", "all_heads"] | None
+    latent: LatentAttention | None
 
     @property
     def gated_delta_net(self) -> LinearAttention:

@@ -56,6 +56,10 @@ def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     hidden = model.hidden_size
     if not layer.query_heads_per_kv_head:
         return {"self_attn.o_proj.bias": (hidden,)} if model.o_bias else {}
+    if model.latent is not None:
+        linears = model.latent.linear_shapes(hidden, layer.num_attention_heads)
+        latent: Shapes = {f"{module}.weight": shape for module, shape in linears.items()}
+        return latent | {f"{norm}.weight": (size,) for norm, size in model.latent.norm_sizes.items()}
     q = layer.num_attention_heads * model.head_dim
     kv = layer.num_key_value_heads * model.head_dim
     query_rows = layer.num_attention_heads * model.family.query_rows(model.head_dim)
@@ -63,8 +67,8 @@ def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     shapes |= _linear("self_attn.k_proj", kv, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.v_proj", kv, hidden, model.qkv_bias)
     shapes |= _linear("self_attn.o_proj", hidden, q, model.o_bias)
-    if model.family.qk_norm is not None:
-        whole = model.family.qk_norm == "all_heads"
+    if model.qk_norm is not None:
+        whole = model.qk_norm == "all_heads"
         shapes["self_attn.q_norm.weight"] = (q if whole else model.head_dim,)
         shapes["self_attn.k_norm.weight"] = (kv if whole else model.head_dim,)
     return shapes
@@ -83,6 +87,8 @@ def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     names, hidden = model.family.experts_format, model.hidden_size
     widths = layer.expert_intermediate_sizes
     shapes = _linear(names.router, len(widths), hidden)
+    if names.correction_bias is not None:
+        shapes[f"{names.router}.{names.correction_bias}"] = (len(widths),)
     for expert, width in enumerate(widths):
         gate, up, down = names.modules_of(expert)
         if width:

@@ -45,8 +45,11 @@ def _layer_config(config: PreTrainedConfig, geometry: ModelGeometry, index: int)
     """The config of one layer, with its number of experts under every name that a stock router may look for."""
     layer_config = copy(config.per_layer_config[index])
     if widths := geometry.layers[index].expert_intermediate_sizes:
-        for key in geometry.family.experts_format.count_keys:
+        names = geometry.family.experts_format
+        for key in names.count_keys:
             setattr(layer_config, key, len(widths))
+        if names.shared_count_key is not None:  # the shared MLP, which stays, is as wide as so many experts were
+            setattr(layer_config, names.width_key, geometry.dense_experts.intermediate_size)
     return layer_config
 
 

@@ -95,8 +95,8 @@ def _check_tensor_parallelism(vllm_config: "VllmConfig", layout: ModelLayout) ->
         )
     if not geometry.family.can_lose_heads and not all(layer.shares_heads_evenly(ranks) for layer in geometry.layers):
         raise InputError(
-            f"--tensor-parallel-size {ranks}: {geometry.family.architecture} normalises q and k over all heads "
-            f"together, so none can be padded; choose one that divides {most_heads} heads"
+            f"--tensor-parallel-size {ranks}: no head can be padded, since {geometry.family.architecture} "
+            f"{geometry.family.why_heads_stay}; choose one that divides {most_heads} heads"
         )
     if layout_changes(layout) and vllm_config.lora_config is not None:
         raise InputError(

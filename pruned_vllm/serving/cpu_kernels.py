@@ -84,7 +84,10 @@ def _linear_layers(layout: ModelLayout, names: frozenset[str]) -> Iterator[tuple
     for number, (layer, sizes) in enumerate(zip(geometry.layers, layout.layers, strict=True)):
         prefix, hidden, head_dim = f"model.layers.{number}", geometry.hidden_size, geometry.head_dim
         found: dict[str, tuple[int, int]] = {}
-        if layer.num_key_value_heads:
+        if geometry.latent is not None:
+            linears = geometry.latent.linear_shapes(hidden, sizes.query_heads) if layer.num_key_value_heads else {}
+            found |= {module: (inputs, outputs) for module, (outputs, inputs) in linears.items()}
+        elif layer.num_key_value_heads:
             heads = sizes.query_heads
             query_rows = heads * geometry.family.query_rows(head_dim)
             found["self_attn.qkv_proj"] = (hidden, query_rows + 2 * sizes.kv_heads * head_dim)

@@ -42,7 +42,7 @@ def build_layer(vllm_config: VllmConfig, model_layout: ModelLayout, stock_layer:
     if "attention" in sizes.skip:
         removed = Removed("o_proj", geometry.hidden_size, geometry.o_bias)
         remove_sublayer(layer, ATTENTION, geometry.family.attention_norms, removed)
-    elif not sizes.linear_attention:
+    elif geometry.latent is None and not sizes.linear_attention:  # these two are whole
         fit_projections(layer.self_attn, geometry, layout, vllm_config, f"{prefix}.{ATTENTION}")
     if sizes.expert_intermediate_sizes:
         layer.mlp = MoEBlock(vllm_config, model_layout, index, f"{prefix}.{MLP}")
@@ -115,7 +115,8 @@ class Removed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Adds to the hidden states, the zeros of a `RemovedNorm`. Attention gets positions too, before or after."""
-        hidden_states = [value for value in (*args, *kwargs.values()) if value.is_floating_point()][0]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        hidden_states = next(value for value in tensors if value.is_floating_point())
         for bias in self.parameters():
             hidden_states = hidden_states + bias
         return hidden_states

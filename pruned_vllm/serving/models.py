@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
+from vllm.model_executor.models.glm4_moe import Glm4MoeDecoderLayer
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.olmoe import OlmoeAttention
@@ -19,6 +20,7 @@ from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from pruned_vllm.formats.families import FAMILIES, Family
 from pruned_vllm.serving.base import PrunedForCausalLM
+from pruned_vllm.serving.latent import LatentForCausalLM, latent_layer
 from pruned_vllm.serving.layer import StockLayer
 
 
@@ -36,6 +38,13 @@ def olmoe_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)  # type: ignore[arg-type]
 
 
+def glm_layer(config: Any, cache_config: Any, quant_config: Any, prefix: str) -> nn.Module:
+    """GLM's layer with a dense MLP: experts are a block of the plugin's."""
+    config.first_k_dense_replace = config.num_hidden_layers  # all layers
+    config.rope_parameters = dict(config.rope_parameters)  # which vLLM writes defaults into
+    return Glm4MoeDecoderLayer(config, cache_config, quant_config, prefix)
+
+
 # Qwen2 and those with experts have Llama's layer: vLLM's Qwen2 derives head_dim from the number of heads, which pruning
 # changes, and experts are a block of the plugin's.
 SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
@@ -51,6 +60,10 @@ SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "qwen3_moe": (LlamaForCausalLM, Qwen3DecoderLayer),
     "olmoe": (LlamaForCausalLM, olmoe_layer),
     "deepseek": (LlamaForCausalLM, LlamaDecoderLayer),
+    "deepseek_v2": (LatentForCausalLM, latent_layer),
+    "deepseek_v3": (LatentForCausalLM, latent_layer),
+    "glm4_moe": (LlamaForCausalLM, glm_layer),
+    "glm4_moe_lite": (LatentForCausalLM, latent_layer),
 }
 
 # Modules that have rows of their own, imported when one is asked for: the kernels that they import are for few models,

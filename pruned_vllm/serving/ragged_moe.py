@@ -60,9 +60,22 @@ class MoEBlock(nn.Module):
         scheme_arguments = vllm_config.model_config, geometry, layout.quantization, index
         self.ranks = ranks
         num_experts, top_k = len(layer.expert_intermediate_sizes), experts.num_experts_per_tok
-        self.gate = GateLinear(hidden_size, num_experts, prefix=f"{prefix}.gate")
         names = geometry.family.experts_format
-        routing: dict[str, Any] = {"renormalize": experts.norm_topk_prob}
+        router_dtype = torch.float32 if names.float32_router else None
+        self.gate = GateLinear(
+            hidden_size, num_experts, out_dtype=router_dtype, params_dtype=router_dtype, prefix=f"{prefix}.gate"
+        )
+        routing: dict[str, Any] = {
+            "renormalize": experts.norm_topk_prob,
+            "scoring": names.scoring,
+            "num_expert_group": experts.num_expert_group,
+            "topk_group": experts.topk_group,
+            "routed_scaling_factor": experts.routed_scaling_factor,
+        }
+        if names.correction_bias is not None:
+            bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
+            self.gate.register_parameter(names.correction_bias, bias)
+            routing["correction_bias"] = bias
         self.is_stock = not has_own_experts(*scheme_arguments, ranks)
         if self.is_stock:
             self.experts = FusedMoEFactory(
@@ -74,6 +87,7 @@ class MoEBlock(nn.Module):
                 reduce_results=False,
                 prefix=f"{prefix}.experts",
                 ckpt_names=(GATE, DOWN, UP),
+                router_logits_dtype=router_dtype,
                 **router_arguments(top_k, num_experts, **routing),
             )
         else:

@@ -25,6 +25,12 @@ RAGGED = ModelGeometry.from_config(
     MOE_CONFIG | {"per_layer_config": {"1": {"expert_intermediate_sizes": [40, 0, 15, 25]}}}
 )
 HALF = ModelGeometry.from_config(MOE_CONFIG | {"per_layer_config": {"1": {"num_experts": 2}}})
+LATENT = ModelGeometry.from_config(
+    CONFIG
+    | {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_key_value_heads": 4}
+    | {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "q_lora_rank": None}
+    | {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 40, "first_k_dense_replace": 2}
+)
 # Two layers of attention, one with a dense MLP, one with a router, a shared expert of 30 channels and its gate; biases
 # of q, k and v and the norms are vectors.
 MOE_UNROUTED = 2 * (2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 100 + 4 * 64 + 3 * 64 * 30 + 64
@@ -36,6 +42,16 @@ def test_decode_counts_bytes_of_weights_and_cache():
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100 + 2 * 64
     cache = 8 * (32 + 32) * 2 * 2 * 2 * 16 * 2
     assert step_bytes(DENSE, case, 2) == (2 * layer + 64 + 64000 + 8 * 64) * 2 + cache
+
+
+def test_attention_with_a_latent_vector_for_all_heads():
+    """The cache holds 24 numbers, and the 8 of k that RoPE turns; a head multiplies 20 of q and k, and 10 of v."""
+    weights = 2 * (4 * 20 * 64 + (24 + 8) * 64 + 4 * (12 + 10) * 24 + 64 * 4 * 10 + 3 * 64 * 100)
+    vectors = 2 * (24 + 2 * 64)
+    cache = 8 * (32 + 32) * 2 * (24 + 8) * 2
+    assert step_bytes(LATENT, Case.parse("decode:8:32:64"), 2) == (weights + vectors + 64 + 64000 + 8 * 64) * 2 + cache
+    attention = 2 * 2 * 4 * (20 + 10) * 55
+    assert step_flops(LATENT, Case.parse("prefill:3:10")) == 3 * (2 * weights * 10 + attention + 2 * 64000)
 
 
 def test_prefill_counts_multiplications():

@@ -17,6 +17,7 @@ from converter.quantize.converted import plan_of_converted
 from converter.quantize.schemes import SCHEMES, Wanted
 from learner.model.masking import apply_masks, restrict_routers
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf import load_pruned
 
@@ -42,7 +43,7 @@ def masked_checkpoint(directory, model_type: str, name: str, **config):
     widths, counts = PATTERNS[name]
     skipped = 1 if model_type == "deepseek" else 0  # its first layer has no experts
     masks = expert_masks(model, widths[skipped:])
-    masks |= masks_for(HEADS, [], model) if model_type != "olmoe" and name == "other numbers" else {}
+    masks |= masks_for(HEADS, [], model) if FAMILIES[model_type].can_lose_heads and name == "other numbers" else {}
     write_masked(directory, model, masks)
     return model, masks, counts[skipped:]
 
@@ -73,7 +74,7 @@ def test_what_is_left_is_the_masked_model_with_restricted_routers(tmp_path, caps
     assert (exact - restricted).abs().max() > 0.1, "dropping changes nothing"
 
 
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize("model_type", [name for name in HF_MOE if not FAMILIES[name].latent_attention])
 def test_whole_experts_of_one_number_are_a_stock_model(tmp_path, model_type):
     model, _, _ = masked_checkpoint(tmp_path / "ckpt", model_type, "whole experts", hidden_size=192)
     convert(make_plan(tmp_path / "ckpt", drop_empty_experts=True), tmp_path / "out")
@@ -110,6 +111,30 @@ def test_nothing_to_drop(tmp_path, capsys):
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--drop-empty-experts") == 0
     assert "No expert lost all its channels" in capsys.readouterr().out
     assert "exact" not in json.loads((tmp_path / "out" / "config.json").read_text())["pruning"]
+
+
+EIGHT = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+GROUPS = {
+    "one of each group": ([1, 0, 0, 2, 0, 3, 4, 0], EIGHT, "4 experts are not 4 groups (n_group) of equally many"),
+    "two of a group": ([1, 1, 0, 0, 1, 1, 1, 1], EIGHT, "[2, 0, 2, 2] experts would be left of its 4 groups"),
+    "half of each group": ([3, 0, 2, 0, 0, 1, 4, 0], EIGHT | {"n_group": 2, "topk_group": 1}, None),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_of_experts_stay_equally_large(tmp_path, capsys, name):
+    widths, config, problem = GROUPS[name]
+    model = tiny_model("deepseek_v3", 6, 6, WIDTH, **config)
+    masks = expert_masks(model, [widths] * 3)
+    write_masked(tmp_path / "ckpt", model, masks)
+    code = convert_pruned(tmp_path / "ckpt", tmp_path / "out", "--drop-empty-experts")
+    if problem is not None:
+        assert code == 2 and f"layer 0: {problem}" in capsys.readouterr().err
+        return
+    assert code == 0
+    with apply_masks(model, masks), restrict_routers(model, masks):
+        expected = logits(model)
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_too_few_experts_are_refused_by_layer(tmp_path, capsys):

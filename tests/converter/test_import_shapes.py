@@ -186,14 +186,15 @@ def test_fewer_experts_than_config_json_says(tmp_path, capsys):
 
 # What config.json says is the number before pruning, or that of some layer.
 @pytest.mark.parametrize("said", [4, 2])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3"])
 def test_other_numbers_of_experts_in_every_layer(tmp_path, capsys, model_type, said):
     """As REAP's kin write them; one expert has no tensors, but a row of the router: it adds zeros."""
     model = tiny_model(model_type, 6, 3, 24)
     model.save_pretrained(tmp_path / "in")
     keep_experts(tmp_path / "in", model, [[0, 2, 3], [3, 1], [0, 1, 2, 3]], silent=((2, 1),))
     path = tmp_path / "in" / "config.json"
-    keys = [key for key in ("num_experts", "num_local_experts") if key in json.loads(path.read_text())]
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    keys = [key for key in names if key in json.loads(path.read_text())]
     edit_json(path, **dict.fromkeys(keys, said))
     pruned = assert_converts(tmp_path / "in", tmp_path / "out", logits(model))
     assert f"A layer has 2 to 4 experts, where config.json says {said}." in capsys.readouterr().out

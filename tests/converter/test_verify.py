@@ -62,6 +62,9 @@ LONGROPE = {  # the longest prompt takes long_factor, the others short_factor
         **{"short_factor": [1.0 + i / 4 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]},
     },
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 32, "beta_slow": 1}
+GROUPS = {"n_group": 2, "topk_group": 1}
 CONFIGS = {
     **{name: (name, {}) for name in FAMILIES},
     "llama with biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -73,6 +76,14 @@ CONFIGS = {
     "gemma3 with biases, not tied": ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}),
     "half of a head rotated": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": 8}),
     "longrope": ("phi3", LONGROPE),
+    "a dense layer, biases, no norms of heads": ("glm4_moe", {"first_k_dense_replace": 1, "use_qk_norm": False}),
+    "a latent vector and yarn": ("deepseek_v3", {"rope_parameters": YARN}),
+    "groups of experts": ("deepseek_v3", GROUPS),
+    "groups by their best expert": (
+        "deepseek_v2",
+        GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0, "q_lora_rank": 20},
+    ),
+    "dense layers between": ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", "sparse"], "q_lora_rank": None}),
 }
 
 
@@ -207,8 +218,8 @@ def test_an_expert_that_few_tokens_reach_is_compared(tmp_path):
 
 
 def test_a_fault_leaves_nothing_unless_the_user_insists(ckpt, tmp_path, capsys, monkeypatch):
-    def wrong(family, layer, head_dim, masks, site, target):
-        return cut_layer(family, layer, head_dim, masks, "gate_and_up", target)
+    def wrong(model, layer, masks, site, target):
+        return cut_layer(model, layer, masks, "gate_and_up", target)
 
     monkeypatch.setattr(plan_module, "cut_layer", wrong)
     masks = {"model.layers.0.mlp.channel_mask": torch.linspace(0.5, 3, 40)}

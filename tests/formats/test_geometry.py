@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers.tiny import HF_MOE, tiny_model
+from helpers.tiny import HF_MOE, stored_numbers, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -84,17 +84,27 @@ def joined(family: Family, shapes: Shapes) -> Shapes:
     return shapes
 
 
+SOME_DENSE = {  # keys that give some layers no experts, by what says so
+    "all": {},
+    "sparse_step": {"mlp_only_layers": [0], "decoder_sparse_step": 2},
+    "first_dense": {"first_k_dense_replace": 1},
+    "mlp_types": {"mlp_layer_types": ["dense", "sparse", "dense"]},
+}
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("model_type", HF_MOE)
 def test_tensors_of_experts_are_those_that_hugging_face_saves(tmp_path, model_type, mixed):
-    config = {"attention_bias": True, "mlp_only_layers": [0], "decoder_sparse_step": 2} if mixed else {}
-    model = tiny_model(model_type, 6, 3, 100, **config)
+    config = {"attention_bias": not FAMILIES[model_type].latent_attention} | SOME_DENSE[
+        FAMILIES[model_type].experts.layers
+    ]
+    model = tiny_model(model_type, 6, 3, 100, **(config if mixed else {}))
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     ours = ModelGeometry.from_config(json.loads((tmp_path / "config.json").read_text()))
     assert ours.tensor_shapes() == shapes
-    assert ours.num_parameters == model.num_parameters()
+    assert ours.num_parameters == stored_numbers(model)
     with_experts = [bool(layer.expert_intermediate_sizes) for layer in ours.layers]
     assert with_experts == [hasattr(layer.mlp, "experts") for layer in model.model.layers]
     assert any(with_experts) and ours.experts.num_experts_per_tok == model.config.num_experts_per_tok

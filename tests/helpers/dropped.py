@@ -22,13 +22,19 @@ def restrict_to_experts_with_channels(model: PreTrainedModel, masks: dict[str, t
 
 def _restricted(config, dropped: torch.Tensor):
     renormalise = config.model_type in ("mixtral", "qwen3_5_moe_text") or config.norm_topk_prob
+    factor = getattr(config, "routed_scaling_factor", None) or 1
 
     def route(gate: nn.Module, args: tuple[torch.Tensor], output: tuple) -> tuple:
         logits = F.linear(args[0], gate.weight).masked_fill(dropped, -torch.inf)
-        weights, chosen = logits.softmax(-1).topk(config.num_experts_per_tok)
+        bias = getattr(gate, "e_score_correction_bias", None)
+        scores = logits.softmax(-1) if bias is None else logits.sigmoid()
+        ranking = scores if bias is None else (scores + bias).masked_fill(dropped, -torch.inf)
+        chosen = ranking.topk(config.num_experts_per_tok).indices
+        weights = scores.gather(-1, chosen)
         assert not dropped[chosen].any()
         if renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights * factor
         if isinstance(gate, Router):
             return chosen, weights, None
         return logits.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)
@@ -46,7 +52,8 @@ def keep_experts(directory, model: PreTrainedModel, kept: list[list[int]], silen
     changes = {}
     for index, experts in enumerate(kept):
         prefix = f"model.layers.{index}."
-        changes[f"{prefix}{names.router}.weight"] = tensors[f"{prefix}{names.router}.weight"][experts].clone()
+        for router in names.router_tensors:
+            changes[prefix + router] = tensors[prefix + router][experts].clone()
         remove += [name for name in tensors if name.startswith(f"{prefix}{names.module}.experts.")]
         for place, expert in enumerate(experts):
             if (index, expert) not in silent:
@@ -59,6 +66,8 @@ def keep_experts(directory, model: PreTrainedModel, kept: list[list[int]], silen
                 parameter[torch.tensor([(index, expert) in silent for expert in experts])] = 0
             setattr(module, name, nn.Parameter(parameter, requires_grad=False))
             module.num_experts = len(experts)
+        if names.correction_bias is not None:
+            mlp.gate.e_score_correction_bias = mlp.gate.e_score_correction_bias[experts].clone()
     edit_weights(directory, changes, tuple(name for name in remove if name not in changes))
 
 

@@ -37,6 +37,16 @@ LINEAR = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e3, "partial_rotary_factor": 0.5},
 }
 MROPE = {"rope_parameters": {**LINEAR["rope_parameters"], "mrope_section": [3, 3, 2], "mrope_interleaved": True}}
+# DeepSeek-V2 and later, GLM-4.5 and later.
+_ROUTED_LATE = {
+    "n_routed_experts": NUM_EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+# vLLM's attention with a latent vector takes these two on CPUs alone. In vLLM's words head_dim is what RoPE turns.
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 24}
 MOE_CONFIGS = {
     "mixtral": {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2},
     "olmoe": _EXPERTS,
@@ -51,6 +61,11 @@ MOE_CONFIGS = {
     },
     "qwen3_next": {**_EXPERTS, **_SHARED, **LINEAR},
     "qwen3_5_moe_text": {**_EXPERTS, **_SHARED, **LINEAR, **MROPE},
+    "glm4_moe": _ROUTED_LATE | {"attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+    "deepseek_v2": _ROUTED_LATE | _LATENT | {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 2},
+    "deepseek_v3": _ROUTED_LATE | _LATENT | {"q_lora_rank": 20, "n_group": 1, "topk_group": 1, "rms_norm_eps": 0.01},
+    "glm4_moe_lite": {key: value for key, value in (_ROUTED_LATE | _LATENT).items() if key != "first_k_dense_replace"}
+    | {"q_lora_rank": 20, "mlp_layer_types": ["sparse"] * NUM_LAYERS},
 }
 # Families whose config class has other defaults than a tiny model can have, or whose positions are to be seen in it.
 DENSE_CONFIGS = {
@@ -76,6 +91,7 @@ DENSE_CONFIGS = {
     },
 }
 HF_MOE = [name for name in MOE_CONFIGS if name != "deepseek"]  # what Transformers has
+SOFTMAX_MOE = [name for name in HF_MOE if FAMILIES[name].experts_format.scoring == "softmax"]
 
 
 def tiny_model(
@@ -90,8 +106,10 @@ def tiny_model(
     if model_type == "olmoe":  # its norm of q is as wide as the hidden states
         config.setdefault("hidden_size", num_attention_heads * HEAD_DIM)
     config = deepcopy(MOE_CONFIGS.get(model_type) or DENSE_CONFIGS.get(model_type, {})) | config
-    if (count := config.get("num_hidden_layers", NUM_LAYERS)) != NUM_LAYERS and "layer_types" in config:
-        config["layer_types"] = [config["layer_types"][index % NUM_LAYERS] for index in range(count)]
+    if FAMILIES[model_type].latent_attention:
+        num_key_value_heads = num_attention_heads
+    for key in {"layer_types", "mlp_layer_types"} & config.keys():
+        config[key] = [config[key][index % NUM_LAYERS] for index in range(config.get("num_hidden_layers", NUM_LAYERS))]
     config = AutoConfig.for_model(
         model_type,
         vocab_size=config.pop("vocab_size", VOCAB_SIZE),
@@ -123,7 +141,16 @@ def tiny_model(
                 parameter.uniform_(-2, 1)
             else:
                 parameter.normal_(std=0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # as large as scores: it decides often
+                buffer.normal_(std=0.3)
     return model.eval().requires_grad_(False)
+
+
+def stored_numbers(model: PreTrainedModel) -> int:
+    """Numbers that `save_pretrained` writes: a router's correction bias is a buffer in Transformers."""
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return model.num_parameters() + sum(map(torch.numel, biases))
 
 
 def llama3_rope(original_max_position_embeddings: int) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
-from helpers.tiny import HF_MOE, converted, expert_masks, masks_for, oracle, prompts, tiny_model
+from helpers.tiny import HF_MOE, converted, expert_masks, masks_for, oracle, prompts, stored_numbers, tiny_model
 from safetensors.torch import load_file
 
 from learner.model.masking import apply_masks
@@ -17,6 +17,7 @@ from pruned_vllm.hf.loading import load_pruned
 WIDTH = 24
 RAGGED = [[17, 0, 24, 5], [0, 0, 0, 0], [1, 2, 3, 4]]
 HEADS = [[0, 0, 0.5, 2, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 2, 3, 1, 1]]  # whole groups, no attention, an uneven group
+WHOLE_HEADS = [[0, 0, 0, 0, 0, 0], [1, -2, 0.5, 3, 0.1, 1]]  # as attention with a latent vector has it
 MIXED = {"mlp_only_layers": [1]}
 NUM_TOKENS = 6
 
@@ -32,6 +33,11 @@ CASES = {
     "qwen3_next, mixed": ("qwen3_next", HEADS, [11], MIXED),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", HEADS, [], {"attention_bias": True}),
     "qwen3_moe, mixed": ("qwen3_moe", HEADS, [11], MIXED),
+    "glm4_moe": ("glm4_moe", HEADS, [], {}),
+    "glm4_moe, a dense layer": ("glm4_moe", [], [11], {"first_k_dense_replace": 1, "use_qk_norm": False}),
+    "deepseek_v2": ("deepseek_v2", WHOLE_HEADS, [11], {"first_k_dense_replace": 1}),
+    "deepseek_v3": ("deepseek_v3", WHOLE_HEADS, [], {}),
+    "glm4_moe_lite": ("glm4_moe_lite", [], [0], {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
     "qwen3_moe, mixed, no mlp in layer 1": ("qwen3_moe", [], [0], MIXED),
 }
 
@@ -62,7 +68,7 @@ def test_saved_model_is_the_converted_model(tmp_path, name):
     _, _, directory = convert(tmp_path, name)
     geometry = ModelGeometry.from_config(json.loads((directory / "config.json").read_text()))
     pruned, saved = load_pruned(directory), tmp_path / "saved"
-    assert pruned.num_parameters() == geometry.num_parameters
+    assert stored_numbers(pruned) == geometry.num_parameters
     pruned.save_pretrained(saved, max_shard_size="100KB")
     shards = [load_file(path) for path in saved.glob("*.safetensors")]
     assert {name: tuple(x.shape) for shard in shards for name, x in shard.items()} == geometry.tensor_shapes()
@@ -89,7 +95,7 @@ def test_layers_with_their_own_number_of_experts(tmp_path, model_type):
     pruned.save_pretrained(saved)
     geometries = [ModelGeometry.from_config(json.loads((path / "config.json").read_text())) for path in
                   (directory, saved)]  # fmt: skip
-    assert geometries[0] == geometries[1] and pruned.num_parameters() == geometries[0].num_parameters
+    assert geometries[0] == geometries[1] and stored_numbers(pruned) == geometries[0].num_parameters
     with torch.no_grad():
         torch.testing.assert_close(load_pruned(saved)(tokens).logits, pruned(tokens).logits, rtol=0, atol=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
 from helpers.learning import run, task_of
-from helpers.tiny import HF_MOE, NUM_EXPERTS, byte_tokenizer, prompts, tiny_model
+from helpers.tiny import NUM_EXPERTS, SOFTMAX_MOE, byte_tokenizer, prompts, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,7 @@ def settings(**changes) -> ReapSettings:
     return ReapSettings(calibration_sequences=SEQUENCES, sequence_length=32, **changes)
 
 
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize("model_type", SOFTMAX_MOE)
 def test_scores(model_type):
     """The mean over an expert's tokens of its weight times the norm of its output."""
     config = {"mlp_only_layers": [0]} if model_type == "qwen3_moe" else {}

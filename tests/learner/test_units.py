@@ -9,6 +9,7 @@ from learner.data.reading import BlockSampler
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.families import FAMILIES
 
 
 @pytest.mark.parametrize("site", ["product", "gate_and_up"])
@@ -81,7 +82,7 @@ def test_channels_of_experts_are_units(model_type):
     config = {"mlp_only_layers": [1]} if has_dense_layers else {}
     model = tiny_model(model_type, 6, 3, 24, **config)
     units = Units.from_geometry(geometry_of(model))
-    heads = {} if model_type == "olmoe" else {"head": 6}  # OLMoE cannot lose heads
+    heads = {"head": 6} if FAMILIES[model_type].can_lose_heads else {}
     assert units.widths == heads | ({"channel": 24} if config else {}) | {"expert": 4 * 24}
     assert units.layers["expert"] == ((0, 2) if config else (0, 1, 2)) and units.layers.get("channel", (1,)) == (1,)
     values = {kind: torch.rand(units.shape(kind)) for kind in units.layers}

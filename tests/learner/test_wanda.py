@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.tiny import HEAD_DIM, HF_MOE, NUM_EXPERTS, tiny_model
+from helpers.tiny import HEAD_DIM, NUM_EXPERTS, SOFTMAX_MOE, tiny_model
 
 from learner.data.reading import BlockSampler
 from learner.job import WandaSettings
@@ -58,7 +58,7 @@ def test_heads_and_channels(tied):
         torch.testing.assert_close(found["channel"][index].double(), channels, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize("model_type", SOFTMAX_MOE)
 def test_channels_of_experts_over_the_tokens_they_get(model_type):
     model = tiny_model(model_type, 6, 6, 24)
     found = wanda.scores(task_on(model))["expert"]

@@ -61,6 +61,20 @@ REFUSED = {
     "gemma3, capped logits": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     "phi3, linear": ("phi3", rope(rope_type="linear", factor=2.0), "rope_type is 'linear'"),
     "ministral3, no scale of queries": ("ministral3", rope(rope_type="default"), "lack llama_4_scaling_beta"),
+    "deepseek_v2, divided by the sum": ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+    "deepseek_v2, sigmoid": ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+    "deepseek_v2, another router": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+    "deepseek_v2, biases of MLPs": ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is True"),
+    "deepseek_v3, softmax": ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+    "deepseek_v3, another router": ("deepseek_v3", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+    "deepseek_v3, biases": ("deepseek_v3", {"attention_bias": True}, "attention_bias is True: vLLM's latent attention"),
+    "deepseek_v3, halves of heads": ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
+    "deepseek_v3, experts here and there": ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+    "deepseek_v3, linear": ("deepseek_v3", rope(rope_type="linear", factor=2.0), "rope_type is 'linear'"),
+    "deepseek_v3, one mscale": (
+        "deepseek_v3", rope(rope_type="yarn", factor=2.0, mscale=0.7), "mscale 0.7 and mscale_all_dim None"),
+    "glm4_moe_lite, dense layers": (
+        "glm4_moe_lite", {"first_k_dense_replace": 2}, "first_k_dense_replace is 2, but 0 by mlp_layer_types"),
     "encoder": ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder is True"),
 }  # fmt: skip
 DROPPED = {
@@ -76,6 +90,8 @@ DROPPED = {
     "groups of experts": ("deepseek", {"routed_scaling_factor": 2.5, "topk_method": "noaux_tc", "n_group": 2}),
     "biases of Phi-3": ("phi3", {"attention_bias": True, "mlp_bias": True}),
     "layer types of Ministral 3": ("ministral3", {"layer_types": ["full_attention"] * 3}),
+    "windows of GLM": ("glm4_moe", {"sliding_window": 8}),
+    "an indexer": ("deepseek_v3", {"index_topk": 64, "moe_router_dtype": "bfloat16"}),
     "a shared expert": ("qwen3_moe", {"shared_expert_intermediate_size": 24}),
 }
 NOT_STOCK = {
@@ -202,6 +218,25 @@ def test_a_model_that_lacks_what_vllm_needs_is_refused_when_serving():
     check_keys(write(config), family)
 
 
+FOR_VLLM = {
+    "deepseek_v2": ({}, {"n_group": 1, "topk_group": 1}),
+    "deepseek_v2, groups that are not used": ({"n_group": 2, "topk_group": 1}, {"n_group": 1, "topk_group": 1}),
+    "deepseek_v2, groups": (
+        {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}, {"n_group": 2, "topk_group": 1}),
+    "deepseek_v3": ({}, {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    "glm4_moe_lite": ({"mlp_layer_types": ["dense", "dense", "sparse"]}, {"first_k_dense_replace": 2}),
+    "glm4_moe_lite, nothing said": ({"mlp_layer_types": None}, {"first_k_dense_replace": 1}),
+    "glm4_moe": ({"num_nextn_predict_layers": 1}, {"num_nextn_predict_layers": 0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOR_VLLM)
+def test_keys_that_vllm_needs_are_written(name):
+    changes, expected = FOR_VLLM[name]
+    written = write(config_of(name.partition(",")[0], **changes))
+    assert {key: written[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("parameters", ANGLES.values(), ids=ANGLES)
 def test_angles_are_the_same_in_vllm(parameters):
     config = config_of("llama", rope_parameters=parameters, max_position_embeddings=256)
@@ -241,6 +276,14 @@ FAMILY_ANGLES = {  # keys of config.json, the type of layer, tokens of a text, a
     "phi3, longrope, short": ("phi3", LONGROPE, None, 64, 64),
     "phi3, longrope, long": ("phi3", LONGROPE, None, 128, 256),
     "ministral3": ("ministral3", DENSE_CONFIGS["ministral3"], None, 128, 256),
+    "glm4_moe": ("glm4_moe", {"rope_theta": 5e4}, None, 128, 256),
+    "glm4_moe, a quarter of a head, yarn": (
+        "glm4_moe",
+        {"rope_parameters": YARN | {"partial_rotary_factor": 0.25, "rope_theta": 5e4}},
+        None,
+        128,
+        256,
+    ),
 }
 
 

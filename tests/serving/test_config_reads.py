@@ -145,7 +145,9 @@ def test_every_key_of_a_part_of_hugging_faces_model_has_a_row(family):
         module, prefix, experts = deepseek, "", "MoE"
     else:
         module = importlib.import_module(getattr(transformers, family.architecture).__module__)
-        prefix, experts = family.architecture.removesuffix("ForCausalLM"), "SparseMoeBlock"
+        prefix = family.architecture.removesuffix("ForCausalLM")
+        blocks = ("SparseMoeBlock", "MoE", "Moe")
+        experts = next((name for name in blocks if hasattr(module, prefix + name)), "")
     parts = [(reads([getattr(module, f"{prefix}Attention")]), layer_reads(family))]
     if family.experts is not None:
         served = reads([MoEBlock], ("pruned_vllm.serving", *VLLM_MODELS))

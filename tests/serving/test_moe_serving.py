@@ -1,4 +1,4 @@
-"""Experts of different widths on vLLM: the served model is the masked one, in all families."""
+"""Experts of different widths on vLLM: the served model is the masked one, in all families that have experts."""
 
 import json
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
 from helpers.serving import assert_serves_the_masked_model, engine, rewrite
-from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, tiny_model
+from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, oracle, prompts, tiny_model
+from vllm import SamplingParams
+
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.geometry import ModelGeometry
 
 WIDTH = 24  # channels of each of the 4 experts in the dense models
 RAGGED = [[17, 9, 24, 5], [1, 2, 3, 4], [24, 23, 1, 12]]
@@ -16,13 +20,18 @@ UNIFORM = [[11] * 4] * 3
 HALF_UNIFORM = [[16] * 4, [1, 2, 3, 4], [8] * 4]  # vLLM's own fused experts beside ragged ones
 HEADS = [[0, 0, 0.5, 2, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 2, 3, 1, 1]]  # whole groups, no attention, an uneven group
 LINEAR_FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
+WHOLE_HEADS = [[0.5, 2, 3, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0.1, 2, 3, 1, 1]]  # all of them or none
 FIRST_DENSE = {"deepseek"}  # their first layer has an MLP in place of experts
+LATENT = [name for name in MOE_CONFIGS if FAMILIES[name].latent_attention]
 
 
 def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = False, **config):
+    """Dense MLPs keep 17 channels of 24, but for those of DeepSeekMoE, which keep all."""
     model = tiny_model(model_type, 6, 6 if model_type == "deepseek" else 3, WIDTH, **config)
-    masks = expert_masks(model, widths[1:] if model_type in FIRST_DENSE else widths)
-    return model, masks | (masks_for(HEADS, [], model) if heads and model_type != "olmoe" else {})
+    masks = expert_masks(model, *((widths[1:],) if model_type in FIRST_DENSE else (widths, [17] * len(widths))))
+    if heads and model_type != "olmoe":
+        masks |= masks_for(WHOLE_HEADS if model_type in LATENT else HEADS, [], model)
+    return model, masks
 
 
 PATTERNS = {
@@ -31,6 +40,14 @@ PATTERNS = {
     "an empty layer": (LAYER_EMPTY, False),
     "uniform": (UNIFORM, False),
     "uniform layers beside a ragged one, heads": (HALF_UNIFORM, True),
+}
+EIGHT = [[17, 0, 24, 5, 3, 2, 1, 9], [11] * 8, [0, 2, 3, 4, 24, 1, 1, 6]]
+GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+YARN = {
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+        **{"mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 8, "beta_slow": 1},
+    }
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "hidden_size": 192}  # otherwise a stock model
 CASES = {
@@ -41,6 +58,25 @@ CASES = {
     "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8, "norm_topk_prob": False}),  # not its key
     "olmoe, norms and router": ("olmoe", UNIFORM, False, {"rms_norm_eps": 0.05, "norm_topk_prob": True}),
     "qwen2_moe, windows in some layers": ("qwen2_moe", UNIFORM, False, WINDOWS),
+    "glm4_moe, a dense layer, no norms of heads": (
+        "glm4_moe",
+        RAGGED,
+        True,
+        {"first_k_dense_replace": 1, "use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25},
+    ),
+    "deepseek_v3, groups of experts, yarn": ("deepseek_v3", EIGHT, True, GROUPS | YARN),
+    "deepseek_v2, groups, low rank of queries": (
+        "deepseek_v2",
+        EIGHT,
+        False,
+        GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0, "q_lora_rank": 20},
+    ),
+    "glm4_moe_lite, dense layers between": (
+        "glm4_moe_lite",
+        RAGGED,
+        False,
+        {"mlp_layer_types": ["dense", "sparse", "dense"], "q_lora_rank": None},
+    ),
 }
 
 
@@ -50,7 +86,7 @@ def is_slow(model_type: str, name: str) -> bool:
         return (model_type, name) != ("qwen3_5_moe_text", "an empty expert everywhere, heads")
     shown_by_qwen3_moe = ("ragged", "an empty layer", "uniform layers beside a ragged one, heads")
     return (model_type != "qwen3_moe" and name in shown_by_qwen3_moe) or (
-        model_type in ("olmoe", "qwen2_moe") and name == "uniform"
+        model_type in ("olmoe", "qwen2_moe", "deepseek_v2", "glm4_moe_lite") and name == "uniform"
     )
 
 
@@ -81,6 +117,7 @@ DROPPED_ALIKE = [[24, 0, 24, 24], [0, 24, 24, 24], [24, 24, 24, 0]]  # a stock m
         pytest.param("mixtral", DROPPED_EQUAL, 1, {}, marks=pytest.mark.slow),
         pytest.param("qwen2_moe", DROPPED_ALIKE, 1, {"hidden_size": 192}, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", DROPPED, 2, {}, marks=pytest.mark.slow),
+        pytest.param("glm4_moe", DROPPED_ALIKE, 1, {}, marks=pytest.mark.slow),
         pytest.param("qwen2_moe", DROPPED_EQUAL, 3, {"vocab_size": 257}, marks=pytest.mark.slow),
     ],
 )
@@ -101,8 +138,9 @@ def test_masks_on_both_projections(tmp_path):
     assert_serves_the_masked_model(directory, model, masks, "gate_and_up")
 
 
-def test_compiled(tmp_path):
-    model, masks = model_and_masks("qwen2_moe", ONE_EMPTY, True)
+@pytest.mark.parametrize("model_type", ["qwen2_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_compiled(tmp_path, model_type):
+    model, masks = model_and_masks(model_type, ONE_EMPTY, True)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)
 
@@ -120,6 +158,8 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
         pytest.param(2, "mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(2, "deepseek", RAGGED, {}, marks=pytest.mark.slow),
         pytest.param(2, "qwen3_5_moe_text", ONE_EMPTY, ODD_SHARED, marks=pytest.mark.slow),
+        (2, "glm4_moe", ONE_EMPTY, {"first_k_dense_replace": 1}),
+        pytest.param(3, "deepseek_v3", ONE_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(3, "qwen2_moe", [[9] * 4, *RAGGED[1:]], {"vocab_size": 257, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(3, "qwen3_moe", ONE_EMPTY, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
     ],
@@ -160,3 +200,45 @@ def test_weights_are_stored_without_padding(tmp_path):
             return [len(layer.mlp.experts.offsets) and int(layer.mlp.experts.offsets[-1]) for layer in layers]
 
         assert llm.collective_rpc(rows)[0] == [46, 9, 48]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", LATENT)
+def test_ranks_that_do_not_divide_whole_attention_are_refused(tmp_path, model_type):
+    model, masks = model_and_masks(model_type, ONE_EMPTY)
+    directory = converted(tmp_path, model, masks)
+    with (
+        pytest.raises(ValueError, match="no head can be padded, since .* keeps one latent vector"),
+        engine(directory, tensor_parallel_size=4),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_latent_vector_for_all_heads_is_cached_once(tmp_path):
+    """As many bytes a token as the geometry says: none for the layer without attention."""
+    model, masks = model_and_masks("deepseek_v2", RAGGED, True)
+    directory = converted(tmp_path, model, masks)
+    geometry = ModelGeometry.from_config(json.loads((directory / "config.json").read_text()))
+    with engine(directory) as llm:
+
+        def shapes(worker):
+            return [cache.shape for cache in worker.model_runner.kv_caches]
+
+        found = llm.collective_rpc(shapes)[0]
+        assert len(found) == 2 and all(shape[-1] == 576 for shape in found)
+    assert geometry.kv_cache_bytes_per_token(4) == 2 * 576 * 4
+
+
+@pytest.mark.slow
+def test_float16_is_not_divided_by_what_nothing_multiplies(tmp_path):
+    """vLLM's DeepSeek layer divides its states by the router's factor in float16."""
+    model, masks = model_and_masks("deepseek_v3", RAGGED, routed_scaling_factor=8.0)
+    directory = converted(tmp_path, model, masks)
+    tokens = prompts()[-1]
+    with engine(directory, dtype="float16") as llm:
+        (output,) = llm.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    expected = oracle(model, masks, "product", tokens[:1], tokens[1:])[1]
+    found = [(position, *item) for position, row in enumerate(output.prompt_logprobs[1:]) for item in row.items()]
+    differences = [abs(value.logprob - expected[position, token].item()) for position, token, value in found]
+    assert sorted(differences)[len(differences) // 2] < 0.1, f"up to {max(differences):.2g}"
