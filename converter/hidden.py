@@ -33,7 +33,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGEST_EPSILON = 1e30  # of a norm; no model has as much, and float32 can say it
 _OUTPUTS = (".o_proj.", ".down_proj.", ".w2.")
 _NORMED_PROJECTIONS = (".q_proj.", ".k_proj.")
-_HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
+_OF_HEADS = (".q_norm.weight", ".k_norm.weight", ".sinks")  # vectors that are not along the hidden dimensions
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class HiddenCut:
     def _cut(self, name: str, shape: tuple[int, ...], inner: Cut) -> Cut:
         if name == EMBEDDING:
             return replace(inner, columns=self.kept, column_factors=self.embedding)
-        if name.endswith(_HEAD_NORMS):
+        if name.endswith(_OF_HEADS):
             return inner
         if is_output(name):
             return replace(inner, rows=self.kept, row_factors=self.outputs)

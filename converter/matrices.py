@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from converter.reading import OpenFiles, Piece, pieces_of, runs_of
+from pruned_vllm.common.padding import PAD
 from pruned_vllm.formats.headers import StoredTensor
 
 
@@ -66,6 +67,38 @@ class StoredMatrix:
 
     def _pieces(self, rows: np.ndarray) -> list[Piece]:
         return pieces_of(rows, self.tensor.span[0], self.num_columns * self.dtype.itemsize)
+
+
+class StridedMatrix(StoredMatrix):
+    """A matrix in a file whose rows lie across it: one that is stored transposed, or taking turns with another.
+
+    Rows are read together with what lies between them, column by column. So those of one call should be near each
+    other, and memory is needed for all numbers from the first to the last of them.
+    """
+
+    def expect(self, rows: np.ndarray) -> None:
+        start, end = self.tensor.span
+        self.files.expect(self.tensor.file, [Piece(start, [(None, end - start)])])
+
+    def read(self, rows: np.ndarray, into: np.ndarray, unwanted: memoryview) -> None:
+        if len(self.tensor.shape) == 1:  # a vector is read as a matrix of one column
+            rows = np.arange(self.num_columns)
+        there = rows != PAD
+        wanted = rows[there]
+        if not len(wanted):
+            return
+        size, unsigned = self.dtype.itemsize, np.dtype(f"u{self.dtype.itemsize}")
+        row_stride, *others = self.tensor.strides
+        columns, column_stride = (self.num_columns, others[0]) if others else (1, 0)
+        first, last = int(wanted.min()), int(wanted.max())
+        length = ((last - first) * row_stride + 1) * size
+        start = self.tensor.span[0] + first * row_stride * size
+        places = ((start + column * column_stride * size, column * length) for column in range(columns))
+        pieces = [Piece(offset, [(place, length)]) for offset, place in places]
+        stored = np.empty(columns * length, np.uint8)
+        self.files.read(self.tensor.file, pieces, stored.data, unwanted)
+        numbers = stored.view(unsigned).reshape(columns, -1)[:, ::row_stride]
+        into.view(unsigned).reshape(len(rows), columns)[there] = numbers[:, wanted - first].T
 
 
 @dataclass(frozen=True)

@@ -113,10 +113,15 @@ class ReferenceModel:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         prompts = zip(*(heads.transpose(0, 1).split(list(lengths), dim=1) for heads in (q, k, v)), strict=True)
         window, scale = self._positions.window(index), self._positions.scale
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q.shape[1], window), scale=scale)
-            for q, k, v in prompts
-        ]
+        sinks = self._rounded(self._tensor(f"{prefix}sinks").float(), prefix) if self.geometry.family.sinks else None
+        outputs = []
+        for q, k, v in prompts:
+            seen = visible(q.shape[1], window)
+            if sinks is not None:  # a key before all others, whose product with q is the sink, and whose value is zeros
+                bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).expand(len(sinks), -1, -1)
+                seen = torch.cat((sinks[:, None, None].expand(-1, len(bias[0]), -1), bias), dim=2)
+                k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
         return torch.cat(outputs, dim=1).transpose(0, 1)
 
     @cached_property
@@ -147,8 +152,8 @@ class ReferenceModel:
             token, place = torch.where(chosen == expert)
             modules = tuple(prefix + module for module in names.modules_of(expert))
             if width and len(token):
-                output = self._mlp(modules, states[token], None if mask is None else mask[expert])
-            elif expert in layer.constant_experts:
+                output = self._mlp(modules, states[token], None if mask is None else mask[expert], names.activation)
+            elif expert in layer.constant_experts or names.bias:
                 output = self._bias(modules[2])
             else:
                 continue
@@ -161,11 +166,17 @@ class ReferenceModel:
             result = result + shared
         return result, chosen
 
-    def _mlp(self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """pruned_vllm/formats/agreement.py refuses other activations than the family's."""
-        activate = F.silu if self.geometry.family.activation == "silu" else partial(F.gelu, approximate="tanh")
+    def _mlp(
+        self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None, activation: str = ""
+    ) -> torch.Tensor:
+        """pruned_vllm/formats/agreement.py refuses other activations than the family's, which is that of dense MLPs."""
+        activation = activation or self.geometry.family.activation
+        activate = F.silu if activation == "silu" else partial(F.gelu, approximate="tanh")
         gate, up = (self._linear(module, states) for module in modules[:2])
-        if self.channel_mask_site == "product":
+        if activation == "swigluoai":
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            product = _times(gate * torch.sigmoid(1.702 * gate) * (up + 1), mask)
+        elif self.channel_mask_site == "product":
             product = _times(activate(gate) * up, mask)
         else:
             product = activate(_times(gate, mask)) * _times(up, mask)
@@ -208,10 +219,13 @@ class ReferenceModel:
             yield self._rounded(part.float(), f"{module}.weight {number}")
 
     def _weight(self, module: str) -> torch.Tensor:
-        weight = self.read(f"{module}.weight")
-        if weight is None:
-            raise InputError(f"{module}.weight is missing; the model cannot be run without it")
-        return weight
+        return self._tensor(f"{module}.weight")
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        tensor = self.read(name)
+        if tensor is None:
+            raise InputError(f"{name} is missing; the model cannot be run without it")
+        return tensor
 
     def _bias(self, module: str) -> torch.Tensor:
         """A module's bias, or zero."""

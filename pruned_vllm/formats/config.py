@@ -40,13 +40,25 @@ def dense_geometry(directory: Path, config: Mapping[str, Any]) -> ModelGeometry:
         InputError: the model is not supported, quantized or pruned.
     """
     if "quantization_config" in config:
-        raise InputError(f"{directory} is quantized; masks fold into float weights only: quantize afterwards")
+        raise InputError(
+            f"{directory} is quantized; masks fold into float weights only: quantize afterwards{_widen(config)}"
+        )
     geometry = ModelGeometry.from_config(config)
     if not geometry.is_dense:
         raise InputError(
             f"{directory} is pruned already (config.json has per_layer_config); masks are for a dense model"
         )
     return geometry
+
+
+def _widen(config: Mapping[str, Any]) -> str:
+    """How to get float weights of a model that is published quantized alone, as gpt-oss is; "" for others."""
+    if config.get("model_type") != "gpt_oss":
+        return ""
+    return (
+        '. gpt-oss has them once Transformers has widened it: GptOssForCausalLM.from_pretrained(..., dtype="bfloat16", '
+        "quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained, and take that directory"
+    )
 
 
 def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +107,7 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
     None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
     """
     layer = geometry.layers[0]
-    if geometry.family.fused:  # the stock code wants the fused tensors
+    if geometry.family.stores_fused:
         return None
     if len({layer.query_heads_per_kv_head for layer in geometry.layers}) > 1 or not layer.has_even_groups:
         return None

@@ -3,6 +3,7 @@
 Pure Python: no tensor is loaded.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class StoredTensor:
         key: its name in the file.
         dtype: in the words of safetensors ("BF16").
         span: where its content begins and ends in the file, in bytes; (0, 0) where it is in none.
+        strides: along each dimension, how many numbers neighbours are apart there, the first number of all being at
+            the beginning of `span`; () where they lie one after another.
         is_zeros: not stored at all, but zeros in the dtype of what is; see pruned_vllm/formats/biases.py.
     """
 
@@ -48,7 +51,21 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     span: tuple[int, int] = (0, 0)
+    strides: tuple[int, ...] = ()
     is_zeros: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers, without what lies between them."""
+        start, end = self.span
+        return (
+            (end - start) // spread(self.shape, self.strides) * math.prod(self.shape) if self.strides else end - start
+        )
+
+
+def spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many numbers there are from the first to the last one of a tensor with strides."""
+    return 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:

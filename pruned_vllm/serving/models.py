@@ -16,6 +16,7 @@ from vllm.model_executor.models.olmoe import OlmoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.serving.attention import add_sinks
 from pruned_vllm.serving.base import PrunedForCausalLM
 from pruned_vllm.serving.layer import StockLayer
 
@@ -34,6 +35,13 @@ def olmoe_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)  # type: ignore[arg-type]
 
 
+def gpt_oss_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    """Llama's layer with sinks: vLLM's gpt-oss layer takes 1e-5 for the epsilon of its norms, and yarn for granted."""
+    layer = LlamaDecoderLayer(vllm_config, prefix)
+    add_sinks(layer.self_attn, vllm_config)
+    return layer
+
+
 # Qwen2 and those with experts have Llama's layer: vLLM's Qwen2 derives head_dim from the number of heads, which pruning
 # changes, and experts are a block of the plugin's.
 SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
@@ -49,6 +57,7 @@ SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "qwen3_moe": (LlamaForCausalLM, Qwen3DecoderLayer),
     "olmoe": (LlamaForCausalLM, olmoe_layer),
     "deepseek": (LlamaForCausalLM, LlamaDecoderLayer),
+    "gpt_oss": (LlamaForCausalLM, gpt_oss_layer),
 }
 
 for _model_type, _family in FAMILIES.items():

@@ -60,8 +60,8 @@ class MoEBlock(nn.Module):
         scheme_arguments = vllm_config.model_config, geometry, layout.quantization, index
         self.ranks = ranks
         num_experts, top_k = len(layer.expert_intermediate_sizes), experts.num_experts_per_tok
-        self.gate = GateLinear(hidden_size, num_experts, prefix=f"{prefix}.gate")
         names = geometry.family.experts_format
+        self.gate = GateLinear(hidden_size, num_experts, bias=names.router_bias, prefix=f"{prefix}.gate")
         routing: dict[str, Any] = {"renormalize": experts.norm_topk_prob}
         self.is_stock = not has_own_experts(*scheme_arguments, ranks)
         if self.is_stock:
