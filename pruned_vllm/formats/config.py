@@ -56,8 +56,8 @@ def _widen(config: Mapping[str, Any]) -> str:
     if config.get("model_type") != "gpt_oss":
         return ""
     return (
-        '. gpt-oss has them once Transformers has widened it: GptOssForCausalLM.from_pretrained(..., dtype="bfloat16", '
-        "quantization_config=Mxfp4Config(dequantize=True)), then save_pretrained, and take that directory"
+        ". gpt-oss has them once Transformers has widened it: load it with from_pretrained, dtype bfloat16 and "
+        "quantization_config=Mxfp4Config(dequantize=True), write it with save_pretrained, and take that directory"
     )
 
 
