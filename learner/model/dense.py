@@ -21,6 +21,7 @@ from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems, read_headers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
+from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
 
 
@@ -70,6 +71,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         stored = read_config(directory)
         geometry = dense_geometry(directory, stored)
         check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
+        if problems := site_problems(geometry.family, getattr(job.settings, "channel_mask_site", "product")):
+            raise InputError(f"{job.method} cannot prune {job.model}:", problems)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)

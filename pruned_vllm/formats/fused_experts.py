@@ -1,4 +1,4 @@
-"""Experts that a family stores as one tensor for all of a layer, taken apart: where each one's numbers lie. Pure Python.
+"""Experts that a family stores as one tensor a layer, taken apart: where the numbers of each are. Pure Python.
 
 gpt-oss ("interleaved") has in each layer, for E experts of I channels,
 

@@ -57,10 +57,8 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Of its numbers, without what lies between them."""
-        start, end = self.span
-        return (
-            (end - start) // spread(self.shape, self.strides) * math.prod(self.shape) if self.strides else end - start
-        )
+        length = self.span[1] - self.span[0]
+        return length // spread(self.shape, self.strides) * math.prod(self.shape) if self.strides else length
 
 
 def spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
