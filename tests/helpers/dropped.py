@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from helpers.deepseek import Router
+from helpers.experts import router_of
 from helpers.masked import edit_json, edit_weights
 from safetensors.torch import load_file
 from torch import nn
@@ -16,15 +17,15 @@ def restrict_to_experts_with_channels(model: PreTrainedModel, masks: dict[str, t
     """`model`, from now on with routers that give minus infinity to experts whose masks are all 0."""
     for index, layer in enumerate(model.model.layers):
         if (mask := masks.get(EXPERT_MASK.format(index))) is not None:
-            layer.mlp.gate.register_forward_hook(_restricted(model.config, (mask == 0).all(1)))
+            router_of(layer.mlp).register_forward_hook(_restricted(model.config, (mask == 0).all(1)))
     return model
 
 
 def _restricted(config, dropped: torch.Tensor):
-    renormalise = config.model_type == "mixtral" or config.norm_topk_prob
+    renormalise = config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob
 
     def route(gate: nn.Module, args: tuple[torch.Tensor], output: tuple) -> tuple:
-        logits = F.linear(args[0], gate.weight).masked_fill(dropped, -torch.inf)
+        logits = F.linear(args[0], gate.weight, getattr(gate, "bias", None)).masked_fill(dropped, -torch.inf)
         weights, chosen = logits.softmax(-1).topk(config.num_experts_per_tok)
         assert not dropped[chosen].any()
         if renormalise:

@@ -38,6 +38,15 @@ MOE_CONFIGS = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
     },
+    "gpt_oss": {
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,  # in the first and in the last layer
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    },
 }
 # Families whose config class has other defaults than a tiny model can have, or whose positions are to be seen in it.
 DENSE_CONFIGS = {
@@ -62,6 +71,8 @@ DENSE_CONFIGS = {
     },
 }
 HF_MOE = [name for name in MOE_CONFIGS if name != "deepseek"]  # what Transformers has
+# Those of them that may come out as a stock model, and whose masks may be at "gate_and_up".
+STOCK_MOE = [name for name in HF_MOE if not FAMILIES[name].stores_fused]
 
 
 def tiny_model(
@@ -99,12 +110,14 @@ def tiny_model(
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     offset = 1 if FAMILIES[model_type].norms_add_one else 0
+    experts = FAMILIES[model_type].experts
+    wide = experts is not None and experts.activation == "swigluoai"  # some gates and ups are to be clamped
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5).sub_(offset)
             else:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.4 if wide and name.endswith("gate_up_proj") else 0.15)
     return model.eval().requires_grad_(False)
 
 

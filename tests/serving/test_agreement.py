@@ -229,6 +229,7 @@ FAMILY_ANGLES = {  # keys of config.json, the type of layer, tokens of a text, a
     "phi3, longrope, short": ("phi3", LONGROPE, None, 64, 64),
     "phi3, longrope, long": ("phi3", LONGROPE, None, 128, 256),
     "ministral3": ("ministral3", DENSE_CONFIGS["ministral3"], None, 128, 256),
+    "gpt_oss": ("gpt_oss", {}, None, 128, 256),
 }
 
 

@@ -32,6 +32,12 @@ PATTERNS = {
     "uniform layers beside a ragged one, heads": (HALF_UNIFORM, True),
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "hidden_size": 192}  # otherwise a stock model
+OTHERWISE = {  # than every published gpt-oss, and than vLLM's own class takes for granted
+    "attention_bias": False,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "rms_norm_eps": 0.05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+}
 CASES = {
     f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
 } | {
@@ -39,6 +45,7 @@ CASES = {
     "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
     "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8, "norm_topk_prob": False}),  # not its key
     "olmoe, norms and router": ("olmoe", UNIFORM, False, {"rms_norm_eps": 0.05, "norm_topk_prob": True}),
+    "gpt_oss, no biases, windows elsewhere, norms": ("gpt_oss", RAGGED, True, OTHERWISE),
     "qwen2_moe, windows in some layers": ("qwen2_moe", UNIFORM, False, WINDOWS),
 }
 
@@ -98,8 +105,9 @@ def test_masks_on_both_projections(tmp_path):
     assert_serves_the_masked_model(directory, model, masks, "gate_and_up")
 
 
-def test_compiled(tmp_path):
-    model, masks = model_and_masks("qwen2_moe", ONE_EMPTY, True)
+@pytest.mark.parametrize("model_type", ["qwen2_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_compiled(tmp_path, model_type):
+    model, masks = model_and_masks(model_type, ONE_EMPTY, True)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)
 
@@ -113,6 +121,8 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
     ("ranks", "model_type", "widths", "config"),
     [
         (2, "qwen3_moe", ONE_EMPTY, {}),
+        (2, "gpt_oss", ONE_EMPTY, {}),
+        pytest.param(4, "gpt_oss", RAGGED, {"vocab_size": 257}, marks=pytest.mark.slow),
         pytest.param(4, "qwen2_moe", MIXED_WIDTHS, {"vocab_size": 331, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(2, "mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(2, "deepseek", RAGGED, {}, marks=pytest.mark.slow),
