@@ -1,0 +1,120 @@
+"""convert-pruned on files that hold all experts of a layer in one tensor: what is read, or a message what is wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.masked import convert_pruned, edit_json, edit_weights
+from helpers.tiny import expert_masks, tiny_model, write_masked
+from safetensors.torch import load_file
+
+from converter.checkpoint import Checkpoint
+
+WIDTH, HIDDEN, EXPERTS = 24, 96, 4
+PREFIX = "model.layers.1.mlp.experts."
+GATE_UP, GATE_UP_BIAS = f"{PREFIX}gate_up_proj", f"{PREFIX}gate_up_proj_bias"
+
+
+@pytest.fixture
+def ckpt(tmp_path) -> Path:
+    model = tiny_model("gpt_oss", 6, 3, WIDTH)
+    return write_masked(tmp_path / "ckpt", model, expert_masks(model, [[17, 0, 24, 5]] * 3))
+
+
+def test_parts_are_those_of_the_fused_tensors(ckpt):
+    stored, weights = load_file(ckpt / "model.safetensors"), Checkpoint.from_directory(ckpt)
+    assert not [name for name in weights.tensors if "gate_up" in name]
+    for expert in range(EXPERTS):
+        gate_up, bias = stored[GATE_UP][expert], stored[GATE_UP_BIAS][expert]
+        expected = {
+            "gate_proj.weight": gate_up[:, 0::2].T,
+            "gate_proj.bias": bias[0::2],
+            "up_proj.weight": gate_up[:, 1::2].T,
+            "up_proj.bias": bias[1::2],
+            "down_proj.weight": stored[f"{PREFIX}down_proj"][expert].T,
+            "down_proj.bias": stored[f"{PREFIX}down_proj_bias"][expert],
+        }
+        for name, tensor in expected.items():
+            own_name = f"{PREFIX}{expert}.{name}"
+            assert torch.equal(weights.read(own_name), tensor), name
+            assert weights.tensors[own_name].num_bytes == tensor.nbytes
+
+
+def test_masks_of_the_product_go_into_down_proj_alone(ckpt, tmp_path):
+    assert convert_pruned(ckpt, tmp_path / "out") == 0
+    written, stored = load_file(tmp_path / "out" / "model.safetensors"), load_file(ckpt / "model.safetensors")
+    mask = load_file(ckpt / "pruning_masks.safetensors")["model.layers.1.mlp.experts.channel_mask"]
+    for expert, width in enumerate([17, 0, 24, 5]):
+        kept = mask[expert].nonzero().view(-1)
+        assert torch.equal(written[f"{PREFIX}{expert}.down_proj.bias"], stored[f"{PREFIX}down_proj_bias"][expert])
+        assert (f"{PREFIX}{expert}.up_proj.weight" in written) == bool(width)
+        if width:
+            gate_up = stored[GATE_UP][expert].T
+            assert torch.equal(written[f"{PREFIX}{expert}.gate_proj.weight"], gate_up[0::2][kept])
+            assert torch.equal(written[f"{PREFIX}{expert}.up_proj.weight"], gate_up[1::2][kept])
+            assert torch.equal(written[f"{PREFIX}{expert}.up_proj.bias"], stored[GATE_UP_BIAS][expert, 1::2][kept])
+            down = stored[f"{PREFIX}down_proj"][expert].T[:, kept] * mask[expert, kept]
+            assert torch.equal(written[f"{PREFIX}{expert}.down_proj.weight"], down)
+
+
+def test_zeros_of_up_alone_remove_nothing(ckpt, tmp_path):
+    """Its product is one of up + 1. A gate of zeros, with its bias, removes a channel."""
+    stored = load_file(ckpt / "model.safetensors")
+    stored[GATE_UP][2, :, 7], stored[GATE_UP_BIAS][2, 7] = 0, 0
+    stored[GATE_UP][2, :, 10], stored[GATE_UP_BIAS][2, 10] = 0, 0
+    edit_weights(ckpt, stored)
+    for name in ("pruning.json", "pruning_masks.safetensors"):
+        (ckpt / name).unlink()
+    assert convert_pruned(ckpt, tmp_path / "out", "--from", "zeros") == 0
+    weights = Checkpoint.from_directory(tmp_path / "out")
+    gate = weights.read(f"{PREFIX}2.gate_proj.weight")
+    kept = [channel for channel in range(WIDTH) if channel != 5]
+    assert torch.equal(gate, stored[GATE_UP][2].T[0::2][kept])
+
+
+DAMAGES = {
+    "a channel too many": (
+        lambda ckpt: edit_weights(ckpt, {GATE_UP: torch.ones(EXPERTS, HIDDEN, 2 * WIDTH + 2)}),
+        f"{GATE_UP}: the file has [4, 96, 50], config.json says [4, 96, 48]",
+    ),
+    "not transposed": (
+        lambda ckpt: edit_weights(ckpt, {GATE_UP: torch.ones(EXPERTS, 2 * WIDTH, HIDDEN)}),
+        f"{GATE_UP}: the file has [4, 48, 96], config.json says [4, 96, 48]",
+    ),
+    "an expert too few": (
+        lambda ckpt: edit_weights(ckpt, {GATE_UP_BIAS: torch.ones(EXPERTS - 1, 2 * WIDTH)}),
+        f"{GATE_UP_BIAS}: the file has [3, 48], config.json says [4, 48]",
+    ),
+    "nothing in it": (
+        lambda ckpt: edit_weights(ckpt, {GATE_UP: torch.ones(0, HIDDEN, 2 * WIDTH)}),
+        f"{GATE_UP}: the file has [0, 96, 48], config.json says",
+    ),
+    "config.json says other widths": (
+        lambda ckpt: edit_json(ckpt / "config.json", intermediate_size=25),
+        "config.json says [4, 96, 50]",
+    ),
+    "an expert beside it": (
+        lambda ckpt: edit_weights(ckpt, {f"{PREFIX}3.up_proj.weight": torch.ones(WIDTH, HIDDEN)}),
+        f"{PREFIX}3.up_proj.weight: there as part of {GATE_UP}, and by itself; keep one",
+    ),
+    "missing": (
+        lambda ckpt: edit_weights(ckpt, {}, remove=(GATE_UP_BIAS,)),
+        f"{PREFIX}0.gate_proj.bias [24]: missing",
+    ),
+    "no sinks": (
+        lambda ckpt: edit_weights(ckpt, {}, remove=("model.layers.1.self_attn.sinks",)),
+        "model.layers.1.self_attn.sinks [6]: missing",
+    ),
+    "no bias of a router": (
+        lambda ckpt: edit_weights(ckpt, {}, remove=("model.layers.1.mlp.router.bias",)),
+        "model.layers.1.mlp.router.bias [4]: missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_fused_experts_that_do_not_fit_are_refused(ckpt, tmp_path, capsys, name):
+    damage, sentence = DAMAGES[name]
+    damage(ckpt)
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
