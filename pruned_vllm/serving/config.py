@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import check_agreement, lacking, left_out
@@ -11,6 +11,7 @@ from pruned_vllm.formats.families import Family
 from pruned_vllm.serving.cpu_kernels import check_kernels
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import check_options
+from pruned_vllm.serving.stock_architectures import DenseOnly
 from pruned_vllm.serving.tensor_check import check_directory
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
@@ -45,6 +46,10 @@ class PrunedConfig(VerifyAndUpdateConfig):
         sizes = vllm_config.model_config.model_arch_config
         sizes.total_num_attention_heads = max(layout.ranks, *(layer.total_op_heads for layer in layout.layers))
         sizes.total_num_kv_heads = max(1, *(layer.total_kv_heads for layer in layout.layers))
+        # What vLLM sets for the family when its class is the stock one, such as gpt-oss' reasoning parser.
+        stock_hook = MODELS_CONFIG_MAP[layout.geometry.family.architecture]
+        assert issubclass(stock_hook, DenseOnly)  # the plugin's, around vLLM's own
+        stock_hook.stock_hook.verify_and_update_config(vllm_config)
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:

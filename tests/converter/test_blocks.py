@@ -45,7 +45,7 @@ def across(directory: Path, tensor: torch.Tensor, seed: int) -> StridedMatrix:
     apart, place = 1 + seed % 3, seed % (1 + seed % 3)
     others = [tensor + 1 + number for number in range(apart)]
     others[place] = tensor
-    content = torch.stack(others, 1).flatten(0, 1).T.contiguous().view(torch.uint8).numpy().tobytes()
+    content = torch.stack(others, 1).flatten(0, 1).t().contiguous().view(torch.uint8).numpy().tobytes()
     (directory / "across").write_bytes(BEFORE + content + b"and after")
     strides = (apart, apart * len(tensor)) if tensor.dim() == 2 else (apart,)
     start = len(BEFORE) + place * tensor.dtype.itemsize

@@ -5,8 +5,12 @@ import json
 import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
-from helpers.serving import assert_serves_the_masked_model, engine, rewrite
-from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, tiny_model
+from helpers.serving import NUM_TOKENS, assert_serves_the_masked_model, engine, rewrite
+from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, oracle, prompts, tiny_model
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from pruned_vllm.hf import load_pruned
 
 WIDTH = 24  # channels of each of the 4 experts in the dense models
 RAGGED = [[17, 9, 24, 5], [1, 2, 3, 4], [24, 23, 1, 12]]
@@ -135,6 +139,28 @@ def test_ranks(tmp_path, monkeypatch, ranks, model_type, widths, config):
     model, masks = model_and_masks(model_type, widths, True, **config)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=ranks)
+
+
+def test_gpt_oss_with_an_adapter_and_what_vllm_sets_for_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, masks = model_and_masks("gpt_oss", ONE_EMPTY, True)
+    directory = converted(tmp_path, model, masks)
+    tuned = load_pruned(directory, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(tuned, config).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    with engine(directory, enable_lora=True, max_lora_rank=8) as llm:
+        adapter = LoRARequest("tuned", 1, str(tmp_path / "adapter"))
+        params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=5, detokenize=False, ignore_eos=True)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts()]
+        outputs = llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
+        assert llm.llm_engine.vllm_config.structured_outputs_config.reasoning_parser == "openai_gptoss"
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        preferred, expected = oracle(tuned.get_base_model(), {}, "product", prompt, tokens)
+        assert tokens == preferred
+        for position, logprobs in enumerate(output.outputs[0].logprobs, len(prompt) - 1):
+            assert all(abs(found.logprob - expected[position, token]) < 1e-4 for token, found in logprobs.items())
 
 
 def test_missing_and_wrong_expert_tensors_are_named(tmp_path):
