@@ -1,6 +1,7 @@
 """Matrices whose rows are read a few at a time, from a file or from a tensor in memory. A vector is one row."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,6 +100,37 @@ class StridedMatrix(StoredMatrix):
         self.files.read(self.tensor.file, pieces, stored.data, unwanted)
         numbers = stored.view(unsigned).reshape(columns, -1)[:, ::row_stride]
         into.view(unsigned).reshape(len(rows), columns)[there] = numbers[:, wanted - first].T
+
+
+class PackedMatrix(StoredMatrix):
+    """A matrix of MXFP4 numbers, widened to bfloat16 by Transformers."""
+
+    def expect(self, rows: np.ndarray) -> None:
+        for matrix, stored in self._stored(rows[rows != PAD]):
+            matrix.expect(stored)
+
+    def read(self, rows: np.ndarray, into: np.ndarray, unwanted: memoryview) -> None:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # late: an import of seconds
+
+        there = rows != PAD
+        parts = []
+        for matrix, stored in self._stored(rows[there]):
+            part = np.empty((len(stored), matrix.num_columns), np.uint8)
+            matrix.read(stored, part.reshape(-1), unwanted)
+            parts.append(torch.from_numpy(part))
+        blocks, scales = parts
+        if not len(scales):
+            return
+        widened = convert_moe_packed_tensors(blocks.view(1, *scales.shape, -1), scales[None], dtype=self.dtype)[0].T
+        target = torch.from_numpy(into).view(self.dtype).view(len(rows), self.num_columns)
+        target[torch.from_numpy(there)] = widened
+
+    def _stored(self, rows: np.ndarray) -> Iterator[tuple[StoredMatrix, np.ndarray]]:
+        """The blocks and the scales, with the rows of them."""
+        packed = self.tensor.packed
+        assert packed is not None
+        for tensor in (packed.blocks, packed.scales):
+            yield StoredMatrix(self.files, tensor, torch.uint8), packed.first + packed.step * rows
 
 
 @dataclass(frozen=True)

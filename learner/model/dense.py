@@ -7,15 +7,23 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mxfp4Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import check_agreement
 from pruned_vllm.formats.biases import complete_biases
-from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -91,6 +99,9 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
             model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
             config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
+            if is_packed(as_stored := read_json(directory / "config.json")):
+                config.quantization_config = as_stored["quantization_config"]
+                options["quantization_config"] = Mxfp4Config(dequantize=True)
             if wrapped_architecture(directory):  # of a multimodal model, the language model alone is built
                 options["key_mapping"] = {f"^{re.escape(prefix)}": text for prefix, text in TEXT_PREFIXES.items()}
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -100,8 +111,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
                 trust_remote_code=job.trust_remote_code,
                 **options,
             )
-            if "key_mapping" in options:
-                model._weight_conversions = []  # else save_pretrained would put the prefixes back
+            if "key_mapping" in options or "quantization_config" in options:
+                model._weight_conversions = []  # else save_pretrained would put the prefixes back, or names of blocks
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=model.config, trust_remote_code=job.trust_remote_code
         )

@@ -47,9 +47,9 @@ class PrunedConfig(VerifyAndUpdateConfig):
         sizes.total_num_attention_heads = max(layout.ranks, *(layer.total_op_heads for layer in layout.layers))
         sizes.total_num_kv_heads = max(1, *(layer.total_kv_heads for layer in layout.layers))
         # What vLLM sets for the family when its class is the stock one, such as gpt-oss' reasoning parser.
-        stock_hook = MODELS_CONFIG_MAP[layout.geometry.family.architecture]
-        assert issubclass(stock_hook, DenseOnly)  # the plugin's, around vLLM's own
-        stock_hook.stock_hook.verify_and_update_config(vllm_config)
+        hook = MODELS_CONFIG_MAP.get(layout.geometry.family.architecture)
+        if hook is not None and issubclass(hook, DenseOnly):  # the plugin's, around vLLM's own
+            hook.stock_hook.verify_and_update_config(vllm_config)
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:

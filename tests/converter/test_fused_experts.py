@@ -5,10 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.masked import convert_pruned, edit_json, edit_weights
-from helpers.tiny import expert_masks, tiny_model, write_masked
+from helpers.tiny import byte_tokenizer, expert_masks, prompts, tiny_model, write_masked
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from converter.checkpoint import Checkpoint
+from learner.job import Job
+from learner.model.dense import load_dense
+from learner.model.masking import apply_masks
+from learner.model.saving import save_model
+from pruned_vllm.hf import load_pruned
 
 WIDTH, HIDDEN, EXPERTS = 24, 96, 4
 PREFIX = "model.layers.1.mlp.experts."
@@ -70,6 +77,103 @@ def test_zeros_of_up_alone_remove_nothing(ckpt, tmp_path):
     gate = weights.read(f"{PREFIX}2.gate_proj.weight")
     kept = [channel for channel in range(WIDTH) if channel != 5]
     assert torch.equal(gate, stored[GATE_UP][2].T[0::2][kept])
+
+
+def pack(ckpt: Path) -> dict[str, torch.Tensor]:
+    """Random numbers in MXFP4 in place of the experts' weights, as openai/gpt-oss-20b is stored."""
+    packed, generator, fused = {}, torch.Generator().manual_seed(0), []
+    for name, tensor in load_file(ckpt / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")) and tensor.dim() == 3:
+            experts, inputs, outputs = tensor.shape
+            shape = (experts, outputs, inputs // 32)
+            packed[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            packed[f"{name}_scales"] = torch.randint(121, 125, shape, generator=generator, dtype=torch.uint8)
+            fused.append(name)
+    edit_weights(ckpt, packed, tuple(fused))
+    edit_json(ckpt / "config.json", quantization_config={"quant_method": "mxfp4"})
+    return packed
+
+
+def packed_checkpoint(directory: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The checkpoint, its masks, and what is in place of its experts' weights."""
+    model = tiny_model("gpt_oss", 6, 3, 32).bfloat16()
+    masks = expert_masks(model, [[17, 0, 32, 5]] * 3)
+    ckpt = write_masked(directory, model, masks)
+    byte_tokenizer().save_pretrained(ckpt)
+    return ckpt, masks, pack(ckpt)
+
+
+def widened(ckpt: Path) -> PreTrainedModel:
+    options = {"dtype": torch.bfloat16, "quantization_config": Mxfp4Config(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(ckpt, **options).float()
+
+
+def test_weights_of_4_bits_are_widened(tmp_path, capsys):
+    ckpt, masks, packed = packed_checkpoint(tmp_path / "ckpt")
+    weights, found = Checkpoint.from_directory(ckpt), {}
+    for kind in ("gate_up_proj", "down_proj"):
+        blocks, scales = (packed[f"{PREFIX}{kind}_{part}"] for part in ("blocks", "scales"))
+        found[kind] = convert_moe_packed_tensors(blocks, scales)
+    for expert in range(EXPERTS):
+        gate_up, down = found["gate_up_proj"][expert].T, found["down_proj"][expert].T
+        for name, tensor in {"gate": gate_up[0::2], "up": gate_up[1::2], "down": down}.items():
+            assert torch.equal(weights.read(f"{PREFIX}{expert}.{name}_proj.weight"), tensor), name
+
+    assert convert_pruned(ckpt, tmp_path / "out", "--dtype", "float32") == 0
+    assert "Verified against the pruned model" in capsys.readouterr().out
+    pruned, model, tokens = load_pruned(tmp_path / "out"), widened(ckpt), torch.tensor(prompts()[-1:])
+    assert "quantization_config" not in pruned.config.to_dict()
+    with torch.no_grad(), apply_masks(model, masks):
+        torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_learned_on_weights_of_4_bits(tmp_path):
+    ckpt, _, _ = packed_checkpoint(tmp_path / "dense")
+    for name in ("pruning.json", "pruning_masks.safetensors"):
+        (ckpt / name).unlink()
+    dense = load_dense(Job(model=str(ckpt), method="magnitude"), "cpu")
+    expected = widened(ckpt)
+    for name, parameter in dense.model.named_parameters():
+        assert torch.equal(parameter.float(), expected.get_parameter(name)), name
+    save_model(dense.model, ckpt, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+BLOCKS, SCALES = f"{GATE_UP}_blocks", f"{GATE_UP}_scales"
+PACKED_DAMAGES = {
+    "a block too many": (
+        lambda ckpt: edit_weights(ckpt, {BLOCKS: torch.zeros(EXPERTS, 64, 4, 16, dtype=torch.uint8)}),
+        f"{BLOCKS}: the file has [4, 64, 4, 16] in U8, config.json says [4, 64, 3, 16] in U8",
+    ),
+    "other numbers": (
+        lambda ckpt: edit_weights(ckpt, {BLOCKS: torch.zeros(EXPERTS, 64, 3, 16, dtype=torch.int8)}),
+        f"{BLOCKS}: the file has [4, 64, 3, 16] in I8",
+    ),
+    "no scales": (lambda ckpt: edit_weights(ckpt, {}, remove=(SCALES,)), f"{SCALES} [4, 64, 3]: missing"),
+    "scales of fewer rows": (
+        lambda ckpt: edit_weights(ckpt, {SCALES: torch.zeros(EXPERTS, 32, 3, dtype=torch.uint8)}),
+        f"{SCALES}: the file has [4, 32, 3] in U8",
+    ),
+    "rows that are no blocks": (
+        lambda ckpt: edit_json(ckpt / "config.json", hidden_size=80),
+        f"{BLOCKS}: config.json says rows of 80 numbers, which are no blocks of 32",
+    ),
+    "another method": (
+        lambda ckpt: edit_json(ckpt / "config.json", quantization_config={"quant_method": "awq"}),
+        "is quantized; masks fold into float weights only",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_DAMAGES)
+def test_weights_of_4_bits_that_do_not_fit_are_refused(tmp_path, capsys, name):
+    ckpt, _, _ = packed_checkpoint(tmp_path / "ckpt")
+    damage, sentence = PACKED_DAMAGES[name]
+    damage(ckpt)
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 DAMAGES = {

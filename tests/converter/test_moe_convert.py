@@ -223,14 +223,6 @@ def test_masks_of_both_projections_are_refused_where_these_are_clamped(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_of_4_bits_are_refused_with_a_way_out(tmp_path, capsys):
-    model = tiny_model("gpt_oss", 6, 3, WIDTH)
-    ckpt = write_masked(tmp_path / "ckpt", model, expert_masks(model, RAGGED))
-    edit_json(ckpt / "config.json", quantization_config={"quant_method": "mxfp4"})
-    assert convert_pruned(ckpt, tmp_path / "out") == 2
-    assert "Mxfp4Config(dequantize=True), write it with save_pretrained" in capsys.readouterr().err
-
-
 def test_few_shapes_are_refused(ckpt, tmp_path, capsys):
     assert convert_pruned(ckpt, tmp_path / "out", "--max-distinct-shapes", 2) == 2
     assert "--max-distinct-shapes is for models without experts" in capsys.readouterr().err
