@@ -169,7 +169,7 @@ ROWS = (
     Row(f"{ROPE}alpha {ROPE}mixed_b {ROPE}max_trained_positions {ROPE}is_deepseek_v4", "idle",
         "of types that are refused"),
     # The rest.
-    Row("quantization_config", "handled", "the converter refuses all but MXFP4; the plugin serves what was quantized later"),
+    Row("quantization_config", "handled", "the converter refuses all but MXFP4; the plugin serves what was quantized"),
     Row("compression_config", "refused", "vLLM takes the weights for quantized"),
     Row("is_encoder_decoder", "refused", "these models have no encoder", allowed=(False,)),
     Row("text_config thinker_config encoder_config vision_config", "dropped", _VLLM_ONLY),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import check_agreement, lacking, left_out
@@ -11,7 +11,7 @@ from pruned_vllm.formats.families import Family
 from pruned_vllm.serving.cpu_kernels import check_kernels
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import check_options
-from pruned_vllm.serving.stock_architectures import DenseOnly
+from pruned_vllm.serving.stock_architectures import stock_hook
 from pruned_vllm.serving.tensor_check import check_directory
 
 if TYPE_CHECKING:  # this file is imported while the plugin registers, before vLLM may be set up
@@ -28,7 +28,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
         vLLM calls this with the whole configuration: of the target at the start, of a draft model in each worker.
 
         vLLM wants a head count that tensor parallelism divides, takes the largest layer's for it, and sizes some
-        buffers by it; what runs is the padded layout.
+        buffers by it; what runs is the padded layout. What vLLM does for the stock class is done before.
 
         Raises:
             InputError: weights that other readers of the directory would find elsewhere, or tensors that do not fit
@@ -36,6 +36,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 than to Hugging Face's model; options that this model cannot honour, tensor parallelism among them.
         """
         layout = model_layout(vllm_config)
+        stock_hook(layout.geometry.family.architecture).verify_and_update_config(vllm_config)
         check_keys(vllm_config.model_config.hf_config.to_dict(), layout.geometry.family)
         check_options(vllm_config, layout)
         _check_tensor_parallelism(vllm_config, layout)
@@ -46,10 +47,6 @@ class PrunedConfig(VerifyAndUpdateConfig):
         sizes = vllm_config.model_config.model_arch_config
         sizes.total_num_attention_heads = max(layout.ranks, *(layer.total_op_heads for layer in layout.layers))
         sizes.total_num_kv_heads = max(1, *(layer.total_kv_heads for layer in layout.layers))
-        # What vLLM sets for the family when its class is the stock one, such as gpt-oss' reasoning parser.
-        hook = MODELS_CONFIG_MAP.get(layout.geometry.family.architecture)
-        if hook is not None and issubclass(hook, DenseOnly):  # the plugin's, around vLLM's own
-            hook.stock_hook.verify_and_update_config(vllm_config)
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:

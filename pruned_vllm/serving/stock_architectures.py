@@ -8,7 +8,7 @@ configuration before anything is built; models that are not pruned pass through 
 import re
 from typing import TYPE_CHECKING
 
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import FAMILIES
@@ -48,6 +48,12 @@ class DenseOnly(VerifyAndUpdateConfig):
                 f"{family.pruned_architecture}{RERANKER if 'Classification' in model.architecture else ''}"
             )
         cls.stock_hook.verify_and_update_config(vllm_config)
+
+
+def stock_hook(architecture: str) -> type[VerifyAndUpdateConfig]:
+    """vLLM's own hook of a stock architecture, one that does nothing where it has none."""
+    hook = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+    return hook.stock_hook if issubclass(hook, DenseOnly) else hook
 
 
 def dense_only_hooks(

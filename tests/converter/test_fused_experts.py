@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from converter.checkpoint import Checkpoint
-from learner.job import Job
+from learner.job import Job, MaskPruneSettings
 from learner.model.dense import load_dense
 from learner.model.masking import apply_masks
 from learner.model.saving import save_model
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf import load_pruned
 
 WIDTH, HIDDEN, EXPERTS = 24, 96, 4
@@ -139,6 +140,13 @@ def test_masks_are_learned_on_weights_of_4_bits(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+def test_learning_masks_of_both_projections_is_refused(ckpt):
+    """They are clamped, so what multiplies both is no factor of any weight."""
+    settings = MaskPruneSettings(channel_mask_site="gate_and_up")
+    with pytest.raises(InputError, match="GptOssForCausalLM clamps both projections"):
+        load_dense(Job(model=str(ckpt), method="maskprune", settings=settings, data=["text"]), "cpu")
 
 
 BLOCKS, SCALES = f"{GATE_UP}_blocks", f"{GATE_UP}_scales"
