@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from converter.matrices import LoadedMatrix, Matrix, StoredMatrix
+from converter.matrices import LoadedMatrix, Matrix, PackedMatrix, StoredMatrix, StridedMatrix
 from converter.pickled_tensors import span_in_file
-from converter.reading import OpenFiles, Piece
+from converter.reading import HOLE_BYTES, OpenFiles, Piece
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
@@ -116,8 +117,12 @@ class Checkpoint:
             return matrix.tensor.contiguous()  # pickled tensors may be views
         result = torch.empty(self.tensors[name].shape, dtype=matrix.dtype)
         if result.nbytes:
-            tensor, memory = self.tensors[name], result.view(-1).view(torch.uint8).numpy().data
-            self._files.read(tensor.file, [Piece(tensor.span[0], [(0, result.nbytes)])], memory, memoryview(b""))
+            tensor, memory = self.tensors[name], result.view(-1).view(torch.uint8).numpy()
+            if tensor.strides or tensor.packed:
+                matrix.read(np.arange(matrix.num_rows), memory, memoryview(bytearray(HOLE_BYTES)))
+            else:
+                piece = Piece(tensor.span[0], [(0, result.nbytes)])
+                self._files.read(tensor.file, [piece], memory.data, memoryview(b""))
         return result
 
     def matrix(self, name: str) -> Matrix:
@@ -129,7 +134,8 @@ class Checkpoint:
             raise InputError(f"{name} in {tensor.file}: dtype {tensor.dtype}; only {sorted(TORCH_DTYPES)} can be read")
         if tensor.is_zeros:
             return LoadedMatrix(torch.zeros(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]))
-        return StoredMatrix(self._files, tensor, TORCH_DTYPES[tensor.dtype])
+        kind = PackedMatrix if tensor.packed else StridedMatrix if tensor.strides else StoredMatrix
+        return kind(self._files, tensor, TORCH_DTYPES[tensor.dtype])
 
     def check_unchanged(self) -> None:
         """Raises InputError where a file was written to, or another took its place, since its tensors are known."""

@@ -7,6 +7,8 @@ Why the folds are exact, with m the mask, for every finite m:
 - channel mask on the product, m_j (act(gate_j) * up_j): goes into row j of W_up and b_up (DDP, paper section 3.1).
 - channel mask on both projections before the activation, act(m_j gate_j) * (m_j up_j): goes into both rows.
 - expert masks are channel masks of each routed expert. The router and the MLP that all tokens share stay as they are.
+  Where up is clamped before it is multiplied (gpt-oss), a mask on the product goes into column j of W_down, and what
+  multiplies both projections is no factor of any weight: `pruned_vllm.formats.masked.site_problems`.
 
 Padding is exact too: a padded KV head has zero values, a padded query head or channel zero columns in W_O or W_down.
 """
@@ -101,10 +103,11 @@ def cut_layer(
         factors = _factors(masks.head, torch.tensor(query_heads, dtype=torch.long))
         factors = None if factors is None else factors.repeat_interleave(head_dim)
         into_v_proj = set(layer.query_heads_per_kv_head) == {1}
-        linear("self_attn.q_proj", Cut(rows=head_rows(query_heads, family.query_rows(head_dim))))
+        linear("self_attn.q_proj", Cut(rows=head_rows(query_heads, model.family.query_rows(head_dim))))
         linear("self_attn.k_proj", Cut(rows=kv_rows))
         linear("self_attn.v_proj", Cut(rows=kv_rows, row_factors=factors if into_v_proj else None))
         cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if into_v_proj else factors)
+        cuts["self_attn.sinks"] = Cut(rows=torch.tensor(query_heads, dtype=torch.long))
     if masks.channel is not None:
         gate, up, down = cut_mlp(masks.channel, channel_mask_site, target.intermediate_size)
         linear("mlp.gate_proj", gate)
@@ -112,8 +115,11 @@ def cut_layer(
         cuts["mlp.down_proj.weight"] = down
     for expert, mask in enumerate(_expert_masks(layer, masks, target)):
         modules = model.family.experts_format.modules_of(expert)
-        mlp_cuts = cut_mlp(mask, channel_mask_site, target.expert_intermediate_sizes[expert])
-        cuts |= {f"{module}.weight": cut for module, cut in zip(modules, mlp_cuts, strict=True)}
+        site = channel_mask_site if model.family.experts_format.is_linear_in_up else "down"
+        gate, up, down = cut_mlp(mask, site, target.expert_intermediate_sizes[expert])
+        linear(modules[0], gate)
+        linear(modules[1], up)
+        cuts[f"{modules[2]}.weight"] = down
     return cuts
 
 
@@ -129,11 +135,17 @@ def _expert_masks(
 
 
 def cut_mlp(channel_mask: torch.Tensor, channel_mask_site: str, width: int) -> tuple[Cut, Cut, Cut]:
-    """The cuts of the gate, up and down projection that leave `width` channels: those of the mask, and padding."""
+    """The cuts of the gate, up and down projection that leave `width` channels: those of the mask, and padding.
+
+    Args:
+        channel_mask_site: "product", "gate_and_up", or "down" for a product whose factors go into W_down.
+    """
     kept = channel_mask.nonzero().view(-1)
     channels = torch.cat((kept, torch.full((width - len(kept),), PAD)))
     factors = _factors(channel_mask, channels)
     gate = Cut(rows=channels, row_factors=factors if channel_mask_site == "gate_and_up" else None)
+    if channel_mask_site == "down":
+        return gate, Cut(rows=channels), Cut(columns=channels, column_factors=factors)
     return gate, Cut(rows=channels, row_factors=factors), Cut(columns=channels)
 
 

@@ -228,7 +228,7 @@ def _of_model(path: Path, kind: Literal["converted", "stock"]) -> Inspection:
         dense=dense,
         dense_parameters=dense_parameters,
         dense_bytes=None if dense is None else dense.num_parameters * element_bytes,
-        tensor_bytes={name: tensor.span[1] - tensor.span[0] for name, tensor in tensors.items()},
+        tensor_bytes={name: tensor.num_bytes for name, tensor in tensors.items()},
         element_bytes=element_bytes,
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
         serving=serving_needs(geometry, architecture, quantization),

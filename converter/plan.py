@@ -26,7 +26,7 @@ from pruned_vllm.formats.geometry import ModelGeometry, skip_problems
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, has_draft_layers, num_draft_layers
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION
+from pruned_vllm.formats.masked import FORMAT_VERSION, site_problems
 from pruned_vllm.formats.tensors import Shapes
 from pruned_vllm.formats.weights import has_weight_files
 from pruned_vllm.formats.wrappers import wrapped_architecture
@@ -236,6 +236,8 @@ def check_source(what: str, source: Source) -> None:
     """Raises InputError, which begins with `what`, where the weights cannot be read or a key cannot be honoured."""
     weights = source.weights
     problems = [f"config.json: {problem}" for problem in refusals(source.dense.family, weights.config)]
+    if any(masks.expert is not None for masks in source.masks):
+        problems += site_problems(source.dense.family, source.channel_mask_site)
     if source.dense.head_dim % 2:
         name = "head_dim" if source.dense.latent is None else "qk_rope_head_dim"
         problems.append(f"config.json: {name} is {source.dense.head_dim}; it must be even, as RoPE turns pairs")

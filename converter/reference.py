@@ -111,10 +111,16 @@ class ReferenceModel:
         q, k, v, gate = make(index, states, lengths)
         prompts = zip(*(heads.transpose(0, 1).split(list(lengths), dim=1) for heads in (q, k, v)), strict=True)
         window, scale = self._positions.window(index), self._positions.scale
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q.shape[1], window), scale=scale)
-            for q, k, v in prompts
-        ]
+        name = f"model.layers.{index}.self_attn.sinks"
+        sinks = self._rounded(self._read(name).float(), name) if self.geometry.family.sinks else None
+        outputs = []
+        for q, k, v in prompts:
+            seen = visible(q.shape[1], window)
+            if sinks is not None:  # a key before all others, whose product with q is the sink, and whose value is zeros
+                bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).expand(len(sinks), -1, -1)
+                seen = torch.cat((sinks[:, None, None].expand(-1, len(bias[0]), -1), bias), dim=2)
+                k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
         result = torch.cat(outputs, dim=1).transpose(0, 1)
         return result if gate is None else result * gate.sigmoid()
 
@@ -201,8 +207,8 @@ class ReferenceModel:
             token, place = torch.where(chosen == expert)
             modules = tuple(prefix + module for module in names.modules_of(expert))
             if width and len(token):
-                output = self._mlp(modules, states[token], None if mask is None else mask[expert])
-            elif expert in layer.constant_experts:
+                output = self._mlp(modules, states[token], None if mask is None else mask[expert], names.activation)
+            elif expert in layer.constant_experts or names.bias:
                 output = self._bias(modules[2])
             else:
                 continue
@@ -240,13 +246,19 @@ class ReferenceModel:
             weights = weights / weights.sum(-1, keepdim=True)
         return chosen, weights * experts.routed_scaling_factor
 
-    def _mlp(self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """pruned_vllm/formats/agreement.py refuses other activations than the family's."""
+    def _mlp(
+        self, modules: tuple[str, ...], states: torch.Tensor, mask: torch.Tensor | None, activation: str = ""
+    ) -> torch.Tensor:
+        """pruned_vllm/formats/agreement.py refuses other activations than the family's, which is that of dense MLPs."""
+        activation = activation or self.geometry.family.activation
         activate: Callable[[torch.Tensor], torch.Tensor] = F.silu
-        if self.geometry.family.activation == "gelu_tanh":
+        if activation == "gelu_tanh":
             activate = partial(F.gelu, approximate="tanh")
         gate, up = (self._linear(module, states) for module in modules[:2])
-        if self.channel_mask_site == "product":
+        if activation == "swigluoai":
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            product = _times(gate * torch.sigmoid(1.702 * gate) * (up + 1), mask)
+        elif self.channel_mask_site == "product":
             product = _times(activate(gate) * up, mask)
         else:
             product = activate(_times(gate, mask)) * _times(up, mask)

@@ -100,7 +100,8 @@ def _quantization_notes(geometry: ModelGeometry, quantization: Mapping[str, Any]
         if quantization["scheme"] in SCHEMES and (note := SCHEMES[quantization["scheme"]].note):
             yield note
         return
-    ragged = any(layer.expert_intermediate_sizes and not layer.expert_width for layer in geometry.layers)
+    has_biases = geometry.family.experts is not None and geometry.family.experts.bias  # vLLM's experts take none
+    ragged = has_biases or any(layer.expert_intermediate_sizes and not layer.expert_width for layer in geometry.layers)
     if ragged:
         yield (
             "Experts of different widths are quantized by quantize-pruned, or while loading by --quantization "

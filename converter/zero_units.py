@@ -2,7 +2,8 @@
 
 - A query head adds nothing where its columns of o_proj are zero, or the rows of v_proj (and the bias) of its KV head.
 - A channel adds nothing where its column of down_proj is zero, or its row of up_proj, or its row of gate_proj: SiLU of
-  0 is 0. A bias that is not zero keeps a row alive.
+  0 is 0. A bias that is not zero keeps a row alive. In gpt-oss, whose product is one of up + 1, the row of up_proj does
+  not count.
 - A hidden dimension stays zero where its column of the embedding is zero, and every row of o_proj and of down_proj that
   adds to it, with their biases.
 
@@ -127,8 +128,12 @@ def _layer_masks(scan: _Scan, geometry: ModelGeometry, index: int, notes: list[s
     if layer.intermediate_size:
         channel = _mask(_used_channels(scan, *(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))))
     if layer.expert_width:
-        modules = map(family.experts_format.modules_of, range(len(layer.expert_intermediate_sizes)))
-        expert = _mask(torch.stack([_used_channels(scan, *(prefix + module for module in names)) for names in modules]))
+        names, used = family.experts_format, []
+        for number in range(len(layer.expert_intermediate_sizes)):
+            gate, up, down = (prefix + module for module in names.modules_of(number))
+            # Where the product is one of up + 1, a row of zeros in W_up leaves something.
+            used.append(_used_channels(scan, gate, up if names.is_linear_in_up else gate, down))
+        expert = _mask(torch.stack(used))
     return LayerMasks(head, channel, expert)
 
 

@@ -12,7 +12,8 @@ from learner.model.dense import DenseModel, load_dense
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf.loading import load_pruned
 
-ROUTER = "mlp.gate.weight"  # in all families, as Transformers names it
+# As Transformers names it in all families, and in gpt-oss.
+ROUTER = ("mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")
 
 
 def trainable(model: PreTrainedModel, rank: int) -> nn.Module:

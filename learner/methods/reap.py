@@ -26,7 +26,7 @@ from torch import nn
 
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
-from learner.model.expert_weights import routed_products
+from learner.model.expert_weights import output_of, routed_products
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
@@ -85,7 +85,7 @@ def _sums(experts: list[nn.Module], num_experts: int) -> Iterator[list[torch.Ten
 
     def add(total: torch.Tensor, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         for expert, product, weights in routed_products(module, args):
-            norms = (product @ module.down_proj[expert].T).float().norm(dim=1)
+            norms = output_of(module, expert, product).float().norm(dim=1)
             total[0, expert] += float((norms * weights.float()).sum())
             total[1, expert] += len(weights)
 

@@ -7,20 +7,29 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mxfp4Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from learner.job import METHODS, Job
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import check_agreement
 from pruned_vllm.formats.biases import complete_biases
-from pruned_vllm.formats.config import dense_geometry, read_config
+from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems, read_headers, without_draft_layers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
+from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
 
 
@@ -70,6 +79,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         stored = read_config(directory)
         geometry = dense_geometry(directory, stored)
         check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
+        if problems := site_problems(geometry.family, getattr(job.settings, "channel_mask_site", "product")):
+            raise InputError(f"{job.method} cannot prune {job.model}:", problems)
         brings_code = not hasattr(transformers, geometry.family.architecture)
         if brings_code:
             _check_code(job, geometry.family.architecture)
@@ -89,6 +100,9 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
             model, loading = load_with_its_code(str(directory), stored, geometry, **options)
         else:
             config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
+            if is_packed(as_stored := read_json(directory / "config.json")):
+                config.quantization_config = as_stored["quantization_config"]
+                options["quantization_config"] = Mxfp4Config(dequantize=True)
             if wrapped_architecture(directory):  # of a multimodal model, the language model alone is built
                 options["key_mapping"] = {f"^{re.escape(prefix)}": text for prefix, text in TEXT_PREFIXES.items()}
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -98,8 +112,9 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
                 trust_remote_code=job.trust_remote_code,
                 **options,
             )
-            if "key_mapping" in options:
-                vars(model)["_weight_conversions"] = []  # else save_pretrained would put the prefixes back
+            if "key_mapping" in options or "quantization_config" in options:
+                # else save_pretrained would put the prefixes back, or names of blocks
+                vars(model)["_weight_conversions"] = []
         tokenizer = AutoTokenizer.from_pretrained(
             directory, config=model.config, trust_remote_code=job.trust_remote_code
         )

@@ -61,8 +61,11 @@ def restrict_routers(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) 
         for layer, of_layer in zip(layers, layer_masks(masks, len(layers)), strict=True):
             if of_layer.expert is None:
                 continue
-            gate, kept = layer.mlp.gate, of_layer.expert.any(dim=1).nonzero().view(-1)
-            changes = {"weight": nn.Parameter(gate.weight[kept], requires_grad=False)}
+            gate = layer.mlp.gate if hasattr(layer.mlp, "gate") else layer.mlp.router
+            kept = of_layer.expert.any(dim=1).nonzero().view(-1)
+            changes: dict[str, Any] = {
+                name: nn.Parameter(parameter[kept], requires_grad=False) for name, parameter in gate.named_parameters()
+            }
             if hasattr(gate, "num_experts"):
                 changes["num_experts"] = len(kept)
             if hasattr(gate, "e_score_correction_bias"):
@@ -87,14 +90,16 @@ def _mask_mlp(stack: ExitStack, mlp: Any, mask: torch.Tensor, site: str) -> None
         stack.callback(handle.remove)
 
 
-def _mask_experts(stack: ExitStack, experts: nn.Module, mask: torch.Tensor, site: str) -> None:
+def _mask_experts(stack: ExitStack, experts: Any, mask: torch.Tensor, site: str) -> None:
     """`mask` is [num_experts, moe_intermediate_size]; `experts` a list of MLPs, or what Transformers makes of it."""
     if isinstance(experts, nn.ModuleList):
         for mlp, expert_mask in zip(experts, mask, strict=True):
             _mask_mlp(stack, mlp, expert_mask, site)
         return
-    if site == "product":  # down_proj [experts, hidden_size, width]
-        name, factors = "down_proj", mask[:, None, :]
+    if site == "product":  # down_proj [experts, hidden_size, width], or transposed
+        name, factors = "down_proj", mask[:, :, None] if experts.is_transposed else mask[:, None, :]
+    elif experts.is_transposed:
+        raise ValueError("gpt-oss has no masks at gate_and_up; see site_problems in pruned_vllm/formats/masked.py")
     else:  # gate_up_proj [experts, 2 * width, hidden_size]: gate before up
         name, factors = "gate_up_proj", torch.cat((mask, mask), dim=1)[:, :, None]
     parametrize.register_parametrization(experts, name, _Multiplied(factors))

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.companions import copy_companions
+from pruned_vllm.formats.config import is_packed
 from pruned_vllm.formats.wrappers import text_config
 
 
@@ -41,7 +42,9 @@ def save_model(model: PreTrainedModel, source: Path, directory: Path) -> None:
     model.save_pretrained(directory)
     dtype = str(model.dtype).removeprefix("torch.")
     config = read_json(source / "config.json")
-    is_text, config = text_config(config) is config, dict(text_config(config))
+    is_text, config = text_config(config) is config and not is_packed(config), dict(text_config(config))
+    if is_packed(config):  # and was widened
+        del config["quantization_config"]
     stored = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
     if is_text and set(stored.values()) <= {dtype}:
         shutil.copyfile(source / "config.json", directory / "config.json")

@@ -9,6 +9,7 @@ from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreement import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
+from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import DRAFT_LAYERS
 from pruned_vllm.formats.wrappers import text_config
@@ -28,10 +29,21 @@ O_BIAS_IN_VLLM = ("llama", "gemma3_text")  # the families whose stock class ther
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory, less the keys that are null; of a multimodal one, of its language model.
 
+    Numbers in MXFP4, as gpt-oss is published, are read widened: such a model counts as one that is not quantized.
     Raises InputError.
     """
     config = text_config(read_json(directory / "config.json"))
-    return {key: value for key, value in config.items() if value is not None or key not in NULL_IS_ABSENT}
+    absent = {key for key in NULL_IS_ABSENT if config.get(key) is None}
+    if is_packed(config):
+        absent.add("quantization_config")
+    return {key: value for key, value in config.items() if key not in absent}
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json as it is stored says that the experts are in MXFP4, in a family that is published so."""
+    family, quantization = FAMILIES.get(str(config.get("model_type"))), config.get("quantization_config")
+    is_fused = family is not None and family.experts is not None and family.experts.fused == "interleaved"
+    return is_fused and isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
 
 
 def dense_geometry(directory: Path, config: Mapping[str, Any]) -> ModelGeometry:
@@ -97,7 +109,7 @@ def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[st
 
     None where layers differ, lack a sublayer, or have sizes that the stock code refuses or reads differently.
     """
-    if geometry.family.fused:  # the stock code wants the fused tensors
+    if geometry.family.stores_fused:  # the stock code wants the fused tensors
         return None
     if geometry.latent is not None:  # which vLLM's own layer computes wrongly, see serving/latent.py
         return None

@@ -43,6 +43,10 @@ class ExpertsFormat:
             [experts, hidden_size, channels].
         activation: what a channel makes of its gate and up, by vLLM's names; kernels/ragged_moe_arguments.py has the
             formulas.
+        router_name: the router's module in `module`.
+        router_bias: whether the router has a bias, which is part of its logits.
+        fused: how the files of a dense model hold all experts of a layer; a converted model has tensors for each.
+            None: as a converted model. "interleaved": see pruned_vllm/formats/fused_experts.py.
     """
 
     count_keys: tuple[str, ...]
@@ -63,17 +67,25 @@ class ExpertsFormat:
     bias: bool = False
     may_be_fused: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh", "swigluoai"] = "silu"
+    router_name: str = "gate"
+    router_bias: bool = False
+    fused: Literal["interleaved"] | None = None
 
     @property
     def router(self) -> str:
         """The router's module in a decoder layer; its weight is [experts, hidden_size]."""
-        return f"{self.module}.gate"
+        return f"{self.module}.{self.router_name}"
 
     @property
     def router_tensors(self) -> tuple[str, ...]:
         """The tensors in a decoder layer that have a row for each expert."""
-        parts = ("weight", self.correction_bias) if self.correction_bias else ("weight",)
+        parts = ("weight", *["bias"] * self.router_bias, *[self.correction_bias] * bool(self.correction_bias))
         return tuple(f"{self.router}.{part}" for part in parts)
+
+    @property
+    def is_linear_in_up(self) -> bool:
+        """Whether a factor of up is a factor of what the activation makes of gate and up: not if up is clamped."""
+        return self.activation != "swigluoai"
 
     def with_count(self, config: Mapping[str, Any], count: int) -> dict[str, int]:
         """The keys of a config.json that say the number of experts, with another one; it may have several of them."""

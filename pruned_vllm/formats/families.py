@@ -46,6 +46,8 @@ class Family:
         activation_key: config key of the activation.
         query_scale_key: config key of the number whose root divides the products of q and k; None means head_dim.
         scales_embedding: whether the output of the embedding is multiplied by the root of hidden_size.
+        sinks: whether each query head has a number, `sinks` of attention [query heads], that its softmax counts as the
+            logit of one token more, whose value is zeros.
         fused: projections that the files of a dense model hold as one tensor, and the parts of its rows, as modules of
             a decoder layer. Transformers has such a module, too. A converted model has the parts.
         experts: where the experts are, in a family that has any.
@@ -74,6 +76,7 @@ class Family:
     activation_key: str = "hidden_act"
     query_scale_key: str | None = None
     scales_embedding: bool = False
+    sinks: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     experts: ExpertsFormat | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -91,6 +94,11 @@ class Family:
         if self.experts is None:
             raise ValueError(f"{self.architecture} has no experts")
         return self.experts
+
+    @property
+    def stores_fused(self) -> bool:
+        """Whether the files of a dense model, and so the stock code, have tensors that a converted model has not."""
+        return bool(self.fused) or (self.experts is not None and self.experts.fused is not None)
 
     def norms_of(self, sublayer: str) -> tuple[str, ...]:
         """All norms that go with a sublayer ("attention" or "mlp"), also those inside of it."""
@@ -354,6 +362,30 @@ FAMILIES: dict[str, Family] = {
                 *(("vocab_size", 131072), ("hidden_size", 4096), ("intermediate_size", 14336)),
                 *(("num_hidden_layers", 34), ("num_attention_heads", 32), ("num_key_value_heads", 8)),
                 *NORM_EPS_1E_5,
+            ),
+        ),
+        Family(
+            model_type="gpt_oss",
+            architecture="GptOssForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            sinks=True,
+            default_head_dim=64,
+            defaults=(
+                *(("vocab_size", 201088), ("hidden_size", 2880), ("intermediate_size", 2880)),
+                *(("num_hidden_layers", 36), ("num_attention_heads", 64), ("num_key_value_heads", 8)),
+                *(("num_local_experts", 128), ("num_experts_per_tok", 4), ("attention_bias", True)),
+                *NORM_EPS_1E_5,
+            ),
+            experts=ExpertsFormat(
+                count_keys=("num_local_experts",),
+                width_key="intermediate_size",
+                norm_topk_prob=True,
+                bias=True,
+                activation="swigluoai",
+                router_name="router",
+                router_bias=True,
+                fused="interleaved",
             ),
         ),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import Family, find_family
+from pruned_vllm.formats.fused_experts import unfused_experts
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor
 
@@ -38,12 +39,15 @@ def parts_of(family: Family, name: str, num_experts: int = 0) -> list[str]:
 
 
 def unfused(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """`tensors` with the parts of fused ones in their place. Nothing is read or copied: a part is a range of rows.
+    """`tensors` with the parts of fused ones in their place. Nothing is read or copied: a part is a range of rows, or
+    what `unfused_experts` says.
 
     Raises:
         InputError: fused tensors do not have the rows that config.json says, or lie in no file as a whole.
     """
     family = find_family(config)
+    if family.experts is not None and family.experts.fused and any(".experts.gate_up_proj" in name for name in tensors):
+        tensors = unfused_experts(ModelGeometry.from_config(config), tensors)
     if not any(parts_of(family, name, num_experts=1) for name in tensors):
         return dict(tensors)
     geometry, result, problems = ModelGeometry.from_config(config), dict(tensors), []

@@ -3,6 +3,7 @@
 Pure Python: no tensor is loaded.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ class StoredTensor:
         key: its name in the file.
         dtype: in the words of safetensors ("BF16").
         span: where its content begins and ends in the file, in bytes; (0, 0) where it is in none.
+        strides: along each dimension, how many numbers neighbours are apart there, the first number of all being at
+            the beginning of `span`; () where they lie one after another.
+        packed: where the numbers are, if they are stored as MXFP4; `dtype` is then what they are widened to.
         is_zeros: not stored at all, but zeros in the dtype of what is; see pruned_vllm/formats/biases.py.
     """
 
@@ -51,7 +55,38 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     span: tuple[int, int] = (0, 0)
+    strides: tuple[int, ...] = ()
+    packed: "PackedRows | None" = None
     is_zeros: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers, without what lies between them; of packed ones as they are widened."""
+        if self.packed is not None:
+            return ELEMENT_BYTES[self.dtype] * math.prod(self.shape)
+        length = self.span[1] - self.span[0]
+        return length // spread(self.shape, self.strides) * math.prod(self.shape) if self.strides else length
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of 4-bit numbers in MXFP4: 32 of them in 16 bytes share a scale, an exponent of 2.
+
+    Attributes:
+        blocks: [stored rows, columns / 2], a byte for two numbers.
+        scales: [stored rows, columns / 32], a byte each.
+        first, step: row r is the stored row first + step * r.
+    """
+
+    blocks: StoredTensor
+    scales: StoredTensor
+    first: int
+    step: int
+
+
+def spread(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many numbers there are from the first to the last one of a tensor with strides."""
+    return 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:

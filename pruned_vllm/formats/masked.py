@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import is_inside, read_json, write_json
+from pruned_vllm.formats.families import Family
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 
@@ -56,6 +57,17 @@ def mask_shapes(dense: ModelGeometry) -> dict[str, tuple[int, ...]]:
         else:
             shapes[CHANNEL_MASK.format(index)] = (layer.intermediate_size,)
     return shapes
+
+
+def site_problems(family: Family, channel_mask_site: str) -> list[str]:
+    """A sentence where masks at this site cannot be folded into the weights of a family's experts."""
+    if channel_mask_site != "gate_and_up" or family.experts is None or family.experts.is_linear_in_up:
+        return []
+    return [
+        f"channel_mask_site is gate_and_up, but {family.architecture} clamps both projections and computes (up + 1) * "
+        "gate * sigmoid(alpha * gate) of them, so a factor of both is no factor of any weight; learn masks of the "
+        'product ("channel_mask_site": "product")'
+    ]
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ def _attention_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
         whole = model.qk_norm == "all_heads"
         shapes["self_attn.q_norm.weight"] = (q if whole else model.head_dim,)
         shapes["self_attn.k_norm.weight"] = (kv if whole else model.head_dim,)
+    if model.family.sinks:
+        shapes["self_attn.sinks"] = (layer.num_attention_heads,)
     return shapes
 
 
@@ -86,7 +88,7 @@ def _mlp_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
 def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     names, hidden = model.family.experts_format, model.hidden_size
     widths = layer.expert_intermediate_sizes
-    shapes = _linear(names.router, len(widths), hidden)
+    shapes = _linear(names.router, len(widths), hidden, names.router_bias)
     if names.correction_bias is not None:
         shapes[f"{names.router}.{names.correction_bias}"] = (len(widths),)
     for expert, width in enumerate(widths):

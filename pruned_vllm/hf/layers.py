@@ -108,7 +108,7 @@ class _RaggedExperts(nn.ModuleList):
         layer, names = geometry.layers[index], geometry.family.experts_format
         super().__init__(
             _ConstantExpert(names, geometry.hidden_size)
-            if expert in layer.constant_experts
+            if expert in layer.constant_experts or (names.bias and not width)
             else _Expert(names, geometry.hidden_size, width, activation)
             for expert, width in enumerate(layer.expert_intermediate_sizes)
         )
@@ -133,17 +133,25 @@ class _Expert(nn.Module):
     def __init__(self, names: ExpertsFormat, hidden_size: int, width: int, activation: str) -> None:
         super().__init__()
         self.adds_anything = width > 0
-        self._names = names.projections
+        self._names, self._is_clamped = names.projections, names.activation == "swigluoai"
         gate, up, down = self._names
         if width:
-            self.add_module(gate, nn.Linear(hidden_size, width, bias=False))
-            self.add_module(up, nn.Linear(hidden_size, width, bias=False))
-            self.add_module(down, nn.Linear(width, hidden_size, bias=False))
+            self.add_module(gate, nn.Linear(hidden_size, width, bias=names.bias))
+            self.add_module(up, nn.Linear(hidden_size, width, bias=names.bias))
+            self.add_module(down, nn.Linear(width, hidden_size, bias=names.bias))
         self.activation = ACT2FN[activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up, down = (getattr(self, name) for name in self._names)
+        if self._is_clamped:
+            return down(_clamped_product(gate(hidden_states), up(hidden_states)))
         return down(self.activation(gate(hidden_states)) * up(hidden_states))
+
+
+def _clamped_product(gate: torch.Tensor, up: torch.Tensor, alpha: float = 1.702, limit: float = 7.0) -> torch.Tensor:
+    """gpt-oss' activation; pruned_vllm/formats/agreement.py refuses other constants."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
 class _ConstantExpert(nn.Module):

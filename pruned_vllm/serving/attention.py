@@ -1,15 +1,18 @@
 """Attention whose KV heads have different numbers of query heads, and biases that a stock class does not have."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from pruned_vllm.common.padding import take_or_zero
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving.sharding import LayerLayout
 
@@ -43,11 +46,39 @@ def fit_projections(
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
+    if geometry.family.sinks:
+        attention.sinks.weight_loader = partial(_load_sinks, layout.op_slots(get_tensor_model_parallel_rank()))
     if layout.is_compact:
         attention.total_num_heads = total_num_heads
         attention.num_heads = layout.query_heads
         attention.q_size = layout.query_heads * attention.head_dim
         attention.attn = UnevenGroups(attention.attn, layout, get_tensor_model_parallel_rank())
+
+
+def add_sinks(attention: Any, vllm_config: VllmConfig) -> None:
+    """Gives a Llama attention a number for each query head of its op that the softmax counts as one logit more.
+
+    The op has to know when it is built, so it is built anew.
+    """
+    op = attention.attn
+    del vllm_config.compilation_config.static_forward_context[op.layer_name]
+    attention.sinks = nn.Parameter(torch.empty(op.num_heads), requires_grad=False)
+    attention.attn = Attention(
+        op.num_heads,
+        op.head_size,
+        attention.scaling,
+        num_kv_heads=op.num_kv_heads,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        per_layer_sliding_window=op.sliding_window,
+        prefix=op.layer_name,
+        sinks=attention.sinks,
+    )
+
+
+def _load_sinks(query_heads: list[int], parameter: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Args: query_heads: what the heads of the rank's attention op are, PAD for heads that nothing reads."""
+    parameter.data.copy_(take_or_zero(sinks, 0, torch.tensor(query_heads, device="cpu")))
 
 
 class UnevenGroups(nn.Module):

@@ -19,6 +19,7 @@ from vllm.model_executor.models.olmoe import OlmoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.serving.attention import add_sinks
 from pruned_vllm.serving.base import PrunedForCausalLM
 from pruned_vllm.serving.latent import LatentForCausalLM, latent_layer
 from pruned_vllm.serving.layer import StockLayer
@@ -45,6 +46,13 @@ def glm_layer(config: Any, cache_config: Any, quant_config: Any, prefix: str) ->
     return Glm4MoeDecoderLayer(config, cache_config, quant_config, prefix)
 
 
+def gpt_oss_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    """Llama's layer with sinks: vLLM's gpt-oss layer takes 1e-5 for the epsilon of its norms, and yarn for granted."""
+    layer = LlamaDecoderLayer(vllm_config, prefix)
+    add_sinks(layer.self_attn, vllm_config)
+    return layer
+
+
 # Qwen2 and those with experts have Llama's layer: vLLM's Qwen2 derives head_dim from the number of heads, which pruning
 # changes, and experts are a block of the plugin's.
 SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
@@ -64,6 +72,7 @@ SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "deepseek_v3": (LatentForCausalLM, latent_layer),
     "glm4_moe": (LlamaForCausalLM, glm_layer),
     "glm4_moe_lite": (LatentForCausalLM, latent_layer),
+    "gpt_oss": (LlamaForCausalLM, gpt_oss_layer),
 }
 
 # Modules that have rows of their own, imported when one is asked for: the kernels that they import are for few models,

@@ -63,7 +63,12 @@ class MoEBlock(nn.Module):
         names = geometry.family.experts_format
         router_dtype = torch.float32 if names.float32_router else None
         self.gate = GateLinear(
-            hidden_size, num_experts, out_dtype=router_dtype, params_dtype=router_dtype, prefix=f"{prefix}.gate"
+            hidden_size,
+            num_experts,
+            bias=names.router_bias,
+            out_dtype=router_dtype,
+            params_dtype=router_dtype,
+            prefix=f"{prefix}.gate",
         )
         routing: dict[str, Any] = {
             "renormalize": experts.norm_topk_prob,

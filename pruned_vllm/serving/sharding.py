@@ -101,22 +101,23 @@ class LayerLayout:
         A head of padding takes the first one: nothing reads what it computes.
         """
         positions = {head: position for position, head in enumerate(self._rank_query_heads(rank)) if head != PAD}
-        return [positions.get(head, 0) for head in self._op_slots(rank)]
+        return [positions.get(head, 0) for head in self.op_slots(rank)]
 
     def op_target(self, rank: int) -> list[int]:
         """For each of the rank's projected query heads [query_heads], which head of the attention op computed it.
 
         Padding reads the first one: its columns of o_proj are zero.
         """
-        slots = {head: slot for slot, head in enumerate(self._op_slots(rank)) if head != PAD}
+        slots = {head: slot for slot, head in enumerate(self.op_slots(rank)) if head != PAD}
         return [slots.get(head, 0) for head in self._rank_query_heads(rank)]
 
     def _rank_query_heads(self, rank: int) -> list[int]:
         if not self.is_compact:
-            return self._op_slots(rank)
+            return self.op_slots(rank)
         return _padded([head for group in self.shards[rank].query_heads for head in group], self.query_heads)
 
-    def _op_slots(self, rank: int) -> list[int]:
+    def op_slots(self, rank: int) -> list[int]:
+        """The layer's query heads that the rank's attention op computes [op_heads], PAD where there is none."""
         slots = [head for group in self.shards[rank].query_heads for head in _padded(group, self.group_size)]
         return _padded(slots, self.op_heads)
 

@@ -9,10 +9,10 @@ import torch
 from converter import blocks, reading
 from converter.blocks import Folding, Memory, count_not_finite
 from converter.fold import Cut
-from converter.matrices import LoadedMatrix, StoredMatrix
+from converter.matrices import LoadedMatrix, StoredMatrix, StridedMatrix
 from converter.reading import OpenFiles
 from pruned_vllm.common.padding import PAD
-from pruned_vllm.formats.headers import StoredTensor
+from pruned_vllm.formats.headers import StoredTensor, spread
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 BEFORE = b"what comes before"
@@ -38,6 +38,20 @@ def stored(directory: Path, tensor: torch.Tensor) -> StoredMatrix:
         directory / "weights", "w", tuple(tensor.shape), "", (len(BEFORE), len(BEFORE) + len(content))
     )
     return StoredMatrix(OpenFiles(), header, tensor.dtype)
+
+
+def across(directory: Path, tensor: torch.Tensor, seed: int) -> StridedMatrix:
+    """The same stored transposed, its rows taking turns with those of `apart - 1` other matrices."""
+    apart, place = 1 + seed % 3, seed % (1 + seed % 3)
+    others = [tensor + 1 + number for number in range(apart)]
+    others[place] = tensor
+    content = torch.stack(others, 1).flatten(0, 1).t().contiguous().view(torch.uint8).numpy().tobytes()
+    (directory / "across").write_bytes(BEFORE + content + b"and after")
+    strides = (apart, apart * len(tensor)) if tensor.dim() == 2 else (apart,)
+    start = len(BEFORE) + place * tensor.dtype.itemsize
+    end = start + spread(tuple(tensor.shape), strides) * tensor.dtype.itemsize
+    header = StoredTensor(directory / "across", "w", tuple(tensor.shape), "", (start, end), strides)
+    return StridedMatrix(OpenFiles(), header, tensor.dtype)
 
 
 def folded(matrix, cut: Cut, tensor: torch.Tensor, dtype: torch.dtype, monkeypatch, block_bytes: int) -> torch.Tensor:
@@ -80,7 +94,7 @@ def test_blocks_are_what_the_whole_tensor_becomes(tmp_path, monkeypatch, seed):
     expected = whole(tensor, cut, target)
     assert torch.equal(cut.apply(tensor), whole(tensor, cut, dtype)), "the same for a tensor in memory"
     size = int(chance.choice([1, 300, 1 << 20]))
-    for matrix in (stored(tmp_path, tensor), LoadedMatrix(tensor.T.contiguous().T)):
+    for matrix in (stored(tmp_path, tensor), across(tmp_path, tensor, seed), LoadedMatrix(tensor.T.contiguous().T)):
         assert torch.equal(folded(matrix, cut, tensor, target, monkeypatch, size), expected)
 
 
@@ -90,7 +104,7 @@ def test_vectors(tmp_path, monkeypatch, dtype):
     index, factors = torch.tensor([3, 4, PAD, 0, 16, PAD]), torch.linspace(0.1, 8, 6)
     for cut in (Cut(), Cut(rows=index), Cut(rows=index, row_factors=factors)):
         expected = whole(tensor[:, None], cut, dtype)[:, 0]
-        for matrix in (stored(tmp_path, tensor), LoadedMatrix(tensor)):
+        for matrix in (stored(tmp_path, tensor), across(tmp_path, tensor, 1), LoadedMatrix(tensor)):
             assert torch.equal(folded(matrix, cut, tensor, dtype, monkeypatch, 1 << 20)[0], expected)
 
 

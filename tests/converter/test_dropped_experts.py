@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers import deepseek
 from helpers.dropped import restrict_to_experts_with_channels
+from helpers.experts import router_of
 from helpers.masked import convert_pruned
-from helpers.tiny import HF_MOE, MOE_CONFIGS, expert_masks, masks_for, prompts, tiny_model, write_masked
+from helpers.tiny import HF_MOE, MOE_CONFIGS, STOCK_MOE, expert_masks, masks_for, prompts, tiny_model, write_masked
 from safetensors.torch import load_file
 
 from converter.convert import convert
@@ -74,7 +75,7 @@ def test_what_is_left_is_the_masked_model_with_restricted_routers(tmp_path, caps
     assert (exact - restricted).abs().max() > 0.1, "dropping changes nothing"
 
 
-@pytest.mark.parametrize("model_type", [name for name in HF_MOE if not FAMILIES[name].latent_attention])
+@pytest.mark.parametrize("model_type", [name for name in STOCK_MOE if not FAMILIES[name].latent_attention])
 def test_whole_experts_of_one_number_are_a_stock_model(tmp_path, model_type):
     model, _, _ = masked_checkpoint(tmp_path / "ckpt", model_type, "whole experts", hidden_size=192)
     convert(make_plan(tmp_path / "ckpt", drop_empty_experts=True), tmp_path / "out")
@@ -87,10 +88,12 @@ def test_whole_experts_of_one_number_are_a_stock_model(tmp_path, model_type):
 @pytest.mark.parametrize("model_type", HF_MOE)
 def test_the_learner_measures_the_same_routers(tmp_path, model_type):
     model, masks, _ = masked_checkpoint(tmp_path / "ckpt", model_type, "other numbers")
-    weights = [layer.mlp.gate.weight for layer in model.model.layers]
+    routers = [router_of(layer.mlp) for layer in model.model.layers]
+    parameters = [dict(router.named_parameters()) for router in routers]
     with apply_masks(model, masks), restrict_routers(model, masks):
         found = logits(model)
-    assert all(layer.mlp.gate.weight is weight for layer, weight in zip(model.model.layers, weights, strict=True))
+    for router, before in zip(routers, parameters, strict=True):
+        assert all(getattr(router, name) is parameter for name, parameter in before.items())
     with apply_masks(model, masks):
         torch.testing.assert_close(found, logits(restrict_to_experts_with_channels(model, masks)), rtol=1e-4, atol=1e-4)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import deepseek
+from helpers.experts import gate_and_up, output_of, product_of
 from helpers.masked import convert_pruned, edit_json, edit_masks, edit_weights
-from helpers.tiny import HF_MOE, converted, expert_masks, prompts, soft_mask, tiny_model, write_masked
+from helpers.tiny import STOCK_MOE, converted, expert_masks, prompts, soft_mask, tiny_model, write_masked
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from converter.plan import make_plan
 from learner.model.masking import apply_masks
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.masked import EXPERT_MASK, HEAD_MASK
+from pruned_vllm.formats.masked import CHANNEL_MASK_SITES, EXPERT_MASK, HEAD_MASK
 from pruned_vllm.serving.deepseek_config import DeepseekConfig
 
 WIDTH = 24
@@ -53,7 +54,7 @@ def zero_padded(out: Path, dense: Path, padded: Path):
 
 
 @pytest.mark.parametrize("site", ["product", "gate_and_up"])
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize("model_type", STOCK_MOE)
 def test_experts_compute_what_the_masked_ones_compute(tmp_path, model_type, site):
     model = tiny_model(model_type, 6, 3, WIDTH)
     masks = expert_masks(model, RAGGED)
@@ -107,7 +108,7 @@ def test_the_config_of_deepseek_is_read_without_code_from_the_model(tmp_path):
     assert DeepseekConfig().rope_parameters["rope_theta"] == 10000
 
 
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize("model_type", STOCK_MOE)
 def test_equal_experts_run_on_stock_hugging_face(tmp_path, model_type):
     model = tiny_model(model_type, 6, 3, WIDTH)
     masks = expert_masks(model, [[8] * 4] * 3)
@@ -215,6 +216,15 @@ def test_bad_input_is_refused(ckpt, tmp_path, capsys, break_it, message):
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_masks_of_both_projections_are_refused_where_these_are_clamped(tmp_path, capsys):
+    model = tiny_model("gpt_oss", 6, 3, WIDTH)
+    write_masked(tmp_path / "ckpt", model, expert_masks(model, RAGGED), "gate_and_up")
+    assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "channel_mask_site is gate_and_up, but GptOssForCausalLM clamps both projections" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_few_shapes_are_refused(ckpt, tmp_path, capsys):
     assert convert_pruned(ckpt, tmp_path / "out", "--max-distinct-shapes", 2) == 2
     assert "--max-distinct-shapes is for models without experts" in capsys.readouterr().err
@@ -230,8 +240,10 @@ def test_olmoe_keeps_its_heads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("site", ["product", "gate_and_up"])
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize(
+    ("model_type", "site"),
+    [(name, site) for name in STOCK_MOE for site in CHANNEL_MASK_SITES] + [("gpt_oss", "product")],
+)
 def test_masks_multiply_what_the_formats_say(model_type, site, implementation):
     """Against one block written out, in every way in which Transformers computes experts; values and gradients."""
     model = tiny_model(model_type, 6, 3, WIDTH, num_hidden_layers=1)
@@ -248,12 +260,13 @@ def test_masks_multiply_what_the_formats_say(model_type, site, implementation):
     states, chosen, weights = seen["args"]
     expected = torch.zeros_like(states)
     for index in range(4):
-        gate, up = (states @ experts.gate_up_proj[index].T).chunk(2, dim=-1)
         if site == "gate_and_up":
+            gate, up = gate_and_up(experts, index, states)
             product = torch.nn.functional.silu(mask[index] * gate) * (mask[index] * up)
         else:
-            product = mask[index] * torch.nn.functional.silu(gate) * up
-        expected = expected + product @ experts.down_proj[index].T * (weights * (chosen == index)).sum(-1, keepdim=True)
+            product = mask[index] * product_of(experts, index, states)
+        share = ((chosen == index) * weights).sum(-1, keepdim=True)
+        expected = expected + output_of(experts, index, product) * share
     torch.testing.assert_close(seen["output"], expected, rtol=1e-4, atol=1e-4)
     direction = torch.randn(expected.shape, generator=generator)
     (gradient,) = torch.autograd.grad((seen["output"] * direction).sum(), mask)

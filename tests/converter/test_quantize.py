@@ -31,7 +31,7 @@ from pruned_vllm.hf.loading import load_pruned
 
 ERRORS = {"fp8-dynamic": 0.03, "w8a8-int8": 0.01, "w8a16": 0.01, "w4a16": 0.13}  # relative rms of normal weights
 MULTIPLES = {"fp8-dynamic": 16, "w8a8-int8": 32, "w8a16": 64, "w4a16": 64}
-KEPT = ("mlp.gate", "block_sparse_moe.gate", "shared_expert_gate")  # routers and gates of shared experts
+KEPT = ("mlp.gate", "block_sparse_moe.gate", "mlp.router", "shared_expert_gate")  # routers and gates of shared experts
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -19,7 +19,7 @@ from converter.verify import check_conversion
 from learner.model.masking import apply_masks
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import FAMILIES
-from pruned_vllm.formats.masked import layer_masks
+from pruned_vllm.formats.masked import CHANNEL_MASK_SITES, layer_masks
 
 LENGTHS = (1, 5, 17)
 TOKENS = torch.randint(256, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
@@ -65,6 +65,7 @@ LONGROPE = {  # the longest prompt takes long_factor, the others short_factor
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 YARN |= {"mscale": 0.7, "mscale_all_dim": 0.5, "beta_fast": 32, "beta_slow": 1}
 GROUPS = {"n_group": 2, "topk_group": 1}
+NO_SUCH_MASKS = ("gpt_oss", "gate_and_up")
 CONFIGS = {
     **{name: (name, {}) for name in FAMILIES},
     "llama with biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -87,8 +88,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("site", ["product", "gate_and_up"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "site"), [(name, site) for name in CONFIGS for site in CHANNEL_MASK_SITES if (name, site) != NO_SUCH_MASKS]
+)
 def test_the_reference_is_the_stock_model_with_hooks(tmp_path, name, site):
     model_type, config = CONFIGS[name]
     model = tiny_model(model_type, 6, 3, 40, **config)

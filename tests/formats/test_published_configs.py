@@ -285,6 +285,55 @@ QWEN3_NEXT = {  # Qwen/Qwen3-Next-80B-A3B-Instruct, which has no layer_types
     "use_sliding_window": False,
     "vocab_size": 512,
 }
+GPT_OSS_20B = {  # openai/gpt-oss-20b
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.55.0.dev0",
+    "use_cache": True,
+    "vocab_size": 512,
+}
 # config.json, architecture, groups of a layer, head_dim, whether lm_head is the embedding, what the user is told
 PUBLISHED = {
     "gemma-3-1b-it": (GEMMA_1B, "Gemma3ForCausalLM", (4,), 32, True, ""),
@@ -297,12 +346,19 @@ PUBLISHED = {
     "Qwen3-Next-80B-A3B-Instruct": (QWEN3_NEXT, "Qwen3NextForCausalLM", (2, 2), 32, False, ""),
     "Ministral-3-3B-Base-2512": (MINISTRAL_3B, "Ministral3ForCausalLM", (2, 2), 32, True, ""),
     "Mistral-Small-3.1-24B-Instruct-2503": (MISTRAL_SMALL, "MistralForCausalLM", (2, 2), 32, False, ""),
+    "gpt-oss-20b": (GPT_OSS_20B, "GptOssForCausalLM", (2, 2), 64, False, ""),
 }
 
 
 def read(tmp_path, config: dict) -> dict:
     (tmp_path / "config.json").write_text(json.dumps(config))
     return read_config(tmp_path)
+
+
+def one_width(geometry: ModelGeometry, groups: tuple[int, ...], width: int) -> LayerGeometry:
+    """A layer whose MLP, or all of whose experts, have `width` channels."""
+    experts = geometry.experts
+    return LayerGeometry(groups, width) if experts is None else LayerGeometry(groups, 0, (width,) * experts.num_experts)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -369,6 +425,9 @@ HOSTILE = {
     "a size is missing": (changed(MISTRAL_SMALL, hidden_size=None), "hidden_size is None"),
     "a size is a text": (changed(GEMMA_4B, num_hidden_layers="3"), "num_hidden_layers is '3'"),
     "heads that no KV head divides": (PHI_3 | {"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads"),
+    "more experts for a token than there are": (GPT_OSS_20B | {"num_local_experts": 3}, "but there are 3 experts"),
+    "experts by a text": (GPT_OSS_20B | {"num_local_experts": "8"}, "num_local_experts is '8'"),
+    "a bias by a text": (GPT_OSS_20B | {"attention_bias": "yes"}, "must be true or false"),
     "tied by a text": (GEMMA_1B | {"tie_word_embeddings": "yes"}, "must be true or false"),
 }
 
@@ -403,6 +462,8 @@ REFUSED = {
         {"rope_parameters": {"llama_4_scaling_beta": "0.1", "original_max_position_embeddings": 16384}},
         "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, or they are no numbers",
     ),
+    "products of gpt-oss that are clamped elsewhere": (GPT_OSS_20B, {"swiglu_limit": 10.0}, "swiglu_limit is 10.0"),
+    "steeper products of gpt-oss": (GPT_OSS_20B, {"swiglu_alpha": 1.0}, "swiglu_alpha is 1.0"),
     "half of a head": (MISTRAL_SMALL["text_config"], {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
 }
 

@@ -17,7 +17,7 @@ from torch import nn
 
 FP8 = torch.float8_e4m3fn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-HEAD_AND_ROUTERS = ["lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$"]
+HEAD_AND_ROUTERS = ["lm_head", r"re:.*mlp\.(gate|router)$", r"re:.*shared_expert_gate$"]
 INPUT_SCALE = 0.03  # of stored scales: inputs beyond 3.8 are cut off
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which weight lies in each place of an int32
 

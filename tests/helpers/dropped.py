@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from helpers.deepseek import Router
+from helpers.experts import router_of
 from helpers.masked import edit_json, edit_weights
 from safetensors.torch import load_file
 from torch import nn
@@ -16,16 +17,16 @@ def restrict_to_experts_with_channels(model: PreTrainedModel, masks: dict[str, t
     """`model`, from now on with routers that give minus infinity to experts whose masks are all 0."""
     for index, layer in enumerate(model.model.layers):
         if (mask := masks.get(EXPERT_MASK.format(index))) is not None:
-            layer.mlp.gate.register_forward_hook(_restricted(model.config, (mask == 0).all(1)))
+            router_of(layer.mlp).register_forward_hook(_restricted(model.config, (mask == 0).all(1)))
     return model
 
 
 def _restricted(config, dropped: torch.Tensor):
-    renormalise = config.model_type in ("mixtral", "qwen3_5_moe_text") or config.norm_topk_prob
+    renormalise = config.model_type in ("mixtral", "qwen3_5_moe_text", "gpt_oss") or config.norm_topk_prob
     factor = getattr(config, "routed_scaling_factor", None) or 1
 
     def route(gate: nn.Module, args: tuple[torch.Tensor], output: tuple) -> tuple:
-        logits = F.linear(args[0], gate.weight).masked_fill(dropped, -torch.inf)
+        logits = F.linear(args[0], gate.weight, getattr(gate, "bias", None)).masked_fill(dropped, -torch.inf)
         bias = getattr(gate, "e_score_correction_bias", None)
         scores = logits.softmax(-1) if bias is None else logits.sigmoid()
         ranking = scores if bias is None else (scores + bias).masked_fill(dropped, -torch.inf)

@@ -111,5 +111,6 @@ GEOMETRIES: dict[str, Callable[[], tuple]] = {
     "Mixtral": lambda: _with_experts("mixtral"),
     "equal experts": lambda: (tiny_model("qwen3_moe", 6, 3, 24).bfloat16(), None),
     "shared experts": lambda: _with_experts("qwen2_moe"),
+    "gpt-oss": lambda: _with_experts("gpt_oss"),
     "DeepSeek": lambda: _with_experts("deepseek", moe_intermediate_size=32),
 }

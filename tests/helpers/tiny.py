@@ -66,6 +66,15 @@ MOE_CONFIGS = {
     "deepseek_v3": _ROUTED_LATE | _LATENT | {"q_lora_rank": 20, "n_group": 1, "topk_group": 1, "rms_norm_eps": 0.01},
     "glm4_moe_lite": {key: value for key, value in (_ROUTED_LATE | _LATENT).items() if key != "first_k_dense_replace"}
     | {"q_lora_rank": 20, "mlp_layer_types": ["sparse"] * NUM_LAYERS},
+    "gpt_oss": {
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,  # in the first and in the last layer
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        },
+    },
 }
 # Families whose config class has other defaults than a tiny model can have, or whose positions are to be seen in it.
 DENSE_CONFIGS = {
@@ -92,6 +101,8 @@ DENSE_CONFIGS = {
 }
 HF_MOE = [name for name in MOE_CONFIGS if name != "deepseek"]  # what Transformers has
 SOFTMAX_MOE = [name for name in HF_MOE if FAMILIES[name].experts_format.scoring == "softmax"]
+# Those of them that may come out as a stock model, and whose masks may be at "gate_and_up".
+STOCK_MOE = [name for name in HF_MOE if not FAMILIES[name].stores_fused]
 
 
 def tiny_model(
@@ -131,6 +142,8 @@ def tiny_model(
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     offset = 1 if FAMILIES[model_type].norms_add_one else 0
+    experts = FAMILIES[model_type].experts
+    wide = experts is not None and experts.activation == "swigluoai"  # some gates and ups are to be clamped
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("linear_attn.norm.weight"):
@@ -140,7 +153,7 @@ def tiny_model(
             elif name.endswith(("A_log", "dt_bias")):  # what is forgotten from token to token: little to most
                 parameter.uniform_(-2, 1)
             else:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.4 if wide and name.endswith("gate_up_proj") else 0.15)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):  # as large as scores: it decides often
                 buffer.normal_(std=0.3)

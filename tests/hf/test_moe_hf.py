@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
+from helpers.experts import router_of
 from helpers.tiny import HF_MOE, converted, expert_masks, masks_for, oracle, prompts, stored_numbers, tiny_model
 from safetensors.torch import load_file
 
 from learner.model.masking import apply_masks
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.masked import CHANNEL_MASK_SITES
 from pruned_vllm.hf.loading import load_pruned
 
 WIDTH = 24
@@ -20,12 +22,14 @@ HEADS = [[0, 0, 0.5, 2, 1, 1], [0, 0, 0, 0, 0, 0], [1, 0, 2, 3, 1, 1]]  # whole 
 WHOLE_HEADS = [[0, 0, 0, 0, 0, 0], [1, -2, 0.5, 3, 0.1, 1]]  # as attention with a latent vector has it
 MIXED = {"mlp_only_layers": [1]}
 NUM_TOKENS = 6
+NO_SUCH_MASKS = ("gpt_oss", "gate_and_up")
 
 # model_type, masks of heads, widths of dense MLPs, config
 CASES = {
     "mixtral": ("mixtral", HEADS, [], {}),
     "mixtral, sliding window": ("mixtral", HEADS, [], {"sliding_window": 8}),
     "olmoe": ("olmoe", [], [], {}),
+    "gpt_oss": ("gpt_oss", HEADS, [], {}),
     "qwen2_moe": ("qwen2_moe", HEADS, [], {}),
     "qwen2_moe, mixed": ("qwen2_moe", [], [11], MIXED),
     "qwen3_moe": ("qwen3_moe", HEADS, [], {"attention_bias": True}),
@@ -50,8 +54,9 @@ def convert(tmp_path: Path, name: str, site: str = "product"):
     return model, masks, converted(tmp_path, model, masks, site)
 
 
-@pytest.mark.parametrize("site", ["product", "gate_and_up"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "site"), [(name, site) for name in CASES for site in CHANNEL_MASK_SITES if (name, site) != NO_SUCH_MASKS]
+)
 def test_loaded_model_is_the_masked_model(tmp_path, name, site):
     model, masks, directory = convert(tmp_path, name, site)
     pruned, tokens = load_pruned(directory, dtype=torch.float32), torch.tensor(prompts()[-1:])
@@ -86,7 +91,7 @@ def test_layers_with_their_own_number_of_experts(tmp_path, model_type):
     directory = converted(tmp_path, model, masks, drop_empty_experts=True)
     restrict_to_experts_with_channels(model, masks)
     pruned, saved, tokens = load_pruned(directory), tmp_path / "saved", torch.tensor(prompts()[-1:])
-    assert [tuple(layer.mlp.gate.weight.shape) for layer in pruned.model.layers] == [
+    assert [tuple(router_of(layer.mlp).weight.shape) for layer in pruned.model.layers] == [
         (count, model.config.hidden_size) for count in (3, 2, 4)
     ]
     generated = pruned.generate(tokens, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)

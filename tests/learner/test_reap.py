@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
+from helpers.experts import output_of, product_of, router_of
 from helpers.learning import run, task_of
 from helpers.tiny import NUM_EXPERTS, SOFTMAX_MOE, byte_tokenizer, prompts, tiny_model
 from safetensors.torch import load_file
@@ -41,18 +42,18 @@ def test_scores(model_type):
     exact(task_of(exact).blocks.next_batch(SEQUENCES))
     assert found.shape == (len(layers), NUM_EXPERTS)
     for index, layer in enumerate(layers):
-        logits = seen[index] @ layer.mlp.gate.weight.T
+        router = router_of(layer.mlp)
+        logits = torch.nn.functional.linear(seen[index], router.weight, getattr(router, "bias", None))
         weights, chosen = logits.softmax(-1).topk(2)
-        if model_type in ("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"):
+        if model_type in ("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "gpt_oss"):
             weights = weights / weights.sum(-1, keepdim=True)
         for expert in range(NUM_EXPERTS):
-            gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
             terms = []
             for token, experts, of_experts in zip(seen[index], chosen, weights, strict=True):
                 for one, weight in zip(experts, of_experts, strict=True):
                     if one == expert:
-                        product = torch.nn.functional.silu(gate @ token) * (up @ token)
-                        terms.append(weight * (layer.mlp.experts.down_proj[expert] @ product).norm())
+                        product = product_of(layer.mlp.experts, expert, token[None])
+                        terms.append(weight * output_of(layer.mlp.experts, expert, product).norm())
             assert 0 < len(terms) < len(seen[index])
             torch.testing.assert_close(found[index, expert].double(), sum(terms) / len(terms), rtol=1e-4, atol=0)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.experts import down_of, product_of, router_of
 from helpers.tiny import HEAD_DIM, NUM_EXPERTS, SOFTMAX_MOE, tiny_model
 
 from learner.data.reading import BlockSampler
@@ -66,13 +67,13 @@ def test_channels_of_experts_over_the_tokens_they_get(model_type):
     exact.set_experts_implementation("eager")  # the default has no float64
     for index, layer in enumerate(exact.model.layers):
         tokens = inputs_of(exact, {"mlp": layer.mlp})["mlp"]
-        chosen = (tokens @ layer.mlp.gate.weight.T).topk(2).indices
+        router = router_of(layer.mlp)
+        chosen = torch.nn.functional.linear(tokens, router.weight, getattr(router, "bias", None)).topk(2).indices
         for expert in range(NUM_EXPERTS):
-            gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
             routed = torch.stack([token for token, experts in zip(tokens, chosen, strict=True) if expert in experts])
-            features = torch.nn.functional.silu(routed @ gate.T) * (routed @ up.T)
+            features = product_of(layer.mlp.experts, expert, routed)
             assert 0 < len(routed) < len(tokens)
-            expected = scores_of_columns(layer.mlp.experts.down_proj[expert], features)
+            expected = scores_of_columns(down_of(layer.mlp.experts, expert), features)
             torch.testing.assert_close(found[index].view(NUM_EXPERTS, -1)[expert].double(), expected, rtol=1e-4, atol=0)
 
 

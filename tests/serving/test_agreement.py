@@ -284,6 +284,7 @@ FAMILY_ANGLES = {  # keys of config.json, the type of layer, tokens of a text, a
         128,
         256,
     ),
+    "gpt_oss": ("gpt_oss", {}, None, 128, 256),
 }
 
 

@@ -151,7 +151,8 @@ def test_every_key_of_a_part_of_hugging_faces_model_has_a_row(family):
     parts = [(reads([getattr(module, f"{prefix}Attention")]), layer_reads(family))]
     if family.experts is not None:
         served = reads([MoEBlock], ("pruned_vllm.serving", *VLLM_MODELS))
-        parts.append((reads([getattr(module, prefix + experts)], (module.__name__,)), served))
+        block = getattr(module, prefix + experts, None) or getattr(module, f"{prefix}MLP")
+        parts.append((reads([block], (module.__name__,)), served))
     for hugging_face, vllm in parts:
         assert hugging_face.keys() - vllm.keys() <= rows_of(family).keys()
 

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from helpers.dropped import restrict_to_experts_with_channels
-from helpers.serving import assert_serves_the_masked_model, engine, rewrite
+from helpers.serving import NUM_TOKENS, assert_serves_the_masked_model, engine, rewrite
 from helpers.tiny import MOE_CONFIGS, converted, expert_masks, masks_for, oracle, prompts, tiny_model
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.hf import load_pruned
 
 WIDTH = 24  # channels of each of the 4 experts in the dense models
 RAGGED = [[17, 9, 24, 5], [1, 2, 3, 4], [24, 23, 1, 12]]
@@ -50,6 +52,12 @@ YARN = {
     }
 }
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "hidden_size": 192}  # otherwise a stock model
+OTHERWISE = {  # than every published gpt-oss, and than vLLM's own class takes for granted
+    "attention_bias": False,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "rms_norm_eps": 0.05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+}
 CASES = {
     f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
 } | {
@@ -57,6 +65,7 @@ CASES = {
     "qwen2_moe, every second layer": ("qwen2_moe", RAGGED, True, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
     "mixtral, sliding window": ("mixtral", RAGGED, True, {"sliding_window": 8, "norm_topk_prob": False}),  # not its key
     "olmoe, norms and router": ("olmoe", UNIFORM, False, {"rms_norm_eps": 0.05, "norm_topk_prob": True}),
+    "gpt_oss, no biases, windows elsewhere, norms": ("gpt_oss", RAGGED, True, OTHERWISE),
     "qwen2_moe, windows in some layers": ("qwen2_moe", UNIFORM, False, WINDOWS),
     "glm4_moe, a dense layer, no norms of heads": (
         "glm4_moe",
@@ -138,7 +147,9 @@ def test_masks_on_both_projections(tmp_path):
     assert_serves_the_masked_model(directory, model, masks, "gate_and_up")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_moe", *[pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "gpt_oss")]]
+)
 def test_compiled(tmp_path, model_type):
     model, masks = model_and_masks(model_type, ONE_EMPTY, True)
     directory = converted(tmp_path, model, masks)
@@ -154,6 +165,8 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
     ("ranks", "model_type", "widths", "config"),
     [
         (2, "qwen3_moe", ONE_EMPTY, {}),
+        (2, "gpt_oss", ONE_EMPTY, {}),
+        pytest.param(4, "gpt_oss", RAGGED, {"vocab_size": 257}, marks=pytest.mark.slow),
         pytest.param(4, "qwen2_moe", MIXED_WIDTHS, {"vocab_size": 331, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(2, "mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(2, "deepseek", RAGGED, {}, marks=pytest.mark.slow),
@@ -169,6 +182,28 @@ def test_ranks(tmp_path, monkeypatch, ranks, model_type, widths, config):
     model, masks = model_and_masks(model_type, widths, True, **config)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, tensor_parallel_size=ranks)
+
+
+def test_gpt_oss_with_an_adapter_and_what_vllm_sets_for_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, masks = model_and_masks("gpt_oss", ONE_EMPTY, True)
+    directory = converted(tmp_path, model, masks)
+    tuned = load_pruned(directory, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(tuned, config).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    with engine(directory, enable_lora=True, max_lora_rank=8) as llm:
+        adapter = LoRARequest("tuned", 1, str(tmp_path / "adapter"))
+        params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=5, detokenize=False, ignore_eos=True)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts()]
+        outputs = llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
+        assert llm.llm_engine.vllm_config.structured_outputs_config.reasoning_parser == "openai_gptoss"
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        preferred, expected = oracle(tuned.get_base_model(), {}, "product", prompt, tokens)
+        assert tokens == preferred
+        for position, logprobs in enumerate(output.outputs[0].logprobs, len(prompt) - 1):
+            assert all(abs(found.logprob - expected[position, token]) < 1e-4 for token, found in logprobs.items())
 
 
 def test_missing_and_wrong_expert_tensors_are_named(tmp_path):

@@ -188,6 +188,15 @@ def test_served_online(models, tmp_path, scheme, model, verdict):
     assert len(found) > 100 and sorted(found)[len(found) // 2] < 1e-5 and sum(found) / len(found) < 1e-3
 
 
+def test_experts_with_biases_served_from_disk(tmp_path):
+    """gpt-oss: biases are added to products of quantized weights, and stay as they are."""
+    model = tiny_model("gpt_oss", 6, 3, 24)
+    directory = to_bfloat16(converted(tmp_path, model, expert_masks(model, EXPERTS) | masks_for(HEADS, [])))
+    scheme = SCHEMES["fp8-dynamic"]
+    written = write_quantized(directory, tmp_path, scheme)
+    assert_serves_the_emulation(written.directory, written.widened, directory, scheme, dtype="float32")
+
+
 def logprobs_of(output) -> list:
     return [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
 

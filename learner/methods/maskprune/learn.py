@@ -134,7 +134,8 @@ def kind_parameters(model: PreTrainedModel, units: Units) -> dict[str, int]:
         if kind == "channel":
             fused = [mlp.gate_up_proj] if is_fused(model) else [mlp.gate_proj, mlp.up_proj]
             return linear(*fused) + mlp.down_proj.weight.numel()
-        return sum(parameter.numel() for parameter in mlp.experts.parameters())
+        parts = mlp.experts.named_parameters()
+        return sum(parameter.numel() for name, parameter in parts if name != "down_proj_bias")
 
     layers = model.model.layers
     return {kind: sum(count(kind, layers[index]) for index in indices) for kind, indices in units.layers.items()}

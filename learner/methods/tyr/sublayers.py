@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from learner.model.expert_weights import down_weight, routed_products
 from learner.model.units import Units
 
 
@@ -46,7 +46,7 @@ class Sublayer:
             return block.self_attn.o_proj.weight.data
         if self.kind == "channel":
             return block.mlp.down_proj.weight.data
-        return block.mlp.experts.down_proj.data[self.expert]
+        return down_weight(block.mlp.experts, self.expert).data
 
 
 def sublayers_of(units: Units) -> list[Sublayer]:
@@ -92,8 +92,6 @@ def _add_inputs(hessian: torch.Tensor, module: nn.Module, args: tuple[torch.Tens
 
 def _add_inputs_of_experts(hessians: dict[int, torch.Tensor], experts: Any, args: tuple[torch.Tensor, ...]) -> None:
     """`args` are hidden states [tokens, hidden_size], and for each token its experts and their weights [tokens, k]."""
-    hidden_states, chosen, weights = args
-    for expert, hessian in hessians.items():
-        token, place = torch.where(chosen == expert)
-        gate, up = F.linear(hidden_states[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        _add_inputs(hessian, experts, (experts.act_fn(gate) * up * weights[token, place, None],))
+    for expert, product, weights in routed_products(experts, args):
+        if expert in hessians:
+            _add_inputs(hessians[expert], experts, (product * weights[:, None],))
