@@ -59,8 +59,10 @@ _LATENT = tuple(name for name, family in FAMILIES.items() if family.latent_atten
 _GLM = ("glm4_moe",)
 _SIGMOID = tuple(name for name, family in FAMILIES.items() if family.experts and family.experts.scoring == "sigmoid")
 _ROUTED_LATE = (*_LATENT, *_GLM)  # families whose routers have groups and factors
-_WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3")
-_WITHOUT_LAYER_TYPES += _ROUTED_LATE
+_WITHOUT_LAYER_TYPES = (
+    *("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3"),
+    *_ROUTED_LATE,
+)
 _SILU = tuple(name for name, family in FAMILIES.items() if family.activation == "silu")
 _WITHOUT_BIASES = ("mistral", "phi3", "ministral3")
 _LINEAR = tuple(name for name, family in FAMILIES.items() if family.linear_attention is not None)

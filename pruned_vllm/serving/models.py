@@ -36,7 +36,7 @@ def olmoe_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
             norm.variance_epsilon = config.rms_norm_eps
         return module
 
-    return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)  # type: ignore[arg-type]
+    return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)
 
 
 def glm_layer(config: Any, cache_config: Any, quant_config: Any, prefix: str) -> nn.Module:
