@@ -18,7 +18,8 @@ from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.olmoe import OlmoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.serving.attention import add_sinks
 from pruned_vllm.serving.base import PrunedForCausalLM
 from pruned_vllm.serving.latent import LatentForCausalLM, latent_layer
