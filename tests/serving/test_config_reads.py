@@ -46,7 +46,11 @@ ENGINE = (
     "v1.worker.gpu.attn_utils",
     "v1.worker.gpu.model_runner",
 )
-VLLM_MODELS = ("vllm.model_executor.models", "vllm.model_executor.layers.rotary_embedding")
+VLLM_MODELS = (
+    "vllm.model_executor.models",
+    "vllm.model_executor.layers.mamba.gdn",
+    "vllm.model_executor.layers.rotary_embedding",
+)
 
 
 def merged(*parts: Reads) -> Reads:
@@ -97,7 +101,7 @@ def hugging_face_reads(family: Family) -> Reads:
         return merged(published, reads([deepseek], ("helpers",)))
     model = getattr(transformers, family.architecture)
     angles = [modeling_rope_utils.RotaryEmbeddingConfigMixin, *modeling_rope_utils.ROPE_INIT_FUNCTIONS.values()]
-    return merged(reads([model], (model.__module__,)), reads(angles))
+    return merged(reads([model], (model.__module__,)), reads([model.config_class, *angles]))
 
 
 def declared(family: Family) -> set[str]:
