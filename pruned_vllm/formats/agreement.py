@@ -60,7 +60,7 @@ _GLM = ("glm4_moe",)
 _SIGMOID = tuple(name for name, family in FAMILIES.items() if family.experts and family.experts.scoring == "sigmoid")
 _ROUTED_LATE = (*_LATENT, *_GLM)  # families whose routers have groups and factors
 _WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3")
-_WITHOUT_LAYER_TYPES += _ROUTED_LATE
+_WITHOUT_LAYER_TYPES += ("granite", *_ROUTED_LATE)
 _SILU = tuple(name for name, family in FAMILIES.items() if family.activation == "silu")
 _WITHOUT_BIASES = ("mistral", "phi3", "ministral3")
 _LINEAR = tuple(name for name, family in FAMILIES.items() if family.linear_attention is not None)
@@ -85,14 +85,14 @@ ROWS = (
     Row("tie_word_embeddings", "not stock", "vLLM's Qwen3-Next always has an lm_head of its own", ("qwen3_next",),
         (False,)),
     Row("attention_bias", "handled", "ModelGeometry",
-        ("llama", "qwen3", "qwen3_moe", "deepseek", "gemma3_text", "gpt_oss", *_GLM)),
+        ("llama", "granite", "qwen3", "qwen3_moe", "deepseek", "gemma3_text", "gpt_oss", *_GLM)),
     Row("attention_bias", "refused", "vLLM's OLMoE has no such biases", ("olmoe",), (False,)),
     Row("attention_bias", "not stock", "vLLM's own classes have no such biases", _LINEAR, (False,)),
     Row("attention_bias", "refused", "vLLM's latent attention has no biases", _LATENT, (False,)),
     Row("mlp_bias", "refused", "vLLM's DeepSeek-V2 has no such biases", ("deepseek_v2",), (False,)),
     Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, _WITHOUT_BIASES),
-    Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
-    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", *_WITHOUT_BIASES)),
+    Row("mlp_bias", "handled", "ModelGeometry", ("llama", "granite")),
+    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", "granite", *_WITHOUT_BIASES)),
     Row("mlp_bias bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe", "olmoe", "deepseek", "gpt_oss")),
     Row("qkv_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "olmoe", "deepseek", "gpt_oss")),
     Row("attention_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe")),
@@ -102,6 +102,8 @@ ROWS = (
     Row("hidden_act", "refused", "vLLM has these models with silu alone", _SILU, ACTIVATIONS["silu"]),
     Row("hidden_activation", "refused", "Gemma 3 has one activation, and the kernels here know no other of its kind",
         ("gemma3_text",), ACTIVATIONS["gelu_tanh"]),
+    Row("embedding_multiplier residual_multiplier attention_multiplier logits_scaling", "handled",
+        "both sides multiply by them", ("granite",)),
     Row("query_pre_attn_scalar", "handled", "both sides scale queries by it", ("gemma3_text",)),
     Row("final_logit_softcapping", "refused", "Gemma 3 has none, and the plugin caps no logits", ("gemma3_text",)),
     Row("attn_logit_softcapping", "idle", "neither model of Gemma 3 hands it on", ("gemma3_text",)),
@@ -130,7 +132,8 @@ ROWS = (
     Row("max_window_layers", "handled", "the config class that both sides use", ("qwen2", "qwen3")),
     Row("sliding_window", "handled", "both sides apply it to all layers",
         ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")),
-    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek", *_LINEAR, *_ROUTED_LATE)),
+    Row("attention_sinks layer_rope_theta", "dropped", _VLLM_ONLY, ("granite",)),
+    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "granite", "deepseek", *_LINEAR, *_ROUTED_LATE)),
     Row("sliding_window", "refused", "Hugging Face's OLMoE applies it with some attention kernels only", ("olmoe",)),
     Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
     Row("attention_chunk_size rswa_window target_layer_count", "dropped", _VLLM_ONLY),
@@ -267,11 +270,14 @@ def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> Non
 def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that is refused."""
     found = [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
-    return [*found, *_query_problems(family, config), *deepseek_keys.problems(family, config)]
+    return [*found, *_factor_problems(family, config), *deepseek_keys.problems(family, config)]
 
 
-def _query_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the numbers that queries are scaled by, in a family that has such."""
+def _factor_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the numbers that a family multiplies or divides by."""
+    for key in family.multipliers:
+        if not is_positive(config.get(key, 1)):
+            yield f"{key} is {shown(config[key])}; it must be a number above 0"
     if (key := family.query_scale_key) is not None and not is_positive(family.with_defaults(config)[key]):
         yield f"{key} is {shown(config[key])}; it must be a number above 0"
     if (wanted := query_scaling(family, config)) is None:
