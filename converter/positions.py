@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import agreed_config, query_scaling
+from pruned_vllm.formats.agreed_config import agreed_config, query_scaling
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Keys of config.json from which the config class of a family makes angles and windows.

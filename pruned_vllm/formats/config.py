@@ -6,7 +6,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.agreement import agreed_config, stock_agrees
+from pruned_vllm.formats.agreed_config import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.families import FAMILIES

@@ -38,7 +38,8 @@ def unfused_experts(geometry: ModelGeometry, tensors: Mapping[str, StoredTensor]
     for index, layer in enumerate(geometry.layers):
         count, prefix = len(layer.expert_intermediate_sizes), f"model.layers.{index}.{names.module}.experts."
         sizes = layer.expert_width, geometry.hidden_size
-        for fused in (*_plain(*sizes), *_packed(*sizes)):
+        stored: tuple[_Plain | _Packed, ...] = (*_plain(*sizes), *_packed(*sizes))
+        for fused in stored:
             found = {part: result.pop(prefix + part) for part in fused.tensors if prefix + part in result}
             if not found:
                 continue

@@ -19,7 +19,8 @@ from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.olmoe import OlmoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.serving.attention import add_sinks
 from pruned_vllm.serving.base import PrunedForCausalLM
 from pruned_vllm.serving.latent import LatentForCausalLM, latent_layer
@@ -37,7 +38,7 @@ def olmoe_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
             norm.variance_epsilon = config.rms_norm_eps
         return module
 
-    return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)  # type: ignore[arg-type]
+    return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)
 
 
 def glm_layer(config: Any, cache_config: Any, quant_config: Any, prefix: str) -> nn.Module:

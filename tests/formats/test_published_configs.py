@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import agreed_config, lacking, left_out, refusals, told
+from pruned_vllm.formats.agreed_config import agreed_config, lacking, left_out, refusals, told
 from pruned_vllm.formats.config import converted_config, read_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
