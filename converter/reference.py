@@ -51,6 +51,7 @@ class ReferenceModel:
         states = self._modules.rounded(self._modules.weight("model.embed_tokens")[tokens].float(), "embed_tokens")
         if self.geometry.family.scales_embedding:
             states = states * self.geometry.hidden_size**0.5
+        states = states * self._multiplier("embedding_multiplier")
         return _times(states, self.hidden.embedding)
 
     def layer(
@@ -80,7 +81,8 @@ class ReferenceModel:
             added = self._normed_output(prefix, family.attention_norms, added)
         else:
             added = self._modules.bias(f"{prefix}self_attn.o_proj")
-        states = states + _times(added, self.hidden.outputs)
+        factor = self._multiplier("residual_multiplier")
+        states = states + _times(added, self.hidden.outputs) * factor
         if layer.expert_intermediate_sizes:
             normed = self._norm(prefix + family.mlp_norms[0], states)
             dropped = () if self.dropped_experts is None else self.dropped_experts[index]
@@ -92,12 +94,16 @@ class ReferenceModel:
             added = self._normed_output(prefix, family.mlp_norms, self._mlp(modules, normed, masks.channel))
         else:
             added = self._modules.bias(f"{prefix}mlp.down_proj")
-        return states + _times(added, self.hidden.outputs), chosen
+        return states + _times(added, self.hidden.outputs) * factor, chosen
 
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Of every token of the vocabulary after each position [tokens, vocab_size]."""
         head = "model.embed_tokens" if self.geometry.tie_word_embeddings else "lm_head"
-        return self._modules.linear(head, self._norm("model.norm", states)).log_softmax(-1)
+        logits = self._modules.linear(head, self._norm("model.norm", states))
+        return (logits / self._multiplier("logits_scaling")).log_softmax(-1)
+
+    def _multiplier(self, key: str) -> float:
+        return float(self.config.get(key, 1)) if key in self.geometry.family.multipliers else 1.0
 
     @cached_property
     def _modules(self) -> ReferenceModules:

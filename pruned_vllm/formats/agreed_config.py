@@ -26,11 +26,14 @@ def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> Non
 def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that is refused."""
     found = [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
-    return [*found, *_query_problems(family, config), *deepseek_keys.problems(family, config)]
+    return [*found, *_factor_problems(family, config), *deepseek_keys.problems(family, config)]
 
 
-def _query_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the numbers that queries are scaled by, in a family that has such."""
+def _factor_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the numbers that a family multiplies or divides by."""
+    for key in family.multipliers:
+        if not is_positive(config.get(key, 1)):
+            yield f"{key} is {shown(config[key])}; it must be a number above 0"
     if (key := family.query_scale_key) is not None and not is_positive(family.with_defaults(config)[key]):
         yield f"{key} is {shown(config[key])}; it must be a number above 0"
     if (wanted := query_scaling(family, config)) is None:

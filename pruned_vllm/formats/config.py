@@ -23,7 +23,11 @@ NULL_IS_ABSENT = {
     *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
 }
 
-O_BIAS_IN_VLLM = ("llama", "gemma3_text")  # the families whose stock class there has a bias of o_proj with a key for it
+O_BIAS_IN_VLLM = (
+    "llama",
+    "granite",
+    "gemma3_text",
+)  # the families whose stock class there has a bias of o_proj with a key for it
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -53,6 +53,15 @@ FAMILIES: dict[str, Family] = {
             stock_heads="divides_hidden",
             defaults=KV_HEADS_AS_HEADS,
         ),
+        Family(  # Granite 3 to 4 without experts and state-space layers
+            model_type="granite",
+            architecture="GraniteForCausalLM",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            mlp_bias="mlp_bias",
+            multipliers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+            defaults=KV_HEADS_AS_HEADS,
+        ),
         Family(model_type="mistral", architecture="MistralForCausalLM"),
         Family(model_type="qwen2", architecture="Qwen2ForCausalLM", qkv_bias=True, stock_heads="fills_hidden"),
         Family(

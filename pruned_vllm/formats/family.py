@@ -36,6 +36,8 @@ class Family:
         activation_key: config key of the activation.
         query_scale_key: config key of the number whose root divides the products of q and k; None means head_dim.
         scales_embedding: whether the output of the embedding is multiplied by the root of hidden_size.
+        multipliers: config keys of numbers that embeddings, what a sublayer adds, and products of q and k are
+            multiplied by, and that logits are divided by; absent means 1. () in most families.
         sinks: whether each query head has a number, `sinks` of attention [query heads], that its softmax counts as the
             logit of one token more, whose value is zeros.
         fused: projections that the files of a dense model hold as one tensor, and the parts of its rows, as modules of
@@ -66,6 +68,7 @@ class Family:
     activation_key: str = "hidden_act"
     query_scale_key: str | None = None
     scales_embedding: bool = False
+    multipliers: tuple[str, ...] = ()
     sinks: bool = False
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     experts: ExpertsFormat | None = None

@@ -13,6 +13,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
 from vllm.model_executor.models.glm4_moe import Glm4MoeDecoderLayer
+from vllm.model_executor.models.granite import GraniteDecoderLayer, GraniteForCausalLM
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.olmoe import OlmoeAttention
@@ -58,6 +59,7 @@ def gpt_oss_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
 # changes, and experts are a block of the plugin's.
 SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "llama": (LlamaForCausalLM, LlamaDecoderLayer),
+    "granite": (GraniteForCausalLM, GraniteDecoderLayer),
     "mistral": (LlamaForCausalLM, MistralDecoderLayer),
     "ministral3": (LlamaForCausalLM, MistralDecoderLayer),
     "phi3": (LlamaForCausalLM, LlamaDecoderLayer),
