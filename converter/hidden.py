@@ -26,7 +26,7 @@ from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import PAD
 from pruned_vllm.formats.config_values import shown
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -6,7 +6,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.agreement import agreed_config, stock_agrees
+from pruned_vllm.formats.agreed_config import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.families import FAMILIES
@@ -23,7 +23,11 @@ NULL_IS_ABSENT = {
     *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
 }
 
-O_BIAS_IN_VLLM = ("llama", "gemma3_text")  # the families whose stock class there has a bias of o_proj with a key for it
+O_BIAS_IN_VLLM = (
+    "llama",
+    "granite",
+    "gemma3_text",
+)  # the families whose stock class there has a bias of o_proj with a key for it
 
 
 def read_config(directory: Path) -> dict[str, Any]:

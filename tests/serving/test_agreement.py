@@ -26,7 +26,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope
 
 from learner.cli import main as learn_masks
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import agreed_config, left_out, refusals, stock_agrees
+from pruned_vllm.formats.agreed_config import agreed_config, left_out, refusals, stock_agrees
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry

@@ -24,7 +24,8 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm.v1.worker import gpu_model_runner
 
 from pruned_vllm.formats.agreement import ROPE, ROWS, rows_of
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving import models
 from pruned_vllm.serving.ragged_moe import MoEBlock
