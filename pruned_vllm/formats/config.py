@@ -90,7 +90,8 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
         ("query_heads_per_kv_head", "expert_intermediate_sizes", CONSTANT_EXPERTS)
     )
     if geometry.experts is not None:
-        ours |= {NUM_EXPERTS: geometry.experts.num_experts, SHARED_WIDTH: config.get(SHARED_WIDTH)}
+        ours[NUM_EXPERTS] = geometry.experts.num_experts
+        ours[SHARED_WIDTH] = geometry.experts.shared_intermediate_size
     return {
         **config,
         **{key: value for key, value in ours.items() if any(key in keys for keys in overrides.values())},
