@@ -12,6 +12,7 @@ from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WI
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import DRAFT_LAYERS
+from pruned_vllm.formats.linear_attention import DEFAULTS as LINEAR_DEFAULTS
 from pruned_vllm.formats.wrappers import text_config
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -21,6 +22,9 @@ NULL_IS_ABSENT = {
     *("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias", "qkv_bias", "num_experts", "num_local_experts"),
     *("decoder_sparse_step", "mlp_only_layers", "moe_layer_freq", "first_k_dense_replace", "n_shared_experts"),
     *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
+    *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "use_qk_norm"),
+    *("num_experts_per_tok", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor"),
+    *("query_pre_attn_scalar", "full_attention_interval", *(f"linear_{key}" for key in LINEAR_DEFAULTS)),
 }
 
 O_BIAS_IN_VLLM = (
