@@ -20,7 +20,7 @@ from pruned_vllm.common.files import write_json
 from pruned_vllm.common.progress import progress_bar
 from pruned_vllm.formats.companions import copy_companions
 from pruned_vllm.formats.config import converted_config, read_config
-from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import dense_problems
 from pruned_vllm.formats.masked import MASKS_FILE
