@@ -125,7 +125,7 @@ def _write(checkpoint: Checkpoint, directory: Path) -> None:
         for shard in shards:
             with shard_file(directory, shard) as file:
                 for name, place in shard.places.items():
-                    content = checkpoint.read(name).contiguous().view(torch.uint8).numpy()
-                    file.write(memoryview(content), place)
+                    content = checkpoint.read(name).contiguous().view(torch.uint8).numpy().data
+                    file.write(content, place)
                     progress.update()
     write_index(directory, shards)
