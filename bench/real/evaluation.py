@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,14 +13,18 @@ from bench.real import plan
 from bench.real.questions import QUESTIONS_FILE, accuracy, read_questions
 from bench.served_text import served_perplexity
 from bench.speed.server import served
-from learner.data.reading import tokenize_files
+from learner.data.reading import beginning, blocks_of_text, tokenize_files
 from learner.model.masking import apply_masks
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.hf import load_pruned
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 SERVED_NAME = "real"
+GREEDY: dict[str, Any] = {"max_tokens": plan.ANSWER_TOKENS, "temperature": 0}
 
 
 def questions_digest() -> str:
@@ -32,7 +37,7 @@ def held_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Path]) -> torch
     Documents differ more than models do, so blocks of one document would not do. Raises InputError for a short text.
     """
     ids = tokenize_files(tokenizer, list(texts))
-    blocks = ids[: len(ids) // EVAL_BLOCK_SIZE * EVAL_BLOCK_SIZE].view(-1, EVAL_BLOCK_SIZE)
+    blocks = blocks_of_text(ids, EVAL_BLOCK_SIZE, beginning(tokenizer))
     if not len(blocks):
         raise InputError(f"--eval-data has {len(ids)} tokens; perplexity needs {EVAL_BLOCK_SIZE}")
     chosen = torch.linspace(0, len(blocks) - 1, min(plan.EVAL_BLOCKS, len(blocks))).round().long()
@@ -62,22 +67,24 @@ def knowledge(directory: Path, texts: Sequence[Path]) -> dict:
     return {"tokens": len(ids), "perplexity": perplexity(model, ids, show_progress=True), **found}
 
 
-def ask_served(directory: Path, texts: Sequence[Path], log: Path) -> dict:
-    """Of `vllm serve DIRECTORY`, through the OpenAI client: "perplexity", and "chat": prompts with answers."""
-    ids = held_out(AutoTokenizer.from_pretrained(directory), texts).tolist()
+def ask_served(directory: Path, prompts: Sequence[str], texts: Sequence[Path], log: Path) -> dict:
+    """Of `vllm serve DIRECTORY`, through the OpenAI client: "perplexity", and "chat": prompts with answers.
+
+    A model without a chat template goes on with the prompts.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = held_out(tokenizer, texts).tolist()
+    answer = _chat if tokenizer.chat_template else _continuation
     with served(directory, log, SERVED_NAME) as client:
-        answers = [
-            client.chat.completions.create(
-                model=SERVED_NAME,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=plan.CHAT_TOKENS,
-                temperature=0,
-            )
-            for prompt in plan.CHAT
-        ]
-        found = served_perplexity(client, SERVED_NAME, ids)
-    chat = [
-        {"prompt": prompt, "answer": answer.choices[0].message.content}
-        for prompt, answer in zip(plan.CHAT, answers, strict=True)
-    ]
-    return {"perplexity": found, "chat": chat}
+        chat = [{"prompt": prompt, "answer": answer(client, prompt)} for prompt in prompts]
+        return {"perplexity": served_perplexity(client, SERVED_NAME, ids), "chat": chat}
+
+
+def _chat(client: "OpenAI", prompt: str) -> str | None:
+    messages = [{"role": "user", "content": prompt}]
+    answer = client.chat.completions.create(model=SERVED_NAME, messages=messages, **GREEDY)
+    return answer.choices[0].message.content
+
+
+def _continuation(client: "OpenAI", prompt: str) -> str:
+    return client.completions.create(model=SERVED_NAME, prompt=prompt, **GREEDY).choices[0].text
