@@ -15,7 +15,7 @@ from converter.cut_config import SIZE_LISTS, num_experts
 from converter.hidden import EMBEDDING
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers, without_draft_layers

@@ -26,7 +26,7 @@ from converter.source import HiddenMask
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.padding import PAD
 from pruned_vllm.formats.config_values import shown
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,8 +34,10 @@ LARGEST_EPSILON = 1e30  # of a norm; no model has as much, and float32 can say i
 _OUTPUTS = (".o_proj.", ".down_proj.", ".w2.")
 _NORMED_PROJECTIONS = (".q_proj.", ".k_proj.")
 # Tensors of one dimension, and weights, that have no hidden dimension.
-_WITHOUT_HIDDEN = (".q_norm.weight", ".k_norm.weight", ".q_a_layernorm.weight", ".kv_a_layernorm.weight", ".sinks")
-_WITHOUT_HIDDEN += (".q_b_proj.weight", ".kv_b_proj.weight", ".e_score_correction_bias")
+_WITHOUT_HIDDEN = (
+    *(".q_norm.weight", ".k_norm.weight", ".q_a_layernorm.weight", ".kv_a_layernorm.weight", ".sinks"),
+    *(".q_b_proj.weight", ".kv_b_proj.weight", ".e_score_correction_bias"),
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.families import PRUNED_PREFIX
+from pruned_vllm.formats.family import PRUNED_PREFIX
 from pruned_vllm.formats.headers import read_headers
 from pruned_vllm.formats.masked import MASKS_FILE
 from pruned_vllm.formats.weights import has_weight_files

@@ -22,10 +22,10 @@ from converter.plan import Plan, make_plan
 from converter.quantize.schemes import describe_quantization
 from converter.serving_needs import ServingNeeds, serving_needs, widths
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import refusals
+from pruned_vllm.formats.agreed_config import refusals
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.cost import layer_bytes, moved_bytes, sequence_flops
-from pruned_vllm.formats.families import PRUNED_PREFIX
+from pruned_vllm.formats.family import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems
 from pruned_vllm.formats.hub import local_input

@@ -19,7 +19,7 @@ from converter.lora_config import USE_PEFT, LoraScaling
 from converter.mask_values import not_finite
 from converter.state_dicts import ADAPTER_FILE, LoadedShard, read_state_dict
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fused import parts_of
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import ELEMENT_BYTES

@@ -2,7 +2,7 @@
 
 import torch
 
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 
 
 def not_finite(*tensors: torch.Tensor, name: str = "") -> str | None:

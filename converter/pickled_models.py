@@ -16,7 +16,8 @@ from converter.torch_files import walk_modules
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreement import ROPE, rows_of
 from pruned_vllm.formats.config import NULL_IS_ABSENT
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Keys of the table of agreement that do not describe what the model computes, or that are said anew.

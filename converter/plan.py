@@ -19,7 +19,7 @@ from converter.quantize.schemes import Wanted
 from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
 from converter.source import HiddenMask, Request, Source
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import refusals
+from pruned_vllm.formats.agreed_config import refusals
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry, skip_problems

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import agreed_config, query_scaling
+from pruned_vllm.formats.agreed_config import agreed_config, query_scaling
 from pruned_vllm.formats.geometry import ModelGeometry
 
 # Keys of config.json from which the config class of a family makes angles and windows.
@@ -41,6 +41,8 @@ class Positions:
         if latent is not None:
             return latent.qk_head_dim**-0.5 * self._yarn_scale
         given = family.with_defaults(self._config)
+        if family.multipliers:
+            return float(given.get("attention_multiplier", 1))
         return float(given[family.query_scale_key] if family.query_scale_key else self._geometry.head_dim) ** -0.5
 
     @property

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from converter.advice import head_dim_warning
 from converter.quantize.schemes import SCHEMES
-from pruned_vllm.formats.families import PRUNED_PREFIX
+from pruned_vllm.formats.family import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 

@@ -8,7 +8,7 @@ from converter.dropped_experts import NOT_EXACT
 from converter.layer_table import print_layers
 from converter.plan import Plan
 from converter.quantize.report import quantization_lines
-from pruned_vllm.formats.agreement import left_out, told
+from pruned_vllm.formats.agreed_config import left_out, told
 from pruned_vllm.formats.layer import LayerGeometry
 
 

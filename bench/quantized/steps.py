@@ -62,7 +62,7 @@ def _learn(pair: Pair, work: Path, was_interrupted: bool) -> Mapping:
 
     checkpoint = work / pair.name / "ckpt"
     shutil.rmtree(checkpoint, ignore_errors=True)
-    found = learn_one(pair.dense, checkpoint, PICO_SPARSITY, "global", 42)
+    found = learn_one(pair.dense, checkpoint, PICO_SPARSITY, "ddp", "global", 42)
     run(script("convert-pruned"), checkpoint, pair.pruned, "--overwrite")
     return {"expert_sparsity": found["expert_sparsity"], "masked_perplexity": found["masked_perplexity"]}
 

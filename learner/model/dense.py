@@ -21,7 +21,7 @@ from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.agreement import check_agreement
+from pruned_vllm.formats.agreed_config import check_agreement
 from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint

@@ -2,23 +2,19 @@
 
 What the Hugging Face model computes is right. Where vLLM would compute something else from the same config.json, it
 must not get that config.json: a key that Hugging Face's model ignores is left out of what the converter writes, and a
-value that vLLM cannot honour is refused, when converting and when serving.
+value that vLLM cannot honour is refused, when converting and when serving: agreed_config.py does both.
 
 `tests/serving/test_config_reads.py` reads both sources and fails for a key that only one of them reads and that has no
 row here. Then a row is missing: find out what the key does on either side, and choose.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats import deepseek_keys
-from pruned_vllm.formats.config_values import is_positive, shown
-from pruned_vllm.formats.families import ACTIVATIONS, FAMILIES, Family
+from pruned_vllm.formats.families import ACTIVATIONS, FAMILIES
+from pruned_vllm.formats.family import Family
 
 ROPE = "rope_parameters."  # prefix of the keys inside of `rope_parameters`, or `rope_scaling` as it was called
-QUERY_SCALING = "llama_4_scaling"
 LONGROPE = (
     "vLLM rotates all positions by long_factor where --max-model-len is above original_max_position_embeddings, and by "
     "short_factor where it is not; Transformers chooses by the length of the text"
@@ -59,8 +55,11 @@ _LATENT = tuple(name for name, family in FAMILIES.items() if family.latent_atten
 _GLM = ("glm4_moe",)
 _SIGMOID = tuple(name for name, family in FAMILIES.items() if family.experts and family.experts.scoring == "sigmoid")
 _ROUTED_LATE = (*_LATENT, *_GLM)  # families whose routers have groups and factors
-_WITHOUT_LAYER_TYPES = ("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3")
-_WITHOUT_LAYER_TYPES += _ROUTED_LATE
+_WITHOUT_LAYER_TYPES = (
+    *("llama", "mistral", "mixtral", "qwen3_moe", "olmoe", "deepseek", "phi3", "ministral3"),
+    "granite",
+    *_ROUTED_LATE,
+)
 _SILU = tuple(name for name, family in FAMILIES.items() if family.activation == "silu")
 _WITHOUT_BIASES = ("mistral", "phi3", "ministral3")
 _LINEAR = tuple(name for name, family in FAMILIES.items() if family.linear_attention is not None)
@@ -85,14 +84,14 @@ ROWS = (
     Row("tie_word_embeddings", "not stock", "vLLM's Qwen3-Next always has an lm_head of its own", ("qwen3_next",),
         (False,)),
     Row("attention_bias", "handled", "ModelGeometry",
-        ("llama", "qwen3", "qwen3_moe", "deepseek", "gemma3_text", "gpt_oss", *_GLM)),
+        ("llama", "granite", "qwen3", "qwen3_moe", "deepseek", "gemma3_text", "gpt_oss", *_GLM)),
     Row("attention_bias", "refused", "vLLM's OLMoE has no such biases", ("olmoe",), (False,)),
     Row("attention_bias", "not stock", "vLLM's own classes have no such biases", _LINEAR, (False,)),
     Row("attention_bias", "refused", "vLLM's latent attention has no biases", _LATENT, (False,)),
     Row("mlp_bias", "refused", "vLLM's DeepSeek-V2 has no such biases", ("deepseek_v2",), (False,)),
     Row("attention_bias mlp_bias", "dropped", _VLLM_ONLY, _WITHOUT_BIASES),
-    Row("mlp_bias", "handled", "ModelGeometry", ("llama",)),
-    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", *_WITHOUT_BIASES)),
+    Row("mlp_bias", "handled", "ModelGeometry", ("llama", "granite")),
+    Row("bias qkv_bias", "dropped", _VLLM_ONLY, ("llama", "granite", *_WITHOUT_BIASES)),
     Row("mlp_bias bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe", "olmoe", "deepseek", "gpt_oss")),
     Row("qkv_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "olmoe", "deepseek", "gpt_oss")),
     Row("attention_bias", "handled", _LLAMA_LAYER, ("qwen2", "mixtral", "qwen2_moe")),
@@ -102,6 +101,8 @@ ROWS = (
     Row("hidden_act", "refused", "vLLM has these models with silu alone", _SILU, ACTIVATIONS["silu"]),
     Row("hidden_activation", "refused", "Gemma 3 has one activation, and the kernels here know no other of its kind",
         ("gemma3_text",), ACTIVATIONS["gelu_tanh"]),
+    Row("embedding_multiplier residual_multiplier attention_multiplier logits_scaling", "handled",
+        "both sides multiply by them", ("granite",)),
     Row("query_pre_attn_scalar", "handled", "both sides scale queries by it", ("gemma3_text",)),
     Row("final_logit_softcapping", "refused", "Gemma 3 has none, and the plugin caps no logits", ("gemma3_text",)),
     Row("attn_logit_softcapping", "idle", "neither model of Gemma 3 hands it on", ("gemma3_text",)),
@@ -130,7 +131,8 @@ ROWS = (
     Row("max_window_layers", "handled", "the config class that both sides use", ("qwen2", "qwen3")),
     Row("sliding_window", "handled", "both sides apply it to all layers",
         ("mistral", "mixtral", "qwen3_moe", "phi3", "ministral3")),
-    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "deepseek", *_LINEAR, *_ROUTED_LATE)),
+    Row("attention_sinks layer_rope_theta", "dropped", _VLLM_ONLY, ("granite",)),
+    Row("sliding_window", "dropped", _VLLM_ONLY, ("llama", "granite", "deepseek", *_LINEAR, *_ROUTED_LATE)),
     Row("sliding_window", "refused", "Hugging Face's OLMoE applies it with some attention kernels only", ("olmoe",)),
     Row("layer_types", "dropped", _VLLM_ONLY, _WITHOUT_LAYER_TYPES),
     Row("attention_chunk_size rswa_window target_layer_count", "dropped", _VLLM_ONLY),
@@ -256,113 +258,3 @@ ROWS = (
 def rows_of(family: Family) -> dict[str, Row]:
     """The row of each key that has one for this family."""
     return {key: row for row in ROWS if row.holds_for(family) for key in row.keys.split()}
-
-
-def check_agreement(what: str, family: Family, config: Mapping[str, Any]) -> None:
-    """Raises InputError, which begins with `what`, where `refusals` has anything to say of a config.json."""
-    if problems := refusals(family, config):
-        raise InputError(f"{what}: vLLM would not compute what Hugging Face's model computes:", problems)
-
-
-def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """A sentence for each value that is refused."""
-    found = [f"{key} is {value!r}: {row.why}" for key, value, row in _disagreeing(family, config, "refused")]
-    return [*found, *_query_problems(family, config), *deepseek_keys.problems(family, config)]
-
-
-def _query_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the numbers that queries are scaled by, in a family that has such."""
-    if (key := family.query_scale_key) is not None and not is_positive(family.with_defaults(config)[key]):
-        yield f"{key} is {shown(config[key])}; it must be a number above 0"
-    if (wanted := query_scaling(family, config)) is None:
-        return
-    given = config.get(QUERY_SCALING)
-    if not all(map(is_positive, wanted.values())):
-        yield (
-            "rope_parameters lack llama_4_scaling_beta or original_max_position_embeddings, or they are no numbers "
-            "above 0; Hugging Face's model needs both"
-        )
-    elif given is not None and given != wanted:
-        yield f"{QUERY_SCALING} is {shown(given)}, but rope_parameters say {wanted!r}"
-
-
-def told(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """Sentences about keys that the two sides read alike in some uses only."""
-    return [f"{key}: {row.why}." for key, _, row in _disagreeing(family, config, "told")]
-
-
-def query_scaling(family: Family, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What vLLM wants under `llama_4_scaling`: how Ministral 3 scales queries at positions beyond the first thousands.
-
-    Hugging Face's model has it inside of rope_parameters, where vLLM does not look. None in other families.
-    """
-    if family.model_type != "ministral3":
-        return None
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    if not isinstance(rope, Mapping):  # what the config class fills in
-        rope = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16384}
-    original = "original_max_position_embeddings"
-    return {original: rope.get(original), "beta": rope.get("llama_4_scaling_beta")}
-
-
-def lacking(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """The keys that vLLM needs in a config.json beside those of Hugging Face's model, and that are not there."""
-    return [QUERY_SCALING] * (query_scaling(family, config) is not None and config.get(QUERY_SCALING) is None)
-
-
-def left_out(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """The keys that `agreed_config` leaves out although they say something."""
-    return [key for key, _, _ in _disagreeing(family, config, "dropped")]
-
-
-def agreed_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` so that vLLM reads it as Hugging Face's model does.
-
-    That is without what only vLLM acts on, and with what only vLLM has to be told.
-    """
-    dropped = {key for key, row in rows_of(family).items() if row.action == "dropped"}
-    agreed = {key: value for key, value in config.items() if key not in dropped}
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(rope := agreed.get(name), Mapping):  # vLLM fails for a null that Hugging Face takes for absent
-            agreed[name] = _agreed_rope(rope, dropped)
-    names = ACTIVATIONS[family.activation]
-    if agreed.get(family.activation_key) in names[1:]:  # the same function, but vLLM does not know the name
-        agreed[family.activation_key] = names[0]
-    agreed |= deepseek_keys.for_vllm(family, config)
-    scaling = query_scaling(family, config)
-    return agreed if scaling is None else agreed | {QUERY_SCALING: scaling}
-
-
-def _agreed_rope(rope: Mapping[str, Any], dropped: set[str]) -> dict[str, Any]:
-    """The rotary keys, by type of layer in some families, without those that are null or dropped."""
-    return {
-        key: _agreed_rope(value, dropped) if isinstance(value, Mapping) else value
-        for key, value in rope.items()
-        if value is not None and ROPE + key not in dropped
-    }
-
-
-def stock_agrees(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether vLLM's own class computes what Hugging Face's does from a config that agrees."""
-    return not list(_disagreeing(family, config, "not stock"))
-
-
-def _disagreeing(family: Family, config: Mapping[str, Any], action: str) -> Iterator[tuple[str, Any, Row]]:
-    """The keys that have rows with this action, and values that are not allowed."""
-    rows = rows_of(family)
-    for key, value in _flat(config):
-        row = rows.get(key)
-        says_nothing = value is None or (action == "dropped" and value is False)
-        if row is not None and row.action == action and not says_nothing and value not in row.allowed:
-            yield key, value, row
-
-
-def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The keys and values, those of the rotary embedding with their prefix."""
-    yield from config.items()
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    if isinstance(rope, Mapping):
-        by_layer_type = [part for part in rope.values() if isinstance(part, Mapping)]
-        for part in (rope, *by_layer_type):
-            rope_type = part.get("rope_type", part.get("type"))
-            yield from ((ROPE + key, value) for key, value in {**part, "rope_type": rope_type}.items())

@@ -6,12 +6,13 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
-from pruned_vllm.formats.agreement import agreed_config, stock_agrees
+from pruned_vllm.formats.agreed_config import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag, natural
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import DRAFT_LAYERS
+from pruned_vllm.formats.linear_attention import DEFAULTS as LINEAR_DEFAULTS
 from pruned_vllm.formats.wrappers import text_config
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -21,9 +22,16 @@ NULL_IS_ABSENT = {
     *("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias", "qkv_bias", "num_experts", "num_local_experts"),
     *("decoder_sparse_step", "mlp_only_layers", "moe_layer_freq", "first_k_dense_replace", "n_shared_experts"),
     *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
+    *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "use_qk_norm"),
+    *("num_experts_per_tok", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor"),
+    *("query_pre_attn_scalar", "full_attention_interval", *(f"linear_{key}" for key in LINEAR_DEFAULTS)),
 }
 
-O_BIAS_IN_VLLM = ("llama", "gemma3_text")  # the families whose stock class there has a bias of o_proj with a key for it
+O_BIAS_IN_VLLM = (
+    "llama",
+    "granite",
+    "gemma3_text",
+)  # the families whose stock class there has a bias of o_proj with a key for it
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pruned_vllm.formats.config_values import is_positive, shown
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 
 FIRST_DENSE = "first_k_dense_replace"
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.families import Family, find_family
+from pruned_vllm.formats.families import find_family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fused_experts import unfused_experts
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor

@@ -38,7 +38,8 @@ def unfused_experts(geometry: ModelGeometry, tensors: Mapping[str, StoredTensor]
     for index, layer in enumerate(geometry.layers):
         count, prefix = len(layer.expert_intermediate_sizes), f"model.layers.{index}.{names.module}.experts."
         sizes = layer.expert_width, geometry.hidden_size
-        for fused in (*_plain(*sizes), *_packed(*sizes)):
+        stored: tuple[_Plain | _Packed, ...] = (*_plain(*sizes), *_packed(*sizes))
+        for fused in stored:
             found = {part: result.pop(prefix + part) for part in fused.tensors if prefix + part in result}
             if not found:
                 continue
@@ -50,7 +51,7 @@ def unfused_experts(geometry: ModelGeometry, tensors: Mapping[str, StoredTensor]
                 for part, tensor in fused.parts(found, expert):
                     projection, _, kind = part.partition(".")
                     own_name = f"model.layers.{index}.{modules[projection]}.{kind}"
-                    if own_name in tensors:
+                    if own_name in result:
                         problems.append(f"{own_name}: there as part of {prefix}{fused.name}, and by itself; keep one")
                     result[own_name] = tensor
     if problems:

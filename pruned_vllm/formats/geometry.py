@@ -24,7 +24,8 @@ from typing import Any
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, positive, shown, without_nulls
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, DenseExperts
-from pruned_vllm.formats.families import Family, find_family
+from pruned_vllm.formats.families import find_family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.latent import WHY_WHOLE, LatentAttention
 from pruned_vllm.formats.layer import ATTENTION_KEYS, LayerGeometry
 from pruned_vllm.formats.linear_attention import LinearAttention, linear_layers

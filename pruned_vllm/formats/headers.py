@@ -14,9 +14,8 @@ from typing import Any
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.config_values import LARGEST_COUNT, natural
-from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.tensors import canonical_name
+from pruned_vllm.formats.tensors import IGNORED_SUFFIXES, canonical_name
 from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safetensors, read_header
 from pruned_vllm.formats.wrappers import DRAFT, OTHER_TOWERS
 

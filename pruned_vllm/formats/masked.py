@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import is_inside, read_json, write_json
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pruned_vllm.formats.experts import DenseExperts
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.latent import LatentAttention
 from pruned_vllm.formats.linear_attention import LinearAttention
 

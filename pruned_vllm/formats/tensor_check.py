@@ -10,10 +10,10 @@ missing, and turn int8 into float8 by value, without a word.
 """
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.families import IGNORED_SUFFIXES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.quantization import Quantization
 from pruned_vllm.formats.quantized_tensors import Choices, Parts, Stored, disagreements, expected_tensors
+from pruned_vllm.formats.tensors import IGNORED_SUFFIXES
 
 
 class TensorCheck:

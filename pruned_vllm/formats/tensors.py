@@ -4,6 +4,9 @@ from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.sizes import ModelSizes
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES
 
+# Buffers that old checkpoints carry and every loader computes itself.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+
 Shapes = dict[str, tuple[int, ...]]
 
 

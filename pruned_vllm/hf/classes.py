@@ -14,7 +14,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.families import FAMILIES, PRUNED_PREFIX, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import PRUNED_PREFIX, Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.weights import replacing_weights
 from pruned_vllm.hf.layers import build_layer

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.config import read_config
-from pruned_vllm.formats.families import PRUNED_PREFIX
+from pruned_vllm.formats.family import PRUNED_PREFIX
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
 from pruned_vllm.formats.quantization import COMPRESSED_TENSORS, Quantization, WeightScheme

@@ -166,10 +166,10 @@ def _matrix_products(
             if scales is not None:
                 weights = _scaled(weights, scales, expert, slice(start, end))
             gate, up, to_hidden = (weight.to(inputs.dtype) for weight in weights)
-            sums = [inputs @ gate.T, inputs @ up.T]
+            gate, up = inputs @ gate.T, inputs @ up.T
             if gate_up_bias is not None:
-                sums = [part + bias for part, bias in zip(sums, gate_up_bias[:, start:end], strict=True)]
-            out.index_add_(0, tokens, (_activated(*sums, activation) @ to_hidden).float() * chosen)
+                gate, up = gate + gate_up_bias[0, start:end], up + gate_up_bias[1, start:end]
+            out.index_add_(0, tokens, (_activated(gate, up, activation) @ to_hidden).float() * chosen)
         if down_bias is not None:
             out.index_add_(0, tokens, chosen * down_bias[expert])
     return out.to(x.dtype)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import check_agreement, lacking, left_out
-from pruned_vllm.formats.families import Family
+from pruned_vllm.formats.agreed_config import check_agreement, lacking, left_out
+from pruned_vllm.formats.family import Family
 from pruned_vllm.serving.cpu_kernels import check_kernels
 from pruned_vllm.serving.model_layout import ModelLayout, model_layout
 from pruned_vllm.serving.options import check_options

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.qwen3_next import Qwen3NextDecoderLayer, Qwen3NextForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -18,6 +19,8 @@ from pruned_vllm.serving.layer import StockLayer
 
 class Qwen3Next(Qwen3NextForCausalLM):
     """The stock model, which may have no layers yet while it is built, and whose lm_head may be the embedding."""
+
+    lm_head: ParallelLMHead
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -13,12 +13,14 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
 from vllm.model_executor.models.glm4_moe import Glm4MoeDecoderLayer
+from vllm.model_executor.models.granite import GraniteDecoderLayer, GraniteForCausalLM
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer
 from vllm.model_executor.models.olmoe import OlmoeAttention
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.serving.attention import add_sinks
 from pruned_vllm.serving.base import PrunedForCausalLM
 from pruned_vllm.serving.latent import LatentForCausalLM, latent_layer
@@ -36,7 +38,7 @@ def olmoe_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
             norm.variance_epsilon = config.rms_norm_eps
         return module
 
-    return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)  # type: ignore[arg-type]
+    return LlamaDecoderLayer(vllm_config, prefix, attn_layer_type=attention)
 
 
 def glm_layer(config: Any, cache_config: Any, quant_config: Any, prefix: str) -> nn.Module:
@@ -57,6 +59,7 @@ def gpt_oss_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
 # changes, and experts are a block of the plugin's.
 SERVED: dict[str, tuple[type[nn.Module], StockLayer]] = {
     "llama": (LlamaForCausalLM, LlamaDecoderLayer),
+    "granite": (GraniteForCausalLM, GraniteDecoderLayer),
     "mistral": (LlamaForCausalLM, MistralDecoderLayer),
     "ministral3": (LlamaForCausalLM, MistralDecoderLayer),
     "phi3": (LlamaForCausalLM, LlamaDecoderLayer),

@@ -268,8 +268,10 @@ class RaggedExperts(nn.Module):
                 scales = Scales(
                     self.gate_up_scale, self.down_scale, self.down_offsets, self.scheme.group_size, self.quantize_input
                 )
-        routing = (self.offsets, topk_weights, topk_ids, self.max_width)
-        return ragged_moe(x, *weights, *routing, scales, self.activation, biases)
+        gate_up, down = weights
+        return ragged_moe(
+            x, gate_up, down, self.offsets, topk_weights, topk_ids, self.max_width, scales, self.activation, biases
+        )
 
     def _note(self) -> str:
         """What a reader of the log may not expect."""

@@ -112,7 +112,7 @@ def test_damaged_files_are_named(tmp_path, name):
     write(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(DAMAGE[name](path.read_bytes()))
-    with pytest.raises(InputError, match=r"model\.safetensors is truncated or no safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors \([\d,]+ bytes\) is truncated or no safetensors file"):
         Fingerprint.from_directory(tmp_path)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import converted_config
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import read_headers

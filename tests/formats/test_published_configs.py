@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import agreed_config, lacking, left_out, refusals, told
+from pruned_vllm.formats.agreed_config import agreed_config, lacking, left_out, refusals, told
 from pruned_vllm.formats.config import converted_config, read_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
@@ -285,6 +285,32 @@ QWEN3_NEXT = {  # Qwen/Qwen3-Next-80B-A3B-Instruct, which has no layer_types
     "use_sliding_window": False,
     "vocab_size": 512,
 }
+GRANITE_2B = {  # like ibm-granite/granite-3.3-2b-instruct
+    "architectures": ["GraniteForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0,
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "logits_scaling": 8.0,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "granite",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 512,
+}
 GPT_OSS_20B = {  # openai/gpt-oss-20b
     "architectures": ["GptOssForCausalLM"],
     "attention_bias": True,
@@ -346,6 +372,7 @@ PUBLISHED = {
     "Qwen3-Next-80B-A3B-Instruct": (QWEN3_NEXT, "Qwen3NextForCausalLM", (2, 2), 32, False, ""),
     "Ministral-3-3B-Base-2512": (MINISTRAL_3B, "Ministral3ForCausalLM", (2, 2), 32, True, ""),
     "Mistral-Small-3.1-24B-Instruct-2503": (MISTRAL_SMALL, "MistralForCausalLM", (2, 2), 32, False, ""),
+    "granite-3.3-2b-instruct": (GRANITE_2B, "GraniteForCausalLM", (2, 2), 32, True, ""),
     "gpt-oss-20b": (GPT_OSS_20B, "GptOssForCausalLM", (2, 2), 64, False, ""),
 }
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import left_out, refusals, told
+from pruned_vllm.formats.agreed_config import left_out, refusals, told
 from pruned_vllm.formats.config import converted_config, read_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.latent import LatentAttention

@@ -132,6 +132,9 @@ class _Visitor(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name, arguments = _name(node.func), node.args
+        if name == "isinstance":  # what is only looked for is not used
+            self.visit(arguments[0])
+            return
         if name in ("getattr", "hasattr", "getattr_iter") and _name(arguments[0]) in self._configs:
             default = ast.unparse(arguments[2]) if len(arguments) > 2 else "absent"
             for key in _strings(arguments[1]) or self._strings.get(_name(arguments[1]), []):

@@ -162,8 +162,9 @@ LAYER_TYPES = {
     "use_sliding_window": True,
 }
 QWEN3_BIAS = {"attention_bias": True}
-# Without 1: a norm makes a sign of what a single channel adds, and rounding decides it where that is nearly 0.
-NOT_ONE = (51, 6, 99)
+# For layers that norm what few channels add, which makes rounding larger: where one is left, Hugging Face's own float32
+# is up to 3e-4 away from float64, and over 1e-4 for 4 % of random prompts. With 20 it is 7e-5, for Llama's layer 2e-5.
+NOT_FEW = (51, 20, 99)
 # Keys that Hugging Face's Llama ignores and vLLM acts on.
 VLLM_ONLY = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3, "logit_scale": 0.5, "rotary_pct": 0.5}
 
@@ -224,9 +225,12 @@ GEOMETRIES = {
     "qwen2 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen2", 4, config=LAYER_TYPES),
     "qwen3 uneven groups, a layer with a sliding window": Geometry(UNEVEN, ODD, "qwen3", 4, config=LAYER_TYPES),
     "qwen3 biases, skips": Geometry((NONE, *MHA[1:]), ODD, "qwen3", config=QWEN3_BIAS),
-    "gemma3 gqa": Geometry(GQA, NOT_ONE, "gemma3_text", 2, site="gate_and_up"),
+    "granite uneven groups, biases": Geometry(UNEVEN, ODD, "granite", 4, config=BIASES),
+    "granite skips": Geometry((NONE, MHA[0], MHA[1]), (0, 51, 99), "granite"),
+    "granite uniform": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "granite", 2, stock=True),
+    "gemma3 gqa": Geometry(GQA, NOT_FEW, "gemma3_text", 2, site="gate_and_up"),
     "gemma3 uniform": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "gemma3_text", 2, stock=True),
-    "gemma3 uneven groups, biases": Geometry(UNEVEN, NOT_ONE, "gemma3_text", 4, config=QWEN3_BIAS),
+    "gemma3 uneven groups, biases": Geometry(UNEVEN, NOT_FEW, "gemma3_text", 4, config=QWEN3_BIAS),
     "gemma3 skips": Geometry((NONE, MHA[0], NONE), (51, 0, 0), "gemma3_text"),
     "phi3 ragged": Geometry(MHA, ODD, "phi3", negative=True),
     "phi3 uneven groups, sliding window": Geometry(UNEVEN, ODD, "phi3", 4, config={"sliding_window": 8}),

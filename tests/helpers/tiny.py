@@ -87,6 +87,12 @@ DENSE_CONFIGS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         },
     },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
     "phi3": {},
     "qwen3_5_text": LINEAR | MROPE,
     "ministral3": {

@@ -151,7 +151,7 @@ def test_lora(tmp_path, model_type):
     peft = pytest.importorskip("peft")
     _, _, directory = convert(tmp_path, model_type)
     pruned, tokens = load_pruned(directory, dtype=torch.float32), torch.tensor(prompts()[-1:])
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "q_b_proj", "kv_b_proj"], init_lora_weights=False)
     tuned = peft.get_peft_model(pruned, config)
     logits = tuned.eval()(tokens).logits
     tuned.merge_and_unload().save_pretrained(tmp_path / "tuned")

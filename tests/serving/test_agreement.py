@@ -26,7 +26,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope
 
 from learner.cli import main as learn_masks
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.agreement import agreed_config, left_out, refusals, stock_agrees
+from pruned_vllm.formats.agreed_config import agreed_config, left_out, refusals, stock_agrees
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -252,6 +252,7 @@ def test_angles_are_the_same_in_vllm(parameters):
     torch.testing.assert_close(actual.view(128, 2, HEAD_DIM), expected[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
+BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 NESTED = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -267,10 +268,10 @@ LONGROPE = {
 }
 HALF = {"partial_rotary_factor": 0.5}
 FAMILY_ANGLES = {  # keys of config.json, the type of layer, tokens of a text, and --max-model-len
-    "gemma3, full": ("gemma3_text", {"rope_parameters": NESTED}, "full_attention", 128, 256),
-    "gemma3, sliding": ("gemma3_text", {"rope_parameters": NESTED}, "sliding_attention", 128, 256),
-    "gemma3, older keys, full": ("gemma3_text", OLDER, "full_attention", 128, 256),
-    "gemma3, older keys, sliding": ("gemma3_text", OLDER, "sliding_attention", 128, 256),
+    "gemma3, full": ("gemma3_text", BOTH_KINDS | {"rope_parameters": NESTED}, "full_attention", 128, 256),
+    "gemma3, sliding": ("gemma3_text", BOTH_KINDS | {"rope_parameters": NESTED}, "sliding_attention", 128, 256),
+    "gemma3, older keys, full": ("gemma3_text", BOTH_KINDS | OLDER, "full_attention", 128, 256),
+    "gemma3, older keys, sliding": ("gemma3_text", BOTH_KINDS | OLDER, "sliding_attention", 128, 256),
     "phi3": ("phi3", {"rope_theta": 5e4}, None, 128, 256),
     "phi3, half of a head": ("phi3", HALF, None, 128, 256),
     "phi3, longrope, short": ("phi3", LONGROPE, None, 64, 64),

@@ -24,7 +24,8 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm.v1.worker import gpu_model_runner
 
 from pruned_vllm.formats.agreement import ROPE, ROWS, rows_of
-from pruned_vllm.formats.families import FAMILIES, Family
+from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.serving import models
 from pruned_vllm.serving.ragged_moe import MoEBlock
@@ -45,7 +46,11 @@ ENGINE = (
     "v1.worker.gpu.attn_utils",
     "v1.worker.gpu.model_runner",
 )
-VLLM_MODELS = ("vllm.model_executor.models", "vllm.model_executor.layers.rotary_embedding")
+VLLM_MODELS = (
+    "vllm.model_executor.models",
+    "vllm.model_executor.layers.mamba.gdn",
+    "vllm.model_executor.layers.rotary_embedding",
+)
 
 
 def merged(*parts: Reads) -> Reads:
@@ -96,7 +101,7 @@ def hugging_face_reads(family: Family) -> Reads:
         return merged(published, reads([deepseek], ("helpers",)))
     model = getattr(transformers, family.architecture)
     angles = [modeling_rope_utils.RotaryEmbeddingConfigMixin, *modeling_rope_utils.ROPE_INIT_FUNCTIONS.values()]
-    return merged(reads([model], (model.__module__,)), reads(angles))
+    return merged(reads([model], (model.__module__,)), reads([model.config_class, *angles]))
 
 
 def declared(family: Family) -> set[str]:

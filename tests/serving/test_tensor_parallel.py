@@ -10,7 +10,7 @@ from helpers.serving import (
     GEOMETRIES,
     MHA,
     NONE,
-    NOT_ONE,
+    NOT_FEW,
     ODD,
     UNEVEN,
     Geometry,
@@ -50,7 +50,7 @@ MORE_RANKS = {
         ((4,), (1,), (3,)), ODD, group=6, config={"vocab_size": 257, "tie_word_embeddings": True}
     ),
     (3, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
-    (3, "gemma3 uneven groups, tied"): Geometry(UNEVEN, NOT_ONE, "gemma3_text", 4, config={"vocab_size": 331}),
+    (3, "gemma3 uneven groups, tied"): Geometry(UNEVEN, NOT_FEW, "gemma3_text", 4, config={"vocab_size": 331}),
     (4, "qwen3 uneven groups"): Geometry(UNEVEN, ODD, "qwen3", 4, config={"vocab_size": 331}),
 }
 USUAL = ("llama one head and one channel, biases survive",)

@@ -46,6 +46,7 @@ class Sublayer:
             return block.self_attn.o_proj.weight.data
         if self.kind == "channel":
             return block.mlp.down_proj.weight.data
+        assert self.expert is not None
         return down_weight(block.mlp.experts, self.expert).data
 
 
