@@ -31,8 +31,8 @@ def questions_digest() -> str:
     return hashlib.sha256(QUESTIONS_FILE.read_bytes()).hexdigest()
 
 
-def held_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Path]) -> torch.Tensor:
-    """Ids [N] of what perplexity is measured on: plan.EVAL_BLOCKS blocks, or all that there are, from all of the text.
+def held_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Path], count: int = plan.EVAL_BLOCKS) -> torch.Tensor:
+    """Ids [N] of what perplexity is measured on: `count` blocks, or all that there are, from all of the text.
 
     Documents differ more than models do, so blocks of one document would not do. Raises InputError for a short text.
     """
@@ -40,11 +40,11 @@ def held_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Path]) -> torch
     blocks = blocks_of_text(ids, EVAL_BLOCK_SIZE, beginning(tokenizer))
     if not len(blocks):
         raise InputError(f"--eval-data has {len(ids)} tokens; perplexity needs {EVAL_BLOCK_SIZE}")
-    chosen = torch.linspace(0, len(blocks) - 1, min(plan.EVAL_BLOCKS, len(blocks))).round().long()
+    chosen = torch.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().long()
     return blocks[chosen].flatten()
 
 
-def masked_perplexity(checkpoint: Path, texts: Sequence[Path]) -> float:
+def masked_perplexity(checkpoint: Path, texts: Sequence[Path], blocks: int) -> float:
     """Perplexity of the dense model under the masks of `checkpoint`, which is what a served model is held to."""
     info = PruningInfo.read(checkpoint)
     directory = info.base_model or checkpoint
@@ -53,27 +53,27 @@ def masked_perplexity(checkpoint: Path, texts: Sequence[Path]) -> float:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, checkpoint / info.lora_adapter).merge_and_unload()
-    ids = held_out(AutoTokenizer.from_pretrained(directory), texts)
+    ids = held_out(AutoTokenizer.from_pretrained(directory), texts, blocks)
     with apply_masks(model, load_file(checkpoint / MASKS_FILE), info.channel_mask_site):
         return perplexity(model.eval(), ids, title="masked perplexity", show_progress=True)
 
 
-def knowledge(directory: Path, texts: Sequence[Path]) -> dict:
+def knowledge(directory: Path, texts: Sequence[Path], blocks: int) -> dict:
     """Of a converted model, or of a dense one: "perplexity", and what `accuracy` says."""
     model = load_pruned(directory, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids = held_out(tokenizer, texts)
+    ids = held_out(tokenizer, texts, blocks)
     found = accuracy(model, tokenizer, read_questions())
     return {"tokens": len(ids), "perplexity": perplexity(model, ids, show_progress=True), **found}
 
 
-def ask_served(directory: Path, prompts: Sequence[str], texts: Sequence[Path], log: Path) -> dict:
+def ask_served(directory: Path, prompts: Sequence[str], texts: Sequence[Path], blocks: int, log: Path) -> dict:
     """Of `vllm serve DIRECTORY`, through the OpenAI client: "perplexity", and "chat": prompts with answers.
 
     A model without a chat template goes on with the prompts.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids = held_out(tokenizer, texts).tolist()
+    ids = held_out(tokenizer, texts, blocks).tolist()
     answer = _chat if tokenizer.chat_template else _continuation
     with served(directory, log, SERVED_NAME) as client:
         chat = [{"prompt": prompt, "answer": answer(client, prompt)} for prompt in prompts]
@@ -81,8 +81,7 @@ def ask_served(directory: Path, prompts: Sequence[str], texts: Sequence[Path], l
 
 
 def _chat(client: "OpenAI", prompt: str) -> str | None:
-    messages = [{"role": "user", "content": prompt}]
-    answer = client.chat.completions.create(model=SERVED_NAME, messages=messages, **GREEDY)
+    answer = client.chat.completions.create(model=SERVED_NAME, messages=[{"role": "user", "content": prompt}], **GREEDY)
     return answer.choices[0].message.content
 
 

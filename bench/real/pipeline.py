@@ -133,7 +133,7 @@ def _prune(steps: Run, method: str, sparsity: float) -> None:
     checkpoint, out = steps.directory("ckpt", name), steps.directory("out", name)
     data = [] if method == "magnitude" else ["--data", *steps.data]
     budget = ["--sparsity", str(sparsity), "--device", "cpu", "--dtype", plan.DTYPE]
-    options = [*budget, "--method", method, *plan.OPTIONS[method], *data]
+    options = [*budget, "--method", method, *steps.plan.methods[method].options, *data]
 
     def learn(resume: bool) -> dict:
         how = _how(checkpoint, resume)
@@ -153,7 +153,7 @@ def _recover(steps: Run, sparsity: float) -> None:
     """Trains the best model of this sparsity further, distilled from the dense one."""
     name, pruned = f"recovered-{plan.percent(sparsity)}", best(steps, sparsity)
     out = steps.directory("out", name)
-    options = [*plan.RECOVERY, "--dtype", plan.DTYPE, "--device", "cpu", "--data", *steps.data]
+    options = [*steps.plan.recovery.options, "--dtype", plan.DTYPE, "--device", "cpu", "--data", *steps.data]
 
     def recover(resume: bool) -> dict:
         teacher = ["--teacher", steps.model]
@@ -180,19 +180,19 @@ def _examine(steps: Run, name: str, after: Sequence[str]) -> None:
     checkpoint = steps.directory("ckpt", name) if f"learn-{name}" in steps.records.planned else None
 
     def know(resume: bool) -> dict:
-        found = evaluation.knowledge(directory, eval_data)
+        found = evaluation.knowledge(directory, eval_data, blocks)
         if checkpoint is not None:
-            found["masked_perplexity"] = evaluation.masked_perplexity(checkpoint, eval_data)
+            found["masked_perplexity"] = evaluation.masked_perplexity(checkpoint, eval_data, blocks)
         return found
 
     def serve(resume: bool) -> dict:
-        served = evaluation.ask_served(directory, steps.plan.prompts, eval_data, log)
+        served = evaluation.ask_served(directory, steps.plan.prompts, eval_data, blocks, log)
         check_same(name, known, served["perplexity"])
         return served
 
-    eval_data, log = list(steps.eval_data), steps.work / f"server-{name}.log"
+    eval_data, blocks, log = list(steps.eval_data), steps.plan.eval_blocks, steps.work / f"server-{name}.log"
     inputs = ("model", "text", *after)
-    settings = {"questions": evaluation.questions_digest(), "eval_blocks": plan.EVAL_BLOCKS}
+    settings = {"questions": evaluation.questions_digest(), "eval_blocks": steps.plan.eval_blocks}
     known = steps.records.step(f"know-{name}", settings, know, after=inputs)
     settings = {"chat": list(steps.plan.prompts), "chat_tokens": plan.ANSWER_TOKENS}
     steps.records.step(f"serve-{name}", settings, serve, after=(f"know-{name}", *inputs))
