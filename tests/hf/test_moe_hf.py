@@ -50,7 +50,7 @@ def convert(tmp_path: Path, name: str, site: str = "product"):
     model_type, heads, dense_widths, config = CASES[name]
     width = 40 if config == MIXED else WIDTH
     model = tiny_model(model_type, 6, 3, width, **config)
-    masks = expert_masks(model, RAGGED, dense_widths) | masks_for(heads, [], model)
+    masks = expert_masks(model, RAGGED, dense_widths, [5, 0]) | masks_for(heads, [], model)
     return model, masks, converted(tmp_path, model, masks, site)
 
 
