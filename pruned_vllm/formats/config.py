@@ -27,11 +27,8 @@ NULL_IS_ABSENT = {
     *("query_pre_attn_scalar", "full_attention_interval", *(f"linear_{key}" for key in LINEAR_DEFAULTS)),
 }
 
-O_BIAS_IN_VLLM = (
-    "llama",
-    "granite",
-    "gemma3_text",
-)  # the families whose stock class there has a bias of o_proj with a key for it
+# The families whose stock class in vLLM has a bias of o_proj, and a key for it.
+O_BIAS_IN_VLLM = ("llama", "granite", "gemma3_text")
 
 
 def read_config(directory: Path) -> dict[str, Any]:

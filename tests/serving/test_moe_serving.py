@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.linear_attention import FULL
 from pruned_vllm.hf import load_pruned
 
 WIDTH = 24  # channels of each of the 4 experts in the dense models
@@ -58,6 +59,7 @@ OTHERWISE = {  # than every published gpt-oss, and than vLLM's own class takes f
     "rms_norm_eps": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
 }
+FULL_ATTENTION = {"layer_types": [FULL] * 3}  # what vLLM computes in float32 on CPUs, too
 CASES = {
     f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
 } | {
@@ -73,6 +75,8 @@ CASES = {
         True,
         {"first_k_dense_replace": 1, "use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25},
     ),
+    "qwen3_next, full attention alone": ("qwen3_next", ONE_EMPTY, True, FULL_ATTENTION),
+    "qwen3_5_moe_text, full attention alone": ("qwen3_5_moe_text", ONE_EMPTY, True, FULL_ATTENTION),
     "deepseek_v3, groups of experts, yarn": ("deepseek_v3", EIGHT, True, GROUPS | YARN),
     "deepseek_v2, groups, low rank of queries": (
         "deepseek_v2",
