@@ -86,7 +86,7 @@ class ReferenceModel:
         if layer.expert_intermediate_sizes:
             normed = self._norm(prefix + family.mlp_norms[0], states)
             dropped = () if self.dropped_experts is None else self.dropped_experts[index]
-            added, chosen = self._experts(prefix, normed, layer, masks.expert, dropped, chosen)
+            added, chosen = self._experts(prefix, normed, layer, masks, dropped, chosen)
             added = self._normed_output(prefix, family.mlp_norms, added)
         elif layer.intermediate_size:
             normed = self._norm(prefix + family.mlp_norms[0], states)
@@ -118,26 +118,27 @@ class ReferenceModel:
         prefix: str,
         states: torch.Tensor,
         layer: LayerGeometry,
-        mask: torch.Tensor | None,
+        masks: LayerMasks[torch.Tensor],
         dropped: tuple[int, ...],
         chosen: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        names, experts = self.geometry.family.experts_format, self.geometry.dense_experts
+        names = self.geometry.family.experts_format
         chosen, weights = self._routed(prefix, states, dropped, chosen)
         result = torch.zeros_like(states)
         for expert, width in enumerate(layer.expert_intermediate_sizes):
             token, place = torch.where(chosen == expert)
             modules = tuple(prefix + module for module in names.modules_of(expert))
             if width and len(token):
-                output = self._mlp(modules, states[token], None if mask is None else mask[expert], names.activation)
+                mask = None if masks.expert is None else masks.expert[expert]
+                output = self._mlp(modules, states[token], mask, names.activation)
             elif expert in layer.constant_experts or names.bias:
                 output = self._modules.bias(modules[2])
             else:
                 continue
             result.index_add_(0, token, output * weights[token, place, None])
-        if experts.shared_intermediate_size:
+        if layer.intermediate_size:
             modules = tuple(f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up", "down"))
-            shared = self._mlp(modules, states, None)
+            shared = self._mlp(modules, states, masks.channel)
             if names.shared_gate is not None:
                 shared = shared * self._modules.linear(f"{prefix}{names.shared_gate}", states).sigmoid()
             result = result + shared

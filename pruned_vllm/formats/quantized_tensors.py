@@ -136,7 +136,7 @@ def joined_modules(geometry: ModelGeometry) -> Iterator[list[str]]:
             yield [f"{prefix}.self_attn.{name}" for name in JOINED[joined]]
         if layer.expert_intermediate_sizes:
             yield expert_modules(geometry, index)
-            if geometry.dense_experts.shared_intermediate_size:
+            if layer.intermediate_size:
                 shared = geometry.family.experts_format.shared_module
                 yield [f"{prefix}.{shared}.{name}" for name in JOINED["gate_up_proj"]]
         elif layer.intermediate_size:

@@ -29,9 +29,18 @@ LATENT = [name for name in MOE_CONFIGS if FAMILIES[name].latent_attention]
 
 
 def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = False, **config):
-    """Dense MLPs keep 17 channels of 24, but for those of DeepSeekMoE, which keep all."""
+    """Dense MLPs keep 17 channels of 24, but for those of DeepSeekMoE, which keep all.
+
+    Shared experts keep 9 channels in one layer and none in the next, but where layers are to come out equal.
+    """
     model = tiny_model(model_type, 6, 6 if model_type == "deepseek" else 3, WIDTH, **config)
-    masks = expert_masks(model, *((widths[1:],) if model_type in FIRST_DENSE else (widths, [17] * len(widths))))
+    first_dense = model_type in FIRST_DENSE
+    masks = expert_masks(
+        model,
+        widths[1:] if first_dense else widths,
+        [] if first_dense else [17] * len(widths),
+        [] if widths is UNIFORM else [9, 0],
+    )
     if heads and model_type != "olmoe":
         masks |= masks_for(WHOLE_HEADS if model_type in LATENT else HEADS, [], model)
     return model, masks
