@@ -202,7 +202,8 @@ def test_gpt_oss_with_an_adapter_and_what_vllm_sets_for_it(tmp_path):
     model, masks = model_and_masks("gpt_oss", ONE_EMPTY, True)
     directory = converted(tmp_path, model, masks)
     tuned = load_pruned(directory, dtype=torch.float32)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    linear = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "layers_to_transform": [0, 2]}
+    config = peft.LoraConfig(r=4, **linear, init_lora_weights=False)
     tuned = peft.get_peft_model(tuned, config).eval()
     tuned.save_pretrained(tmp_path / "adapter")
     with engine(directory, enable_lora=True, max_lora_rank=8) as llm:
