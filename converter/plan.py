@@ -188,7 +188,7 @@ def make_plan(
         note = "Layers for multi-token prediction (mtp.*) were left out: the pruned model drafts no tokens with them."
         source = replace(source, notes=(*source.notes, note))
     if drafts := num_draft_layers(source.weights.config):
-        note = f"config.json counts {drafts} layers that draft tokens (multi-token prediction); OUT has none of them."
+        note = f"OUT has no layers for multi-token prediction; config.json counted {drafts}."
         source = replace(source, notes=(*source.notes, note))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:

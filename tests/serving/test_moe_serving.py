@@ -183,7 +183,7 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
         pytest.param(4, "qwen2_moe", MIXED_WIDTHS, {"vocab_size": 331, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(2, "mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(2, "deepseek", RAGGED, {}, marks=pytest.mark.slow),
-        pytest.param(2, "qwen3_5_moe_text", ONE_EMPTY, ODD_SHARED, marks=pytest.mark.slow),
+        pytest.param(2, "qwen3_5_moe_text", ONE_EMPTY, ODD_SHARED | FULL_ATTENTION, marks=pytest.mark.slow),
         (2, "glm4_moe", ONE_EMPTY, {"first_k_dense_replace": 1}),
         pytest.param(3, "deepseek_v3", ONE_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(3, "qwen2_moe", [[9] * 4, *RAGGED[1:]], {"vocab_size": 257, **ODD_SHARED}, marks=pytest.mark.slow),
