@@ -39,7 +39,7 @@ def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = Fals
         model,
         widths[1:] if first_dense else widths,
         [] if first_dense else [17] * len(widths),
-        [] if widths is UNIFORM else [9, 0],
+        [] if widths in (UNIFORM, DROPPED_ALIKE) else [9, 0],
     )
     if heads and model_type != "olmoe":
         masks |= masks_for(WHOLE_HEADS if model_type in LATENT else HEADS, [], model)
