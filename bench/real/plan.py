@@ -113,9 +113,9 @@ PLANS = {
     # Its vocabulary makes a token cost as much as three of SmolLM2: fewer of them.
     "gemma3": Plan(
         directory="real-gemma3",
-        methods={"ddp": Learning(_ddp(4), 300), "wanda": Learning(CALIBRATION, 60)},
+        methods={"ddp": Learning(_ddp(4), 450), "wanda": Learning(CALIBRATION, 60)},
         sparsities=(0.2,),
-        recovery=Learning(("--steps", "60", *_batch(4)), 450),
+        recovery=Learning(("--steps", "60", *_batch(4)), 400),
         prompts=("The capital of France is", "The sea is", "In Python, a dictionary is"),
         seconds={"model": 120, "text": 10, "convert": 10, "know": 90, "serve": 80, "speed": 450},
         eval_blocks=32,

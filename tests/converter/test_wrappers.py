@@ -31,8 +31,8 @@ CASES = {
 
 def masks_that_fit(text, masks: dict) -> dict:
     """Those of `masks` that are for layers as `text` has them, and some for experts."""
-    geometry = ModelGeometry.from_config(text.config.to_dict())
-    return {key: mask for key, mask in masks.items() if key in mask_shapes(geometry)} | expert_masks(text, EXPERTS)
+    shapes = mask_shapes(ModelGeometry.from_config(text.config.to_dict()))
+    return {key: mask for key, mask in masks.items() if shapes.get(key) == mask.shape} | expert_masks(text, EXPERTS)
 
 
 def masked_wrapper(directory, model_type: str, config: dict, masks: dict):

@@ -216,12 +216,8 @@ def shares_of_inputs(directory, ranks: int) -> dict[str, list[list[int]]]:
     for number, layer in enumerate(layout.layers):
         prefix = f"model.layers.{number}"
         rows = head_rows(layer.query_index, geometry.head_dim).tolist()
-        width = geometry.experts.shared_intermediate_size if geometry.experts else 0
-        for module, index in {
-            "self_attn.o_proj": rows,
-            "mlp.down_proj": layer.channel_index,
-            "mlp.shared_expert.down_proj": [*range(width), *[PAD] * (layout.shared_channels[number] * ranks - width)],
-        }.items():
+        mlp = geometry.family.mlp_of(geometry.layers[number])
+        for module, index in {"self_attn.o_proj": rows, f"{mlp}.down_proj": layer.channel_index}.items():
             size = len(index) // ranks
             parts = [index[rank * size : (rank + 1) * size] for rank in range(ranks)]
             shares[f"{prefix}.{module}"] = [[unit for unit in part if unit != PAD] for part in parts]

@@ -50,7 +50,7 @@ def test_each_rank_gets_the_weights_it_would_get_plain(name, ranks):
     plain, quantized = layouts(scheme, ranks)
     changes = layout_changes(quantized)
     # The plain layout has no multiples of channels to keep to, so the moves of the quantized one are taken.
-    moves = layout_changes(ModelLayout(plain.geometry, ranks, quantized.layers, quantized.shared_channels))
+    moves = layout_changes(ModelLayout(plain.geometry, ranks, quantized.layers))
     geometry = plain.geometry
     for tensor_name, shape in geometry.tensor_shapes().items():
         module, _, part = tensor_name.rpartition(".")
