@@ -116,11 +116,13 @@ def _agreement_sentence() -> str:
 
 def null_test() -> str:
     """Whether the benchmark finds no difference where there is none, and one where there is."""
-    cases = _found(NULL_TEST)["cases"]
+    measured = _found(NULL_TEST)
+    rounds = measured["settings"]["rounds"]
+    starts = f"engines started {rounds} times" if rounds > 1 else "one start of the engines"
     found = [
         f"`{case['name']}` {case['equal']['speedup']:.3f}x ({interval_text(case['equal'], digits=3)}) against itself, "
         f"{case['slowed']['speedup']:.3f}x where the second engine was slowed by a tenth, which "
         f"{'passes' if case['passed'] else 'does not pass'}"
-        for case in cases
+        for case in measured["cases"]
     ]
-    return paragraph(f"The null test here, with SmolLM2 and one start of the engines: {'; '.join(found)}.")
+    return paragraph(f"The null test here, with SmolLM2 and {starts}: {'; '.join(found)}.")
