@@ -1,6 +1,6 @@
 # make setup   a virtual environment with vLLM's CPU build, pinned; does nothing when it is up to date
 # make demo    learn masks, convert, serve, compare: everything once, on a model trained on the spot
-# make test    the tests, in about 25 minutes on two cores; says which took longest
+# make test    the tests, a process for each core: under 20 minutes on two; says which took longest
 # make test-slow engines with several ranks, the wheel, and other long runs that make test leaves out
 # make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make real    every method on a real pretrained model (SmolLM2-135M): quality, speed; under 90 minutes, can be interrupted

@@ -139,18 +139,17 @@ def _scale_layer(
     """`dense` less what `source` lacks against `source_dense`; at least one unit of what is not skipped, and
     `least_experts` experts."""
     width, kept_groups = dense.intermediate_size, _scale_groups(source, source_dense, dense)
+    if source_dense.intermediate_size:
+        kept_channels = source.intermediate_size / source_dense.intermediate_size
+        width = min(width, max(1, round(kept_channels * width / align)) * align) if kept_channels else 0
     if dense.expert_intermediate_sizes:
         kept = [expert / source_dense.expert_width for expert in source.expert_intermediate_sizes]
         count = len(kept) * len(dense.expert_intermediate_sizes) // len(source_dense.expert_intermediate_sizes)
         shares = quantiles(kept, max(count, least_experts))
         widths = widths_of(shares, dense.expert_width, align, seed)
-        return replace(dense, query_heads_per_kv_head=kept_groups, expert_intermediate_sizes=widths)
-    kept_channels = source.intermediate_size / source_dense.intermediate_size
-    return replace(
-        dense,
-        query_heads_per_kv_head=kept_groups,
-        intermediate_size=min(width, max(1, round(kept_channels * width / align)) * align) if kept_channels else 0,
-    )
+        layer = replace(dense, query_heads_per_kv_head=kept_groups, intermediate_size=width)
+        return replace(layer, expert_intermediate_sizes=widths)
+    return replace(dense, query_heads_per_kv_head=kept_groups, intermediate_size=width)
 
 
 def _scale_groups(source: LayerGeometry, source_dense: LayerGeometry, dense: LayerGeometry) -> tuple[int, ...]:

@@ -98,7 +98,7 @@ def test_layers_take_after_layers_of_their_kind():
     )
     dense, pruned = map(ModelGeometry.from_config, scale_model(config, LARGE, align=16))
     assert dense.experts.shared_intermediate_size == 400
-    assert [layer.intermediate_size for layer in pruned.layers] == [304, 0, 0, 0]
+    assert [layer.intermediate_size for layer in pruned.layers] == [304, 400, 400, 400], "shared experts stay"
     assert [layer.expert_width for layer in pruned.layers] == [0, 32, 32, 32]
 
 

@@ -161,10 +161,12 @@ def test_masks_on_both_projections(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", ["qwen2_moe", *[pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "gpt_oss")]]
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen2_moe")) for name in MOE_CONFIGS],
 )
 def test_compiled(tmp_path, model_type):
-    model, masks = model_and_masks(model_type, ONE_EMPTY, True)
+    config = FULL_ATTENTION if model_type in LINEAR_FAMILIES else {}  # float32 on CPUs, too
+    model, masks = model_and_masks(model_type, ONE_EMPTY, True, **config)
     directory = converted(tmp_path, model, masks)
     assert_serves_the_masked_model(directory, model, masks, enforce_eager=False)
 
@@ -186,6 +188,10 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
         pytest.param(2, "qwen3_5_moe_text", ONE_EMPTY, ODD_SHARED | FULL_ATTENTION, marks=pytest.mark.slow),
         (2, "glm4_moe", ONE_EMPTY, {"first_k_dense_replace": 1}),
         pytest.param(3, "deepseek_v3", ONE_EMPTY, {}, marks=pytest.mark.slow),
+        pytest.param(2, "deepseek_v2", ONE_EMPTY, {"vocab_size": 331}, marks=pytest.mark.slow),
+        pytest.param(2, "glm4_moe_lite", RAGGED, {}, marks=pytest.mark.slow),
+        pytest.param(2, "qwen3_next", ONE_EMPTY, ODD_SHARED | FULL_ATTENTION, marks=pytest.mark.slow),
+        pytest.param(2, "olmoe", ONE_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(3, "qwen2_moe", [[9] * 4, *RAGGED[1:]], {"vocab_size": 257, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(3, "qwen3_moe", ONE_EMPTY, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
     ],

@@ -77,9 +77,18 @@ def test_served_model_is_the_masked_model(tmp_path, geometry):
     assert_serves_the_masked_model(directory, model, masks, geometry.site)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama ragged", "qwen3 uneven groups", "llama biases survive the first layer", "gemma3 skips"]
+COMPILED = ("llama ragged", "qwen3 uneven groups", "llama biases survive the first layer", "gemma3 skips")
+ALSO_COMPILED = (
+    "mistral uneven groups, sliding window",
+    "qwen2 skips",
+    "phi3 skips, half of a head rotated",
+    "ministral3 uneven groups",
+    "granite uneven groups, biases",
+    "qwen3.5 uneven groups, full attention alone",
 )
+
+
+@pytest.mark.parametrize("name", [*COMPILED, *(pytest.param(name, marks=pytest.mark.slow) for name in ALSO_COMPILED)])
 def test_compiled(tmp_path, name):
     model, masks = GEOMETRIES[name].model_and_masks()
     directory = converted(tmp_path, model, masks)

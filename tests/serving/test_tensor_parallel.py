@@ -35,6 +35,8 @@ TWO_RANKS = {
         "gemma3 uneven groups, biases",
         "phi3 skips, half of a head rotated",
         "qwen3.5 uneven groups",
+        "granite uneven groups, biases",
+        "ministral3 skips, sliding window",
     )
 } | {
     "llama one head and one channel, biases survive": Geometry(
