@@ -191,7 +191,6 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
         pytest.param(2, "deepseek_v2", ONE_EMPTY, {"vocab_size": 331}, marks=pytest.mark.slow),
         pytest.param(2, "glm4_moe_lite", RAGGED, {}, marks=pytest.mark.slow),
         pytest.param(2, "qwen3_next", ONE_EMPTY, ODD_SHARED | FULL_ATTENTION, marks=pytest.mark.slow),
-        pytest.param(2, "olmoe", ONE_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(3, "qwen2_moe", [[9] * 4, *RAGGED[1:]], {"vocab_size": 257, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(3, "qwen3_moe", ONE_EMPTY, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
     ],
