@@ -26,12 +26,22 @@ QWEN3_NEXT: dict[str, Any] = {
     "norms_add_one": True,
     "default_head_dim": 256,
 }
-# Of the routers that GLM-4.5 and DeepSeek-V3 have: sigmoid, a bias where experts are chosen, groups, a factor at last.
-SIGMOID_ROUTER = ExpertsFormat(
+QWEN_EXPERTS = ExpertsFormat(
+    count_keys=("num_experts",),
+    layers="sparse_step",
+    shared_module="mlp.shared_expert",
+    shared_width_key="shared_expert_intermediate_size",
+    shared_gate="mlp.shared_expert_gate",
+)
+DEEPSEEK_EXPERTS = ExpertsFormat(
     count_keys=("n_routed_experts",),
     layers="first_dense",
     shared_module="mlp.shared_experts",
     shared_count_key="n_shared_experts",
+)
+# With the routers of GLM-4.5 and DeepSeek-V3: sigmoid, a bias where experts are chosen, groups, a factor at last.
+SIGMOID_ROUTER = replace(
+    DEEPSEEK_EXPERTS,
     scoring="sigmoid",
     correction_bias="e_score_correction_bias",
     grouped=True,
@@ -90,13 +100,7 @@ FAMILIES: dict[str, Family] = {
             qkv_bias="qkv_bias",
             stock_heads="fills_hidden",
             defaults=(("qkv_bias", True), ("num_key_value_heads", 16), ("shared_expert_intermediate_size", 5632)),
-            experts=ExpertsFormat(
-                count_keys=("num_experts",),
-                layers="sparse_step",
-                shared_module="mlp.shared_expert",
-                shared_width_key="shared_expert_intermediate_size",
-                shared_gate="mlp.shared_expert_gate",
-            ),
+            experts=QWEN_EXPERTS,
         ),
         Family(
             model_type="qwen3_moe",
@@ -123,12 +127,7 @@ FAMILIES: dict[str, Family] = {
             o_bias="attention_bias",
             stock_heads="fills_hidden",
             defaults=KV_HEADS_AS_HEADS,
-            experts=ExpertsFormat(
-                count_keys=("n_routed_experts",),
-                layers="first_dense",
-                shared_module="mlp.shared_experts",
-                shared_count_key="n_shared_experts",
-            ),
+            experts=DEEPSEEK_EXPERTS,
         ),
         Family(  # DeepSeek-V2 and its Lite
             model_type="deepseek_v2",
@@ -216,14 +215,7 @@ FAMILIES: dict[str, Family] = {
             linear_attention="apart",
             **QWEN3_NEXT,
             defaults=SHARED_EXPERT_512,
-            experts=ExpertsFormat(
-                count_keys=("num_experts",),
-                shared_module="mlp.shared_expert",
-                shared_width_key="shared_expert_intermediate_size",
-                shared_gate="mlp.shared_expert_gate",
-                norm_topk_prob=True,
-                may_be_fused=True,
-            ),
+            experts=replace(QWEN_EXPERTS, layers="all", norm_topk_prob=True, may_be_fused=True),
         ),
         Family(
             model_type="qwen3_next",
@@ -231,13 +223,7 @@ FAMILIES: dict[str, Family] = {
             linear_attention="joined",
             **QWEN3_NEXT,
             defaults=(*SHARED_EXPERT_512, ("norm_topk_prob", True)),
-            experts=ExpertsFormat(
-                count_keys=("num_experts",),
-                layers="sparse_step",
-                shared_module="mlp.shared_expert",
-                shared_width_key="shared_expert_intermediate_size",
-                shared_gate="mlp.shared_expert_gate",
-            ),
+            experts=QWEN_EXPERTS,
         ),
         Family(
             model_type="ministral3",
