@@ -92,6 +92,12 @@ def cut_layer(
         cuts[f"{name}.weight"] = cut
         cuts[f"{name}.bias"] = Cut(rows=cut.rows, row_factors=cut.row_factors)
 
+    def mlp(modules: tuple[str, str, str], mask: torch.Tensor, site: str, width: int) -> None:
+        gate, up, down = cut_mlp(mask, site, width)
+        linear(modules[0], gate)
+        linear(modules[1], up)
+        cuts[f"{modules[2]}.weight"] = down
+
     if masks.head is not None and model.latent is not None:  # all heads are there, or none
         factors = _factors(masks.head, torch.arange(len(masks.head)))
         if factors is not None and target.query_heads_per_kv_head:
@@ -109,18 +115,11 @@ def cut_layer(
         cuts["self_attn.o_proj.weight"] = Cut(columns=query_rows, column_factors=None if into_v_proj else factors)
         cuts["self_attn.sinks"] = Cut(rows=torch.tensor(query_heads, dtype=torch.long))
     if masks.channel is not None:
-        gate, up, down = cut_mlp(masks.channel, channel_mask_site, target.intermediate_size)
-        mlp = model.family.mlp_of(layer)
-        linear(f"{mlp}.gate_proj", gate)
-        linear(f"{mlp}.up_proj", up)
-        cuts[f"{mlp}.down_proj.weight"] = down
+        mlp(model.family.mlp_modules(layer), masks.channel, channel_mask_site, target.intermediate_size)
     for expert, mask in enumerate(_expert_masks(layer, masks, target)):
-        modules = model.family.experts_format.modules_of(expert)
-        site = channel_mask_site if model.family.experts_format.is_linear_in_up else "down"
-        gate, up, down = cut_mlp(mask, site, target.expert_intermediate_sizes[expert])
-        linear(modules[0], gate)
-        linear(modules[1], up)
-        cuts[f"{modules[2]}.weight"] = down
+        names = model.family.experts_format
+        site = channel_mask_site if names.is_linear_in_up else "down"
+        mlp(names.modules_of(expert), mask, site, target.expert_intermediate_sizes[expert])
     return cuts
 
 

@@ -90,7 +90,7 @@ class ReferenceModel:
             added = self._normed_output(prefix, family.mlp_norms, added)
         elif layer.intermediate_size:
             normed = self._norm(prefix + family.mlp_norms[0], states)
-            modules = tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))
+            modules = tuple(prefix + module for module in family.mlp_modules(layer))
             added = self._normed_output(prefix, family.mlp_norms, self._mlp(modules, normed, masks.channel))
         else:
             added = self._modules.bias(f"{prefix}mlp.down_proj")
@@ -137,7 +137,7 @@ class ReferenceModel:
                 continue
             result.index_add_(0, token, output * weights[token, place, None])
         if layer.intermediate_size:
-            modules = tuple(f"{prefix}{names.shared_module}.{name}_proj" for name in ("gate", "up", "down"))
+            modules = tuple(prefix + module for module in self.geometry.family.mlp_modules(layer))
             shared = self._mlp(modules, states, masks.channel)
             if names.shared_gate is not None:
                 shared = shared * self._modules.linear(f"{prefix}{names.shared_gate}", states).sigmoid()

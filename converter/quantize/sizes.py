@@ -56,8 +56,7 @@ def padded_sizes(
     layers = []
     for index, layer in enumerate(geometry.layers):
         width, experts = layer.intermediate_size, layer.expert_intermediate_sizes
-        mlp = f"model.layers.{index}.{geometry.family.mlp_of(layer)}"
-        if _any_in(modules, (f"{mlp}.{name}_proj" for name in ("gate", "up", "down"))):
+        if _any_in(modules, (f"model.layers.{index}.{module}" for module in geometry.family.mlp_modules(layer))):
             width = _up(width, step)
         if experts and _any_in(modules, expert_modules(geometry, index)):
             experts = tuple(_up(channels, group_size or 1) for channels in experts)

@@ -107,6 +107,11 @@ class Family:
             return self.experts_format.shared_module or ""
         return "mlp"
 
+    def mlp_modules(self, layer: LayerGeometry) -> tuple[str, str, str]:
+        """The gate, up and down projection of that MLP, as modules of the decoder layer."""
+        mlp = self.mlp_of(layer)
+        return f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"
+
     def query_rows(self, head_dim: int) -> int:
         """Rows of q_proj for each query head."""
         return head_dim * (1 + self.output_gate)

@@ -136,11 +136,8 @@ def joined_modules(geometry: ModelGeometry) -> Iterator[list[str]]:
             yield [f"{prefix}.self_attn.{name}" for name in JOINED[joined]]
         if layer.expert_intermediate_sizes:
             yield expert_modules(geometry, index)
-            if layer.intermediate_size:
-                shared = geometry.family.experts_format.shared_module
-                yield [f"{prefix}.{shared}.{name}" for name in JOINED["gate_up_proj"]]
-        elif layer.intermediate_size:
-            yield [f"{prefix}.mlp.{name}" for name in JOINED["gate_up_proj"]]
+        if layer.intermediate_size:
+            yield [f"{prefix}.{geometry.family.mlp_of(layer)}.{name}" for name in JOINED["gate_up_proj"]]
 
 
 def expert_modules(geometry: ModelGeometry, index: int) -> list[str]:

@@ -83,9 +83,7 @@ def _mlp_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     width, hidden, bias = layer.intermediate_size, model.hidden_size, model.mlp_bias
     if not width:
         return {"mlp.down_proj.bias": (hidden,)} if bias else {}
-    shapes = _linear("mlp.gate_proj", width, hidden, bias)
-    shapes |= _linear("mlp.up_proj", width, hidden, bias)
-    return shapes | _linear("mlp.down_proj", hidden, width, bias)
+    return _gated_mlp(model.family.mlp_modules(layer), width, hidden, bias)
 
 
 def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
@@ -95,19 +93,22 @@ def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
     if names.correction_bias is not None:
         shapes[f"{names.router}.{names.correction_bias}"] = (len(widths),)
     for expert, width in enumerate(widths):
-        gate, up, down = names.modules_of(expert)
+        modules = names.modules_of(expert)
         if width:
-            shapes |= _linear(gate, width, hidden, names.bias) | _linear(up, width, hidden, names.bias)
-            shapes |= _linear(down, hidden, width, names.bias)
+            shapes |= _gated_mlp(modules, width, hidden, names.bias)
         elif names.bias or expert in layer.constant_experts:
-            shapes[f"{down}.bias"] = (hidden,)
+            shapes[f"{modules[2]}.bias"] = (hidden,)
     if shared := layer.intermediate_size:
-        shapes |= _linear(f"{names.shared_module}.gate_proj", shared, hidden)
-        shapes |= _linear(f"{names.shared_module}.up_proj", shared, hidden)
-        shapes |= _linear(f"{names.shared_module}.down_proj", hidden, shared)
+        shapes |= _gated_mlp(model.family.mlp_modules(layer), shared, hidden)
     if names.shared_gate is not None:
         shapes |= _linear(names.shared_gate, 1, hidden)
     return shapes
+
+
+def _gated_mlp(modules: tuple[str, str, str], width: int, hidden: int, bias: bool = False) -> Shapes:
+    gate, up, down = modules
+    shapes = _linear(gate, width, hidden, bias) | _linear(up, width, hidden, bias)
+    return shapes | _linear(down, hidden, width, bias)
 
 
 def _linear(module: str, rows: int, columns: int, bias: bool = False) -> Shapes:
