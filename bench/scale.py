@@ -27,20 +27,10 @@ from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.config import converted_config
+from pruned_vllm.formats.config import converted_config, without_converted_keys
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
 
-# Keys of the small model that do not hold for the large one.
-DROPPED_KEYS = (
-    "per_layer_config",
-    "pruning",
-    "allow_global_per_layer_attribute_access",
-    "layer_types",
-    "query_heads_per_kv_head",
-    "expert_intermediate_sizes",
-    "constant_experts",
-)
 MOE_OPTIONS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 # config.json of Qwen/Qwen3-30B-A3B without keys that change neither shapes nor speed. Its sizes get replaced.
@@ -95,7 +85,9 @@ def scale_model(config: Mapping, sizes: Mapping, align: int = 1) -> tuple[dict, 
     small = ModelGeometry.from_config(config)
     if small.is_dense:
         raise InputError("config.json has no per_layer_config that prunes anything: there is no pattern to scale")
-    kept = {key: value for key, value in config.items() if key not in DROPPED_KEYS and not key.endswith("_token_id")}
+    plain = without_converted_keys(config, small.family)
+    # What does not hold for a model of another depth and vocabulary.
+    kept = {key: value for key, value in plain.items() if key != "layer_types" and not key.endswith("_token_id")}
     dense_config = {**kept, **_family_keys(small, config, sizes), "architectures": [small.family.architecture]}
     dense = ModelGeometry.from_config(dense_config)
     layers, chosen = [], dense.experts.num_experts_per_tok if dense.experts else 0

@@ -12,10 +12,9 @@ from converter.matrices import LoadedMatrix, Matrix, PackedMatrix, StoredMatrix,
 from converter.pickled_tensors import span_in_file
 from converter.reading import HOLE_BYTES, OpenFiles, Piece
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
-from pruned_vllm.formats.fused import unfused
-from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers, without_draft_layers
+from pruned_vllm.formats.dense_tensors import as_converted
+from pruned_vllm.formats.headers import ELEMENT_BYTES, StoredTensor, read_headers
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -46,7 +45,7 @@ class Checkpoint:
             files: those that are open already.
         """
         self.directory = directory
-        self.config, self.tensors = complete_biases(config, unfused(config, without_draft_layers(config, tensors)))
+        self.config, self.tensors = as_converted(config, tensors)
         self._loaded = dict(loaded or {})
         self._files = files or OpenFiles()
         for file in {tensor.file for tensor in self.tensors.values()}:

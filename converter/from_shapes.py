@@ -13,17 +13,15 @@ import torch
 from converter.checkpoint import TORCH_DTYPES, Checkpoint
 from converter.cut_config import SIZE_LISTS, num_experts
 from converter.hidden import EMBEDDING
-from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.dense_tensors import as_converted
 from pruned_vllm.formats.family import Family
-from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers, without_draft_layers
+from pruned_vllm.formats.headers import StoredTensor, count_problems, read_headers
 from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.weights import has_weight_files
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 OTHER_HEAD_DIM = "If it was another before pruning, give the dense model with --base-model"
 
 
@@ -50,7 +48,7 @@ def shapes_differ(directory: Path) -> bool | None:
     if not (directory / "config.json").is_file() or not has_weight_files(directory):
         return None
     config = read_config(directory)
-    config, tensors = complete_biases(config, unfused(config, without_draft_layers(config, read_headers(directory))))
+    config, tensors = as_converted(config, read_headers(directory))
     stated = ModelGeometry.from_config(config)
     if any(key in config for key in SIZE_LISTS) or count_problems(tensors, stated):
         return True
@@ -81,13 +79,10 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
             if count < dense.dense_experts.num_experts_per_tok:
                 found.problems.append(f"model.layers.{index}: {dense.dense_experts.too_few(count)}")
             experts = tuple(reader.mlp(dense.family.experts_format.modules_of(expert)) for expert in range(count))
-            shared = 0
-            if layer.intermediate_size:
-                mlp = dense.family.mlp_of(layer)
-                shared = reader.mlp((f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"))
+            shared = reader.mlp(dense.family.mlp_modules(layer)) if layer.intermediate_size else 0
             found.layers.append(LayerGeometry(groups, shared, experts, linear_attention=layer.linear_attention))
         else:
-            width = reader.mlp(_MLP)
+            width = reader.mlp(dense.family.mlp_modules(layer))
             if not width:
                 reader.drop_norms(dense.family, "mlp")
             found.layers.append(LayerGeometry(groups, width, linear_attention=layer.linear_attention))

@@ -128,7 +128,8 @@ class PackedMatrix(StoredMatrix):
     def _stored(self, rows: np.ndarray) -> Iterator[tuple[StoredMatrix, np.ndarray]]:
         """The blocks and the scales, with the rows of them."""
         packed = self.tensor.packed
-        assert packed is not None
+        if packed is None:
+            raise ValueError(f"{self.tensor.key} in {self.tensor.file} is not stored as MXFP4")
         for tensor in (packed.blocks, packed.scales):
             yield StoredMatrix(self.files, tensor, torch.uint8), packed.first + packed.step * rows
 

@@ -13,23 +13,18 @@ import torch
 
 from converter.checkpoint import Checkpoint
 from converter.convert import WRITER
+from converter.exportable import read_exportable
 from converter.writer import lay_out, shard_file, write_index
 from pruned_vllm.common.directories import atomic_directory
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 from pruned_vllm.common.progress import progress_bar
 from pruned_vllm.formats.companions import copy_companions
-from pruned_vllm.formats.config import converted_config, read_config
-from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH
+from pruned_vllm.formats.config import converted_config, without_converted_keys
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import dense_problems
-from pruned_vllm.formats.masked import MASKS_FILE
 
 CONSTANTS = "approximate_experts"
 MAX_SHARD_BYTES = 5_000_000_000
-# Keys of a converted config.json that a stock one lacks, unless the family has one of that name.
-OURS = {"per_layer_config", "allow_global_per_layer_attribute_access", "pruning", "query_heads_per_kv_head"}
-OURS |= {"expert_intermediate_sizes", CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH}
 
 
 def export_mone(directory: Path, target: Path) -> int:
@@ -42,19 +37,13 @@ def export_mone(directory: Path, target: Path) -> int:
         InputError: anything but whole experts is gone, the model is quantized, or `target` exists.
         OSError: the disk cannot be written.
     """
-    if (directory / MASKS_FILE).exists():
-        raise InputError(f"{directory} holds masks; convert it first, then export what that writes")
-    config = read_config(directory)
-    if "quantization_config" in config:
-        raise InputError(f"{directory} is quantized, which vLLM does not serve with constants; export float weights")
-    geometry, checkpoint = ModelGeometry.from_config(config), Checkpoint.from_directory(directory)
-    if problems := dense_problems(checkpoint.tensors, geometry):
-        raise InputError(f"The tensors in {directory} do not fit its config.json:", problems)
+    instead = ", which vLLM does not serve with constants; export float weights"
+    checkpoint, geometry = read_exportable(directory, instead)
     gone = [
         [expert for expert, width in enumerate(layer.expert_intermediate_sizes) if not width]
         for layer in geometry.layers
     ]
-    stock = _stock_config(directory, geometry, config)
+    stock = _stock_config(directory, geometry, checkpoint.config)
     checkpoint = _with_constants(checkpoint, geometry, gone)
     listed = {str(index): experts for index, experts in enumerate(gone) if experts}
     with atomic_directory(target, writer=WRITER, overwrite=False) as temporary:
@@ -75,9 +64,7 @@ def _stock_config(directory: Path, geometry: ModelGeometry, config: dict) -> dic
         for layer, dense in zip(geometry.layers, geometry.dense_layers, strict=True)
     ]
     problems = list(_problems(geometry))
-    names = geometry.family.experts_format
-    ours = OURS - {*names.count_keys, names.shared_width_key}
-    plain = {key: value for key, value in config.items() if key not in ours}
+    plain = without_converted_keys(config, geometry.family)
     stock = converted_config(geometry.with_layers(tuple(whole)), plain)
     if not problems and "per_layer_config" in stock:
         problems = [

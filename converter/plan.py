@@ -1,7 +1,7 @@
 """Decides everything about a conversion before anything is written, and refuses what cannot be done."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -181,15 +181,7 @@ def make_plan(
     source = read_source(Request(directory, base_model, revision, settings or {}), importer)
     if source.weights.directory == directory:
         source = replace(source, hub_id=source.hub_id or hub_id)
-    if wrapper := wrapped_architecture(source.weights.directory):
-        note = f"Of {wrapper}, the language model alone was read; OUT is a model of text, without what reads images."
-        source = replace(source, notes=(*source.notes, note))
-    if has_weight_files(source.weights.directory) and has_draft_layers(source.weights.directory):
-        note = "Layers for multi-token prediction (mtp.*) were left out: the pruned model drafts no tokens with them."
-        source = replace(source, notes=(*source.notes, note))
-    if drafts := num_draft_layers(source.weights.config):
-        note = f"OUT has no layers for multi-token prediction; config.json counted {drafts}."
-        source = replace(source, notes=(*source.notes, note))
+    source = replace(source, notes=(*source.notes, *_left_out_notes(source)))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
         raise InputError(
@@ -230,6 +222,16 @@ def make_plan(
         quantization=quantization,
         dropped=dropped,
     )
+
+
+def _left_out_notes(source: Source) -> Iterator[str]:
+    """Sentences about parts of a model that are not read."""
+    if wrapper := wrapped_architecture(source.weights.directory):
+        yield f"Of {wrapper}, the language model alone was read; OUT is a model of text, without what reads images."
+    if has_weight_files(source.weights.directory) and has_draft_layers(source.weights.directory):
+        yield "Layers for multi-token prediction (mtp.*) were left out: the pruned model drafts no tokens with them."
+    if drafts := num_draft_layers(source.weights.config):
+        yield f"OUT has no layers for multi-token prediction; config.json counted {drafts}."
 
 
 def check_source(what: str, source: Source) -> None:

@@ -70,8 +70,7 @@ class ReferenceAttention:
         self, index: int, states: torch.Tensor, lengths: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         """q and k of each head [tokens, heads, qk_head_dim], turned, and v [tokens, heads, v_head_dim]; no gate."""
-        latent, prefix = self.geometry.latent, f"model.layers.{index}.self_attn."
-        assert latent is not None
+        latent, prefix = self.geometry.latent_sizes, f"model.layers.{index}.self_attn."
         heads = self.geometry.layers[index].num_attention_heads
 
         def normed(name: str, values: torch.Tensor) -> torch.Tensor:

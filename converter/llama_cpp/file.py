@@ -10,16 +10,15 @@ import torch
 import transformers
 
 from converter.checkpoint import Checkpoint
+from converter.exportable import read_exportable
 from converter.llama_cpp.layout import Layout, make_layout
 from converter.llama_cpp.rope import Rope, read_rope
 from converter.llama_cpp.tensors import GgufTensor, TensorMaker
 from converter.llama_cpp.tokenizer import add_tokenizer
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
-from pruned_vllm.formats.config import read_config
+from pruned_vllm.formats.config import without_converted_keys
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import dense_problems
-from pruned_vllm.formats.masked import MASKS_FILE
 
 KINDS = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -43,7 +42,8 @@ def export_gguf(directory: Path, target: Path, *, without_tokenizer: bool = Fals
     """
     if os.path.lexists(target):
         raise InputError(f"{target} exists; remove it, or choose another file")
-    checkpoint, geometry = _read(directory)
+    instead = "; export float weights, and quantize them with llama-quantize"
+    checkpoint, geometry = read_exportable(directory, instead)
     layout = make_layout(geometry)
     config = _hugging_face_config(geometry, checkpoint)
     rope = read_rope(config, geometry.head_dim, layout.architecture)
@@ -62,24 +62,10 @@ def export_gguf(directory: Path, target: Path, *, without_tokenizer: bool = Fals
     return layout.architecture.name, (*layout.notes, *rope.notes)
 
 
-def _read(directory: Path) -> tuple[Checkpoint, ModelGeometry]:
-    """The weights and sizes of a model that is ready to be served."""
-    if (directory / MASKS_FILE).exists():
-        raise InputError(f"{directory} holds masks; convert it first, then export what that writes")
-    config = read_config(directory)
-    if "quantization_config" in config:
-        raise InputError(f"{directory} is quantized; export float weights, and quantize them with llama-quantize")
-    geometry = ModelGeometry.from_config(config)
-    checkpoint = Checkpoint.from_directory(directory)
-    if problems := dense_problems(checkpoint.tensors, geometry):
-        raise InputError(f"The tensors in {directory} do not fit its config.json:", problems)
-    return checkpoint, geometry
-
-
 def _hugging_face_config(geometry: ModelGeometry, checkpoint: Checkpoint) -> transformers.PretrainedConfig:
     """The configuration without the sizes of single layers: it knows the defaults of all other keys."""
-    ours = ("per_layer_config", "query_heads_per_kv_head", "expert_intermediate_sizes", "pruning", "architectures")
-    plain = {key: value for key, value in checkpoint.config.items() if key not in ours}
+    plain = without_converted_keys(checkpoint.config, geometry.family)
+    plain.pop("architectures", None)
     try:
         return transformers.CONFIG_MAPPING[geometry.family.model_type].from_dict(plain)
     except Exception as error:  # its checks raise errors of many kinds

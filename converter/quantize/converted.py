@@ -9,21 +9,10 @@ from converter.quantize.quantization import plan_quantization
 from converter.quantize.schemes import Wanted, describe_quantization
 from converter.source import Source
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.config import read_config
-from pruned_vllm.formats.experts import CONSTANT_EXPERTS
+from pruned_vllm.formats.config import read_config, without_converted_keys
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.hub import local_input
 from pruned_vllm.formats.masked import MASKS_FILE, LayerMasks
-
-# Of a converted config.json; they are written anew.
-CONVERTED_KEYS = (
-    "pruning",
-    "per_layer_config",
-    "allow_global_per_layer_attribute_access",
-    "query_heads_per_kv_head",
-    "expert_intermediate_sizes",
-    CONSTANT_EXPERTS,
-)
 
 
 def plan_of_converted(path: Path, wanted: Wanted) -> Plan:
@@ -64,9 +53,7 @@ def _read(directory: Path, hub_id: str | None) -> Source:
         raise InputError(f"{directory} is quantized already{named}; quantize the model that it was made from")
     checkpoint = Checkpoint.from_directory(directory)
     geometry = ModelGeometry.from_config(checkpoint.config)
-    weights = checkpoint.with_config(
-        {key: value for key, value in checkpoint.config.items() if key not in CONVERTED_KEYS}
-    )
+    weights = checkpoint.with_config(without_converted_keys(checkpoint.config, geometry.family))
     pruning = config["pruning"] if isinstance(config.get("pruning"), dict) else {}
     method = str(pruning.get("method"))
     return Source(

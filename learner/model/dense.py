@@ -22,12 +22,11 @@ from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreed_config import check_agreement
-from pruned_vllm.formats.biases import complete_biases
 from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
+from pruned_vllm.formats.dense_tensors import as_converted
 from pruned_vllm.formats.fingerprint import Fingerprint
-from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import dense_problems, read_headers, without_draft_layers
+from pruned_vllm.formats.headers import dense_problems, read_headers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
@@ -90,8 +89,7 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         elif job.head_sparsity and "head" not in units.layers:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
-        tensors = without_draft_layers(stored, read_headers(directory))
-        stored, tensors = complete_biases(stored, unfused(stored, tensors))
+        stored, tensors = as_converted(stored, read_headers(directory))
         if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         fingerprint = Fingerprint.from_directory(directory)  # before they are loaded: what changes later is noticed

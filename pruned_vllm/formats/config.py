@@ -10,6 +10,7 @@ from pruned_vllm.formats.agreed_config import agreed_config, stock_agrees
 from pruned_vllm.formats.config_values import flag
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH
 from pruned_vllm.formats.families import FAMILIES
+from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import DRAFT_LAYERS
 from pruned_vllm.formats.linear_attention import DEFAULTS as LINEAR_DEFAULTS
@@ -103,6 +104,21 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
         "allow_global_per_layer_attribute_access": True,
         "per_layer_config": {index: keys for index, keys in overrides.items() if keys},
     }
+
+
+# Keys that `converted_config` and convert-pruned write beside those of a dense config.json.
+CONVERTED_KEYS = (
+    *("pruning", "per_layer_config", "allow_global_per_layer_attribute_access", "query_heads_per_kv_head"),
+    *("expert_intermediate_sizes", CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH),
+)
+
+
+def without_converted_keys(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """A converted `config` less CONVERTED_KEYS, but with those that the family itself has under such a name."""
+    known: set[str | None] = set()
+    if family.experts is not None:
+        known = {*family.experts.count_keys, family.experts.shared_width_key}
+    return {key: value for key, value in config.items() if key in known or key not in CONVERTED_KEYS}
 
 
 def _stock_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[str, Any] | None:

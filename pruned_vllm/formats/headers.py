@@ -20,6 +20,7 @@ from pruned_vllm.formats.weights import INDEX_FILE, find_weight_files, open_safe
 from pruned_vllm.formats.wrappers import DRAFT, OTHER_TOWERS
 
 DRAFT_LAYERS = "num_nextn_predict_layers"
+_LEFT_OUT = (*OTHER_TOWERS, DRAFT)  # prefixes of tensors that are not the language model's
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the dtypes that masks can be folded into
 
 # How Transformers 5 holds experts in memory; its save_pretrained splits them, but other savers may not.
@@ -114,7 +115,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
             problems.append(str(error))
             continue
         for key, tensor in found.items():
-            if key.startswith((*OTHER_TOWERS, DRAFT)):
+            if key.startswith(_LEFT_OUT):
                 continue
             name = canonical_name(key)
             if name in tensors:
@@ -126,7 +127,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
             f"{key}: the index says it is in {file}, but it is not"
             for key, file in weight_map.items()
             if directory / file in files
-            and not key.startswith((*OTHER_TOWERS, DRAFT))
+            and not key.startswith(_LEFT_OUT)
             and getattr(tensors.get(canonical_name(key)), "file", None) != directory / file
         ]
     if problems:

@@ -43,6 +43,13 @@ class ModelSizes:
         return self.linear_attention
 
     @property
+    def latent_sizes(self) -> LatentAttention:
+        """`latent`, for code about such attention. Raises ValueError in a model with the usual attention."""
+        if self.latent is None:
+            raise ValueError(f"this {self.family.architecture} has no latent attention")
+        return self.latent
+
+    @property
     def dense_experts(self) -> DenseExperts:
         """`experts`, for code about layers that have some. Raises ValueError in a model without experts."""
         if self.experts is None:

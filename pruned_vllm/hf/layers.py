@@ -49,7 +49,7 @@ def _layer_config(config: PreTrainedConfig, geometry: ModelGeometry, index: int)
         names = geometry.family.experts_format
         for key in names.count_keys:
             setattr(layer_config, key, len(widths))
-        if names.shared_count_key is not None:  # the shared MLP, which stays, is as wide as so many experts were
+        if names.shared_count_key is not None:  # the stock layer makes the shared MLP as wide as so many experts
             setattr(layer_config, names.width_key, geometry.dense_experts.intermediate_size)
     return layer_config
 

@@ -44,9 +44,8 @@ class Sublayer:
         """[hidden_size, inputs] of this decoder layer, to read or to write to."""
         if self.kind == "head":
             return block.self_attn.o_proj.weight.data
-        if self.kind == "channel":
+        if self.expert is None:
             return block.mlp.down_proj.weight.data
-        assert self.expert is not None
         return down_weight(block.mlp.experts, self.expert).data
 
 
