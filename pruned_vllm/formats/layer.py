@@ -1,13 +1,17 @@
 """The sizes of one decoder layer, and the keys of `per_layer_config` that say them. Pure Python."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive, shown
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
+
+# Of FFN widths: a run of 128 bytes in bfloat16, what the tensor cores of GPUs and kernels for quantized weights want.
+# CPUs do not care. It adds 32 channels to a layer on average: 0.3 % of 11,008.
+DEFAULT_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -149,3 +153,16 @@ class LayerGeometry:
         if self.constant_experts:
             overrides[CONSTANT_EXPERTS] = list(self.constant_experts)
         return overrides
+
+
+def with_aligned_width(layer: LayerGeometry, alignment: int, dense_width: int) -> LayerGeometry:
+    """The FFN width, or the one that all experts have, rounded up to a multiple of `alignment`, but to no more than the
+    dense width. What has no channels gets none. Experts of different widths stay as they are."""
+
+    def aligned(width: int) -> int:
+        return min(-(-width // alignment) * alignment, dense_width)
+
+    experts = layer.expert_intermediate_sizes
+    if layer.expert_width:
+        experts = (aligned(layer.expert_width),) * len(experts)
+    return replace(layer, intermediate_size=aligned(layer.intermediate_size), expert_intermediate_sizes=experts)

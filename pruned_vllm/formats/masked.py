@@ -6,7 +6,7 @@ learned and where the weights are. This module knows the masks' keys and shapes,
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from pruned_vllm.common.files import is_inside, read_json, write_json
 from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 MASKS_FILE = "pruning_masks.safetensors"
 HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]; no layers with linear attention
@@ -57,6 +58,19 @@ def mask_shapes(dense: ModelGeometry) -> dict[str, tuple[int, ...]]:
         else:
             shapes[CHANNEL_MASK.format(index)] = (layer.intermediate_size,)
     return shapes
+
+
+def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
+    """The geometry that masks, tensors or arrays, leave of a layer."""
+    groups, width, experts = layer.query_heads_per_kv_head, layer.intermediate_size, layer.expert_intermediate_sizes
+    if masks.head is not None:
+        heads = iter((masks.head != 0).tolist())
+        groups = tuple(kept for group in groups if (kept := sum(next(heads) for _ in range(group))))
+    if masks.channel is not None:
+        width = int((masks.channel != 0).sum())
+    if masks.expert is not None:
+        experts = tuple((masks.expert != 0).sum(1).tolist())
+    return replace(layer, query_heads_per_kv_head=groups, intermediate_size=width, expert_intermediate_sizes=experts)
 
 
 def site_problems(family: Family, channel_mask_site: str) -> list[str]:
