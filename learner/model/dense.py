@@ -27,7 +27,7 @@ from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.fused import unfused
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import dense_problems, read_headers, without_draft_layers
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, read_headers, without_draft_layers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
@@ -54,6 +54,8 @@ class DenseModel:
     Attributes:
         model: frozen, in evaluation mode.
         units: what of it may be pruned.
+        geometry: its sizes.
+        element_bytes: of its weights, as they are stored.
         directory: where it lies. Config, weights and tokenizer were all read from it.
         commit: of the snapshot that the directory holds; None if the model is not from the hub.
         fingerprint: of the directory.
@@ -62,6 +64,8 @@ class DenseModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     units: Units
+    geometry: ModelGeometry
+    element_bytes: int
     directory: Path
     commit: str | None
     fingerprint: Fingerprint
@@ -92,7 +96,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
         tensors = without_draft_layers(stored, read_headers(directory))
         stored, tensors = complete_biases(stored, unfused(stored, tensors))
-        if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
+        geometry = ModelGeometry.from_config(stored)
+        if problems := dense_problems(tensors, geometry):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         fingerprint = Fingerprint.from_directory(directory)  # before they are loaded: what changes later is noticed
         options = {"dtype": job.dtype, "use_safetensors": True}
@@ -131,7 +136,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(missing))
     for name in zeros:
         model.get_parameter(name).zero_()
-    return DenseModel(model, tokenizer, units, directory, commit, fingerprint)
+    element_bytes = ELEMENT_BYTES.get(tensors["model.embed_tokens.weight"].dtype, 2)
+    return DenseModel(model, tokenizer, units, geometry, element_bytes, directory, commit, fingerprint)
 
 
 def _units(job: Job, geometry: ModelGeometry) -> Units:

@@ -96,6 +96,8 @@ class PruningInfo:
         base_revision: commit of the hub repository `base_model` that the masks were learned on; None where it is
             a directory or not known.
         base_fingerprint: `Fingerprint` of the model that the masks belong to, as text; None where it is not known.
+        budget: {target, achieved, at, parameters, bytes, ideal_speedup, padded_ideal_speedup}: what was asked for, what
+            the masks leave, and what that promises; for people to read. None where it is not known.
     """
 
     method: str
@@ -104,6 +106,7 @@ class PruningInfo:
     lora_adapter: str | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
+    budget: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path) -> "PruningInfo":
@@ -125,6 +128,7 @@ class PruningInfo:
             expect(key, isinstance(content.get(key), str | None), "a string or null")
         fingerprint = content.get("base_fingerprint")
         expect("base_fingerprint", fingerprint is None or Fingerprint.is_one(fingerprint), "what learn-masks wrote")
+        expect("budget", isinstance(content.get("budget"), Mapping | None), "an object or null")
         # A checkpoint from elsewhere must not make convert-pruned merge what is elsewhere.
         inside = "null or a directory inside of the checkpoint, relative to it and without '..'"
         expect("lora_adapter", adapter is None or is_inside(adapter), inside)
@@ -133,8 +137,8 @@ class PruningInfo:
         return cls(**{key: content.get(key) for key in cls.__dataclass_fields__})
 
     def write(self, directory: Path) -> None:
-        """Writes pruning.json; `base_revision` and `base_fingerprint` only where they are known."""
-        optional = ("base_revision", "base_fingerprint")
+        """Writes pruning.json; `base_revision`, `base_fingerprint` and `budget` only where they are known."""
+        optional = ("base_revision", "base_fingerprint", "budget")
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
         kept = {key: value for key, value in content.items() if value is not None or key not in optional}
         write_json(directory / PRUNING_FILE, kept)
