@@ -101,6 +101,10 @@ class DDPSettings(TrainingSettings):
         "relu", "how masks are computed from their parameters; all but relu are the paper's baselines", choices=GATES
     )
 
+    def __post_init__(self) -> None:
+        if self.settle > 1:
+            raise InputError(f"--settle {self.settle:g} is a share of the run; it must be at most 1")
+
 
 @dataclass(frozen=True)
 class MaskPruneSettings(TrainingSettings):

@@ -15,7 +15,7 @@ from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
 from learner.model.budget import make_budgets
-from learner.model.dense import load_dense, on_device
+from learner.model.dense import DenseModel, load_dense, on_device
 from learner.model.masking import apply_masks, restrict_routers
 from learner.model.perplexity import perplexity
 from learner.model.saving import check_can_be_saved, save_model
@@ -123,28 +123,17 @@ def learn(
                         model, eval_ids, title="masked perplexity", show_progress=show
                     )
             found.append((outcome, masks, results))
-
-        def write(directory: Path, outcome: Outcome, masks: dict[str, torch.Tensor], results: dict[str, float]) -> None:
-            """One checkpoint."""
-            save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
-            if method.changes_weights:
-                save_model(model, dense.directory, directory)
-            if learned.save_adapter is not None:
-                learned.save_adapter(directory / ADAPTER_DIRECTORY)
-            base = str(Fingerprint.from_directory(directory)) if method.changes_weights else inputs["model"]
-            _pruning(job, learned, base, outcome).write(directory)
-            if report:
-                arrays = {name: mask.numpy() for name, mask in masks.items()}
-                write_report(pattern_of_masks(dense.geometry, arrays), directory)
-            write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results})
-
         with together(accelerator):
             if accelerator.is_main_process:
                 with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
                     for outcome, masks, results in found:
-                        place = checkpoint_of(directory, outcome.budget.target, len(found))
-                        place.mkdir(exist_ok=True)
-                        write(place, outcome, masks, results)
+                        checkpoint = checkpoint_of(directory, outcome.budget.target, len(found))
+                        checkpoint.mkdir(exist_ok=True)
+                        _write(checkpoint, job, dense, learned, outcome, masks)
+                        write_json(checkpoint / RESULTS_FILE, {"job": asdict(job), "results": results})
+                        if report:
+                            arrays = {name: mask.numpy() for name, mask in masks.items()}
+                            write_report(pattern_of_masks(dense.geometry, arrays), checkpoint)
                     journal.write_log(directory / LOG_FILE)
     return [results for _, _, results in found]
 
@@ -169,6 +158,21 @@ def _check_unsharded(accelerator: Accelerator) -> None:
 def _function(name: str):
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function or "learn")
+
+
+def _write(
+    directory: Path, job: Job, dense: DenseModel, learned: Learned, outcome: Outcome, masks: dict[str, torch.Tensor]
+) -> None:
+    """The files of a masked checkpoint that the converter reads. The model of `dense` has what the method changed."""
+    save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
+    fingerprint = dense.fingerprint
+    if METHODS[job.method].changes_weights:
+        save_model(dense.model, dense.directory, directory)
+    if learned.save_adapter is not None:
+        learned.save_adapter(directory / ADAPTER_DIRECTORY)
+    if METHODS[job.method].changes_weights:
+        fingerprint = Fingerprint.from_directory(directory)
+    _pruning(job, learned, str(fingerprint), outcome).write(directory)
 
 
 def _pruning(job: Job, learned: Learned, fingerprint: str, outcome: Outcome) -> PruningInfo:

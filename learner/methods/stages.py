@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pruned_vllm.common.errors import InputError
+
 RISE = 0.75  # of the steps in which masks fade: then as many do as shall go
 FADED = 0.02  # what is left of the last of them in the steps after that
 
@@ -58,13 +60,18 @@ class Stages:
         steps: of the run.
         keeps: share of the units, or of their cost, that each budget leaves; falling.
         settle: the share of a stage in which masks fade, and then settle, half and half.
+
+    Raises:
+        InputError: there are fewer steps than budgets.
     """
 
     def __init__(self, steps: int, keeps: Sequence[float], settle: float) -> None:
-        removed = [before - keep for before, keep in zip((1.0, *keeps), keeps, strict=False)]
-        total = sum(removed) or 1.0
-        ends = [round(steps * sum(removed[: index + 1]) / total) for index in range(len(keeps))]
-        ends[-1] = steps
+        spare = steps - len(keeps)  # beyond one for each stage
+        if spare < 0:
+            raise InputError(f"--steps {steps} are too few for {len(keeps)} budgets, which take a share of them each")
+        removed = 1 - keeps[-1] or 1.0
+        ends = [index + 1 + round(spare * (1 - keep) / removed) for index, keep in enumerate(keeps)]
+        ends[-1] = steps  # where nothing is removed, too
         self._starts, self._ends, self._settle = [0, *ends[:-1]], ends, settle
 
     def at(self, step: int) -> Moment:
@@ -75,14 +82,14 @@ class Stages:
         half = round(steps * self._settle / 2)
         fixed = steps - half
         done = step - (fixed - half) + 1  # steps of fading, with this one
-        is_fading = 0 < done <= half
+        is_fading, rise = 0 < done <= half, max(1, int(RISE * half))
         return Moment(
             stage=stage,
             step=step,
             steps=steps,
             progress=min(1.0, step / fixed),
-            share=min(1.0, done / (RISE * half)) if is_fading else None,
-            fading=0.0 if done == half else FADED ** (1 / max(1.0, (1 - RISE) * half - 1)),
+            share=min(1.0, done / rise) if is_fading else None,
+            fading=0.0 if done == half else FADED ** (1 / max(1, half - rise)),
             settling=(step - fixed) / half if step >= fixed else None,
         )
 

@@ -66,7 +66,7 @@ def test_costs_of_units_add_up_to_the_cost_of_the_model(name, tied):
 
 QUICK = {"batch_size": 2, "sequence_length": 32}
 CALIBRATION = {"calibration_sequences": 4, "sequence_length": 32}
-SEARCH = {"iterations": 2, "generations": 2, "offspring": 4, "selection_tokens": 64}
+SEARCH = {"iterations": 4, "generations": 1, "offspring": 4, "selection_tokens": 64}
 METHODS = {
     "ddp": (ddp.learn, DDPSettings(steps=20, **QUICK)),
     "maskprune": (maskprune.learn, MaskPruneSettings(steps=10, lora_rank=0, **QUICK)),
@@ -119,18 +119,16 @@ def test_reap_meets_a_cost_to_an_expert():
 
 
 @pytest.mark.parametrize("gate", ["relu", "deterministic-hard-concrete"])
-@pytest.mark.parametrize("steps", [16, 50])
+@pytest.mark.parametrize("steps", [12, 50])
 @pytest.mark.parametrize("target", [{"sparsity": 0.4}, {"target_speedup": [1.2], "at": AT}])
 def test_learning_meets_the_budget_before_units_are_fixed(steps, target, gate):
     journal = Journal()
     task = task_of(model_of("qwen3"), DDPSettings(steps=steps, gate=gate, **QUICK), journal=journal, **target)
     ddp.learn(task)
     moments = [Stages(steps, [0.5], task.settings.settle).at(step) for step in range(steps)]
-    before = max(
-        row["step"] for row, moment in zip(journal._rows, moments, strict=True) if moment.share and moment.fading
-    )
-    assert before < steps
-    assert abs(journal._rows[before - 1]["over"]) <= 0.005
+    before = max(step for step, moment in enumerate(moments) if moment.share and moment.fading)
+    assert before < steps - 2
+    assert abs(journal._rows[before]["over"]) <= 0.005
     assert journal._rows[0]["over"] > 0, "at the first step nothing is removed yet"
 
 
@@ -145,11 +143,13 @@ def test_stages_share_the_steps_and_end_fixed():
         None
     ] * 8
     faded = [moment.fading for moment in last if moment.share]
-    assert faded[-1] == 0 and 0 < faded[0] < 0.1 and len(set(faded[:-1])) == 1
+    assert faded[-1] == 0 and 0 < faded[0] < 0.2 and len(set(faded[:-1])) == 1
     assert [moment.is_settled for moment in last] == [False] * 32 + [True] * 8
     assert last[16].progress == 0.5 and last[32].progress == 1
     paper = [Stages(1000, [0.5], 0).at(step) for step in range(1000)]
     assert all(moment.share is None and not moment.is_settled for moment in paper) and paper[250].progress == 0.25
+    assert [Stages(3, [1.0, 0.5], 0).at(step).stage for step in range(3)] == [0, 1, 1], "none is left out"
+    assert Stages(3, [1.0], 0.3).at(2).is_last
 
 
 SMALL = {
@@ -227,12 +227,14 @@ def test_the_predicted_speedup_is_what_inspect_says(word_model, capsys, method):
         (["--target-bytes", "1MB", "--head-sparsity", 0.5], "leave out --head-sparsity"),
         (["--target-bytes", "1GB"], "is no less than the dense model has"),
         (["--target-bytes", "1KB"], "cannot be reached"),
-        (["--target-speedup", 50], "without any of them the model has speedup"),
+        (["--target-speedup", 500], "without any of them the model has speedup"),
         (["--target-speedup", 1.5, "--at", "decode:8"], "--at: 'decode:8' is neither"),
         (["--sparsity", 0.5, 0.5], "give each value once"),
         (["--method", "tyr", "--sparsity", 0.2, 0.5], "tyr learns weights for one budget"),
         (["--method", "maskprune", "--sparsity", 0.2, 0.5], "maskprune learns weights for one budget"),
         (["--budget", "layer", "--target-bytes", "1MB"], "--budget layer gives every layer the same share"),
+        (["--steps", 1, "--sparsity", 0.2, 0.5], "--steps 1 are too few for 2 budgets"),
+        (["--settle", 1.5], "it must be at most 1"),
         (["--report", "--method", "random", "--sparsity", 0.2, 0.5], "--report draws what one budget leaves"),
     ],
 )
