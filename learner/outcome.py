@@ -63,7 +63,7 @@ class Outcome:
 
     def _padded(self) -> ModelGeometry:
         layers = [
-            with_aligned_width(layer, DEFAULT_ALIGNMENT, dense.intermediate_size or dense.expert_width)
+            with_aligned_width(layer, DEFAULT_ALIGNMENT, dense)
             for layer, dense in zip(self.left.layers, self.dense.layers, strict=True)
         ]
         return self.left.with_layers(tuple(layers))

@@ -12,7 +12,8 @@ from learner.methods.method import Learned, Task
 from learner.model.budget import UnitBudget
 from learner.model.expert_weights import expert_weights
 from learner.model.projections import gate_up_weights, query_key_value_weights
-from learner.model.units import Values
+from learner.model.units import Units, Values
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
 
@@ -60,7 +61,11 @@ def random(task: Task) -> Learned:
 
 
 def keep_largest_in_each_layer(task: Task, scores: Values) -> Learned:
-    """Masks for each budget: 1 for the units of the largest scores [layers, units] in their layer, 0 for the others."""
+    """Masks for each budget: 1 for the units of the largest scores [layers, units] in their layer, 0 for the others.
+
+    Raises InputError for scores that `check_finite` refuses.
+    """
+    check_finite(task.units, scores)
     order = {kind: _places_from_below(of_kind) for kind, of_kind in scores.items()}
     within, found = None, []
     for budget in task.budgets:
@@ -73,3 +78,23 @@ def _places_from_below(scores: torch.Tensor) -> torch.Tensor:
     """Of scores [layers, units], the share of the layer's units that come before each: float64, from 0 to below 1."""
     places = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return 1 - (places.double() + 1) / scores.shape[1]
+
+
+def check_finite(units: Units, scores: Values) -> None:
+    """Raises InputError with every layer in which scores [layers, any] are NaN or infinite: they order nothing."""
+    rows = [
+        (index, kind, row)
+        for kind, of_kind in scores.items()
+        for index, row in zip(units.layers[kind], of_kind, strict=True)
+    ]
+    problems = [
+        f"layer {index}: {count} of {len(row)} scores of the kind {kind} are NaN or infinite"
+        for index, kind, row in sorted(rows, key=lambda place: place[0])
+        if (count := int((~row.isfinite()).sum()))
+    ]
+    if problems:
+        raise InputError(
+            "Units cannot be told apart by what the model computes. Check the weights of the first of these layers, or "
+            "use --dtype bfloat16 or float32:",
+            problems,
+        )

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from learner.methods.baselines import check_finite
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
 from learner.model.budget import CostBudget
@@ -37,6 +38,7 @@ from pruned_vllm.common.progress import progress_bar
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1, the same for all channels of an expert; see learner/methods/method.py."""
     chosen, found = task.model.config.num_experts_per_tok, scores(task)
+    check_finite(task.units, {"expert": found})
     width = task.units.widths["expert"] // task.units.num_experts
     kept = []
     for budget in task.budgets:
