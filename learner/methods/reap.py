@@ -29,7 +29,7 @@ from torch import nn
 from learner.methods.baselines import check_finite
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
-from learner.model.budget import CostBudget
+from learner.model.budget import CostBudget, UnitBudget
 from learner.model.expert_weights import output_of, routed_products
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
@@ -37,15 +37,22 @@ from pruned_vllm.common.progress import progress_bar
 
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1, the same for all channels of an expert; see learner/methods/method.py."""
+    for budget in task.budgets:
+        if isinstance(budget, CostBudget) and task.settings.budget != "global":
+            raise InputError(
+                f"--target-{budget.target.measure} is one budget for the whole model, and reap's default removes as many "
+                "experts from each layer; add --budget global"
+            )
     chosen, found = task.model.config.num_experts_per_tok, scores(task)
     check_finite(task.units, {"expert": found})
     width = task.units.widths["expert"] // task.units.num_experts
     kept = []
     for budget in task.budgets:
-        if isinstance(budget, CostBudget):
-            experts = _within_cost(found, budget, task, chosen)
-        else:
+        if isinstance(budget, UnitBudget):
             experts = kept_experts(found, budget.sparsity["expert"], task.settings.budget, chosen)
+        else:
+            assert isinstance(budget, CostBudget)
+            experts = _within_cost(found, budget, task, chosen)
         kept.append({"expert": experts.float().repeat_interleave(width, dim=1)})
     return Learned.of_budgets(kept)
 
@@ -92,14 +99,8 @@ def _within_cost(scores: torch.Tensor, budget: CostBudget, task: Task, least: in
     """Which experts stay, bool [layers, experts]: as many as a cost allows, counted without their rows of the router.
 
     Raises:
-        InputError: --budget layer, which removes the same number from each layer; or the cost is not even met where
-            each layer keeps `least`.
+        InputError: the cost is not even met where each layer keeps `least`.
     """
-    if task.settings.budget != "global":
-        raise InputError(
-            f"--target-{budget.target.measure} is one budget for the whole model, and reap's default removes as many "
-            "experts from each layer; add --budget global"
-        )
     indices, count = task.units.layers["expert"], scores.shape[1]
 
     def cost(kept: torch.Tensor) -> float:

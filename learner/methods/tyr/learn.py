@@ -34,7 +34,7 @@ from learner.methods.tyr.search import CostSpace, Space, divergences, draw, next
 from learner.methods.tyr.sublayers import Sublayer, sublayers_of
 from learner.methods.tyr.supernet import Genome, Supernet
 from learner.model.blockwise import Blockwise
-from learner.model.budget import CostBudget
+from learner.model.budget import CostBudget, UnitBudget
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
@@ -105,10 +105,9 @@ def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
     genome = {}
     for kind in task.units.layers:
         members = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
-        if isinstance(task.budget, CostBudget):
-            removed = round(task.units.count(kind) * (1 - task.budget.keep()))
-        else:
-            removed = task.units.count(kind) - task.units.kept(kind, task.budget.sparsity[kind])
+        removed = round(task.units.count(kind) * (1 - task.budget.keep()))
+        if isinstance(budget := task.budget, UnitBudget):
+            removed = task.units.count(kind) - task.units.kept(kind, budget.sparsity[kind])
         for place, index in enumerate(members):
             genome[index] = (place + 1) * removed // len(members) - place * removed // len(members)
     return tuple(genome[index] for index in range(len(sublayers)))
