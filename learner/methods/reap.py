@@ -40,8 +40,8 @@ def learn(task: Task) -> Learned:
     for budget in task.budgets:
         if isinstance(budget, CostBudget) and task.settings.budget != "global":
             raise InputError(
-                f"--target-{budget.target.measure} is one budget for the whole model, and reap's default removes as many "
-                "experts from each layer; add --budget global"
+                f"--target-{budget.target.measure} is one budget for the whole model, and reap's default removes as "
+                "many experts from each layer; add --budget global"
             )
     chosen, found = task.model.config.num_experts_per_tok, scores(task)
     check_finite(task.units, {"expert": found})
