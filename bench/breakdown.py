@@ -32,7 +32,6 @@ from statistics import fmean, median
 from typing import Any
 
 from bench.speed.engines import random_prompts, running_engines, through_plugin, time_case
-from bench.speed.ideal import Case, ideal_speedup
 from bench.speed.profile import LOGITS, OTHER, PARTS
 from bench.speed.results import describe_model
 from bench.speed.setting import Setting, add_setting_arguments, chosen_settings, read_models
@@ -40,6 +39,7 @@ from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, ideal_speedup
 
 DEFAULT_CASES = ("decode:1:32:64", "prefill:1:512")
 ENGINE, PYTHON = "scheduler, messages", "Python and dispatch"

@@ -8,8 +8,8 @@ Both engines live at the same time, each in processes of its own, and take turns
 ratios of neighbouring runs, so a slow phase of the machine hits both sides. Before that the memory bandwidth and the
 rate of products that this machine reaches are measured, and results say how near to them both models come. Prints
 tables and writes e2e_speedup.json, e2e_speedup.png and a report (report.html, report.md) to --output-dir. The machine
-needs memory for both models. bench/speed/engines.py says what is timed, bench/speed/ideal.py what the ideal speedup
-counts, bench/speed/statistics.py what the intervals hold, bench/speed/results.py what is in the JSON file.
+needs memory for both models. bench/speed/engines.py says what is timed, pruned_vllm/formats/ideal.py what the ideal
+speedup counts, bench/speed/statistics.py what the intervals hold, bench/speed/results.py what is in the JSON file.
 
 On CPU, vLLM gives the engine all cores but one, which its scheduler needs; VLLM_CPU_OMP_THREADS_BIND says otherwise.
 """

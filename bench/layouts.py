@@ -23,16 +23,16 @@ from pathlib import Path
 from statistics import median
 
 from bench.speed.engines import engine_options, measure, measure_in_rounds
-from bench.speed.ideal import Case, step_bytes
 from bench.speed.results import describe_hardware, describe_versions
 from bench.speed.statistics import quartiles, ratios
-from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
+from converter.shapes import with_even_groups, with_few_shapes
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.files import write_json
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes
+from pruned_vllm.formats.layer import LayerGeometry, with_aligned_width
 
 # config.json of Qwen/Qwen2.5-0.5B without keys that change neither shapes nor speed.
 CONFIG = {

@@ -113,7 +113,7 @@ def learn_one(model: Path, checkpoint: Path, sparsity: float, method: str, budge
         seed=seed,
         settings=METHODS[method].settings(**settings, budget=budget),
     )
-    results = learn(job, checkpoint)
+    (results,) = learn(job, checkpoint)
     masks = load_file(checkpoint / MASKS_FILE)
     return {
         "sparsity": sparsity,

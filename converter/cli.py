@@ -22,10 +22,7 @@ from pruned_vllm.common.arguments import add_overwrite_argument, positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.directories import prepare_output
 from pruned_vllm.common.environment import add_version_argument
-
-# Of FFN widths: a run of 128 bytes in bfloat16, what the tensor cores of GPUs and kernels for quantized weights want.
-# CPUs do not care. It adds 32 channels to a layer on average: 0.3 % of 11,008.
-DEFAULT_ALIGNMENT = 64
+from pruned_vllm.formats.layer import DEFAULT_ALIGNMENT
 
 # Words in the place of INPUT, each with the module whose `main` does it. A directory of that name is ./inspect.
 SUBCOMMANDS = {"inspect": "converter.inspect_command", "export": "converter.export_command"}

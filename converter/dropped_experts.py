@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from converter.fold import kept_layer
 from converter.source import Source, WeightChanges
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.experts import DenseExperts
+from pruned_vllm.formats.masked import kept_layer
 
 NOT_EXACT = "tokens are sent to others in their place, so this is not exactly the masked model"
 

@@ -14,7 +14,7 @@ Padding is exact too: a padded KV head has zero values, a padded query head or c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -55,18 +55,6 @@ class Cut:
         return result.to(tensor.dtype).contiguous()
 
 
-def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
-    """The geometry that masks leave of a layer."""
-    groups, width, experts = layer.query_heads_per_kv_head, layer.intermediate_size, layer.expert_intermediate_sizes
-    if masks.head is not None:
-        groups = tuple(len(heads) for heads in _kept_query_heads(layer, masks.head).values())
-    if masks.channel is not None:
-        width = int(masks.channel.count_nonzero())
-    if masks.expert is not None:
-        experts = tuple(masks.expert.count_nonzero(dim=1).tolist())
-    return replace(layer, query_heads_per_kv_head=groups, intermediate_size=width, expert_intermediate_sizes=experts)
-
-
 def cut_layer(
     model: ModelSizes,
     layer: LayerGeometry,
@@ -79,7 +67,7 @@ def cut_layer(
     Args:
         layer: the sizes that its tensors have.
         channel_mask_site: "product" or "gate_and_up".
-        target: a shape that `kept_layer` fits into (see `converter.shapes.fits`); what it has more is padding.
+        target: a shape that what the masks leave fits into (see `converter.shapes.fits`); what it has more is padding.
 
     Returns:
         cuts by tensor name without the "model.layers.{i}." prefix. Tensors that are not named (norms, down_proj.bias,

@@ -11,12 +11,12 @@ import torch
 
 from converter.checkpoint import DTYPES, Checkpoint
 from converter.dropped_experts import DroppedExperts, without_empty_experts
-from converter.fold import Cut, cut_layer, kept_layer
+from converter.fold import Cut, cut_layer
 from converter.hidden import EMBEDDING, LM_HEAD, HiddenCut, make_hidden_cut
 from converter.importers import AUTO, read_source
 from converter.quantize.quantization import Quantization, Written, plan_quantization
 from converter.quantize.schemes import Wanted
-from converter.shapes import with_aligned_width, with_even_groups, with_few_shapes
+from converter.shapes import with_even_groups, with_few_shapes
 from converter.source import HiddenMask, Request, Source
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.agreed_config import refusals
@@ -25,8 +25,8 @@ from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry, skip_problems
 from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, has_draft_layers, num_draft_layers
 from pruned_vllm.formats.hub import local_input
-from pruned_vllm.formats.layer import LayerGeometry
-from pruned_vllm.formats.masked import FORMAT_VERSION, site_problems
+from pruned_vllm.formats.layer import LayerGeometry, with_aligned_width
+from pruned_vllm.formats.masked import FORMAT_VERSION, kept_layer, site_problems
 from pruned_vllm.formats.tensors import Shapes
 from pruned_vllm.formats.weights import has_weight_files
 from pruned_vllm.formats.wrappers import wrapped_architecture

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from learner.job import METHODS, QUERY_HEADS, Job
+from learner.targets import number_of_bytes, number_of_parameters, speedup
 from pruned_vllm.common.arguments import (
     fraction,
     non_negative_float,
@@ -52,14 +53,31 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--sparsity",
         type=fraction,
-        default=Job.sparsity,
-        help="share of heads, channels and experts' channels to remove; default: 0.5",
+        nargs="+",
+        metavar="SHARE",
+        help="share of heads, channels and experts' channels to remove; several write a checkpoint each, CKPT/20 for "
+        "0.2, what a smaller one keeps containing what a deeper one keeps (so for --target-... too); default: 0.5",
     )
     add(
         "--head-sparsity",
         type=fraction,
         default=Job.head_sparsity,
+        metavar="SHARE",
         help="share of heads to remove, if it differs from --sparsity; 0 keeps all heads; default: as --sparsity",
+    )
+    joint = "in place of --sparsity: heads, channels and experts' channels compete for"
+    for option, type_, example in (
+        ("parameters", number_of_parameters, "so many parameters, such as 5B"),
+        ("bytes", number_of_bytes, "so many bytes of weights, such as 9GB, in the dtype they are stored in"),
+        ("speedup", speedup, "a time so much shorter at best, such as 1.5, in the workload of --at"),
+    ):
+        add(f"--target-{option}", type=type_, nargs="+", default=(), metavar="N", help=f"{joint} {example}")
+    add(
+        "--at",
+        default=Job.at,
+        metavar="CASE",
+        help="workload for which the ideal speedup is counted, decode:BATCH:INPUT:OUTPUT or prefill:BATCH:INPUT; "
+        f"default: {Job.at}",
     )
     by_default: dict[str, list[str]] = {default: [] for default in QUERY_HEADS}
     for name, method in METHODS.items():
@@ -175,7 +193,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _learn(arguments: dict) -> None:
     from accelerate import PartialState  # late: --help and wrong arguments should not wait for torch
 
-    from learner.learn import learn
+    from learner.learn import checkpoint_of, learn
 
     out, run = (
         arguments.pop("out"),
@@ -190,12 +208,16 @@ def _learn(arguments: dict) -> None:
         raise InputError(
             f"{job['method']} has no {', '.join(unknown)}; learn-masks --help lists the options of each method"
         )
-    results = learn(Job(**job, settings=settings(**arguments)), out, **run)
+    job = Job(**job, settings=settings(**arguments))
+    found = learn(job, out, **run)
     if PartialState().is_main_process:
-        for name, value in results.items():
-            print(f"{name.replace('_', ' '):>20}: {value:.4g}")
-        option = " --drop-empty-experts" if METHODS[job["method"]].drops_experts else ""
-        print(f"Wrote {out}. Next: convert-pruned {out} OUT{option}")
+        option = " --drop-empty-experts" if METHODS[job.method].drops_experts else ""
+        for target, results in zip(job.targets, found, strict=True):
+            checkpoint = checkpoint_of(out, target, len(found))
+            for name, value in results.items():
+                text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+                print(f"{name.replace('_', ' '):>20}: {text}{f' at {job.at}' if name == 'ideal_speedup' else ''}")
+            print(f"Wrote {checkpoint}. Next: convert-pruned {checkpoint} OUT{option}")
 
 
 if __name__ == "__main__":

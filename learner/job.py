@@ -5,10 +5,13 @@ learner/methods/method.py says what the function takes and returns. An option th
 in all of them, but may have other defaults.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from learner.targets import DEFAULT_CASE, Target
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.ideal import Case
 from pruned_vllm.formats.masked import CHANNEL_MASK_SITES, MASK_KEYS
 
 BUDGETS = ("global", "layer", "expert")
@@ -16,6 +19,7 @@ GATES = ("relu", "deterministic-hard-concrete", "hard-concrete")
 QUERY_HEADS = ("independent", "tied")
 LORA_TARGETS = ("all", "query-value")
 RESOURCES = ("kind", "model")
+COST_MEASURES = ("parameters", "bytes", "speedup")
 ERROR_ACCUMULATIONS = ("expectation", "none")
 SEQUENCE_LENGTH_HELP = "tokens in a sequence; the default is less for models with fewer positions"
 
@@ -71,9 +75,13 @@ class DDPSettings(TrainingSettings):
         2e-2, "learning rate of lambda1 and lambda3, the penalties for missing the budget and for undecided masks"
     )
     lambda2_learning_rate: float = option(
-        0.8,
-        "learning rate of lambda2, the penalty for the squared distance to the budget; raise it when "
-        "a short run misses the budget",
+        0.8, "learning rate of lambda2, the penalty for the squared distance to the budget"
+    )
+    settle: float = option(
+        0.3,
+        "share of the run, at its end, in which the smallest masks fade until the budget is met, and the others then "
+        "settle; 0, as in the paper, cuts off what is beyond the budget after the last step",
+        zero=True,
     )
     warmup_steps: int | None = option(None, "linear warm-up before the cosine decay", shown="a tenth of --steps")
     mu_start: float = option(
@@ -92,6 +100,10 @@ class DDPSettings(TrainingSettings):
     gate: str = option(
         "relu", "how masks are computed from their parameters; all but relu are the paper's baselines", choices=GATES
     )
+
+    def __post_init__(self) -> None:
+        if self.settle > 1:
+            raise InputError(f"--settle {self.settle:g} is a share of the run; it must be at most 1")
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,7 @@ class Method:
         takes_remote_code: whether it prunes models whose code comes with the checkpoint; see
             learner/model/remote_code.py.
         kinds: the units that it prunes; others stay as they are.
+        takes_several_targets: whether a run may have several budgets.
         drops_experts: whether experts without channels are meant to go with their rows of the router, which
             convert-pruned --drop-empty-experts does.
     """
@@ -219,6 +232,7 @@ class Method:
     changes_weights: bool = False
     takes_remote_code: bool = True
     kinds: tuple[str, ...] = tuple(MASK_KEYS)
+    takes_several_targets: bool = True
     drops_experts: bool = False
 
 
@@ -229,6 +243,7 @@ METHODS = {
         MaskPruneSettings,
         "MaskPrune, arXiv 2502.14008: uniform widths",
         query_heads=("tied",),
+        takes_several_targets=False,
     ),
     "tyr": Method(
         "learner.methods.tyr.learn",
@@ -237,6 +252,7 @@ METHODS = {
         offloads=True,
         changes_weights=True,
         takes_remote_code=False,
+        takes_several_targets=False,
     ),
     "wanda": Method("learner.methods.wanda", WandaSettings, "keeps units whose weights and activations are large"),
     "reap": Method(
@@ -263,8 +279,11 @@ class Job:
         method: a name of METHODS.
         settings: an instance of the method's settings; None takes its defaults.
         sparsity: share of the query heads, of the FFN channels of dense MLPs, and of the channels of routed experts, to
-            remove.
+            remove; several for a checkpoint each. None is 0.5 where there is no other target.
         head_sparsity: in place of `sparsity` for the heads; None is the same, 0 learns no masks of heads.
+        target_parameters, target_bytes, target_speedup: in place of `sparsity`, what the whole model must come down to;
+            one budget in which all kinds of units compete. One of these, one or several values.
+        at: the case of the ideal speedup, see `pruned_vllm.formats.ideal.Case`.
         query_heads: "independent" or "tied": whether the query heads of a KV head go one by one, or all together with
             their KV head; None is the method's default. The same in multi-head attention.
         data, eval_data: what to learn from, and what to measure perplexity on; see learner/data/reading.py.
@@ -279,8 +298,12 @@ class Job:
     model: str
     method: str = "ddp"
     settings: Any = None
-    sparsity: float = 0.5
+    sparsity: float | Sequence[float] | None = None
     head_sparsity: float | None = None
+    target_parameters: Sequence[float] = ()
+    target_bytes: Sequence[float] = ()
+    target_speedup: Sequence[float] = ()
+    at: str = DEFAULT_CASE
     query_heads: str | None = None
     data: list[str] = field(default_factory=list)
     eval_data: list[str] = field(default_factory=list)
@@ -307,7 +330,41 @@ class Job:
             raise InputError(f"{self.method} cannot prune with --query-heads {self.query_heads}")
         if method.reads_text and not self.data:
             raise InputError(f"{self.method} learns from text; say from which with --data")
+        self._check_targets()
 
-    def sparsity_of(self, kind: str) -> float:
-        """Share of the units of this kind ("head", "channel" or "expert") to remove."""
-        return self.sparsity if kind != "head" or self.head_sparsity is None else self.head_sparsity
+    def _check_targets(self) -> None:
+        measures = [name for name in COST_MEASURES if getattr(self, f"target_{name}")]
+        if self.sparsity is None and not measures:
+            object.__setattr__(self, "sparsity", 0.5)
+        given = ["--sparsity"] * (self.sparsity is not None) + [f"--target-{name}" for name in measures]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are different budgets; give one of them")
+        if measures and self.head_sparsity:
+            raise InputError(
+                f"{given[0]} is one budget for all units, so heads have no share of their own; leave out "
+                "--head-sparsity, or keep all heads with --head-sparsity 0"
+            )
+        try:
+            Case.parse(self.at)
+        except ValueError as error:
+            raise InputError(f"--at: {error}") from error
+        names = [target.name for target in self.targets]
+        if len(set(names)) < len(names):
+            raise InputError(f"{given[0]} {' '.join(names)}: give each value once")
+        if len(names) > 1 and not METHODS[self.method].takes_several_targets:
+            raise InputError(
+                f"{self.method} learns weights for one budget, so a run has one; give one value of {given[0]}, and "
+                "start a run for each"
+            )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """From the one that removes least to the one that removes most."""
+        values: dict[str, Any] = {"sparsity": () if self.sparsity is None else self.sparsity}
+        values |= {name: getattr(self, f"target_{name}") for name in COST_MEASURES}
+        targets = [
+            Target(measure, value)
+            for measure, given in values.items()
+            for value in (given if isinstance(given, Sequence) else (given,))
+        ]
+        return tuple(sorted(targets, key=lambda target: target.removal))

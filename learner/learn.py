@@ -1,4 +1,4 @@
-"""Learns masks with the chosen method and writes the masked checkpoint."""
+"""Learns masks with the chosen method and writes the masked checkpoint, or one for each of several budgets."""
 
 import importlib
 import time
@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
@@ -13,21 +14,22 @@ from safetensors.torch import save_file
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
-from learner.model.dense import load_dense, on_device
+from learner.model.budget import make_budgets
+from learner.model.dense import DenseModel, load_dense, on_device
 from learner.model.masking import apply_masks, restrict_routers
 from learner.model.perplexity import perplexity
 from learner.model.saving import check_can_be_saved, save_model
-from learner.model.units import sparsity
+from learner.outcome import Outcome, left_by
 from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
 from learner.run.processes import together
 from learner.run.resume import unfinished_run
+from learner.targets import Target
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.fingerprint import Fingerprint
-from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.masked import MASKS_FILE, PruningInfo
 from pruned_vllm.pattern import pattern_of_masks, require_matplotlib, write_report
 
@@ -44,12 +46,16 @@ def learn(
     resume: bool = False,
     tensorboard: Path | None = None,
     report: bool = False,
-) -> dict[str, float]:
+) -> list[dict[str, float]]:
     """Writes a masked checkpoint to the directory `out`, with the results in learning.json; returns the results.
 
+    Where the job has several targets, there is a checkpoint for each below `out`, under the target's name, and results
+    for each, from the one that removes least to the one that removes most.
+
     Results: learning_seconds (of this process, so without those before an interruption), head_sparsity,
-    channel_sparsity and expert_sparsity (shares of the units that masks were learned for), and with eval_data
-    dense_perplexity and masked_perplexity.
+    channel_sparsity and expert_sparsity (shares of the units that masks were learned for), parameters, bytes,
+    ideal_speedup and padded_ideal_speedup (see learner/outcome.py), and with eval_data dense_perplexity and
+    masked_perplexity.
 
     An interrupted run leaves its state in `<out>.unfinished`. In several processes (accelerate) all must call this;
     the first writes.
@@ -65,7 +71,7 @@ def learn(
     """
     method = METHODS[job.method]
     accelerator = on_device(job.device)
-    results, blocks, inputs, show = {}, None, {}, accelerator.is_main_process
+    common, blocks, inputs, show = {}, None, {}, accelerator.is_main_process
     with together(accelerator):
         _check_unsharded(accelerator)
         if accelerator.is_main_process:
@@ -86,45 +92,55 @@ def learn(
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
 
-    target = {kind: job.sparsity_of(kind) for kind in units.layers}
+        element_bytes = model.dtype.itemsize if method.changes_weights else dense.element_bytes
+        budgets = make_budgets(job, units, dense.geometry, element_bytes)
+        if report and len(budgets) > 1:
+            raise InputError("--report draws what one budget leaves; leave it out where there are several")
+
     run = unfinished_run(out, job, inputs, _has_state, accelerator, resume=resume, overwrite=overwrite)
     with run as unfinished:
         with together(accelerator):
             journal = Journal(unfinished, tensorboard, show)
             if job.eval_data:
-                results["dense_perplexity"] = perplexity(model, eval_ids, title="dense perplexity", show_progress=show)
+                common["dense_perplexity"] = perplexity(model, eval_ids, title="dense perplexity", show_progress=show)
         started = time.perf_counter()
         learned = _function(method.module)(
-            Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
+            Task(model, units, budgets, job.settings, job.seed, blocks, journal, accelerator)
         )
-        results["learning_seconds"] = time.perf_counter() - started
+        common["learning_seconds"] = time.perf_counter() - started
         model.eval()
-        results |= {f"{kind}_sparsity": sparsity(values) for kind, values in learned.values.items()}
-        masks = {name: mask.contiguous() for name, mask in units.to_masks(learned.values).items()}
-        if job.eval_data:
-            on_model = {name: mask.to(model.device) for name, mask in masks.items()}
-            routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
-            with apply_masks(model, on_model, learned.channel_mask_site), routers:
-                results["masked_perplexity"] = perplexity(
-                    model, eval_ids, title="masked perplexity", show_progress=show
-                )
+        found = []
+        for budget, values in zip(budgets, (*learned.shallower, learned.values), strict=True):
+            masks = {name: mask.contiguous() for name, mask in units.to_masks(values).items()}
+            left = left_by(dense.geometry, masks, method.drops_experts)
+            outcome = Outcome(budget, dense.geometry, left, values, job.at, element_bytes)
+            results = common | outcome.results()
+            if job.eval_data:
+                on_model = {name: mask.to(model.device) for name, mask in masks.items()}
+                routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
+                with apply_masks(model, on_model, learned.channel_mask_site), routers:
+                    results["masked_perplexity"] = perplexity(
+                        model, eval_ids, title="masked perplexity", show_progress=show
+                    )
+            found.append((outcome, masks, results))
         with together(accelerator):
             if accelerator.is_main_process:
                 with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
-                    save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
-                    if method.changes_weights:
-                        save_model(model, dense.directory, directory)
-                    if learned.save_adapter is not None:
-                        learned.save_adapter(directory / ADAPTER_DIRECTORY)
-                    base = str(Fingerprint.from_directory(directory)) if method.changes_weights else inputs["model"]
-                    _pruning(job, learned, base).write(directory)
+                    for outcome, masks, results in found:
+                        checkpoint = checkpoint_of(directory, outcome.budget.target, len(found))
+                        checkpoint.mkdir(exist_ok=True)
+                        _write(checkpoint, job, dense, learned, outcome, masks)
+                        write_json(checkpoint / RESULTS_FILE, {"job": asdict(job), "results": results})
+                        if report:
+                            arrays = {name: mask.numpy() for name, mask in masks.items()}
+                            write_report(pattern_of_masks(dense.geometry, arrays), checkpoint)
                     journal.write_log(directory / LOG_FILE)
-                    if report:
-                        geometry = ModelGeometry.from_config(model.config.to_dict())
-                        arrays = {name: mask.numpy() for name, mask in masks.items()}
-                        write_report(pattern_of_masks(geometry, arrays), directory)
-                    write_json(directory / RESULTS_FILE, {"job": asdict(job), "results": results})
-    return results
+    return [results for _, _, results in found]
+
+
+def checkpoint_of(out: Path, target: Target, number: int) -> Path:
+    """Where the checkpoint for one of a `number` of targets lies: `out` itself where there is but one."""
+    return out if number == 1 else out / target.name
 
 
 def _has_state(unfinished: Path) -> bool:
@@ -144,7 +160,22 @@ def _function(name: str):
     return getattr(importlib.import_module(module), function or "learn")
 
 
-def _pruning(job: Job, learned: Learned, fingerprint: str) -> PruningInfo:
+def _write(
+    directory: Path, job: Job, dense: DenseModel, learned: Learned, outcome: Outcome, masks: dict[str, torch.Tensor]
+) -> None:
+    """The files of a masked checkpoint that the converter reads. The model of `dense` has what the method changed."""
+    save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
+    fingerprint = dense.fingerprint
+    if METHODS[job.method].changes_weights:
+        save_model(dense.model, dense.directory, directory)
+    if learned.save_adapter is not None:
+        learned.save_adapter(directory / ADAPTER_DIRECTORY)
+    if METHODS[job.method].changes_weights:
+        fingerprint = Fingerprint.from_directory(directory)
+    _pruning(job, learned, str(fingerprint), outcome).write(directory)
+
+
+def _pruning(job: Job, learned: Learned, fingerprint: str, outcome: Outcome) -> PruningInfo:
     """pruning.json; `fingerprint` is of the model that the masks belong to, beside them or elsewhere."""
     is_elsewhere, is_directory = not METHODS[job.method].changes_weights, Path(job.model).is_dir()
     base_model = str(Path(job.model).resolve()) if is_directory else job.model
@@ -155,4 +186,5 @@ def _pruning(job: Job, learned: Learned, fingerprint: str) -> PruningInfo:
         lora_adapter=ADAPTER_DIRECTORY if learned.save_adapter is not None else None,
         base_revision=job.revision if is_elsewhere else None,
         base_fingerprint=fingerprint,
+        budget=outcome.as_json(),
     )

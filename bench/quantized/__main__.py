@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 
 from bench.real.records import Records
-from bench.speed.ideal import Case
 from bench.speed.setting import add_cases_argument
 from converter.quantize.schemes import SCHEMES
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.ideal import Case
 
 DEFAULT_CASES = ("decode:1:32:64", "decode:8:32:64")
 DEFAULT_SCHEMES = ("w8a8-int8", "w4a16")  # fp8 has no fast kernel on CPUs

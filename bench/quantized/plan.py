@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.speed.ideal import Case
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import read_headers
+from pruned_vllm.formats.ideal import Case
 
 PICO_SPARSITY = 0.2
 PICO_NAME = "qwen3-moe-pico"

@@ -6,13 +6,13 @@ from statistics import median
 
 from bench.quantized.plan import Settings
 from bench.speed import engines
-from bench.speed.ideal import Case, step_bytes
 from bench.speed.memory import loaded_bytes
 from bench.speed.results import CASE_KEYS
 from bench.speed.setting import Setting, time_models
 from bench.speed.statistics import median_interval, noise_warnings, quartiles, speedup_statistics
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes
 
 Samples = Mapping[str, Sequence[float]]
 

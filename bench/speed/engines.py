@@ -16,13 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.speed.ideal import Case
 from bench.speed.machine import matmul_shapes
 from bench.speed.memory import KV_BLOCK_TOKENS
 from bench.speed.worker import PROBE
 from bench.speed.workload import random_requests
 from pruned_vllm.common.signals import handled
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case
 
 # A vLLM worker spins on its core for one second after its last message; the other engine must not be timed meanwhile.
 SETTLE_SECONDS = 1.2

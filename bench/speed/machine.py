@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.speed.ideal import Case
 from pruned_vllm.formats.cost import chosen_share
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case
 
 if TYPE_CHECKING:
     import torch

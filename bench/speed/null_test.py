@@ -12,8 +12,8 @@ One in twenty intervals misses the truth by chance, on the best of machines: wit
 from collections.abc import Mapping, Sequence
 
 from bench.speed.engines import measure
-from bench.speed.ideal import Case
 from bench.speed.statistics import interval_text, noise_warnings, speedup_statistics
+from pruned_vllm.formats.ideal import Case
 
 SLOWDOWN = 0.1
 WIDEST_INTERVAL = SLOWDOWN  # of the speedup of equal engines

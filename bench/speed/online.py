@@ -49,7 +49,6 @@ from pathlib import Path
 from statistics import median
 
 from bench.speed.engines import SETTLE_SECONDS
-from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
 from bench.speed.server import Server, console, running_server, start_times
 from bench.speed.statistics import noise_warnings, speedup_statistics
@@ -57,6 +56,7 @@ from bench.speed.traffic import SERVED_NAME, Run, Scenario, drive, first_token, 
 from bench.speed.turns import Servers, schedule
 from bench.speed.workload import Lengths, Request
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 
 WARM_UP_REQUESTS = 4
 MORE_IS_BETTER = ("requests_per_s", "output_tokens_per_s", "total_tokens_per_s", "goodput_requests_per_s")

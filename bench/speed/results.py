@@ -11,7 +11,7 @@
     "warnings": [what makes this case doubtful, in sentences],
     "dense", "pruned": {
       "median_latency_s", "throughput_tokens_per_s", "samples_s": [one of each repeat, round after round],
-      "step_s": median of one step, "bytes_per_step", "flops_per_step": as bench/speed/ideal.py counts them,
+      "step_s": median of one step, "bytes_per_step", "flops_per_step": as pruned_vllm/formats/ideal.py counts them,
       "gb_per_s", "tflop_per_s": achieved (10^9 and 10^12 a second),
       "of_bandwidth", "of_gemm_rate": shares of what this machine was measured to do; the larger one tells what binds
     },
@@ -42,11 +42,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import GIB
 from bench.speed.statistics import noise_warnings, speedup_statistics
 from pruned_vllm.common.environment import cpu_features, cpu_name
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 from pruned_vllm.formats.layer import LayerGeometry
 
 CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.speed.engines import engine_options, measure, measure_in_rounds, probe_machine
-from bench.speed.ideal import Case
 from bench.speed.results import describe_hardware, describe_versions
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import read_headers
+from pruned_vllm.formats.ideal import Case
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,18 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench.speed.ideal import ideal_speedup
 from bench.speed.setting import Setting, add_cases_argument
 from bench.sweep import plan
 from bench.sweep.cells import Cell, chosen, grid_cells, paper_cells
 from bench.sweep.run import finished_cells, measure_group
 from bench.sweep.shapes import PAPER_SHAPES, SMALLEST_HIDDEN_SIZE, grid_shapes
 from bench.sweep.summary import printed, summary
-from converter.cli import DEFAULT_ALIGNMENT
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
+from pruned_vllm.formats.ideal import ideal_speedup
+from pruned_vllm.formats.layer import DEFAULT_ALIGNMENT
 
 DEFAULT_CASES = ("decode:1:32:16", "decode:8:32:16", "decode:32:8:16", "prefill:1:512")
 DEFAULT_SPARSITIES = (0, 20, 50, 70)

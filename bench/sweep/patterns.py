@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.speed.widths import beta_shares, widths_of
-from converter.shapes import with_aligned_width
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.layer import LayerGeometry, with_aligned_width
 
 
 def ragged_layers(dense: ModelGeometry, keep: float, align: int) -> ModelGeometry:

@@ -9,13 +9,13 @@ from itertools import groupby
 from typing import NamedTuple
 
 from bench.speed.engines import SETTLE_SECONDS
-from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import GIB, KV_BLOCK_TOKENS
 from bench.speed.setting import Setting
 from bench.sweep.cells import Cell
 from pruned_vllm.common.environment import cpu_features
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 
 ELEMENT_BYTES = 2  # bfloat16
 ENGINE_BYTES = 1.25 * GIB  # of an engine, whatever its model: two processes with their libraries, compiled code

@@ -18,13 +18,13 @@ both are as near to their ideal. It is there where both ran side by side, pair b
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.speed.ideal import Case, ideal_speedup
 from bench.speed.statistics import speedup_statistics
 from bench.sweep.cells import Cell
 from bench.sweep.patterns import ragged_layers
 from bench.sweep.plan import ELEMENT_BYTES
 from bench.sweep.shapes import PAPER, PRINTED
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, ideal_speedup
 
 COPIED = ("speedup", "speedup_low", "speedup_high", "speedup_confidence", "ideal_speedup", "of_ideal", "warnings")
 

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.speed.ideal import Case
 from pruned_vllm.common.files import read_json
+from pruned_vllm.formats.ideal import Case
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -1,15 +1,18 @@
-"""Baselines that learn nothing: the same share of every layer goes, by the norm of the weights or at random."""
+"""Baselines that learn nothing: the same share of every layer goes, by the norm of the weights or at random.
 
-from collections.abc import Mapping
+Where the budget is a cost, it is the same share of every kind, too: scores of heads and of channels do not compare.
+"""
+
 from functools import reduce
 from typing import Any
 
 import torch
 
 from learner.methods.method import Learned, Task
+from learner.model.budget import UnitBudget
 from learner.model.expert_weights import expert_weights
 from learner.model.projections import gate_up_weights, query_key_value_weights
-from learner.model.units import Units
+from learner.model.units import Units, Values
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
@@ -47,30 +50,37 @@ def magnitude(task: Task) -> Learned:
     for kind, index in progress_bar(places, desc="magnitude", unit="layer", disable=not show):
         scored[kind].append(score[kind](layers[index]))
     stacked = {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
-    return Learned(keep_largest_in_each_layer(task, stacked))
+    return keep_largest_in_each_layer(task, stacked)
 
 
 def random(task: Task) -> Learned:
     """Keeps units at random."""
     generator = torch.Generator().manual_seed(task.seed)
     scores = {kind: torch.rand(task.units.shape(kind), generator=generator) for kind in task.units.layers}
-    return Learned(keep_largest_in_each_layer(task, scores))
+    return keep_largest_in_each_layer(task, scores)
 
 
-def keep_largest_in_each_layer(task: Task, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """By kind, 1 for the units [layers, units] of the largest scores in their layer, and 0 for the others.
+def keep_largest_in_each_layer(task: Task, scores: Values) -> Learned:
+    """Masks for each budget: 1 for the units of the largest scores [layers, units] in their layer, 0 for the others.
 
-    At least one stays. Raises InputError for scores that `check_finite` refuses.
+    Raises InputError for scores that `check_finite` refuses.
     """
     check_finite(task.units, scores)
-    values = {}
-    for kind, of_kind in scores.items():
-        kept = max(1, round(of_kind.shape[1] * (1 - task.target_sparsity[kind])))
-        values[kind] = torch.zeros_like(of_kind).scatter(1, of_kind.topk(kept, dim=1).indices, 1)
-    return values
+    order = {kind: _places_from_below(of_kind) for kind, of_kind in scores.items()}
+    within, found = None, []
+    for budget in task.budgets:
+        within = budget.support(order, by="layer" if isinstance(budget, UnitBudget) else "global", within=within)
+        found.append({kind: kept.float() for kind, kept in within.items()})
+    return Learned.of_budgets(found)
 
 
-def check_finite(units: Units, scores: Mapping[str, torch.Tensor]) -> None:
+def _places_from_below(scores: torch.Tensor) -> torch.Tensor:
+    """Of scores [layers, units], the share of the layer's units that come before each: float64, from 0 to below 1."""
+    places = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return 1 - (places.double() + 1) / scores.shape[1]
+
+
+def check_finite(units: Units, scores: Values) -> None:
     """Raises InputError with every layer in which scores [layers, any] are NaN or infinite: they order nothing."""
     rows = [
         (index, kind, row)

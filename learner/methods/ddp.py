@@ -14,10 +14,16 @@ paper does not say it). Heads, channels and channels of experts have budgets and
 experts share them, so that an expert that is rarely chosen may lose all; with `settings.budget` each layer or each
 expert has its own, and the penalty is the mean over these groups (19). There the paper shares the multipliers.
 `settings.gate` puts the hard-concrete gates of the paper's ablation in place of (11) and (12): see gates.py.
+
+Ours:
+- A budget may be a cost (model/budget.py): then mean s becomes the share of the cost that scores leave, of all kinds
+  together, and there is one set of multipliers.
+- The budget is met by learning (stages.py). Near the end masks fade, the smallest first, until those that are left
+  meet the budget to the unit; then the units that stay are fixed, and their masks settle. `--settle 0` is the paper's:
+  what is beyond the budget after the last step is cut off.
+- Several budgets follow each other in one run. What one has removed stays removed.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,85 +32,189 @@ from torch import nn
 from learner.job import DDPSettings
 from learner.methods import gates
 from learner.methods.method import Learned, Task
+from learner.methods.stages import Moment, Stages, warmup_cosine
 from learner.model.units import Values, sparsity
 from learner.run.training import Training, cross_entropy, divergence
 
 Z_MINIMUM = -0.1
-TOLERANCE = 0.01  # share of a group's units; if more are left, the smallest masks are set to 0
+HALF = 0.499  # a score that counts as 1/2: it is computed in float32
+TOLERANCE = 0.005  # share of a budget that may be cut off without a word
 
 
 def annealed_mu(progress: float, settings: DDPSettings) -> float:
     """Equation (14); `progress` runs from 0 to 1."""
-    return settings.mu_start - (settings.mu_start - settings.mu_end) * math.sqrt(progress)
+    return settings.mu_start - (settings.mu_start - settings.mu_end) * progress**0.5
 
 
-def penalty(s: torch.Tensor, keep_ratio: float, multipliers: torch.Tensor) -> torch.Tensor:
-    """Equations (13), (15) and (19) for one kind of unit: s [groups, units], multipliers [3, groups]."""
-    violation = s.mean(1) - keep_ratio
-    terms = torch.stack([violation, violation**2, (s * (1 - s)).mean(1)])
-    return (multipliers * terms).sum(0).mean()
+def penalty(left: torch.Tensor, undecided: torch.Tensor, keep: float, multipliers: torch.Tensor) -> torch.Tensor:
+    """Equations (13), (15) and (19) for one constraint: mean s and mean s (1 - s) [groups], multipliers [3, groups]."""
+    violation = left - keep
+    return (multipliers * torch.stack([violation, violation**2, undecided])).sum(0).mean()
 
 
 def learn(task: Task) -> Learned:
     """Learns m for every unit; see learner/methods/method.py."""
-    settings, units, device = task.settings, task.units, task.accelerator.device
-    generator = torch.Generator().manual_seed(task.seed)
-    z, multipliers, groups, kept, keep_ratio = {}, {}, {}, {}, {}
-    for kind in units.layers:
-        z[kind] = nn.Parameter((1 + 0.01 * torch.randn(units.shape(kind), generator=generator)).to(device))
-        groups[kind] = units.num_groups(kind, settings.budget)
-        multipliers[kind] = [nn.Parameter(torch.zeros(groups[kind], device=device)) for _ in range(3)]
-        kept[kind] = units.kept(kind, task.target_sparsity[kind], settings.budget)
-        keep_ratio[kind] = kept[kind] * groups[kind] / units.count(kind)
-    optimizer = _optimizer(z, multipliers, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, settings))
-    state = {"optimizer": optimizer, "schedule": schedule} | {f"z_{kind}": values for kind, values in z.items()}
-    state |= {f"lambda{i + 1}_{kind}": lambdas[i] for kind, lambdas in multipliers.items() for i in range(3)}
-    training = Training(task, z.values(), state)
-
-    def deployed(mu: float) -> Values:
-        return {kind: gates.deployed(values.detach(), settings.gate, mu, groups[kind]) for kind, values in z.items()}
-
-    def masks(step: int, mu: float) -> dict[str, torch.Tensor]:
-        return units.to_masks(_masks(z, mu, task, step))
-
+    run = _Run(task)
+    training = Training(task, run.z.values(), run.state())
+    teacher = (lambda tokens: task.model(input_ids=tokens).logits) if task.settings.kd_weight else None
     for step in training.steps():
-        mu = annealed_mu(step / settings.steps, settings)
-        loss = training.backward(
-            partial(masks, step, mu),
-            partial(_task_loss, task),
-            (lambda tokens: task.model(input_ids=tokens).logits) if settings.kd_weight else None,
-        )
-        constraint = torch.zeros((), device=device)
-        for kind, values in z.items():
-            scores = gates.scores(values, settings.gate, mu).view(groups[kind], -1)
-            constraint = constraint + penalty(scores, keep_ratio[kind], torch.stack(tuple(multipliers[kind])))
-        constraint.backward()
-        if settings.gate == "hard-concrete":  # its scores never reach 0 or 1, so (15) is left out
-            for lambdas in multipliers.values():
-                lambdas[2].grad = None
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if settings.gate != "hard-concrete":
-            with torch.no_grad():
-                for values in z.values():
-                    values.clamp_(min=Z_MINIMUM)
-        shares = {f"{kind}_sparsity": sparsity(m) for kind, m in deployed(mu).items()}
-        training.report(step, loss=loss, mu=mu, **shares)
+        moment = run.begin(step)
+        loss = training.backward(partial(run.masks, step, moment), partial(_task_loss, task), teacher)
+        run.end(moment)
+        training.report(step, loss=loss, **run.figures(moment))
+    return Learned.of_budgets([{kind: m.float().cpu() for kind, m in of_budget.items()} for of_budget in run.found])
 
-    tell = task.accelerator.print
-    return Learned(
-        {
-            kind: _harden(kind, m.float().cpu(), z[kind].detach().cpu(), kept[kind], groups[kind], tell)
-            for kind, m in deployed(settings.mu_end).items()
+
+class _Run:
+    """What a run learns.
+
+    Attributes:
+        z: by kind.
+        found: for each budget, by kind, the masks that were found; zero until then.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._units, self._settings = task, task.units, task.settings
+        device, by = task.accelerator.device, task.settings.budget
+        self._constraints = [budget.constraints(by) for budget in task.budgets]
+        keeps = [budget.keep(by) for budget in task.budgets]
+        self._stages = Stages(self._settings.steps, keeps, self._settings.settle)
+        generator = torch.Generator().manual_seed(task.seed)
+        self.z, self._stays, self.found = {}, {}, []
+        for kind in self._units.layers:
+            start = 1 + 0.01 * torch.randn(self._units.shape(kind), generator=generator)
+            self.z[kind] = nn.Parameter(start.to(device))
+            self._stays[kind] = torch.ones(start.shape, dtype=torch.bool, device=device)
+        self.found = [{kind: torch.zeros_like(z.detach()) for kind, z in self.z.items()} for _ in task.budgets]
+        self._multipliers = {
+            name: [nn.Parameter(torch.zeros(constraint.num_groups, device=device)) for _ in range(3)]
+            for name, constraint in self._constraints[0].items()
         }
-    )
+        self._optimizer = _optimizer(self.z, self._multipliers, self._settings)
 
+    def state(self) -> dict:
+        """All that changes, for `Training`."""
+        state = {"optimizer": self._optimizer}
+        state |= {f"z_{kind}": z for kind, z in self.z.items()}
+        state |= {f"stays_{kind}": stays for kind, stays in self._stays.items()}
+        state |= {f"lambda{i + 1}_{name}": lambdas[i] for name, lambdas in self._multipliers.items() for i in range(3)}
+        for index, of_budget in enumerate(self.found):
+            state |= {f"found{index}_{kind}": m for kind, m in of_budget.items()}
+        return state
 
-def _masks(z: dict[str, nn.Parameter], mu: float, task: Task, step: int) -> Values:
-    noise = torch.Generator().manual_seed(task.seed * 1_000_003 + step)  # the same in every forward pass of a step
-    return {kind: gates.masks(values, task.settings.gate, mu, noise) for kind, values in z.items()}
+    def begin(self, step: int) -> Moment:
+        """Sets the learning rates of a step, and begins a stage."""
+        moment = self._stages.at(step)
+        if moment.is_first and step:
+            for parameter in (parameter for lambdas in self._multipliers.values() for parameter in lambdas):
+                parameter.data.zero_()
+                self._optimizer.state.pop(parameter, None)
+        factor = warmup_cosine(moment, self._settings.warmup_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return moment
+
+    def masks(self, step: int, moment: Moment) -> dict[str, torch.Tensor]:
+        """What outputs are multiplied by, under the keys of a mask file."""
+        # the same noise in every forward pass of a step
+        noise = torch.Generator().manual_seed(self._task.seed * 1_000_003 + step)
+        gate, mu = self._settings.gate, annealed_mu(moment.progress, self._settings)
+        values = {kind: gates.masks(z, gate, mu, noise) * self._stays[kind] for kind, z in self.z.items()}
+        return self._units.to_masks(values)
+
+    def end(self, moment: Moment) -> None:
+        """The step itself, and what follows it."""
+        if not moment.is_settled:
+            self._penalize(moment)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            if self._settings.gate != "hard-concrete":
+                for z in self.z.values():
+                    z.clamp_(min=Z_MINIMUM)
+            if moment.share is not None:
+                self._fade(moment)
+            if moment.is_settled:
+                self._keep(self._stays, moment)
+            if moment.is_last and not moment.is_settled:
+                self._fix(moment)
+            if moment.is_last:
+                for kind, m in self._deployed(moment).items():
+                    self.found[moment.stage][kind].copy_(m)
+
+    def figures(self, moment: Moment) -> dict[str, float]:
+        """What is logged of a step: mu, the shares that are pruned, and how much more than the budget is left by units
+        of a score of at least 1/2, as a share of what all units come to."""
+        return {
+            "mu": annealed_mu(moment.progress, self._settings),
+            **{f"{kind}_sparsity": sparsity(m) for kind, m in self._deployed(moment).items()},
+            "over": self._over(moment),
+        }
+
+    def _penalize(self, moment: Moment) -> None:
+        gate, mu = self._settings.gate, annealed_mu(moment.progress, self._settings)
+        scores = {kind: gates.scores(z, gate, mu) * self._stays[kind] for kind, z in self.z.items()}
+        total = torch.zeros((), device=self._task.accelerator.device)
+        for name, constraint in self._constraints[moment.stage].items():
+            multipliers = torch.stack(tuple(self._multipliers[name]))
+            total = total + penalty(constraint.left(scores), constraint.undecided(scores), constraint.keep, multipliers)
+        total.backward()
+        if gate == "hard-concrete":  # its scores never reach 0 or 1, so (15) is left out
+            for lambdas in self._multipliers.values():
+                lambdas[2].grad = None
+
+    def _fade(self, moment: Moment) -> None:
+        """Units beyond the budget of this step lose a share of z, the others keep some; in the last step they are
+        fixed."""
+        if moment.fading == 0:
+            self._fix(moment)
+            return
+        support, gone = self._support(moment), gates.GONE[self._settings.gate]
+        for kind, z in self.z.items():
+            faded = torch.where(z > gone, gone + (z - gone) * moment.fading, z)
+            z.copy_(torch.where(support[kind], z, faded))
+        self._keep(support, moment)
+
+    def _keep(self, support: Values, moment: Moment) -> None:
+        """Units of the budget have a score of at least 1/2."""
+        if self._settings.gate != "hard-concrete":
+            mu = annealed_mu(moment.progress, self._settings)
+            for kind, z in self.z.items():
+                z.copy_(torch.where(support[kind], z.clamp(min=mu), z))
+
+    def _support(self, moment: Moment) -> Values:
+        """The units that stay, as far as the budget of this step goes."""
+        budget, order = self._task.budgets[moment.stage], {kind: z.detach() for kind, z in self.z.items()}
+        if moment.share is not None and moment.share < 1:
+            budget = budget.approached(moment.share, self._task.budgets[moment.stage - 1] if moment.stage else None)
+        support = budget.support(order, self._settings.budget, self._stays)
+        return {kind: stays.to(self.z[kind].device) for kind, stays in support.items()}
+
+    def _fix(self, moment: Moment) -> None:
+        """From now on the units of the budget alone stay."""
+        over = self._over(moment)
+        if over > TOLERANCE:
+            self._task.accelerator.print(
+                f"ddp: learning left {over:.1%} more than the budget; the smallest masks were set to 0. Train for more "
+                "--steps, or with a longer --settle."
+            )
+        for kind, stays in self._support(moment).items():
+            self._stays[kind].copy_(stays)
+
+    def _over(self, moment: Moment) -> float:
+        """See `figures`; the mean over the constraints."""
+        gate, mu = self._settings.gate, annealed_mu(moment.progress, self._settings)
+        scores = {kind: gates.scores(z.detach(), gate, mu) * self._stays[kind] for kind, z in self.z.items()}
+        hard = {kind: (s >= HALF).to(s.dtype) for kind, s in scores.items()}
+        found = [
+            (constraint.left(hard) - constraint.keep).mean().item()
+            for constraint in self._constraints[moment.stage].values()
+        ]
+        return sum(found) / len(found)
+
+    def _deployed(self, moment: Moment) -> Values:
+        gate, mu = self._settings.gate, annealed_mu(1 if moment.is_last else moment.progress, self._settings)
+        return {kind: gates.deployed(z.detach(), gate, mu, self._stays[kind]) for kind, z in self.z.items()}
 
 
 def _task_loss(task: Task, tokens: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
@@ -120,48 +230,11 @@ def _optimizer(
     z: dict[str, nn.Parameter], multipliers: dict[str, list[nn.Parameter]], settings: DDPSettings
 ) -> torch.optim.Optimizer:
     """Descends in z and ascends in the multipliers, each with a learning rate of its own."""
-    dual = [
-        {
-            "params": [lambdas[i] for lambdas in multipliers.values() for i in which],
-            "lr": learning_rate,
-            "maximize": True,
-        }
-        for which, learning_rate in (((0, 2), settings.lambda_learning_rate), ((1,), settings.lambda2_learning_rate))
+    dual = [[lambdas[i] for lambdas in multipliers.values() for i in which] for which in ((0, 2), (1,))]
+    groups = [
+        {"params": list(z.values()), "lr": settings.learning_rate},
+        {"params": dual[0], "lr": settings.lambda_learning_rate, "maximize": True},
+        {"params": dual[1], "lr": settings.lambda2_learning_rate, "maximize": True},
     ]
-    return torch.optim.AdamW([{"params": list(z.values()), "lr": settings.learning_rate}, *dual], weight_decay=0.0)
-
-
-def _warmup_cosine(step: int, settings: DDPSettings) -> float:
-    warmup = settings.steps // 10 if settings.warmup_steps is None else settings.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
-
-
-def _harden(
-    kind: str,
-    masks: torch.Tensor,
-    z: torch.Tensor,
-    wanted: int,
-    groups: int = 1,
-    tell: Callable[[str], None] = print,
-) -> torch.Tensor:
-    """Masks [layers, units]; where they leave more units of a group than `wanted` and the tolerance, only those with
-    the largest z of the group stay (many masks of a gate that saturates are 1). Without groups a layer may lose all.
-    """
-    m = masks.view(groups, -1)
-    kept, size = (m > 0).sum(1), m.shape[1]
-
-    def message(wrong: torch.Tensor) -> str:
-        number = int(wrong.sum())
-        where = f" in {number} of {groups} groups" if groups > 1 else ""
-        left = f"{int(kept[wrong].sum())} of {number * size} {kind} units are left{where}"
-        return f"ddp: {left}, {number * wanted} were asked for"
-
-    too_many, too_few = kept > wanted + TOLERANCE * size, kept < wanted - TOLERANCE * size
-    if too_many.any():
-        tell(f"{message(too_many)}; the {int((kept - wanted)[too_many].sum())} smallest masks were set to 0.")
-        m = torch.where(too_many[:, None] & ~gates.largest(z.view_as(m), wanted), 0, m)
-    if too_few.any():  # a removed unit contributes nothing, so bringing it back would not help
-        tell(f"{message(too_few)}; train for more --steps or raise --lambda2-learning-rate.")
-    return m.view_as(masks)
+    groups = [group | {"peak": group["lr"]} for group in groups]
+    return torch.optim.AdamW(groups, weight_decay=0.0)

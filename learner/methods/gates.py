@@ -23,6 +23,7 @@ import torch
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1  # l and r of equations (8) and (12)
 SLOPE = math.log(11)  # C0: makes phi(0) = 0, phi(mu) = 0.5, phi(2 mu) = 1; also ln(-r / l)
 HARD_CONCRETE_MU = 0.5
+GONE = {"relu": 0.0, "deterministic-hard-concrete": 0.0, "hard-concrete": -1.0}  # z of a unit that is as good as gone
 
 
 def straight_through(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
@@ -54,21 +55,19 @@ def scores(z: torch.Tensor, gate: str, mu: float) -> torch.Tensor:
     return torch.sigmoid(_logit(z) + SLOPE) if gate == "hard-concrete" else retention(z, mu)
 
 
-def deployed(z: torch.Tensor, gate: str, mu: float, groups: int) -> torch.Tensor:
-    """Masks without noise, of z [layers, units] in groups that meet a budget each; pruned units have 0.
+def deployed(z: torch.Tensor, gate: str, mu: float, stays: torch.Tensor) -> torch.Tensor:
+    """Masks without noise, of z [layers, units]; units that do not stay (bool, of the same shape) have 0.
 
-    Those of "hard-concrete" are their means over the noise, sigmoid(0.8 a) within 0.01; all are above 0, so of each
-    group the largest stay, as many as (9) expects above 0. That is practice since CoFi (arXiv 2204.00408).
+    Those of "hard-concrete" are their means over the noise, sigmoid(0.8 a) within 0.01; all are above 0, so which units
+    stay must be decided by an order of them. That is practice since CoFi (arXiv 2204.00408).
     """
-    if gate != "hard-concrete":
-        return masks(z, gate, mu) * (z > 0)  # phi(0; mu) may be 1e-8 in float32
-    means = torch.sigmoid(0.8 * _logit(z)).view(groups, -1)
-    expected = scores(z, gate, mu).view(groups, -1).sum(1, keepdim=True).round()
-    return torch.where(largest(means, expected), means, 0).view_as(z)
+    if gate == "hard-concrete":
+        return torch.sigmoid(0.8 * _logit(z)) * stays
+    return masks(z, gate, mu) * (stays & (z > 0))  # phi(0; mu) may be 1e-8 in float32
 
 
-def largest(values: torch.Tensor, number: int | torch.Tensor) -> torch.Tensor:
-    """Which of values [groups, units] are the `number` (or a tensor [groups, 1] of it) largest of their group."""
+def largest(values: torch.Tensor, number: int) -> torch.Tensor:
+    """Which of values [groups, units] are the `number` largest of their group."""
     return values.argsort(dim=1, descending=True).argsort(dim=1) < number
 
 

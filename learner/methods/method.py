@@ -5,7 +5,7 @@ and a journal; loading, evaluation and writing the masked checkpoint happen arou
 descend gradients have their loop in learner/run/training.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from learner.data.reading import BlockSampler
+from learner.model.budget import Budget
 from learner.model.units import Units, Values
 from learner.run.journal import Journal
 
@@ -26,7 +27,8 @@ class Task:
         model: dense causal LM of Transformers, frozen, in evaluation mode, on `accelerator.device` (in CPU memory if
             the method offloads).
         units: what may be pruned.
-        target_sparsity: share of the units to remove, by kind.
+        budgets: what may be left, from the one that removes least to the one that removes most; one, where the method
+            does not take several.
         settings: the method's own.
         seed: of everything that is drawn by lot.
         blocks: source of training batches; None for methods that read no text.
@@ -36,12 +38,17 @@ class Task:
 
     model: PreTrainedModel
     units: Units
-    target_sparsity: Mapping[str, float]
+    budgets: tuple[Budget, ...]
     settings: Any
     seed: int
     blocks: BlockSampler | None
     journal: Journal
     accelerator: Accelerator
+
+    @property
+    def budget(self) -> Budget:
+        """The one that removes most."""
+        return self.budgets[-1]
 
     @property
     def text(self) -> BlockSampler:
@@ -56,11 +63,20 @@ class Learned:
     """What a method has found.
 
     Attributes:
-        values: by kind, float32 [layers, units] on the CPU: what each unit is multiplied by; 0 is pruned.
+        values: for the budget that removes most, by kind, float32 [layers, units] on the CPU: what each unit is
+            multiplied by; 0 is pruned.
         channel_mask_site: what the masks of channels multiply, see pruned_vllm/formats/masked.py.
         save_adapter: writes a PEFT adapter to the directory it is given; `task.model` computes with it.
+        shallower: values for the budgets before the last, in the order of `task.budgets`; each keeps what the next one
+            keeps, and more.
     """
 
     values: Values
     channel_mask_site: str = "product"
     save_adapter: Callable[[Path], None] | None = None
+    shallower: tuple[Values, ...] = ()
+
+    @classmethod
+    def of_budgets(cls, values: Sequence[Values]) -> "Learned":
+        """One for each budget, in their order."""
+        return cls(values[-1], shallower=tuple(values[:-1]))

@@ -8,7 +8,7 @@ weight that the router gives it times the L2 norm of its output,
 with g_j as the model applies it, so divided by the sum of the chosen where the model does that. An expert that no token
 is sent to has 0. The experts with the smallest scores go: the same number in every layer, as in REAP, or with
 --budget global those with the smallest scores of the whole model. No layer keeps fewer than its router chooses.
-Heads, dense MLPs and shared experts stay.
+Heads, dense MLPs and shared experts stay. Where the budget is a cost, it is met to an expert.
 
     learn-masks MODEL ckpt/ --method reap --sparsity 0.5 --data text/*.txt
     convert-pruned ckpt/ out/ --drop-empty-experts
@@ -17,8 +17,10 @@ The masks of a removed expert are all 0. It is REAP only where its row of the ro
 with --drop-empty-experts; the perplexity that learn-masks measures is that of such routers.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 from learner.methods.baselines import check_finite
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
+from learner.model.budget import CostBudget, UnitBudget
 from learner.model.expert_weights import output_of, routed_products
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
@@ -34,11 +37,24 @@ from pruned_vllm.common.progress import progress_bar
 
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1, the same for all channels of an expert; see learner/methods/method.py."""
-    chosen, of_experts = task.model.config.num_experts_per_tok, scores(task)
-    check_finite(task.units, {"expert": of_experts})
-    kept = kept_experts(of_experts, task.target_sparsity["expert"], task.settings.budget, chosen)
+    for budget in task.budgets:
+        if isinstance(budget, CostBudget) and task.settings.budget != "global":
+            raise InputError(
+                f"--target-{budget.target.measure} is one budget for the whole model, and reap's default removes as "
+                "many experts from each layer; add --budget global"
+            )
+    chosen, found = task.model.config.num_experts_per_tok, scores(task)
+    check_finite(task.units, {"expert": found})
     width = task.units.widths["expert"] // task.units.num_experts
-    return Learned({"expert": kept.float().repeat_interleave(width, dim=1)})
+    kept = []
+    for budget in task.budgets:
+        if isinstance(budget, UnitBudget):
+            experts = kept_experts(found, budget.sparsity["expert"], task.settings.budget, chosen)
+        else:
+            assert isinstance(budget, CostBudget)
+            experts = _within_cost(found, budget, task, chosen)
+        kept.append({"expert": experts.float().repeat_interleave(width, dim=1)})
+    return Learned.of_budgets(kept)
 
 
 @torch.no_grad()
@@ -77,6 +93,35 @@ def kept_experts(scores: torch.Tensor, sparsity: float, budget: str, least: int)
         )
     protected = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(least, dim=1).indices, True)
     return largest(scores.masked_fill(protected, torch.inf).view_as(groups), number).view_as(scores)
+
+
+def _within_cost(scores: torch.Tensor, budget: CostBudget, task: Task, least: int) -> torch.Tensor:
+    """Which experts stay, bool [layers, experts]: as many as a cost allows, counted without their rows of the router.
+
+    Raises:
+        InputError: the cost is not even met where each layer keeps `least`.
+    """
+    indices, count = task.units.layers["expert"], scores.shape[1]
+
+    def cost(kept: torch.Tensor) -> float:
+        layers = list(budget.geometry.layers)
+        for index, number in zip(indices, kept.sum(1).tolist(), strict=True):
+            widths = layers[index].expert_intermediate_sizes[:number]
+            layers[index] = replace(layers[index], expert_intermediate_sizes=widths)
+        return budget.measure(budget.geometry.with_layers(tuple(layers)))
+
+    def kept(number: int) -> torch.Tensor:
+        return kept_experts(scores, 1 - number / scores.numel(), "global", least)
+
+    smallest = least * len(scores)
+    if cost(kept(smallest)) > budget.allowed:
+        raise InputError(
+            f"--target-{budget.target.measure} {budget.target.value:g} cannot be reached by removing experts: each of "
+            f"{len(scores)} layers keeps the {least} of {count} that its router chooses (num_experts_per_tok); ask for "
+            "less, or take another --method"
+        )
+    number = bisect_right(range(smallest, scores.numel() + 1), budget.allowed, key=lambda number: cost(kept(number)))
+    return kept(smallest + number - 1)
 
 
 @contextmanager

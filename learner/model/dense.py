@@ -26,7 +26,7 @@ from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
 from pruned_vllm.formats.dense_tensors import as_converted
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import dense_problems, read_headers
+from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, read_headers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
@@ -53,6 +53,8 @@ class DenseModel:
     Attributes:
         model: frozen, in evaluation mode.
         units: what of it may be pruned.
+        geometry: its sizes.
+        element_bytes: of its weights, as they are stored.
         directory: where it lies. Config, weights and tokenizer were all read from it.
         commit: of the snapshot that the directory holds; None if the model is not from the hub.
         fingerprint: of the directory.
@@ -61,6 +63,8 @@ class DenseModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     units: Units
+    geometry: ModelGeometry
+    element_bytes: int
     directory: Path
     commit: str | None
     fingerprint: Fingerprint
@@ -90,7 +94,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
             raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
         directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
         stored, tensors = as_converted(stored, read_headers(directory))
-        if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
+        geometry = ModelGeometry.from_config(stored)
+        if problems := dense_problems(tensors, geometry):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
         fingerprint = Fingerprint.from_directory(directory)  # before they are loaded: what changes later is noticed
         options = {"dtype": job.dtype, "use_safetensors": True}
@@ -129,7 +134,8 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(missing))
     for name in zeros:
         model.get_parameter(name).zero_()
-    return DenseModel(model, tokenizer, units, directory, commit, fingerprint)
+    element_bytes = ELEMENT_BYTES.get(tensors["model.embed_tokens.weight"].dtype, 2)
+    return DenseModel(model, tokenizer, units, geometry, element_bytes, directory, commit, fingerprint)
 
 
 def _units(job: Job, geometry: ModelGeometry) -> Units:

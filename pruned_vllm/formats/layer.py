@@ -1,13 +1,17 @@
 """The sizes of one decoder layer, and the keys of `per_layer_config` that say them. Pure Python."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive, shown
 from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
+
+# Of FFN widths: a run of 128 bytes in bfloat16, what the tensor cores of GPUs and kernels for quantized weights want.
+# CPUs do not care. It adds 32 channels to a layer on average: 0.3 % of 11,008.
+DEFAULT_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -159,3 +163,17 @@ class LayerGeometry:
         if self.constant_experts:
             overrides[CONSTANT_EXPERTS] = list(self.constant_experts)
         return overrides
+
+
+def with_aligned_width(layer: LayerGeometry, alignment: int, widest: LayerGeometry) -> LayerGeometry:
+    """The FFN width, and the one that all experts have, rounded up to a multiple of `alignment`, but to no more than
+    `widest` has. What has no channels gets none. Experts of different widths stay as they are."""
+
+    def aligned(width: int, most: int) -> int:
+        return min(-(-width // alignment) * alignment, most)
+
+    experts = layer.expert_intermediate_sizes
+    if layer.expert_width:
+        experts = (aligned(layer.expert_width, widest.expert_width),) * len(experts)
+    width = aligned(layer.intermediate_size, widest.intermediate_size)
+    return replace(layer, intermediate_size=width, expert_intermediate_sizes=experts)

@@ -6,7 +6,7 @@ learned and where the weights are. This module knows the masks' keys and shapes,
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from pruned_vllm.common.files import is_inside, read_json, write_json
 from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.layer import LayerGeometry
 
 MASKS_FILE = "pruning_masks.safetensors"
 HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]; no layers with linear attention
@@ -60,6 +61,19 @@ def mask_shapes(dense: ModelGeometry) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def kept_layer(layer: LayerGeometry, masks: LayerMasks) -> LayerGeometry:
+    """The geometry that masks, tensors or arrays, leave of a layer."""
+    groups, width, experts = layer.query_heads_per_kv_head, layer.intermediate_size, layer.expert_intermediate_sizes
+    if masks.head is not None:
+        heads = iter((masks.head != 0).tolist())
+        groups = tuple(kept for group in groups if (kept := sum(next(heads) for _ in range(group))))
+    if masks.channel is not None:
+        width = int((masks.channel != 0).sum())
+    if masks.expert is not None:
+        experts = tuple((masks.expert != 0).sum(1).tolist())
+    return replace(layer, query_heads_per_kv_head=groups, intermediate_size=width, expert_intermediate_sizes=experts)
+
+
 def site_problems(family: Family, channel_mask_site: str) -> list[str]:
     """A sentence where masks at this site cannot be folded into the weights of a family's experts."""
     if channel_mask_site != "gate_and_up" or family.experts is None or family.experts.is_linear_in_up:
@@ -83,6 +97,8 @@ class PruningInfo:
         base_revision: commit of the hub repository `base_model` that the masks were learned on; None where it is
             a directory or not known.
         base_fingerprint: `Fingerprint` of the model that the masks belong to, as text; None where it is not known.
+        budget: {target, achieved, at, parameters, bytes, ideal_speedup, padded_ideal_speedup}: what was asked for, what
+            the masks leave, and what that promises; for people to read. None where it is not known.
     """
 
     method: str
@@ -91,6 +107,7 @@ class PruningInfo:
     lora_adapter: str | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
+    budget: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path) -> "PruningInfo":
@@ -112,6 +129,7 @@ class PruningInfo:
             expect(key, isinstance(content.get(key), str | None), "a string or null")
         fingerprint = content.get("base_fingerprint")
         expect("base_fingerprint", fingerprint is None or Fingerprint.is_one(fingerprint), "what learn-masks wrote")
+        expect("budget", isinstance(content.get("budget"), Mapping | None), "an object or null")
         # A checkpoint from elsewhere must not make convert-pruned merge what is elsewhere.
         inside = "null or a directory inside of the checkpoint, relative to it and without '..'"
         expect("lora_adapter", adapter is None or is_inside(adapter), inside)
@@ -120,8 +138,8 @@ class PruningInfo:
         return cls(**{key: content.get(key) for key in cls.__dataclass_fields__})
 
     def write(self, directory: Path) -> None:
-        """Writes pruning.json; `base_revision` and `base_fingerprint` only where they are known."""
-        optional = ("base_revision", "base_fingerprint")
+        """Writes pruning.json; `base_revision`, `base_fingerprint` and `budget` only where they are known."""
+        optional = ("base_revision", "base_fingerprint", "budget")
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, **asdict(self)}
         kept = {key: value for key, value in content.items() if value is not None or key not in optional}
         write_json(directory / PRUNING_FILE, kept)

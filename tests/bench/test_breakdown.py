@@ -19,9 +19,9 @@ from bench.breakdown import (
     verdict,
 )
 from bench.speed import profile
-from bench.speed.ideal import Case
 from bench.speed.profile import OTHER, PARTS, Recorder, operator_seconds, part_of
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case
 
 DECODE, PREFILL = Case.parse("decode:2:3:5"), Case.parse("prefill:2:3")
 

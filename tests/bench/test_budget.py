@@ -9,7 +9,7 @@ from bench.e2e_speedup import DEFAULT_CASES
 from bench.scale import build_parser
 from bench.speed import budget
 from bench.speed.budget import Rates, choose, comparison_seconds
-from bench.speed.ideal import Case
+from pruned_vllm.formats.ideal import Case
 
 # 10^9 weights times tokens a second. bfloat16 with AVX-512 as the demo's results have it (bench/results/cpu_demo);
 # on AVX2 so that the whole comparison takes the half hour that it took there. The others are in proportion.

@@ -20,10 +20,10 @@ from bench.speed.engines import (
     through_plugin,
     time_case,
 )
-from bench.speed.ideal import Case
 from bench.speed.machine import matmul_shapes
 from bench.speed.worker import Probe
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case
 
 GEOMETRY = ModelGeometry.from_config(LLAMA_CONFIG)
 DECODE, PREFILL = Case.parse("decode:2:3:5"), Case.parse("prefill:2:3")

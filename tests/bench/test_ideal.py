@@ -3,8 +3,8 @@
 import pytest
 from helpers.speed_results import LLAMA_CONFIG as CONFIG
 
-from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, ideal_speedup, step_bytes, step_flops
 
 DENSE = ModelGeometry.from_config(CONFIG)
 PRUNED = ModelGeometry.from_config(

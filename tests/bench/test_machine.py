@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from bench.speed import machine
-from bench.speed.ideal import Case
 from bench.speed.machine import (
     bandwidths,
     buffer_bytes,
@@ -16,6 +15,7 @@ from bench.speed.machine import (
     measure_machine,
 )
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case
 
 CPU = torch.device("cpu")
 CONFIG = {

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from bench.speed import null_test
-from bench.speed.ideal import Case
 from bench.speed.null_test import SLOWDOWN, shown, verdict
 from bench.speed.worker import Probe
+from pruned_vllm.formats.ideal import Case
 
 CASE = Case.parse("decode:1:32:64")
 

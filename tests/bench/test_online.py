@@ -12,7 +12,6 @@ import pytest
 from bench import online_speedup
 from bench.pico import pico_model
 from bench.speed import online, plan
-from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.speed.memory import Share
 from bench.speed.online import Contestant, compare, ideal_speedups, mean_context, scenario_record, serve_arguments
 from bench.speed.online_tables import scenarios_table, servers_table
@@ -22,6 +21,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 from pruned_vllm.formats.config import converted_config
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 from pruned_vllm.formats.layer import LayerGeometry
 
 ROOT = Path(__file__).parents[2]

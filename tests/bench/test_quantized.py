@@ -14,11 +14,11 @@ from bench.quantized import speed, steps
 from bench.quantized.__main__ import main
 from bench.quantized.speed import case_record, of_product
 from bench.speed import server, setting
-from bench.speed.ideal import Case
 from bench.speed.setting import Timing
 from bench.tables import quantized as tables
 from converter.quantize import command
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.ideal import Case
 
 SECONDS = {"dense": 8.0, "pruned": 5.0, "quantized": 4.0, "both": 2.6}
 PERPLEXITIES = {"ckpt": 50.0, "out": 52.0, "dense-w8a8-int8": 50.5, "pruned-w8a8-int8": 52.5, "dense-w4a16": 55.0}

@@ -3,11 +3,11 @@
 import pytest
 from helpers.speed_results import LLAMA_CONFIG as CONFIG
 
-from bench.speed.ideal import Case, ideal_speedup, step_bytes, step_flops
 from bench.speed.report import machine_table, results_table
 from bench.speed.results import case_record
 from bench.speed.statistics import named_warnings
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, ideal_speedup, step_bytes, step_flops
 
 DENSE = ModelGeometry.from_config(CONFIG)
 PRUNED = ModelGeometry.from_config(CONFIG | {"per_layer_config": {"1": {"intermediate_size": 10}}})

@@ -11,7 +11,6 @@ import pytest
 
 from bench.speed import engines as engines_module
 from bench.speed import setting as setting_module
-from bench.speed.ideal import Case, step_bytes, step_flops
 from bench.sweep import plan, run
 from bench.sweep.__main__ import main as sweep
 from bench.sweep.cells import chosen, grid_cells, paper_cells
@@ -20,6 +19,7 @@ from bench.sweep.shapes import PAPER_SHAPES, grid_shapes
 from bench.sweep.summary import printed
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 
 CASES = [Case.parse("decode:8:32:16"), Case.parse("prefill:1:512")]
 SHAPES = grid_shapes(None, None) | PAPER_SHAPES

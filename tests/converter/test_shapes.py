@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converter.plan import Plan, make_plan
-from converter.shapes import fits, with_aligned_width, with_even_groups, with_few_shapes
+from converter.shapes import fits, with_even_groups, with_few_shapes
 from converter.streaming import write_tensors
 from converter.table import totals
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.layer import LayerGeometry
+from pruned_vllm.formats.layer import LayerGeometry, with_aligned_width
 
 # --- few distinct shapes
 

@@ -8,14 +8,22 @@ from accelerate import Accelerator
 
 from learner import cli
 from learner.data.reading import BlockSampler
+from learner.job import Job
 from learner.methods.method import Task
+from learner.model.budget import UnitBudget, make_budgets
 from learner.model.units import Units
 from learner.run.journal import Journal
+from learner.targets import Target
 from pruned_vllm.formats.geometry import ModelGeometry
 
 
 def geometry_of(model) -> ModelGeometry:
     return ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+
+
+def unit_budget(units: Units, sparsity: float | Mapping[str, float]) -> UnitBudget:
+    shares = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(units.layers, sparsity)
+    return UnitBudget(Target("sparsity", max(shares.values())), units, shares)
 
 
 def task_of(
@@ -27,15 +35,23 @@ def task_of(
     seed: int = 0,
     tokens: torch.Tensor | None = None,
     journal: Journal | None = None,
+    **targets: Any,
 ) -> Task:
-    """What a method is given for `model`, with blocks of 32 random tokens unless `tokens` [N] say otherwise."""
+    """What a method is given for `model`, with blocks of 32 random tokens unless `tokens` [N] say otherwise.
+
+    Args:
+        targets: of a Job, in place of `sparsity`.
+    """
     units = Units.from_geometry(geometry_of(model), tied)
     if tokens is None:
         tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
-    target = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(units.layers, sparsity)
+    if targets:
+        budgets = make_budgets(Job("", "random", **targets), units, geometry_of(model), element_bytes=4)
+    else:
+        budgets = (unit_budget(units, sparsity),)
     model.requires_grad_(False)
     blocks = BlockSampler(tokens, 32, seed)
-    return Task(model, units, target, settings, seed, blocks, journal or Journal(), Accelerator(cpu=True))
+    return Task(model, units, budgets, settings, seed, blocks, journal or Journal(), Accelerator(cpu=True))
 
 
 def run(*args) -> int:

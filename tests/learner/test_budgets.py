@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.learning import task_of
+from helpers.learning import task_of, unit_budget
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from learner import cli
 from learner.job import DDPSettings
-from learner.methods.ddp import _harden, penalty
 from learner.methods.ddp import learn as learn_ddp
+from learner.methods.ddp import penalty
+from learner.model.units import Units
 
 
 def test_groups_are_the_model_the_layers_or_the_experts():
@@ -33,8 +34,9 @@ def test_groups_are_the_model_the_layers_or_the_experts():
 
 def test_penalty_of_groups_is_the_mean_of_theirs():
     s, multipliers = torch.rand(3, 8), torch.randn(3, 3)
-    alone = [penalty(s[i : i + 1], 0.5, multipliers[:, i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(penalty(s, 0.5, multipliers), sum(alone) / 3)
+    left, undecided = s.mean(1), (s * (1 - s)).mean(1)
+    alone = [penalty(left[i : i + 1], undecided[i : i + 1], 0.5, multipliers[:, i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(penalty(left, undecided, 0.5, multipliers), sum(alone) / 3)
 
 
 def test_one_group_moves_exactly_as_without_groups():
@@ -45,19 +47,21 @@ def test_one_group_moves_exactly_as_without_groups():
     expected = torch.autograd.grad(
         multipliers @ torch.stack([violation, violation**2, (s * (1 - s)).mean()]), (s, multipliers)
     )
-    gradients = torch.autograd.grad(penalty(s.view(1, -1), 0.7, multipliers[:, None]), (s, multipliers))
+    units = Units({"channel": tuple(range(4))}, {"channel": 6144}, 1, 0)
+    constraint = unit_budget(units, 0.3).constraints()["channel"]
+    left, undecided = constraint.left({"channel": s}), constraint.undecided({"channel": s})
+    gradients = torch.autograd.grad(penalty(left, undecided, 0.7, multipliers[:, None]), (s, multipliers))
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert torch.equal(gradient, wanted)
 
 
-def test_too_many_units_of_a_group_leave_its_largest(capsys):
-    m = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 0, 0, 0], [1.0, 2.0, 4.0, 3.0], [1.0, 0, 2.0, 0]])
-    m = _harden("expert", m.view(2, 8), m.view(2, 8), wanted=2, groups=4)
-    expected = torch.tensor([[0, 0, 0.3, 0.4], [1, 0, 0, 0], [0, 0, 4, 3], [1, 0, 2, 0]])
-    assert torch.equal(m, expected.view(2, 8))
-    printed = capsys.readouterr().out
-    assert "8 of 8 expert units are left in 2 of 4 groups, 4 were asked for; the 4 smallest" in printed
-    assert "1 of 4 expert units are left in 1 of 4 groups, 2 were asked for; train" in printed
+def test_each_group_keeps_its_largest():
+    units = Units({"expert": (0, 1)}, {"expert": 8}, 1, 2)
+    order = torch.tensor([[0.1, 0.2, 0.3, 0.4, 1, 0, 0, -1], [1, 2, 4, 3, 1, 0, 2, 0]])
+    budget = unit_budget(units, 0.5)
+    kept = budget.support({"expert": order}, "expert")["expert"].view(4, 4)
+    assert kept.int().tolist() == [[0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0]]
+    assert budget.support({"expert": order})["expert"].sum(1).tolist() == [2, 6], "a layer may lose most"
 
 
 @pytest.mark.parametrize("budget", ["layer", "expert"])

@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.learning import unit_budget
 from helpers.tiny import tiny_model
 
 from learner.data.reading import BlockSampler
@@ -25,7 +26,7 @@ from learner.run.journal import Journal
 from pruned_vllm.formats.geometry import ModelGeometry
 
 MU = 0.5  # at the first step
-SETTINGS = {"steps": 1, "batch_size": 3, "micro_batch_size": 2, "kd_temperature": 2.0}
+SETTINGS = {"steps": 1, "batch_size": 3, "micro_batch_size": 2, "kd_temperature": 2.0, "settle": 0}
 TARGET = {"head": 0.7, "channel": 0.2, "expert": 0.2}  # of heads too many are left, of the others too few
 
 
@@ -42,7 +43,7 @@ def make_task(model_type: str, budget: str) -> Task:
     return Task(
         model=model,
         units=units,
-        target_sparsity={kind: TARGET[kind] for kind in units.layers},
+        budgets=(unit_budget(units, {kind: TARGET[kind] for kind in units.layers}),),
         settings=DDPSettings(**SETTINGS, sequence_length=8, budget=budget),
         seed=0,
         blocks=BlockSampler(tokens, 8, seed=0),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from learner.job import DDPSettings
 from learner.methods import baselines
-from learner.methods.ddp import _harden, annealed_mu, penalty
+from learner.methods.ddp import annealed_mu, penalty
 from learner.methods.ddp import learn as learn_ddp
 from learner.methods.gates import relu, retention
 from learner.model.units import Units
@@ -58,7 +58,7 @@ def test_mu_falls_with_the_square_root():
 def test_penalty_and_its_multipliers_ascend_by_the_violation():
     s = torch.tensor([[1.0, 0.5, 0.0, 0.9]])
     multipliers = torch.tensor([[-2.0], [3.0], [0.5]], requires_grad=True)
-    loss = penalty(s, 0.5, multipliers)
+    loss = penalty(s.mean(1), (s * (1 - s)).mean(1), 0.5, multipliers)
     loss.backward()
     violation, uncertainty = 0.6 - 0.5, (0 + 0.25 + 0 + 0.09) / 4
     assert loss.item() == pytest.approx(-2 * violation + 3 * violation**2 + 0.5 * uncertainty)
@@ -75,18 +75,6 @@ def test_ddp_prunes_experts_and_freezes_the_rest():
     assert abs(kept - wanted) <= 0.01 * units.count("expert") + 1
     assert values["expert"].shape == (2, 96) and values["expert"].unique().numel() > 30
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
-def test_a_layer_may_lose_all_of_its_units():
-    m = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
-    assert _harden("head", m, m, wanted=4).tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
-
-
-def test_too_many_units_leave_the_largest(capsys):
-    z = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
-    m = _harden("channel", z, z, wanted=3)
-    assert m.tolist() == [[0, 0, 0, 0], [0, 2, 3, 4]]
-    assert "8 of 8 channel units are left, 3 were asked for" in capsys.readouterr().out
 
 
 def test_magnitude_keeps_the_heaviest_units():

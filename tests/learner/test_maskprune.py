@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.learning import geometry_of
+from helpers.learning import geometry_of, unit_budget
 from helpers.tiny import tiny_model, write_masked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ def task_for(model, settings: MaskPruneSettings, sparsity: float = 0.5, journal:
     return Task(
         model=model,
         units=units,
-        target_sparsity=dict.fromkeys(units.layers, sparsity),
+        budgets=(unit_budget(units, sparsity),),
         settings=settings,
         seed=3,
         blocks=BlockSampler(text, settings.sequence_length, 3),

@@ -174,7 +174,7 @@ def test_the_learned_model_is_the_pruned_model(tmp_path, name, tied):
     learned = tyr.learn(task)
     for kind, values in learned.values.items():
         assert values.shape == task.units.shape(kind) and set(values.unique().tolist()) == {0, 1}
-        assert (values == 0).sum() == round(task.units.count(kind) * task.target_sparsity[kind])
+        assert (values == 0).sum() == round(task.units.count(kind) * task.budget.sparsity[kind])
     masks = task.units.to_masks(learned.values)
     logits = task.model(TOKENS).logits
     with apply_masks(task.model, masks):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.experts import down_of, product_of, router_of
+from helpers.learning import unit_budget
 from helpers.tiny import HEAD_DIM, NUM_EXPERTS, SOFTMAX_MOE, tiny_model
 
 from learner.data.reading import BlockSampler
@@ -18,12 +19,13 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 def task_on(model, tied: bool = False, sequences: int = 6, **target) -> Task:
     tokens = torch.randint(256, (10 * 32,), generator=torch.Generator().manual_seed(5))
+    units = Units.from_geometry(
+        ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]}), tied=tied
+    )
     return Task(
         model=model,
-        units=Units.from_geometry(
-            ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]}), tied=tied
-        ),
-        target_sparsity=target,
+        units=units,
+        budgets=(unit_budget(units, target),),
         settings=WandaSettings(calibration_sequences=sequences, sequence_length=32),
         seed=0,
         blocks=BlockSampler(tokens, 32, seed=0),

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
 from learner.methods.method import Learned, Task
+from learner.model.budget import CostBudget
 from learner.model.projections import is_fused
 from learner.model.units import Units
 from learner.run.training import Training, divergence
@@ -153,13 +154,22 @@ def cut_share(masks: torch.Tensor, count: int) -> float:
 
 
 def _minimax(task: Task, parameters: Mapping[str, int], widths: Mapping[str, int]) -> Minimax:
-    settings, kinds = task.settings, list(widths)
-    kept = {kind: task.units.kept(kind, task.target_sparsity[kind], "expert") for kind in kinds}
+    """The constraints; where the budget is a cost, all kinds share it, and their units count by that cost."""
+    settings, kinds, budget = task.settings, list(widths), task.budget
+    if isinstance(budget, CostBudget):
+        held = {kind: budget.costs.of_kind(kind) for kind in kinds}
+        removed = {kind: widths[kind] * (1 - budget.keep()) for kind in kinds}
+        budgets = [kinds]
+    else:
+        held = parameters
+        keeps = {kind: constraint.keep for kind, constraint in budget.constraints("expert").items()}
+        removed = {kind: widths[kind] - round(widths[kind] * keeps[kind]) for kind in kinds}
+        budgets = [kinds] if settings.resource == "model" else [[kind] for kind in kinds]
     return Minimax(
         widths=widths,
-        parameters=parameters,
-        removed={kind: widths[kind] - kept[kind] for kind in kinds},
-        budgets=[kinds] if settings.resource == "model" else [[kind] for kind in kinds],
+        parameters=held,
+        removed=removed,
+        budgets=budgets,
         rates=tuple(rate / settings.steps for rate in (settings.s_rate, settings.y_rate, settings.z_rate)),
         start=settings.multiplier_start,
     )

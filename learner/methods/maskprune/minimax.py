@@ -45,8 +45,8 @@ class Minimax:
 
     Args:
         widths: units in a row, by kind.
-        parameters: parameters that go if all units of a kind go.
-        removed: units of a row that the budget removes, by kind.
+        parameters: parameters, or another cost, that go if all units of a kind go.
+        removed: units of a row that the budget removes, by kind; may be fractions where kinds share a budget.
         budgets: kinds that share a budget of parameters, and with it a multiplier: s moves between them.
         rates: of s, y and z.
         start: of y and z.
@@ -60,8 +60,8 @@ class Minimax:
     def __init__(
         self,
         widths: Mapping[str, int],
-        parameters: Mapping[str, int],
-        removed: Mapping[str, int],
+        parameters: Mapping[str, float],
+        removed: Mapping[str, float],
         budgets: Sequence[Sequence[str]],
         rates: tuple[float, float, float],
         start: float,

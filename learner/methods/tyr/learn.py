@@ -9,7 +9,8 @@ in the first iteration, and half as far in each that follows, but never less tha
 and down_proj have other weights than the dense model.
 
 Notable facts:
-- In all genomes the number of units lost is exactly what was asked for, for each kind by itself.
+- In all genomes the number of units lost is exactly what was asked for, for each kind by itself; or where the budget is
+  a cost, what is left costs that, and kinds compete (search.py).
 - Memory: the dense model, calibration text and its hidden states lie in CPU memory. The device holds one block, its
   matrices H, and in the search the hidden states of a stage. Candidates take disk: at 50 % about four times the
   o_proj and down_proj of the model. They go when their iteration ends.
@@ -29,14 +30,16 @@ from typing import Any
 import torch
 
 from learner.methods.method import Learned, Task
-from learner.methods.tyr.search import Space, divergences, draw, next_parent
+from learner.methods.tyr.search import CostSpace, Space, divergences, draw, next_parent
 from learner.methods.tyr.sublayers import Sublayer, sublayers_of
 from learner.methods.tyr.supernet import Genome, Supernet
 from learner.model.blockwise import Blockwise
+from learner.model.budget import CostBudget, UnitBudget
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
 FIRST_INTERVAL = 0.125  # of a sublayer's units
+FINEST = 3  # iterations after which a step is 1.6 % of a sublayer's units
 REACH = 4  # candidates on either side of the centre
 
 
@@ -61,14 +64,18 @@ def learn(task: Task) -> Learned:
             for other in set(directory.glob("candidates-*")) - {candidates}:
                 shutil.rmtree(other)
             centre, title = tuple(state["centre"]), f"tyr {iteration + 1}/{iterations}"
-            space = space_around(centre, sublayers, iteration, reach=REACH if settings.iterations else 0)
+            space = _space(task, centre, sublayers, iteration)
             supernet = Supernet(candidates, blockwise, sublayers, space.levels)
             supernet.build(tokens, accumulate, f"{title} candidates")
-            found = _search(task, tokens, supernet, space, state, title) if settings.iterations else centre
+            if isinstance(task.budget, CostBudget):
+                space = cost_space(space, supernet, task.budget)
+                fitted = space.fitted(tuple(state["parent"]), Random(f"{task.seed} {iteration} centre"))
+                state = {**state, "parent": list(fitted)}
+            found = _search(task, tokens, supernet, space, state, title) if settings.iterations else state["parent"]
             if iteration + 1 < iterations:
                 state = _start(iteration + 1, found)
                 task.journal.save(state)
-        return Learned(_install(task, supernet, found))
+        return Learned(_install(task, supernet, tuple(found)))
 
 
 def _start(iteration: int, centre: Genome) -> dict[str, Any]:
@@ -76,12 +83,31 @@ def _start(iteration: int, centre: Genome) -> dict[str, Any]:
     return {"iteration": iteration, "generation": 0, "centre": list(centre), "parent": list(centre)}
 
 
+def _space(task: Task, centre: Genome, sublayers: Sequence[Sublayer], iteration: int) -> Space:
+    """The genomes of an iteration; without iterations those near enough to the centre to meet a cost, or it alone."""
+    if task.settings.iterations:
+        return space_around(centre, sublayers, iteration)
+    has_cost = isinstance(task.budget, CostBudget)
+    return space_around(centre, sublayers, FINEST if has_cost else 0, reach=REACH if has_cost else 0)
+
+
+def cost_space(space: Space, supernet: Supernet, budget: CostBudget) -> CostSpace:
+    """The same genomes with what their candidates cost; which KV heads a candidate keeps is known once it is made."""
+    costs = [
+        {count: budget.costs.of_row(sublayer.kind, sublayer.row, supernet.kept(index, count)) for count in levels}
+        for index, (sublayer, levels) in enumerate(zip(supernet.sublayers, space.levels, strict=True))
+    ]
+    return CostSpace(space.kinds, space.intervals, space.levels, costs, budget.room)
+
+
 def uniform(task: Task, sublayers: Sequence[Sublayer]) -> Genome:
     """The same share of every sublayer; where that is no whole number, some lose one unit more."""
     genome = {}
     for kind in task.units.layers:
         members = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
-        removed = task.units.count(kind) - task.units.kept(kind, task.target_sparsity[kind])
+        removed = round(task.units.count(kind) * (1 - task.budget.keep()))
+        if isinstance(budget := task.budget, UnitBudget):
+            removed = task.units.count(kind) - task.units.kept(kind, budget.sparsity[kind])
         for place, index in enumerate(members):
             genome[index] = (place + 1) * removed // len(members) - place * removed // len(members)
     return tuple(genome[index] for index in range(len(sublayers)))

@@ -5,10 +5,13 @@ shifts: one sublayer gets back as many units as another of the same kind loses, 
 lost is the same in all genomes. They are compared in stages, each with more text and fewer survivors; in the last one
 the parent takes part, and the best is the next parent. What counts is the divergence from the dense model's logits
 (arXiv 2503.09657, equation 6 with alpha = 0, as the paper's experiments have it).
+
+Where the budget is a cost, which is ours, a shift goes between sublayers of any kind: one gets units back, others lose
+some until the cost is met again, and what is then left over is given back (`CostSpace`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -64,6 +67,62 @@ class Space:
             if len(children) == number:
                 break
         return list(children)
+
+
+@dataclass(frozen=True)
+class CostSpace(Space):
+    """Which genomes there are where they must meet a cost.
+
+    Attributes:
+        costs: for each sublayer, by the number of units that it has lost, what the others cost.
+        room: what they may cost together.
+    """
+
+    costs: Sequence[Mapping[int, float]]
+    room: float
+
+    def cost(self, genome: Sequence[int]) -> float:
+        """Of all sublayers together."""
+        return sum(costs[gene] for costs, gene in zip(self.costs, genome, strict=True))
+
+    def fitted(self, genome: Genome, random: Random, spared: int | None = None) -> Genome:
+        """`genome` with steps drawn by lot until its cost is met as nearly as levels allow, from below if possible.
+
+        Args:
+            spared: a sublayer that loses nothing.
+        """
+        genes = list(genome)
+        while (excess := self.cost(genes) - self.room) > 0:
+            losing = [j for j in range(len(genes)) if j != spared and self._change(genes, j, self.intervals[j])]
+            if not losing:
+                break
+            j = random.choice(losing)
+            genes[j] += self.intervals[j]
+        while excess <= 0:
+            left = self.room - self.cost(genes)
+            getting = [i for i in range(len(genes)) if 0 < (self._change(genes, i, -self.intervals[i]) or 0) <= left]
+            if not getting:
+                break
+            i = random.choice(getting)
+            genes[i] -= self.intervals[i]
+        return tuple(genes)
+
+    def mutate(self, genome: Genome, random: Random) -> Genome:
+        """`genome` after one to four shifts, fewer rather than more; the same where they do not meet the cost."""
+        shifted = genome
+        for _ in range(min(random.randint(1, MOST_SHIFTS), random.randint(1, MOST_SHIFTS))):
+            getting = [i for i in range(len(genome)) if self._change(shifted, i, -self.intervals[i])]
+            if not getting:
+                break
+            i = random.choice(getting)
+            more = (*shifted[:i], shifted[i] - self.intervals[i], *shifted[i + 1 :])
+            shifted = self.fitted(more, random, spared=i)
+        return shifted if self.cost(shifted) <= self.room else genome
+
+    def _change(self, genes: Sequence[int], index: int, step: int) -> float | None:
+        """What the cost changes by where a sublayer loses `step` units more; None where there is no such candidate."""
+        costs = self.costs[index]
+        return costs[genes[index] + step] - costs[genes[index]] if genes[index] + step in costs else None
 
 
 def next_parent(

@@ -1,4 +1,4 @@
-"""What a pruned model could gain at best in a case that is timed. Pure Python.
+"""What a pruned model could gain at best in a case, a workload that may be timed. Pure Python.
 
 The ideal speedup of a case is the dense model's cost over the pruned model's: the bytes that a step of decode moves,
 the operations of a prefill. What counts is in pruned_vllm/formats/cost.py.
@@ -16,7 +16,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time.
+    """One workload.
 
     Attributes:
         kind: "decode" (from the first output token to the last) or "prefill" (the prompt, up to its one token).
@@ -66,9 +66,14 @@ class Case:
 
 def ideal_speedup(dense: ModelGeometry, pruned: ModelGeometry, case: Case, element_bytes: int) -> float:
     """Cost of the dense model over that of the pruned one; `element_bytes` is 2 for bfloat16."""
+    return ideal_cost(dense, case, element_bytes) / ideal_cost(pruned, case, element_bytes)
+
+
+def ideal_cost(geometry: ModelGeometry, case: Case, element_bytes: int) -> float:
+    """What bounds a step of this case: bytes in decode, operations in prefill."""
     if case.kind == "decode":
-        return step_bytes(dense, case, element_bytes) / step_bytes(pruned, case, element_bytes)
-    return step_flops(dense, case) / step_flops(pruned, case)
+        return step_bytes(geometry, case, element_bytes)
+    return step_flops(geometry, case)
 
 
 def step_bytes(
