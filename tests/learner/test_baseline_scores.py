@@ -95,10 +95,7 @@ def test_taylor_sums_gradients_times_weights_over_what_goes_together(name, tied)
     loss = -logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
     gradients = torch.autograd.grad(loss, list(weights.values()))
     products = {
-        key: (weight * gradient).abs()
-        for (key, weight), gradient in zip(
-            weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True
-        )
+        key: (weight * gradient).abs() for (key, weight), gradient in zip(weights.items(), gradients, strict=True)
     }
     for index in range(len(exact.model.layers)):
         prefix = f"model.layers.{index}."

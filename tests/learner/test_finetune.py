@@ -66,7 +66,7 @@ def make(tmp_path: Path, name: str) -> tuple[Path, Path]:
 
 def job(out: Path, text: Path, rank: int, **options) -> FinetuneJob:
     small = {"steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "learning_rate": 5e-3}
-    small |= {"lora_rank": rank, "device": "cpu"}
+    small |= {"lora_rank": rank, "device": "cpu", "agreement_prompts": 0}
     return FinetuneJob(model=str(out), data=[str(text)], **small | options)
 
 
