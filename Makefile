@@ -4,6 +4,7 @@
 # make test-slow engines with several ranks, the wheel, and other long runs that make test leaves out
 # make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make real    every method on a real pretrained model (SmolLM2-135M): quality, speed; under 90 minutes, can be interrupted
+# make compare   methods, kinds of text and recovery at equal size on SmolLM2-135M; about 8 hours, can be interrupted
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
 # make ablations whether the papers' orderings hold, over three seeds
 # make lint    formatting, static checks, types
@@ -17,7 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # No engine, no training run, no process of several ranks.
 QUICK_TESTS := tests/formats tests/converter tests/bench tests/common/test_environment.py tests/test_documents.py tests/test_house.py
 
-.PHONY: setup demo test test-slow check real methods ablations lint lm-eval clean
+.PHONY: setup demo test test-slow check real compare methods ablations lint lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +49,11 @@ real: setup
 	$(BIN)/python -m bench.real --output-dir real
 	mkdir -p bench/results/real
 	cp real/real.json real/real.png real/report.md real/report.html bench/results/real/
+
+compare: setup
+	$(BIN)/python -m bench.compare --output-dir compare
+	mkdir -p bench/results/compare
+	cp compare/compare.json compare/compare.png bench/results/compare/
 
 methods: setup
 	$(BIN)/python -m bench.methods table --output-dir bench/results/methods

@@ -39,6 +39,6 @@ def task_of(
 
 
 def run(*args) -> int:
-    """The exit code of learn-masks with these arguments. To save time, it measures agreement only if they ask for it."""
+    """The exit code of learn-masks with these arguments; agreement, which takes time, is measured if they say so."""
     given = [str(arg) for arg in args]
     return cli.main(given if "--agreement-prompts" in given else [*given, "--agreement-prompts", "0"])
