@@ -42,8 +42,10 @@ def generate(
         seed: of the draw.
 
     Raises:
-        InputError: a prompt fills all positions that the model was made for.
+        InputError: a prompt fills all positions that the model was made for, or the model brings code of its own.
     """
+    if not type(model).__module__.startswith("transformers."):  # see learner/model/remote_code.py
+        raise InputError("the code that comes with the model cannot generate text with this version of Transformers")
     longest = max(map(len, prompts))
     positions = getattr(model.config, "max_position_embeddings", None) or longest + new_tokens
     if positions <= longest:
@@ -55,7 +57,6 @@ def generate(
         max_new_tokens=min(new_tokens, positions - longest),
         eos_token_id=list(end) or None,
         pad_token_id=end[0] if end else 0,
-        use_cache=type(model).__module__.startswith("transformers."),  # see learner/model/remote_code.py
         **sampling,
     )
     device = model.device
