@@ -80,7 +80,8 @@ class FinetuneJob:
         lora_rank: 0 trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
         device: "auto" is the first GPU if there is one, else "cpu".
-        dtype: of the weights while training; "auto" is as stored for LoRA, float32 for all weights.
+        dtype: of the weights while training, the teacher's too; "auto" is as stored, but float32 for all weights that
+            are trained.
         seed: of data order and LoRA's initialization.
     """
 
@@ -136,7 +137,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         model.to(arguments.device)
         job = with_sequence_length(job, num_positions(model))
         if job.teacher:
-            teacher = load_teacher(job.teacher, model, arguments.device)
+            teacher = load_teacher(job.teacher, model, arguments.device, job.dtype)
             inputs["teacher"] = str(teacher.fingerprint)
         assert job.sequence_length is not None, "with_sequence_length has filled it in"
         sequences = job.steps * job.batch_size
@@ -313,5 +314,12 @@ def _card_section(job: FinetuneJob, results: dict[str, float]) -> str:
         lines.append(
             f"Perplexity in blocks of {EVAL_BLOCK_SIZE} tokens: {results['perplexity_before']:.4g} before, "
             f"{results['perplexity_after']:.4g} after."
+        )
+    if "agreement_kl_after" in results:
+        lines.append(
+            f"KL to the dense model's answers to {job.agreement_prompts} prompts: "
+            f"{results['agreement_kl_before']:.3f} before, {results['agreement_kl_after']:.3f} after; tokens until "
+            f"they differ: {results['agreement_tokens_before']:.1f} before, {results['agreement_tokens_after']:.1f} "
+            f"after, of {results['answer_tokens']:.1f}."
         )
     return "\n".join(["", *lines, ""])

@@ -30,6 +30,7 @@ from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
 ANSWER_TOKENS = 48  # at most
+WRITTEN_AT_ONCE = 25  # answers
 BATCH_SIZE = 10  # answers that are read at once
 CHUNK = 256  # tokens whose logits are compared at once
 
@@ -63,7 +64,7 @@ class Reference:
     def of(
         cls, dense: DenseModel, num_prompts: int, tell: Callable[[str], None], show_progress: bool = True
     ) -> "Reference | None":
-        """Lets the dense model answer the first `num_prompts` prompts.
+        """Lets the dense model answer the first `num_prompts` of AGREEMENT_PROMPTS.
 
         None without prompts, and, after a word to `tell`, where its tokenizer or its positions do not allow it.
         """
@@ -74,10 +75,12 @@ class Reference:
             largest = max(map(max, prompts))
             if largest >= (known := dense.model.get_input_embeddings().num_embeddings):
                 raise InputError(f"the tokenizer makes token {largest}, and the model has {known} embeddings")
-            bar = progress_bar(total=num_prompts, desc="dense answers", unit="answer", disable=not show_progress)
+            bar = progress_bar(total=len(prompts), desc="dense answers", unit="answer", disable=not show_progress)
+            end, texts = end_tokens(dense.directory, dense.tokenizer), []
             with bar:
-                texts = generate(dense.model, prompts, ANSWER_TOKENS, end_tokens(dense.directory, dense.tokenizer))
-                bar.update(num_prompts)
+                for first in range(0, len(prompts), WRITTEN_AT_ONCE):
+                    texts += generate(dense.model, prompts[first : first + WRITTEN_AT_ONCE], ANSWER_TOKENS, end)
+                    bar.update(len(texts) - bar.n)
         except InputError as error:
             tell(f"Agreement with the dense model is not measured: {error}")
             return None
