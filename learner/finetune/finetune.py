@@ -7,8 +7,8 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
 - LoRA sits on every projection: attention, MLPs, experts. It is merged in the end, so `recovered/` has the same tensors
   as `out/` and is served in the same way. Rank 0 trains all weights. Routers are never trained, because the experts
   that are left depend on their choices.
-- Logits are made in pieces (learner/model/distillation.py). Blocks of text are full: documents follow each other, with
-  an end token between them, and nothing is padded.
+- Logits are made in pieces (learner/finetune/distillation.py). Blocks of text are full: documents follow each other,
+  with an end token between them, and nothing is padded.
 - Several processes (`torchrun --nproc_per_node 2 -m learner.finetune.cli ...`) hold the whole model each, share each
   batch and take the same steps as one process, so a run may be resumed by another number of them.
 - All weights are trained in float32, unless told otherwise: steps of fine-tuning are too small for bfloat16. They are
@@ -21,23 +21,20 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
 import os
 import sys
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import transformers
 from accelerate import PartialState
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
+from learner.finetune.distillation import Distillation
 from learner.finetune.model import cast, load, load_teacher, trainable
 from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS, with_sequence_length
 from learner.model.agreement import Reference
-from learner.model.distillation import distillation_loss
-from learner.model.head import hidden_states, logits_of, watched_hidden_states
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
@@ -170,7 +167,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         if dtype != "auto":
             cast(model, getattr(torch, dtype))
         torch.manual_seed(job.seed)  # before LoRA is initialized
-        trainer = _Distillation(
+        trainer = Distillation(
             model=trainable(model, job.lora_rank),
             args=arguments,
             train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
@@ -199,43 +196,6 @@ def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, re
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
         (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-class _Distillation(Trainer):
-    """CE, and with a teacher CE + kd_weight * KL(teacher || model), of token ids "input_ids"."""
-
-    loss_is_scaled_for_ga = False  # the loss is the mean over a micro batch
-
-    def __init__(self, *, teacher: PreTrainedModel | None, kd_weight: float, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self._teacher, self._kd_weight = teacher, kd_weight
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
-        tokens = inputs["input_ids"]
-        pruned = self.accelerator.unwrap_model(model)
-        pruned = pruned.get_base_model() if isinstance(pruned, PeftModel) else pruned
-        # Through `model`, which adds up gradients of several processes.
-        hidden = watched_hidden_states(model, pruned, tokens)
-        taught: dict[str, Any] = {}
-        if (dense := self._teacher) is not None:
-            with torch.no_grad():
-                theirs = hidden_states(dense, tokens)
-            taught = {"teacher": partial(logits_of, dense), "teacher_hidden": theirs, "kd_weight": self._kd_weight}
-        head = pruned.get_output_embeddings().parameters()
-        loss = distillation_loss(
-            partial(logits_of, pruned),
-            hidden,
-            tokens,
-            pruned.config.vocab_size,
-            head_parameters=[parameter for parameter in head if parameter.requires_grad],
-            **taught,
-        )
-        if not loss.isfinite():
-            raise InputError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning-rate, use --dtype "
-                "bfloat16 or float32, or a --sequence-length of at least 2"
-            )
-        return loss
 
 
 def _check(job: FinetuneJob, source: Path) -> None:

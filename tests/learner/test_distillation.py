@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.tiny import tiny_model
 
-from learner.model import distillation
-from learner.model.distillation import distillation_loss
+from learner.finetune import distillation
+from learner.finetune.distillation import distillation_loss
 from learner.model.head import hidden_states, logits_of
 from learner.run.training import cross_entropy, divergence
 

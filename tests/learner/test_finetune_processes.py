@@ -19,7 +19,7 @@ CODE = """
 import json, os, sys
 from learner.finetune import cli, finetune
 finetune.SAVE_EVERY = 5
-compute_loss, calls = finetune._Distillation.compute_loss, []
+compute_loss, calls = finetune.Distillation.compute_loss, []
 
 def stop(self, *args, **kwargs):
     calls.append(1)
@@ -27,7 +27,7 @@ def stop(self, *args, **kwargs):
         raise KeyboardInterrupt
     return compute_loss(self, *args, **kwargs)
 
-finetune._Distillation.compute_loss = stop
+finetune.Distillation.compute_loss = stop
 for command in json.loads(sys.argv[1]):
     code = cli.main([argument.replace("{rank}", os.environ["RANK"]) for argument in command])
     print("exit code", code, flush=True)

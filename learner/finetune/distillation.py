@@ -1,4 +1,4 @@
-"""The loss of distillation, in pieces of the text: never all logits at once, and none of them twice.
+"""The Trainer of fine-tuning and its loss, in pieces of the text: never all logits at once, and none of them twice.
 
 A batch of 16 x 2048 tokens and a vocabulary of 128,000 make 17 GB of logits in float32, of each model, and their
 gradients as much again. Here the heads run on some tokens at a time; the gradient of the hidden states is computed
@@ -6,11 +6,56 @@ right there, in the forward pass, and the logits go. So nothing is computed agai
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from learner.model.head import hidden_states, logits_of, watched_hidden_states
+from pruned_vllm.common.errors import InputError
 
 CHUNK_ELEMENTS = 1 << 26  # logits of a model at once: 256 MB in float32
+
+
+class Distillation(Trainer):
+    """CE, and with a teacher CE + kd_weight * KL(teacher || model), of token ids "input_ids"."""
+
+    loss_is_scaled_for_ga = False  # the loss is the mean over a micro batch
+
+    def __init__(self, *, teacher: PreTrainedModel | None, kd_weight: float, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self._teacher, self._kd_weight = teacher, kd_weight
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
+        tokens = inputs["input_ids"]
+        pruned = self.accelerator.unwrap_model(model)
+        pruned = pruned.get_base_model() if isinstance(pruned, PeftModel) else pruned
+        # Through `model`, which adds up gradients of several processes.
+        hidden = watched_hidden_states(model, pruned, tokens)
+        taught: dict[str, Any] = {}
+        if (dense := self._teacher) is not None:
+            with torch.no_grad():
+                theirs = hidden_states(dense, tokens)
+            taught = {"teacher": partial(logits_of, dense), "teacher_hidden": theirs, "kd_weight": self._kd_weight}
+        head = pruned.get_output_embeddings().parameters()
+        loss = distillation_loss(
+            partial(logits_of, pruned),
+            hidden,
+            tokens,
+            pruned.config.vocab_size,
+            head_parameters=[parameter for parameter in head if parameter.requires_grad],
+            **taught,
+        )
+        if not loss.isfinite():
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning-rate, use --dtype "
+                "bfloat16 or float32, or a --sequence-length of at least 2"
+            )
+        return loss
 
 
 def distillation_loss(
