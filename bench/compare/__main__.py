@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from bench.compare import plan
+from bench.real.models import MODELS
 from bench.real.records import Records
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("compare"), metavar="DIR", help="created; default: compare")
-    add("--model", type=Path, metavar="DIR", help="another dense model; default: SmolLM2-135M-Instruct, fetched")
+    add("--model", default="smollm2", metavar="NAME", help=f"{', '.join(MODELS)}, or a directory; default: smollm2")
     add(
         "--only",
         nargs="+",

@@ -9,8 +9,8 @@ from bench.commands import run, script
 from bench.compare import plan
 from bench.compare.plan import Variant
 from bench.pico import corpus
+from bench.real.models import MODELS, fetched, source
 from bench.real.records import Records
-from bench.real.smollm2 import smollm2, source
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, read_json
 from pruned_vllm.formats.config import read_config
@@ -46,13 +46,13 @@ class Run:
         return ["--data", *(named[part] for part in plan.DATA[variant.data])] if variant.data else []
 
 
-def run_steps(models: dict[str, Variant], work: Path, records: Records, model: Path | None) -> None:
+def run_steps(models: dict[str, Variant], work: Path, records: Records, model: str) -> None:
     """All steps of `plan.planned(models)`. Raises InputError when one fails.
 
     Args:
-        model: directory of the dense model; None is SmolLM2-135M-Instruct.
+        model: the dense model, a name of MODELS or a directory.
     """
-    found = records.step("model", {"model": model and str(model)}, lambda _: _model(model))
+    found = records.step("model", {"model": model}, lambda _: _model(model))
     dense = Path(found["directory"])
     if found["fingerprint"] != str(Fingerprint.from_directory(dense)):
         raise InputError(f"{dense} holds another model than before: choose another --output-dir, or --force model")
@@ -68,8 +68,8 @@ def run_steps(models: dict[str, Variant], work: Path, records: Records, model: P
             _time(steps, variant.name, last)
 
 
-def _model(model: Path | None) -> dict:
-    directory = model or smollm2()
+def _model(model: str) -> dict:
+    directory = fetched(MODELS[model]) if model in MODELS else Path(model)
     where = {"directory": str(directory.resolve()), "source": source(directory)}
     return {**where, "fingerprint": str(Fingerprint.from_directory(directory)), **_sizes(directory)}
 

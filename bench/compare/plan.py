@@ -10,21 +10,21 @@ heads and layers, and because a KV head stays until all its query heads are gone
 
 from dataclasses import dataclass
 
-from bench.real.plan import BATCH, CALIBRATION, DTYPE, EVAL_BLOCKS, OPTIONS
-from bench.real.plan import LEARNING_SECONDS as REAL_SECONDS
+from bench.real.plan import CALIBRATION, DTYPE, EVAL_BLOCKS, PLANS, Learning
 
 BUDGETS = {"20": ("--sparsity", "0.2"), "50": ("--sparsity", "0.5")}
 METHODS = {
-    **OPTIONS,
-    "flap": CALIBRATION,
-    "taylor": CALIBRATION,
-    "depth": CALIBRATION,
-    "random": (),
+    **PLANS["smollm2"].methods,
+    "flap": Learning(CALIBRATION, 30),
+    "taylor": Learning(CALIBRATION, 60),
+    "depth": Learning(CALIBRATION, 30),
+    "random": Learning((), 15),
 }
 READS_NO_TEXT = ("magnitude", "random")
 DATA = {"text": ("text",), "self": ("self",), "mixed": ("text", "self")}
 STUDIED = ("ddp", "20")  # what the study of data and recovery is made on
-TOKENS_A_STEP = 8 * 128  # of BATCH
+BATCH = ("--batch-size", "8", "--micro-batch-size", "8", "--sequence-length", "128")
+TOKENS_A_STEP = 8 * 128
 RECOVERY_TOKENS = {"250k": 250_000, "1000k": 1_000_000}
 RECOVERED_FROM = "ddp-20-mixed"
 PLACE = ("--device", "cpu", "--dtype", DTYPE)
@@ -33,7 +33,6 @@ ANSWERED = ("Name three colors.", "What is the capital of France?", "Write one s
 SPEED_CASES = ("decode:1:32:64", "decode:8:32:64")
 SPEED_REPEATS = 7
 
-LEARNING_SECONDS = REAL_SECONDS | {"flap": 30, "taylor": 60, "depth": 30, "random": 15}
 RECOVERY_SECONDS_A_TOKEN = 5e-3
 SECONDS = {"model": 60, "text": 10, "convert": 10, "know": 90, "speed": 240}
 EVALUATION = {"eval_blocks": EVAL_BLOCKS, "answered": list(ANSWERED)}
@@ -73,14 +72,14 @@ def variants() -> dict[str, Variant]:
 
 
 def _learned(method: str, budget: str, data: str = "text") -> Variant:
-    options = ("--method", method, *BUDGETS[budget], *METHODS[method])
+    options = ("--method", method, *BUDGETS[budget], *METHODS[method].options)
     return Variant(
         name=f"{method}-{budget}" + ("" if data == "text" else f"-{data}"),
         command="learn",
         options=options,
         data="" if method in READS_NO_TEXT else data,
         timed=data == "text",
-        seconds=LEARNING_SECONDS[method],
+        seconds=METHODS[method].seconds,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from learner.data.reading import BlockSampler, read_tokens
+from learner.data.reading import BlockSampler, beginning, blocks_of_text, read_tokens
 from learner.data.self_generated import SOURCE, self_generated_tokens
 from learner.model.dense import DenseModel
 from learner.model.perplexity import EVAL_BLOCK_SIZE
@@ -52,14 +52,16 @@ def training_blocks(
             raise InputError("--data self is text that the dense model writes; say with --teacher which model that is")
         wanted = min(job.self_tokens, consumed // 2 if others else consumed)
         parts.append(self_generated_tokens(dense, max(wanted, sequence_length), job.seed, processes, show))
-    return BlockSampler(_equal_shares(parts, sequence_length), sequence_length, job.seed)
+    first = beginning(tokenizer)
+    ids = _equal_shares(parts, max(1, sequence_length - len(first)))
+    return BlockSampler(ids, sequence_length, job.seed, first)
 
 
-def _equal_shares(parts: list[torch.Tensor], sequence_length: int) -> torch.Tensor:
+def _equal_shares(parts: list[torch.Tensor], block_size: int) -> torch.Tensor:
     """All parts one behind the other, in whole blocks; a shorter one is repeated until it is as long as the longest."""
     if len(parts) == 1:
         return parts[0]
-    lengths = [len(part) // sequence_length * sequence_length for part in parts]
+    lengths = [len(part) // block_size * block_size for part in parts]
     if not all(lengths):
         return torch.cat(parts)  # there is less than a block of one of them
     longest = max(lengths)
@@ -76,13 +78,16 @@ def num_positions(model: PreTrainedModel) -> int | None:
 def evaluation_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Any, show_progress: bool = True
 ) -> torch.Tensor:
-    """Token ids [N] of the --eval-data of `job`, see `training_blocks`; InputError if nothing could be scored."""
+    """Token ids [N] of the --eval-data of `job`, in the blocks that `perplexity` scores; see `training_blocks`.
+
+    Raises InputError if nothing could be scored.
+    """
     if SOURCE in job.eval_data:
         raise InputError("--eval-data self: perplexity is measured on text that others wrote; name files or data sets")
     ids = _read(model, tokenizer, job.eval_data, job, 0, show_progress)
     if len(ids) < EVAL_BLOCK_SIZE:
         raise InputError(f"--eval-data has {len(ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
-    return ids
+    return blocks_of_text(ids, EVAL_BLOCK_SIZE, beginning(tokenizer)).flatten()
 
 
 def _read(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from learner.methods.baselines import check_finite
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
 from learner.model.units import Units
@@ -36,7 +37,9 @@ def learn(task: Task) -> Learned:
             "--head-sparsity, or choose another --method"
         )
     kept = max(1, round(len(layers) * (1 - sparsities.pop())))
-    stays = largest(influence(task)[None], kept)[0].float()
+    scores = influence(task)
+    check_finite(units, {kind: scores[list(indices), None] for kind, indices in units.layers.items()})
+    stays = largest(scores[None], kept)[0].float()
     return Learned(
         {kind: stays[list(units.layers[kind]), None].expand(units.shape(kind)).clone() for kind in units.layers}
     )

@@ -17,6 +17,7 @@ is over the tokens that the router sends to an expert.
 
 import torch
 
+from learner.methods.baselines import check_finite
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
 from learner.model.projection_inputs import input_moments, reading_weight
@@ -24,8 +25,9 @@ from learner.model.projection_inputs import input_moments, reading_weight
 
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1; see learner/methods/method.py."""
-    values = {}
-    for kind, found in scores(task).items():
+    values, by_kind = {}, scores(task)
+    check_finite(task.units, by_kind)
+    for kind, found in by_kind.items():
         kept = task.units.kept(kind, task.target_sparsity[kind])
         values[kind] = largest(found.view(1, -1), kept).view_as(found).float()
     return Learned(values)

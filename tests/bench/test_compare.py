@@ -29,7 +29,7 @@ def commands(tmp_path, monkeypatch):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
     save_file({"model.norm.weight": torch.ones(64)}, model / "model.safetensors")
-    monkeypatch.setattr(pipeline, "smollm2", lambda: model)
+    monkeypatch.setattr(pipeline, "fetched", lambda _: model)
     monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
 
     def run(program, *arguments):
