@@ -5,6 +5,7 @@
 # make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make real    every method on a real pretrained model (SmolLM2-135M): quality, speed; under 90 minutes, can be interrupted
 # make real-gemma3  two methods on Gemma 3 270M in the same way; about 40 minutes
+# make compare   methods, kinds of text and recovery at equal size on SmolLM2-135M; about 8 hours, can be interrupted
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
 # make ablations whether the papers' orderings hold, over three seeds
 # make lint    formatting, static checks, types
@@ -18,7 +19,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # No engine, no training run, no process of several ranks.
 QUICK_TESTS := tests/formats tests/converter tests/bench tests/common/test_environment.py tests/test_documents.py tests/test_house.py
 
-.PHONY: setup demo test test-slow check real real-gemma3 methods ablations lint lm-eval clean
+.PHONY: setup demo test test-slow check real real-gemma3 compare methods ablations lint lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +55,11 @@ real-gemma3: setup
 	$(BIN)/python -m bench.real --model gemma3 --output-dir real-gemma3
 	mkdir -p bench/results/real_gemma3
 	cp $(addprefix real-gemma3/,real.json real.png report.md report.html) bench/results/real_gemma3/
+
+compare: setup
+	$(BIN)/python -m bench.compare --output-dir compare
+	mkdir -p bench/results/compare
+	cp compare/compare.json compare/compare.png bench/results/compare/
 
 methods: setup
 	$(BIN)/python -m bench.methods table --output-dir bench/results/methods

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from learner.job import METHODS, QUERY_HEADS, Job
+from learner.job import AGREEMENT_PROMPTS, METHODS, QUERY_HEADS, SELF_TOKENS, Job
 from learner.targets import number_of_bytes, number_of_parameters, speedup
 from pruned_vllm.common.arguments import (
     fraction,
@@ -133,8 +133,17 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
         default=[],
         required=needs_data,
         metavar="SOURCE",
-        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, or data sets of the Hugging Face hub as "
-        "owner/name or owner/name:configuration, which are streamed",
+        help="what to learn from: UTF-8 text files, *.jsonl, *.parquet, data sets of the Hugging Face hub as "
+        "owner/name or owner/name:configuration, which are streamed, or self: text that the dense model writes now, in "
+        "a chat if it has a template for one; beside other sources it is half of the text",
+    )
+    parser.add_argument(
+        "--self-tokens",
+        type=positive_int,
+        default=SELF_TOKENS,
+        metavar="N",
+        help="tokens that the dense model writes for --data self, or fewer if the run reads fewer; they are kept in "
+        f"the cache; default: {SELF_TOKENS}",
     )
     parser.add_argument(
         "--eval-data",
@@ -142,6 +151,14 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
         default=[],
         metavar="SOURCE",
         help="text on which perplexity is measured, before and after, in blocks of 128 tokens; sources as for --data",
+    )
+    parser.add_argument(
+        "--agreement-prompts",
+        type=non_negative_int,
+        default=AGREEMENT_PROMPTS,
+        metavar="N",
+        help=f"prompts, of {AGREEMENT_PROMPTS}, on whose answers agreement with the dense model is measured; 0 "
+        f"measures none; default: {AGREEMENT_PROMPTS}",
     )
     parser.add_argument(
         "--text-column",

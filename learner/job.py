@@ -21,6 +21,8 @@ LORA_TARGETS = ("all", "query-value")
 RESOURCES = ("kind", "model")
 COST_MEASURES = ("parameters", "bytes", "speedup")
 ERROR_ACCUMULATIONS = ("expectation", "none")
+SELF_TOKENS = 2**17
+AGREEMENT_PROMPTS = 50
 SEQUENCE_LENGTH_HELP = "tokens in a sequence; the default is less for models with fewer positions"
 
 
@@ -255,6 +257,19 @@ METHODS = {
         takes_several_targets=False,
     ),
     "wanda": Method("learner.methods.wanda", WandaSettings, "keeps units whose weights and activations are large"),
+    "flap": Method("learner.methods.flap", CalibrationSettings, "keeps units that vary much, FLAP, arXiv 2312.11983"),
+    "taylor": Method(
+        "learner.methods.taylor",
+        CalibrationSettings,
+        "keeps units that the loss depends on, as LLM-Pruner, arXiv 2305.11627",
+        takes_remote_code=False,
+    ),
+    "depth": Method(
+        "learner.methods.depth",
+        CalibrationSettings,
+        "removes whole layers, those that change their input least, as ShortGPT, arXiv 2403.03853",
+        takes_remote_code=False,
+    ),
     "reap": Method(
         "learner.methods.reap",
         ReapSettings,
@@ -286,7 +301,11 @@ class Job:
         at: the case of the ideal speedup, see `pruned_vllm.formats.ideal.Case`.
         query_heads: "independent" or "tied": whether the query heads of a KV head go one by one, or all together with
             their KV head; None is the method's default. The same in multi-head attention.
-        data, eval_data: what to learn from, and what to measure perplexity on; see learner/data/reading.py.
+        data, eval_data: what to learn from, and what to measure perplexity on; see learner/data/reading.py. "self" in
+            `data` is text of the model's own, see learner/data/self_generated.py.
+        self_tokens: of that text at most; a run that reads more reads them again.
+        agreement_prompts: on how many prompts agreement with the dense model is measured, see
+            learner/model/agreement.py; 0 measures none.
         text_column, split: where data sets have their text.
         device: torch device; "auto" is a GPU if there is one.
         dtype: of the weights while learning ("auto": as stored); masks are float32.
@@ -307,6 +326,8 @@ class Job:
     query_heads: str | None = None
     data: list[str] = field(default_factory=list)
     eval_data: list[str] = field(default_factory=list)
+    self_tokens: int = SELF_TOKENS
+    agreement_prompts: int = AGREEMENT_PROMPTS
     text_column: str = "text"
     split: str = "train"
     device: str = "auto"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
+from learner.model.agreement import Reference
 from learner.model.budget import make_budgets
 from learner.model.dense import DenseModel, load_dense, on_device
 from learner.model.masking import apply_masks, restrict_routers
@@ -54,8 +55,8 @@ def learn(
 
     Results: learning_seconds (of this process, so without those before an interruption), head_sparsity,
     channel_sparsity and expert_sparsity (shares of the units that masks were learned for), parameters, bytes,
-    ideal_speedup and padded_ideal_speedup (see learner/outcome.py), and with eval_data dense_perplexity and
-    masked_perplexity.
+    ideal_speedup and padded_ideal_speedup (see learner/outcome.py), with eval_data dense_perplexity and
+    masked_perplexity, and agreement with the dense model (see learner/model/agreement.py).
 
     An interrupted run leaves its state in `<out>.unfinished`. In several processes (accelerate) all must call this;
     the first writes.
@@ -87,7 +88,8 @@ def learn(
             find_companions(dense.directory)  # what cannot be copied is refused now
             check_can_be_saved(model, job.model)
         if method.reads_text:
-            blocks = training_blocks(model, tokenizer, job, settings.sequence_length, settings.sequences, show)
+            length, sequences = settings.sequence_length, settings.sequences
+            blocks = training_blocks(model, tokenizer, job, length, sequences, dense, accelerator)
             inputs["text of --data, or the tokenizer"] = blocks.digest()
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
@@ -103,6 +105,7 @@ def learn(
             journal = Journal(unfinished, tensorboard, show)
             if job.eval_data:
                 common["dense_perplexity"] = perplexity(model, eval_ids, title="dense perplexity", show_progress=show)
+            reference = Reference.of(dense, job.agreement_prompts, accelerator.print, show)
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, budgets, job.settings, job.seed, blocks, journal, accelerator)
@@ -115,13 +118,15 @@ def learn(
             left = left_by(dense.geometry, masks, method.drops_experts)
             outcome = Outcome(budget, dense.geometry, left, values, job.at, element_bytes)
             results = common | outcome.results()
-            if job.eval_data:
-                on_model = {name: mask.to(model.device) for name, mask in masks.items()}
-                routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
-                with apply_masks(model, on_model, learned.channel_mask_site), routers:
+            on_model = {name: mask.to(model.device) for name, mask in masks.items()}
+            routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
+            with apply_masks(model, on_model, learned.channel_mask_site), routers:
+                if job.eval_data:
                     results["masked_perplexity"] = perplexity(
                         model, eval_ids, title="masked perplexity", show_progress=show
                     )
+                if reference is not None:
+                    results |= reference.agreement(model)
             found.append((outcome, masks, results))
         with together(accelerator):
             if accelerator.is_main_process:

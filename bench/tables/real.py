@@ -118,8 +118,8 @@ def answers(measured: Mapping) -> str:
     shown = ["dense"]
     for share, found in measured["speed"].items():
         shown += [found["pruned"], f"recovered-{share}"]
-    header = ("", *(_cell(turn["prompt"]) for turn in models["dense"]["chat"]))
-    rows = [(title(name, models), *(_cell(turn["answer"]) for turn in models[name]["chat"])) for name in shown]
+    header = ("", *(cell(turn["prompt"]) for turn in models["dense"]["chat"]))
+    rows = [(title(name, models), *(cell(turn["answer"]) for turn in models[name]["chat"])) for name in shown]
     return markdown_table(header, rows)
 
 
@@ -145,7 +145,7 @@ def _minutes(learning: Mapping) -> str:
     return f"{seconds / 60:.0f}" if seconds >= 60 else "below 1"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """On one line, and without what ends a cell or is Markdown."""
     for character, escaped in {"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "`": "\\`", "_": "\\_"}.items():
         text = text.replace(character, escaped)

@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.data.reading import BlockSampler, beginning, blocks_of_text, read_tokens
+from learner.data.self_generated import SOURCE, self_generated_tokens
+from learner.model.dense import DenseModel
 from learner.model.perplexity import EVAL_BLOCK_SIZE
 from pruned_vllm.common.errors import InputError
 
@@ -18,25 +20,54 @@ def training_blocks(
     job: Any,
     sequence_length: int,
     sequences: int,
-    show_progress: bool = True,
+    dense: DenseModel | None,
+    processes: Any,
 ) -> BlockSampler:
     """What `job` learns from: blocks from all over its --data, where there is more of it than is consumed.
 
+    Of "self" among other sources come as many blocks as of all others together.
+
     Args:
-        job: has model, data, text_column, split and seed.
+        job: has model, data, self_tokens, text_column, split and seed.
         sequences: that the run takes.
+        dense: writes the text of "self".
+        processes: an Accelerator or PartialState; the first shows progress.
 
     Raises:
-        InputError: the text cannot be read or is too short, or the model cannot read it.
+        InputError: the text cannot be read or is too short, the model cannot read it, or nothing can write "self".
     """
-    positions = num_positions(model)
+    positions, show = num_positions(model), processes.is_main_process
     if positions and sequence_length > positions:  # most models would go on, but their outputs would mean nothing
         raise InputError(
             f"--sequence-length {sequence_length} is more than the {positions} positions that {job.model} was made for "
             f"(max_position_embeddings in its config.json); use --sequence-length {positions} or less"
         )
-    ids = _read(model, tokenizer, job.data, job, sequences * sequence_length, show_progress)
-    return BlockSampler(ids, sequence_length, job.seed, beginning(tokenizer))
+    consumed = sequences * sequence_length
+    others = [source for source in job.data if source != SOURCE]
+    parts = []
+    if others:
+        parts.append(_read(model, tokenizer, others, job, consumed, show))
+    if SOURCE in job.data:
+        if dense is None:
+            raise InputError("--data self is text that the dense model writes; say with --teacher which model that is")
+        wanted = min(job.self_tokens, consumed // 2 if others else consumed)
+        parts.append(self_generated_tokens(dense, max(wanted, sequence_length), job.seed, processes, show))
+    first = beginning(tokenizer)
+    ids = _equal_shares(parts, max(1, sequence_length - len(first)))
+    return BlockSampler(ids, sequence_length, job.seed, first)
+
+
+def _equal_shares(parts: list[torch.Tensor], block_size: int) -> torch.Tensor:
+    """All parts one behind the other, in whole blocks; a shorter one is repeated until it is as long as the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [len(part) // block_size * block_size for part in parts]
+    if not all(lengths):
+        return torch.cat(parts)  # there is less than a block of one of them
+    longest = max(lengths)
+    return torch.cat(
+        [part[:length].repeat(-(-longest // length))[:longest] for part, length in zip(parts, lengths, strict=True)]
+    )
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
@@ -51,6 +82,8 @@ def evaluation_tokens(
 
     Raises InputError if nothing could be scored.
     """
+    if SOURCE in job.eval_data:
+        raise InputError("--eval-data self: perplexity is measured on text that others wrote; name files or data sets")
     ids = _read(model, tokenizer, job.eval_data, job, 0, show_progress)
     if len(ids) < EVAL_BLOCK_SIZE:
         raise InputError(f"--eval-data has {len(ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")

@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--teacher",
         metavar="MODEL",
-        help="dense model whose predictions the pruned one learns: directory or Hugging Face id; default: none, learn "
-        "from the text alone",
+        help="dense model whose predictions the pruned one learns, that writes the text of --data self, and that "
+        "agreement is measured with: directory or Hugging Face id; default: none, learn from the text alone",
     )
     add(
         "--kd-weight",
@@ -50,7 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         help="rank of LoRA; 0 trains all weights instead; default: 16",
     )
     add("--steps", type=positive_int, default=300, metavar="N", help="optimizer steps; default: 300")
-    add("--batch-size", type=positive_int, default=16, metavar="N", help="sequences in a step; default: 16")
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="sequences in a step, on all devices together; default: 16",
+    )
     add(
         "--micro-batch-size",
         type=positive_int,
@@ -95,11 +101,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finetune(arguments: dict) -> None:
+    from accelerate import PartialState
+
     from learner.finetune.finetune import FinetuneJob, finetune  # late: --help should not wait for torch
 
     out, overwrite, resume = (arguments.pop(name) for name in ("out", "overwrite", "resume"))
     arguments["micro_batch_size"] = arguments["micro_batch_size"] or arguments["batch_size"]
     results = finetune(FinetuneJob(**arguments), out, overwrite=overwrite, resume=resume)
+    if not PartialState().is_main_process:
+        return
     for name, value in results.items():
         print(f"{name.replace('_', ' '):>20}: {value:.4g}")
     print(f"Wrote {out}. Serve it: vllm serve {shlex.quote(str(out))}")

@@ -7,6 +7,10 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
 - LoRA sits on every projection: attention, MLPs, experts. It is merged in the end, so `recovered/` has the same tensors
   as `out/` and is served in the same way. Rank 0 trains all weights. Routers are never trained, because the experts
   that are left depend on their choices.
+- Logits are made in pieces (learner/finetune/distillation.py). Blocks of text are full: documents follow each other,
+  with an end token between them, and nothing is padded.
+- Several processes (`torchrun --nproc_per_node 2 -m learner.finetune.cli ...`) hold the whole model each, share each
+  batch and take the same steps as one process, so a run may be resumed by another number of them.
 - All weights are trained in float32, unless told otherwise: steps of fine-tuning are too small for bfloat16. They are
   saved in the dtype of `out/`.
 - config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
@@ -24,16 +28,18 @@ import torch
 import transformers
 from accelerate import PartialState
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
+from learner.finetune.distillation import Distillation
 from learner.finetune.model import cast, load, load_teacher, trainable
-from learner.job import with_sequence_length
+from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS, with_sequence_length
+from learner.model.agreement import Reference
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
+from learner.run.processes import together
 from learner.run.resume import unfinished, unfinished_run
-from learner.run.training import cross_entropy, divergence
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, write_json
@@ -56,24 +62,31 @@ class FinetuneJob:
     Attributes:
         model: directory of the converted model.
         data, eval_data: what to learn from, and what to measure perplexity on before and after; see
-            learner/data/reading.py.
+            learner/data/reading.py. "self" in `data` is text that the teacher writes, see
+            learner/data/self_generated.py.
+        self_tokens: of that text at most; a run that reads more reads them again.
+        agreement_prompts: on how many prompts agreement with the teacher is measured, before and after, see
+            learner/model/agreement.py; 0 measures none.
         text_column, split: where data sets have their text.
         teacher: dense model (directory or hub id) to be distilled from; None learns from the text alone.
         kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
         steps: optimizer steps.
-        batch_size, micro_batch_size: sequences in a step and in a forward pass.
+        batch_size, micro_batch_size: sequences in a step of all processes together, and in a forward pass of one.
         sequence_length: tokens in a sequence; None is 2048, or the model's positions if they are fewer.
         learning_rate: at its peak; None is 2e-4 for LoRA and 2e-5 for all weights.
         lora_rank: 0 trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
         device: "auto" is the first GPU if there is one, else "cpu".
-        dtype: of the weights while training; "auto" is as stored for LoRA, float32 for all weights.
+        dtype: of the weights while training, the teacher's too; "auto" is as stored, but float32 for all weights that
+            are trained.
         seed: of data order and LoRA's initialization.
     """
 
     model: str
     data: list[str]
     eval_data: list[str] = field(default_factory=list)
+    self_tokens: int = SELF_TOKENS
+    agreement_prompts: int = AGREEMENT_PROMPTS
     text_column: str = "text"
     split: str = "train"
     teacher: str | None = None
@@ -94,8 +107,9 @@ class FinetuneJob:
 def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
     """Writes the trained model to the directory `out`; returns the results.
 
-    Results: training_seconds (of this process), loss (mean of the last steps), and with eval_data perplexity_before and
-    perplexity_after, the latter of the weights that are saved.
+    Results: training_seconds (of this process), loss (mean of the last steps), with eval_data perplexity_before and
+    perplexity_after, and with a teacher agreement with it before and after (see learner/model/agreement.py). What is
+    measured after is of the weights that are saved. In several processes all must call this; the first writes.
 
     Args:
         overwrite: replace what this function wrote in `out`, and forget an interrupted run.
@@ -105,30 +119,45 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
             an interrupted run of another job does.
     """
-    prepare_output(out, writer=WRITER, overwrite=overwrite)
     source = Path(job.model)
     _check(job, source)
     arguments = _training_arguments(job, unfinished(out))
-    inputs, results = {"model": str(Fingerprint.from_directory(source))}, {}
-    model, tokenizer = load(source)
-    check_can_be_saved(model, job.model)
-    stored_dtype = model.dtype
-    model.to(arguments.device)
-    job = with_sequence_length(job, num_positions(model))
-    assert job.sequence_length is not None, "with_sequence_length has filled it in"
-    blocks = training_blocks(model, tokenizer, job, job.sequence_length, job.steps * job.batch_size)
-    inputs["text of --data, or the tokenizer"] = blocks.digest()
-    if job.eval_data:
-        eval_ids = evaluation_tokens(model, tokenizer, job)
-    teacher = None
-    if job.teacher:
-        teacher = load_teacher(job.teacher, model, arguments.device)
-        inputs["teacher"] = str(teacher.fingerprint)
-
-    run = unfinished_run(out, job, inputs, _last_checkpoint, PartialState(), resume=resume, overwrite=overwrite)
-    with run as directory:
+    processes, inputs, results = PartialState(), {}, {}
+    show, teacher, reference = processes.is_main_process, None, None
+    with together(processes):
+        if show:
+            prepare_output(out, writer=WRITER, overwrite=overwrite)
+        inputs["model"] = str(Fingerprint.from_directory(source))
+        model, tokenizer = load(source)
+        check_can_be_saved(model, job.model)
+        stored_dtype = model.dtype
+        model.to(arguments.device)
+        job = with_sequence_length(job, num_positions(model))
+        if job.teacher:
+            teacher = load_teacher(job.teacher, model, arguments.device, job.dtype)
+            inputs["teacher"] = str(teacher.fingerprint)
+        assert job.sequence_length is not None, "with_sequence_length has filled it in"
+        sequences = job.steps * job.batch_size
+        blocks = training_blocks(model, tokenizer, job, job.sequence_length, sequences, teacher, processes)
+        inputs["text of --data, or the tokenizer"] = blocks.digest()
         if job.eval_data:
-            results["perplexity_before"] = perplexity(model, eval_ids, title="perplexity before", show_progress=True)
+            eval_ids = evaluation_tokens(model, tokenizer, job, show)
+        if teacher is not None:
+            reference = Reference.of(teacher, job.agreement_prompts, processes.print, show)
+
+    run = unfinished_run(out, job, inputs, _last_checkpoint, processes, resume=resume, overwrite=overwrite)
+    with run as directory:
+
+        def measure(when: str) -> None:
+            if job.eval_data:
+                title = f"perplexity {when}"
+                results[f"perplexity_{when}"] = perplexity(model, eval_ids, title=title, show_progress=show)
+            if reference is not None:
+                found = reference.agreement(model)
+                results.update({f"{name}_{when}": found[name] for name in ("agreement_kl", "agreement_tokens")})
+                results["answer_tokens"] = found["answer_tokens"]
+
+        measure("before")
         checkpoint = _last_checkpoint(directory)
         if checkpoint is not None and not job.lora_rank:
             # The Trainer itself cannot load it: names of experts in files differ from those in memory.
@@ -138,7 +167,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         if dtype != "auto":
             cast(model, getattr(torch, dtype))
         torch.manual_seed(job.seed)  # before LoRA is initialized
-        trainer = _Distillation(
+        trainer = Distillation(
             model=trainable(model, job.lora_rank),
             args=arguments,
             train_dataset=[{"input_ids": block} for block in blocks.next_batch(job.steps * job.batch_size)],
@@ -152,11 +181,12 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
 
         model = trainer.model.merge_and_unload(progressbar=True) if job.lora_rank else trainer.model
         cast(model.eval(), stored_dtype)
-        if job.eval_data:
-            results["perplexity_after"] = perplexity(model, eval_ids, title="perplexity after", show_progress=True)
-        with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:
-            _write(model, source, written, job, results)
-            write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
+        measure("after")
+        with together(processes):
+            if show:
+                with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:
+                    _write(model, source, written, job, results)
+                    write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results
 
 
@@ -166,31 +196,6 @@ def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, re
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8") + _card_section(job, results)
         (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-class _Distillation(Trainer):
-    """CE, and with a teacher CE + kd_weight * KL(teacher || model), of token ids "input_ids"."""
-
-    loss_is_scaled_for_ga = False  # the loss is the mean over a micro batch
-
-    def __init__(self, *, teacher: nn.Module | None, kd_weight: float, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self._teacher, self._kd_weight = teacher, kd_weight
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
-        tokens = inputs["input_ids"]
-        logits = model(input_ids=tokens).logits
-        loss = cross_entropy(logits, tokens)
-        if self._teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self._teacher(input_ids=tokens).logits
-            loss = loss + self._kd_weight * divergence(teacher_logits, logits)
-        if not loss.isfinite():
-            raise InputError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower --learning-rate, use --dtype "
-                "bfloat16 or float32, or a --sequence-length of at least 2"
-            )
-        return loss
 
 
 def _check(job: FinetuneJob, source: Path) -> None:
@@ -207,12 +212,18 @@ def _check(job: FinetuneJob, source: Path) -> None:
             "cannot be trained; vLLM serves it"
         )
     find_companions(source)  # what cannot be copied is refused now
-    if job.batch_size % job.micro_batch_size:
+    number, micro = _processes_and_micro_batch(job)
+    if job.batch_size % (number * micro):
+        of_processes = f" times the {number} processes" if number > 1 else ""
         raise InputError(
-            f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {job.micro_batch_size}; choose one"
+            f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {micro}{of_processes}; choose one"
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("finetune-pruned runs in one process; start it without accelerate launch or torchrun")
+
+
+def _processes_and_micro_batch(job: FinetuneJob) -> tuple[int, int]:
+    """How many processes share a batch, and how many sequences go through the model of one at once."""
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    return number, min(job.micro_batch_size, max(1, job.batch_size // number))
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
@@ -221,11 +232,13 @@ def _last_checkpoint(directory: Path) -> Path | None:
 
 
 def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
+    number, micro = _processes_and_micro_batch(job)
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=1,  # the data set is as long as the run
-        per_device_train_batch_size=job.micro_batch_size,
-        gradient_accumulation_steps=job.batch_size // job.micro_batch_size,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=job.batch_size // (micro * number),
+        ddp_find_unused_parameters=True,  # an expert that no token of a process is sent to
         train_sampling_strategy="sequential",  # BlockSampler has shuffled the blocks
         learning_rate=job.learning_rate or (2e-4 if job.lora_rank else 2e-5),
         lr_scheduler_type="cosine",
@@ -261,5 +274,12 @@ def _card_section(job: FinetuneJob, results: dict[str, float]) -> str:
         lines.append(
             f"Perplexity in blocks of {EVAL_BLOCK_SIZE} tokens: {results['perplexity_before']:.4g} before, "
             f"{results['perplexity_after']:.4g} after."
+        )
+    if "agreement_kl_after" in results:
+        lines.append(
+            f"KL to the dense model's answers to {job.agreement_prompts} prompts: "
+            f"{results['agreement_kl_before']:.3f} before, {results['agreement_kl_after']:.3f} after; tokens until "
+            f"they differ: {results['agreement_tokens_before']:.1f} before, {results['agreement_tokens_after']:.1f} "
+            f"after, of {results['answer_tokens']:.1f}."
         )
     return "\n".join(["", *lines, ""])

@@ -50,9 +50,9 @@ def load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(name: str, pupil: PreTrainedModel, device: torch.device) -> DenseModel:
-    """The dense model `name` (directory or hub id) on `device`."""
-    teacher = load_dense(Job(model=name, method="magnitude"), device)  # the method is not used
+def load_teacher(name: str, pupil: PreTrainedModel, device: torch.device, dtype: str) -> DenseModel:
+    """The dense model `name` (directory or hub id) on `device`, in `dtype` ("auto": as it is stored)."""
+    teacher = load_dense(Job(model=name, method="magnitude", dtype=dtype), device)  # the method is not used
     if teacher.model.config.vocab_size != pupil.config.vocab_size:
         raise InputError(
             f"the teacher {name} has {teacher.model.config.vocab_size} tokens, the pruned model "

@@ -3,6 +3,7 @@
 Where the budget is a cost, it is the same share of every kind, too: scores of heads and of channels do not compare.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -18,39 +19,47 @@ from pruned_vllm.common.progress import progress_bar
 
 
 def magnitude(task: Task) -> Learned:
-    """Keeps the units with the largest L2 norm over all weights that would go with them.
+    """Keeps the units with the largest L2 norm over all weights that would go with them."""
+    scores = sums_over_weights(task, torch.square, "magnitude")
+    return Learned(keep_largest_in_each_layer(task, scores))
+
+
+def sums_over_weights(
+    task: Task, importance: Callable[[torch.Tensor], torch.Tensor], title: str
+) -> dict[str, torch.Tensor]:
+    """By kind float32 [layers, units] on the CPU: the sum of `importance`, which is given weights and says how much
+    each number counts, over all weights that would go with a unit.
 
     Query heads of a KV head that are not tied share its weights, so these favour none of them.
     """
     units, layers = task.units, task.model.model.layers
 
-    def squares(count: int, *weights: torch.Tensor) -> torch.Tensor:
-        """[count], of all `weights` [count * rows, columns] together."""
-        return reduce(torch.add, (weight.detach().float().square().reshape(count, -1).sum(1) for weight in weights))
+    def sums(count: int, *weights: torch.Tensor) -> torch.Tensor:
+        """[count], over all `weights` [count * rows, columns] together."""
+        return reduce(torch.add, (importance(weight.detach().float()).reshape(count, -1).sum(1) for weight in weights))
 
     def score_heads(layer: Any) -> torch.Tensor:
         attention = layer.self_attn
         query, key, value = query_key_value_weights(attention)
-        query_heads = squares(units.widths["head"], query, attention.o_proj.weight.T)
+        query_heads = sums(units.widths["head"], query, attention.o_proj.weight.T)
         key_value_heads = attention.config.num_key_value_heads
-        shared = squares(key_value_heads, key, value)
+        shared = sums(key_value_heads, key, value)
         return query_heads + shared.repeat_interleave(len(query_heads) // key_value_heads)
 
     def score_channels(layer: Any) -> torch.Tensor:
         mlp = layer.mlp
-        return squares(units.widths["channel"], *gate_up_weights(mlp), mlp.down_proj.weight.T)
+        return sums(units.widths["channel"], *gate_up_weights(mlp), mlp.down_proj.weight.T)
 
     def score_experts(layer: Any) -> torch.Tensor:
-        return torch.cat([squares(len(gate), gate, up, down.T) for gate, up, down in expert_weights(layer.mlp.experts)])
+        return torch.cat([sums(len(gate), gate, up, down.T) for gate, up, down in expert_weights(layer.mlp.experts)])
 
     score = {"head": score_heads, "channel": score_channels, "expert": score_experts}
     scored: dict[str, list[torch.Tensor]] = {kind: [] for kind in units.layers}
     places = [(kind, index) for kind, indices in units.layers.items() for index in indices]
     show = task.accelerator.is_main_process
-    for kind, index in progress_bar(places, desc="magnitude", unit="layer", disable=not show):
+    for kind, index in progress_bar(places, desc=title, unit="layer", disable=not show):
         scored[kind].append(score[kind](layers[index]))
-    stacked = {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
-    return keep_largest_in_each_layer(task, stacked)
+    return {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
 
 
 def random(task: Task) -> Learned:
@@ -67,9 +76,22 @@ def keep_largest_in_each_layer(task: Task, scores: Values) -> Learned:
     """
     check_finite(task.units, scores)
     order = {kind: _places_from_below(of_kind) for kind, of_kind in scores.items()}
+    return keep_largest(task, order, by="layer" if isinstance(task.budget, UnitBudget) else "global")
+
+
+def keep_largest(task: Task, scores: Values, by: str = "global") -> Learned:
+    """Masks for each budget: 1 for the units of the largest scores [layers, units], 0 for the others.
+
+    Args:
+        by: what meets the budget by itself, one of BUDGETS.
+
+    Raises:
+        InputError: `check_finite` refuses the scores.
+    """
+    check_finite(task.units, scores)
     within, found = None, []
     for budget in task.budgets:
-        within = budget.support(order, by="layer" if isinstance(budget, UnitBudget) else "global", within=within)
+        within = budget.support(scores, by=by, within=within)
         found.append({kind: kept.float() for kind, kept in within.items()})
     return Learned.of_budgets(found)
 

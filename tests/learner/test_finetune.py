@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
-from learner.finetune.finetune import FinetuneJob, _Distillation, finetune
+from learner.finetune.distillation import Distillation
+from learner.finetune.finetune import FinetuneJob, finetune
 from learner.model.perplexity import perplexity
 from learner.run.training import divergence
 from pruned_vllm.common.manifest import written_by
@@ -66,7 +67,7 @@ def make(tmp_path: Path, name: str) -> tuple[Path, Path]:
 
 def job(out: Path, text: Path, rank: int, **options) -> FinetuneJob:
     small = {"steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "learning_rate": 5e-3}
-    small |= {"lora_rank": rank, "device": "cpu"}
+    small |= {"lora_rank": rank, "device": "cpu", "agreement_prompts": 0}
     return FinetuneJob(model=str(out), data=[str(text)], **small | options)
 
 
@@ -78,7 +79,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 def interrupted(monkeypatch):
     """Raises KeyboardInterrupt in the middle of step 7, after a checkpoint at 5; undone when called."""
     monkeypatch.setattr("learner.finetune.finetune.SAVE_EVERY", 5)
-    compute_loss, calls = _Distillation.compute_loss, []
+    compute_loss, calls = Distillation.compute_loss, []
 
     def stop(self, *args, **kwargs):
         calls.append(1)
@@ -86,8 +87,8 @@ def interrupted(monkeypatch):
             raise KeyboardInterrupt
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(_Distillation, "compute_loss", stop)
-    return lambda: monkeypatch.setattr(_Distillation, "compute_loss", compute_loss)
+    monkeypatch.setattr(Distillation, "compute_loss", stop)
+    return lambda: monkeypatch.setattr(Distillation, "compute_loss", compute_loss)
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -122,7 +123,7 @@ def is_untrained(key: str, rank: int) -> bool:
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "qwen3_moe, stock"])
 def test_recovered_is_the_trained_model(tmp_path, name, rank, monkeypatch):
     out, text = make(tmp_path, name)
-    tokens, trained, train = torch.tensor(prompts()[-1:]), [], _Distillation.train
+    tokens, trained, train = torch.tensor(prompts()[-1:]), [], Distillation.train
 
     def remember(self, *args, **kwargs):
         output = train(self, *args, **kwargs)
@@ -130,7 +131,7 @@ def test_recovered_is_the_trained_model(tmp_path, name, rank, monkeypatch):
             trained.append(self.model.eval()(input_ids=tokens).logits)
         return output
 
-    monkeypatch.setattr(_Distillation, "train", remember)
+    monkeypatch.setattr(Distillation, "train", remember)
     results = finetune(job(out, text, rank, eval_data=[str(text)]), tmp_path / "recovered")
     recovered = load_pruned(tmp_path / "recovered")
     with torch.no_grad():
@@ -231,7 +232,7 @@ def test_interrupted_command(tmp_path, interrupted, capsys, monkeypatch):
     assert "seed: 42, now 7" in capsys.readouterr().err
     (unfinished / "checkpoint-5" / "trainer_state.json").unlink()  # as if it had ended while that was written
     assert finetune_cli.main([*arguments, "--resume"]) == 0 and not unfinished.exists()
-    monkeypatch.setattr(_Distillation, "compute_loss", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(Distillation, "compute_loss", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         finetune_cli.main([*arguments, "--overwrite"])
     assert not unfinished.exists(), "what cannot be resumed is left behind"

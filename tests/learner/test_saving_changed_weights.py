@@ -30,7 +30,7 @@ def test_what_cannot_be_saved_is_refused_before_the_training(word_model, tmp_pat
         raise ValueError("its config is not to Transformers' liking")
 
     monkeypatch.setattr(PreTrainedConfig, "save_pretrained", refuse)
-    monkeypatch.setattr("learner.finetune.finetune._Distillation.train", never)
+    monkeypatch.setattr("learner.finetune.distillation.Distillation.train", never)
     monkeypatch.setattr(tyr, "learn", never)
     text, recovered = word_model / "text.txt", tmp_path / "recovered"
     for rank in ("16", "0"):

@@ -12,7 +12,7 @@ from helpers.tiny import byte_tokenizer, converted, masks_for, tiny_model
 from safetensors.torch import load_file, save_file
 
 from learner.finetune import cli as finetune_cli
-from learner.finetune.finetune import _Distillation
+from learner.finetune.distillation import Distillation
 from learner.run import training
 
 OLD, NEW = "1" * 40, "2" * 40
@@ -209,16 +209,16 @@ def test_fine_tuning_is_not_resumed_on_something_else(tmp_path, monkeypatch, cap
     arguments += ["--steps", 3, "--batch-size", 2, "--sequence-length", 32, "--device", "cpu"]
     arguments = [str(argument) for argument in arguments]
     monkeypatch.setattr("learner.finetune.finetune.SAVE_EVERY", 1)
-    compute_loss = _Distillation.compute_loss
+    compute_loss = Distillation.compute_loss
 
     def stop(self, *args, **kwargs):
         if self.state.global_step == 2:
             raise KeyboardInterrupt
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(_Distillation, "compute_loss", stop)
+    monkeypatch.setattr(Distillation, "compute_loss", stop)
     assert finetune_cli.main(arguments) == 130
-    monkeypatch.setattr(_Distillation, "compute_loss", compute_loss)
+    monkeypatch.setattr(Distillation, "compute_loss", compute_loss)
     change(tmp_path / place)
     assert finetune_cli.main([*arguments, "--resume"]) == 2
     assert message in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Methods, kinds of text and recovery compared at equal size on a real pretrained model."""

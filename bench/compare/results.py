@@ -1,0 +1,92 @@
+"""compare.json, compare.md and the picture of `make compare`."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.compare.plan import Variant
+from bench.real.records import LIBRARIES, Records
+from bench.tables.compare import decode_seconds, front, summary, title
+from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
+from pruned_vllm.common.files import write_json
+
+SIZES = ("parameters", "bytes")
+
+
+def collect(records: Records, models: Mapping[str, Variant], work: Path, command: str) -> dict:
+    """What compare.json holds of the steps that are done; `work` is where the run lies."""
+    results = {name: dict(record["result"]) for name, record in records.done.items()}
+    dense = {key: results["model"][key] for key in SIZES} | results["know-dense"]
+    found = {"dense": dense} | {name: _of_variant(results, variant) for name, variant in models.items()}
+    measured = {
+        "command": command,
+        "versions": library_versions(LIBRARIES),
+        "hardware": {"cpu": cpu_name(), "cpu_features": cpu_features()},
+        "model": results["model"],
+        "models": found,
+        "steps": {
+            name: {key: record[key] for key in ("seconds", "machine", "settings") if key in record}
+            for name, record in records.done.items()
+        },
+    }
+    return _without_paths(measured, {results["model"]["directory"]: "dense", str(work.resolve()): "compare"})
+
+
+def _of_variant(results: Mapping, variant: Variant) -> dict:
+    name, made = variant.name, dict(results[f"{variant.command}-{variant.name}"])
+    sizes = made if variant.command == "recover" else results[f"convert-{name}"]
+    about = {"command": made.pop("command"), "data": variant.data, "from": variant.source}
+    about |= {key: sizes[key] for key in SIZES} | results[f"know-{name}"]
+    about["seconds"] = made.get("learning_seconds", made.get("training_seconds"))
+    if variant.timed:
+        about["speed"] = results[f"speed-{name}"]["cases"]
+    return about
+
+
+def _without_paths(value: Any, names: Mapping[str, str]) -> Any:
+    """`value` with every path of this machine replaced by its name."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner, names) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(inner, names) for inner in value]
+    if isinstance(value, str):
+        for path, name in names.items():
+            value = re.sub(rf"{re.escape(path)}(?=[/\s'\"]|$)", name, value)
+    return value
+
+
+def write(results: Mapping, directory: Path) -> None:
+    """Writes compare.json, compare.md and compare.png."""
+    write_json(directory / "compare.json", results)
+    (directory / "compare.md").write_text(summary(results) + "\n", encoding="utf-8")
+    draw(results, directory / "compare.png")
+
+
+def draw(results: Mapping, path: Path) -> None:
+    """Perplexity against the measured time of a decoding step, one panel for each case, with the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = results["models"]
+    timed = [name for name in models if "speed" in models[name]]
+    cases = [case["name"] for case in models[timed[0]]["speed"]] if timed else []
+    figure, panels = pyplot.subplots(
+        1, max(1, len(cases)), figsize=(6 * max(1, len(cases)), 5), squeeze=False, layout="constrained"
+    )
+    for panel, case in zip(panels[0], cases, strict=False):
+        places = {name: (1000 * seconds, models[name]["perplexity"]) for name, seconds in decode_seconds(models, case)}
+        best = front(places)
+        panel.plot(*zip(*(places[name] for name in best), strict=True), color="tab:orange", zorder=1)
+        for name, (time, perplexity) in places.items():
+            panel.scatter(time, perplexity, color="black" if name == "dense" else "tab:blue", zorder=2, s=18)
+            panel.annotate(title(name), (time, perplexity), fontsize=8, xytext=(4, 3), textcoords="offset points")
+        panel.set_yscale("log")
+        panel.set_title(f"{case}: lower and further left is better", fontsize=10)
+        panel.set_xlabel("measured time of a decoding step, ms")
+        panel.set_ylabel("perplexity on held-out text")
+        panel.margins(x=0.2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,125 @@
+"""Text that the dense model writes itself, to learn from: `--data self`.
+
+The model answers prompts (learner/data/prompts.py) through its chat template, or goes on with them where it has none;
+answers are drawn at TEMPERATURE. A document is a prompt as the model sees it and the answer, so what is learned from
+looks as what the model will be asked and will say.
+
+Writing is slow, so every batch of documents is kept in `<cache>/self/<digest>/`, where `<cache>` is
+`cache_directory()`, and the digest is of all that decides the text: the model's fingerprint, its template, the prompts,
+the settings below and the seed. A batch depends on nothing but its number. So an interrupted run goes on behind its
+last batch, a run that needs more text adds to what is there, and several processes write several batches at once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from learner.data.prompts import GENERATION_PROMPTS, prompt_tokens, shuffled_prompts
+from learner.model.dense import DenseModel
+from learner.model.generation import end_tokens, generate
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import cache_directory, read_json, write_json
+from pruned_vllm.common.progress import progress_bar
+
+SOURCE = "self"  # among the sources of --data
+TEMPERATURE = 0.8
+ANSWER_TOKENS = 256  # at most
+BATCH_SIZE = 32  # documents
+
+
+def self_generated_tokens(
+    dense: DenseModel, count: int, seed: int, processes: Any, show_progress: bool = True
+) -> torch.Tensor:
+    """Token ids int64 [count] of documents of the dense model, an end token between them.
+
+    Args:
+        seed: of the order of prompts and of the draw.
+        processes: an Accelerator or PartialState. All may call this at once; none waits for another, unless the
+            weights are sharded: then all write every batch together.
+
+    Raises:
+        InputError: the model cannot be asked, or a file of the cache is damaged.
+        OSError: the cache cannot be written.
+    """
+    writer = _Writer(dense, seed)
+    rank, number_of = processes.process_index, processes.num_processes
+    if number_of > 1 and not isinstance(dense.model, FSDPModule):  # first a share of what all need
+        tokens, index = 0, rank
+        while tokens * number_of < count:
+            tokens += sum(map(len, writer.batch(index)))
+            index += number_of
+    title = "text of the dense model"
+    found: list[int] = []
+    with progress_bar(total=count, desc=title, unit="token", disable=not show_progress) as progress:
+        for document in writer.documents():
+            if found and writer.end and found[-1] not in writer.end:
+                found.append(writer.end[0])
+            found += document
+            progress.update(min(len(found), count) - progress.n)
+            if len(found) >= count:
+                break
+    return torch.tensor(found[:count], dtype=torch.int64)
+
+
+class _Writer:
+    """Batches of documents by number, from the cache or written now."""
+
+    def __init__(self, dense: DenseModel, seed: int) -> None:
+        self.dense, self.seed = dense, seed
+        self.end = end_tokens(dense.directory, dense.tokenizer)
+        self.prompts = shuffled_prompts(seed)
+        settings = {
+            "model": str(dense.fingerprint),
+            "prompts": GENERATION_PROMPTS,
+            "tokens": dense.tokenizer(list(GENERATION_PROMPTS))["input_ids"],
+            "chat_template": dense.tokenizer.chat_template,
+            "end": self.end,
+            "settings": [TEMPERATURE, ANSWER_TOKENS, BATCH_SIZE],
+            "seed": seed,
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self.directory = cache_directory() / "self" / digest
+
+    def documents(self) -> Iterator[list[int]]:
+        """All documents in their order, without end."""
+        index = 0
+        while True:
+            yield from self.batch(index)
+            index += 1
+
+    def batch(self, index: int) -> list[list[int]]:
+        """Token ids of the documents of a batch."""
+        path = self.directory / f"{index:06}.json"
+        if not path.exists():
+            self._publish(path, self._write(index))
+        return read_json(path)["documents"]
+
+    def _write(self, index: int) -> list[list[int]]:
+        places = range(index * BATCH_SIZE, (index + 1) * BATCH_SIZE)
+        prompts = prompt_tokens(self.dense.tokenizer, [self.prompts[place % len(self.prompts)] for place in places])
+        largest, known = max(map(max, prompts)), self.dense.model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            raise InputError(f"the tokenizer makes token {largest} of a prompt, but the model has {known} embeddings")
+        seed = self.seed * 1_000_003 + index
+        answers = generate(self.dense.model, prompts, ANSWER_TOKENS, self.end, temperature=TEMPERATURE, seed=seed)
+        return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _publish(self, path: Path, documents: list[list[int]]) -> None:
+        """Puts the batch at `path`, unless another process was faster: then all go on with that one's."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        write_json(temporary, {"documents": documents})
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

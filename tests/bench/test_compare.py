@@ -1,0 +1,151 @@
+"""`make compare` with fake commands: which steps there are, what the tables and the picture say."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.chat import with_template
+from helpers.speed_results import offline
+from helpers.tiny import byte_tokenizer, converted, masks_for, tiny_model
+from safetensors.torch import save_file
+
+from bench.compare import evaluation, pipeline, plan
+from bench.compare.__main__ import main
+from bench.tables import compare as tables
+from learner.data.prompts import AGREEMENT_PROMPTS
+from learner.job import METHODS
+from tests.bench.test_real import CONFIG
+
+PERPLEXITIES = {"ddp": 60.0, "depth": 90.0, "random": 4000.0, "recovered": 45.0}
+KL = {"ddp": 0.8, "depth": 1.5, "random": 6.0, "recovered": 0.2}
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Commands that write what the real ones write, in no time. Returns what was called."""
+    called, model = [], tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"model.norm.weight": torch.ones(64)}, model / "model.safetensors")
+    monkeypatch.setattr(pipeline, "fetched", lambda _: model)
+    monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
+
+    def run(program, *arguments):
+        name, words = getattr(program, "name", "python"), list(map(str, arguments))
+        called.append((name, *words))
+        if name == "python":
+            out = words[words.index("--output-dir") + 1]
+            file, result = "e2e_speedup.json", offline(1.12)
+        else:
+            out = words[1]
+            file = {"learn-masks": "learning.json", "finetune-pruned": "finetuning.json"}.get(name, "other.json")
+            result = {"results": {"learning_seconds" if name == "learn-masks" else "training_seconds": 90.0}}
+        out = SimpleNamespace(path=tmp_path / out).path
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(CONFIG))
+        save_file({"model.norm.weight": torch.ones(64)}, out / "model.safetensors")
+        (out / file).write_text(json.dumps(result))
+        return " ".join((name, *words))
+
+    def knowledge(dense, directory, heldout):
+        assert heldout.read_text() == "held out" and dense == model
+        method = directory.parent.name.partition("-")[0]
+        return {
+            "perplexity": PERPLEXITIES.get(method, 40.0),
+            "agreement_kl": KL.get(method, 0.0),
+            "agreement_tokens": 3.25,
+            "answer_tokens": 40.0,
+            "answers": {prompt: f"{method} | says\n{prompt}" for prompt in plan.ANSWERED},
+        } | {"tokens": 9, "right": 20, "questions": 40, "accuracy": 0.5, "standard_error": 0.08}
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(evaluation, "knowledge", knowledge)
+    return called
+
+
+ONLY = ["--only", "ddp-20", "depth-20", "random-20", "ddp-20-self", "recovered-20-self-250k"]
+
+
+def test_a_part_of_the_run_its_results_and_tables(commands, tmp_path, capsys):
+    out = tmp_path / "compare"
+    assert main(["--output-dir", str(out), *ONLY]) == 0
+    printed = capsys.readouterr().out
+    measured = json.loads((out / "compare.json").read_text())
+    names = ["ddp-20", "depth-20", "random-20", "ddp-20-self", "ddp-20-mixed", "recovered-20-self-250k"]
+    assert list(measured["models"]) == ["dense", *names], "with what the last is made from"
+    assert str(tmp_path) not in json.dumps(measured), "paths of this machine"
+    assert (out / "compare.png").stat().st_size > 10_000
+    data = {}
+    for _, *words in commands:
+        if "--data" in words:
+            sources = words[words.index("--data") + 1 : words.index("--agreement-prompts")]
+            data[words[1].rsplit("/", 2)[-2]] = [source.rsplit("/")[-1] for source in sources]
+    assert data == {
+        "ddp-20": ["train.txt"],
+        "depth-20": ["train.txt"],
+        "ddp-20-self": ["self"],
+        "ddp-20-mixed": ["train.txt", "self"],
+        "recovered-20-self-250k": ["self"],
+    }
+    rows = tables.methods_of(measured).splitlines()
+    assert rows[3].startswith("| DDP, 20 % | 0 MB | 60.00 | 20 of 40 | 0.800 | 3.2 of 40.0 | 1.12x |")
+    assert [row.split(" | ")[0] for row in rows[4:]] == ["| whole layers (ShortGPT), 20 %", "| random, 20 %"]
+    rows = tables.recovery_of(measured).splitlines()
+    back = math.log(60 / 45) / math.log(60 / 40)
+    assert rows[2].startswith("| DDP, 20 % |") and rows[3].startswith("| DDP, 20 %, its own text |")
+    assert rows[-1].startswith("| recovered, 20 %, 250k tokens of its own text | 45.00 |")
+    assert f"| {100 * back:.0f} % | 75 % | 2 |" in rows[-1]
+    assert r"| depth \| says Name three colors. |" in tables.answers_of(measured) and rows[-1] in printed
+    assert rows[-1] in (out / "compare.md").read_text()
+
+    done = len(commands)
+    assert main(["--output-dir", str(out), *ONLY]) == 0 and len(commands) == done, "all was done before"
+    assert main(["--output-dir", str(out), *ONLY, "--force", "speed-ddp-20"]) == 0 and len(commands) == done + 1
+
+
+def test_the_whole_plan():
+    models = plan.variants()
+    assert {name.partition("-")[0] for name in models} <= {*METHODS, "recovered"}
+    assert set(plan.planned(models)) >= {f"know-{name}" for name in models}
+    for variant in models.values():
+        assert not variant.source or list(models).index(variant.source) < list(models).index(variant.name)
+        tables.title(variant.name)
+
+
+def test_a_name_that_there_is_not_is_refused(tmp_path, capsys):
+    assert main(["--output-dir", str(tmp_path / "compare"), "--only", "dpd-20"]) == 2
+    assert "no model is called dpd-20; there are ddp-20" in capsys.readouterr().err
+    assert not (tmp_path / "compare").exists()
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ({"a": (1, 9), "b": (2, 5), "c": (3, 5), "d": (4, 1)}, ["a", "b", "d"]),
+        ({"a": (1, 1), "b": (2, 2)}, ["a"]),
+        ({"a": (2, 1), "b": (1, 2), "c": (2, 2)}, ["b", "a"]),
+    ],
+)
+def test_pareto_front(places, expected):
+    assert tables.front(places) == expected
+
+
+def test_knowledge_of_a_converted_model(tmp_path, monkeypatch):
+    """The real evaluation, on a tiny model and its dense one."""
+    masks = masks_for([[1, 1, 0, 0, 1, 1]] * 3, [(torch.arange(40) < 30).float()] * 3)
+    out = converted(tmp_path, tiny_model("llama", 6, 3, 40), masks)
+    (tmp_path / "ckpt" / "pruning.json").unlink()
+    for directory in (out, tmp_path / "ckpt"):
+        with_template(byte_tokenizer()).save_pretrained(directory)
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("It was the best of times. " * 20)
+    monkeypatch.setattr(evaluation, "AGREEMENT_PROMPTS", AGREEMENT_PROMPTS[:3])
+    dense, pruned = (
+        evaluation.knowledge(tmp_path / "ckpt", directory, heldout) for directory in (tmp_path / "ckpt", out)
+    )
+    assert dense["agreement_kl"] < 1e-6 < pruned["agreement_kl"]
+    assert dense["agreement_tokens"] == dense["answer_tokens"] == pruned["answer_tokens"] > pruned["agreement_tokens"]
+    assert dense["perplexity"] != pruned["perplexity"] and pruned["questions"] == 40
+    assert set(pruned["answers"]) == set(plan.ANSWERED) and pruned["answers"] != dense["answers"]
