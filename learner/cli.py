@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from learner.job import METHODS, QUERY_HEADS, Job
+from learner.job import METHODS, PLACES, QUERY_HEADS, Job
 from pruned_vllm.common.arguments import (
     fraction,
     non_negative_float,
@@ -78,9 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         help="device of PyTorch, for example cuda:1 or cpu; default: a GPU if there is one",
     )
     add(
+        "--weights",
+        choices=PLACES,
+        help="where the weights are: whole on every device, sharded over the processes, layers spread over the GPUs of "
+        "one process, or offloaded to CPU memory; default: sharded if accelerate is set up for FSDP, else whole",
+    )
+    add(
         "--dtype",
         default=Job.dtype,
-        help="dtype of the weights while learning, for example bfloat16; default: as stored",
+        help="dtype of the weights while learning, for example bfloat16; default: as stored, but float32 on a CPU that "
+        "has no instructions for 16 bits",
     )
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; read it first")
     add(

@@ -6,8 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+import torch
 from safetensors.torch import save_file
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
@@ -16,6 +15,7 @@ from learner.methods.method import Learned, Task
 from learner.model.dense import load_dense, on_device
 from learner.model.masking import apply_masks, restrict_routers
 from learner.model.perplexity import perplexity
+from learner.model.placement import cast, place_of
 from learner.model.saving import check_can_be_saved, save_model
 from learner.model.units import sparsity
 from learner.run.disk import writing
@@ -67,15 +67,18 @@ def learn(
     accelerator = on_device(job.device)
     results, blocks, inputs, show = {}, None, {}, accelerator.is_main_process
     with together(accelerator):
-        _check_unsharded(accelerator)
+        place = place_of(job.weights, accelerator, method.places)
         if accelerator.is_main_process:
             prepare_output(out, writer=WRITER, overwrite=overwrite)
         if report:
             require_matplotlib()
-        dense = load_dense(job, "cpu" if method.offloads else accelerator.device)
+        device = torch.device("cpu") if method.offloads else accelerator.device
+        dense = load_dense(job, device, place, accelerator)
         model, tokenizer, units = dense.model, dense.tokenizer, dense.units
         inputs["model"] = str(dense.fingerprint)
         settings = with_sequence_length(job.settings, num_positions(model))
+        if job.dtype == "auto" and model.dtype != dense.stored_dtype:
+            accelerator.print(f"Computing in {model.dtype}: this CPU has no fast {dense.stored_dtype}; see --dtype.")
         job = replace(job, revision=dense.commit, settings=settings)
         if method.changes_weights:
             find_companions(dense.directory)  # what cannot be copied is refused now
@@ -86,13 +89,16 @@ def learn(
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
 
+    def measure(title: str) -> float:
+        return perplexity(model, eval_ids, title=title, show_progress=show, device=device)
+
     target = {kind: job.sparsity_of(kind) for kind in units.layers}
     run = unfinished_run(out, job, inputs, _has_state, accelerator, resume=resume, overwrite=overwrite)
     with run as unfinished:
         with together(accelerator):
             journal = Journal(unfinished, tensorboard, show)
             if job.eval_data:
-                results["dense_perplexity"] = perplexity(model, eval_ids, title="dense perplexity", show_progress=show)
+                results["dense_perplexity"] = measure("dense perplexity")
         started = time.perf_counter()
         learned = _function(method.module)(
             Task(model, units, target, job.settings, job.seed, blocks, journal, accelerator)
@@ -102,17 +108,17 @@ def learn(
         results |= {f"{kind}_sparsity": sparsity(values) for kind, values in learned.values.items()}
         masks = {name: mask.contiguous() for name, mask in units.to_masks(learned.values).items()}
         if job.eval_data:
-            on_model = {name: mask.to(model.device) for name, mask in masks.items()}
+            on_model = {name: mask.to(device) for name, mask in masks.items()}
             routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
             with apply_masks(model, on_model, learned.channel_mask_site), routers:
-                results["masked_perplexity"] = perplexity(
-                    model, eval_ids, title="masked perplexity", show_progress=show
-                )
+                results["masked_perplexity"] = measure("masked perplexity")
         with together(accelerator):
             if accelerator.is_main_process:
                 with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as directory:
                     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
                     if method.changes_weights:
+                        if job.dtype == "auto":
+                            cast(model, dense.stored_dtype)
                         save_model(model, dense.directory, directory)
                     if learned.save_adapter is not None:
                         learned.save_adapter(directory / ADAPTER_DIRECTORY)
@@ -129,14 +135,6 @@ def learn(
 
 def _has_state(unfinished: Path) -> bool:
     return (unfinished / STATE_FILE).exists()
-
-
-def _check_unsharded(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise InputError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which shards the weights over devices; "
-            "learn-masks needs all of them on each device: choose multi-GPU without it in `accelerate config`"
-        )
 
 
 def _function(name: str):

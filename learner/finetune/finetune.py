@@ -27,9 +27,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
-from learner.finetune.model import cast, load, load_teacher, trainable
+from learner.finetune.model import load, load_teacher, trainable
 from learner.job import with_sequence_length
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from learner.model.placement import cast
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.resume import unfinished, unfinished_run

@@ -21,13 +21,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from learner.job import DDPSettings
 from learner.methods import gates
 from learner.methods.method import Learned, Task
+from learner.model.head import IGNORED, chunked_sum, logits_of, next_tokens, run_without_head
 from learner.model.units import Values, sparsity
-from learner.run.training import Training, cross_entropy, divergence
+from learner.run.training import Training
 
 Z_MINIMUM = -0.1
 TOLERANCE = 0.01  # share of a group's units; if more are left, the smallest masks are set to 0
@@ -73,7 +76,7 @@ def learn(task: Task) -> Learned:
         loss = training.backward(
             partial(masks, step, mu),
             partial(_task_loss, task),
-            (lambda tokens: task.model(input_ids=tokens).logits) if settings.kd_weight else None,
+            partial(_teacher, task.model) if settings.kd_weight else None,
         )
         constraint = torch.zeros((), device=device)
         for kind, values in z.items():
@@ -107,13 +110,29 @@ def _masks(z: dict[str, nn.Parameter], mu: float, task: Task, step: int) -> Valu
     return {kind: gates.masks(values, task.settings.gate, mu, noise) for kind, values in z.items()}
 
 
-def _task_loss(task: Task, tokens: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
+def _teacher(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the dense model, from which logits are made where they are needed."""
+    return run_without_head(model, tokens).last_hidden_state
+
+
+def _task_loss(task: Task, tokens: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
     """L_ce + eta KL(teacher || student), equation (17); means over tokens [batch, length]."""
-    logits = task.model(input_ids=tokens).logits
-    loss = cross_entropy(logits, tokens)
-    if teacher_logits is None:
+    model, settings = task.model, task.settings
+    predicted, temperature = tokens[:, 1:].numel(), settings.kd_temperature
+
+    def loss_of(logits: torch.Tensor, targets: torch.Tensor, *dense: torch.Tensor) -> torch.Tensor:
+        student = logits.log_softmax(-1)
+        loss = F.nll_loss(student, targets, ignore_index=IGNORED, reduction="sum") / predicted
+        for hidden in dense:
+            with torch.no_grad():
+                teacher = logits_of(model, hidden).div_(temperature).log_softmax(-1)
+            student = student if temperature == 1 else (logits / temperature).log_softmax(-1)
+            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True) / tokens.numel()
+            loss = loss + settings.kd_weight * temperature**2 * divergence
         return loss
-    return loss + task.settings.kd_weight * divergence(teacher_logits, logits, task.settings.kd_temperature)
+
+    others = [next_tokens(tokens)] if teacher is None else [next_tokens(tokens), teacher]
+    return chunked_sum(model, loss_of, run_without_head(model, tokens).last_hidden_state, *others)
 
 
 def _optimizer(
