@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from learner.job import METHODS, PLACES, QUERY_HEADS, Job
+from learner.plan import HERE, Devices, plan
 from pruned_vllm.common.arguments import (
     fraction,
     non_negative_float,
@@ -40,7 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     add_version_argument(parser)
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
-    add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
+    add(
+        "out",
+        metavar="CKPT",
+        type=Path,
+        nargs="?",
+        help="directory to write; must not exist (see --overwrite); not needed for --plan",
+    )
     add("--revision", metavar="NAME", help="commit, branch or tag of a hub id; default: the main branch")
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     add(
@@ -107,10 +114,20 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="draw what the masks leave of heads, FFN channels and experts, into CKPT/report; needs Matplotlib",
     )
+    add(
+        "--plan",
+        nargs="?",
+        const=HERE,
+        metavar="DEVICES",
+        help="learn nothing: say how much memory the run takes, from config.json alone, and whether it fits on "
+        "DEVICES, such as 8x80GB, or on those of this machine",
+    )
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
     add("--overwrite", action="store_true", help="replace CKPT if this command wrote it, forget an interrupted run")
     _add_settings(parser)
     args = parser.parse_args(argv)
+    if args.out is None and not args.plan:
+        parser.error("the following arguments are required: CKPT")
     return run_command(parser.prog, lambda: _learn(vars(args)))
 
 
@@ -180,10 +197,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _learn(arguments: dict) -> None:
-    from accelerate import PartialState  # late: --help and wrong arguments should not wait for torch
-
-    from learner.learn import learn
-
+    devices = arguments.pop("plan")
     out, run = (
         arguments.pop("out"),
         {name: arguments.pop(name) for name in ("overwrite", "resume", "tensorboard", "report")},
@@ -197,6 +211,14 @@ def _learn(arguments: dict) -> None:
         raise InputError(
             f"{job['method']} has no {', '.join(unknown)}; learn-masks --help lists the options of each method"
         )
+    if devices is not None:
+        job["data"] = job["data"] or ["any"]  # which is not read
+        print(plan(Job(**job, settings=settings(**arguments)), Devices.parse(devices)))
+        return
+    from accelerate import PartialState  # late: --help, --plan and wrong arguments should not wait for torch
+
+    from learner.learn import learn
+
     results = learn(Job(**job, settings=settings(**arguments)), out, **run)
     if PartialState().is_main_process:
         for name, value in results.items():

@@ -20,10 +20,9 @@ from learner.model.saving import check_can_be_saved, save_model
 from learner.model.units import sparsity
 from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
-from learner.run.processes import together
+from learner.run.processes import explained, together
 from learner.run.resume import unfinished_run
 from pruned_vllm.common.directories import atomic_directory, prepare_output
-from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.fingerprint import Fingerprint
@@ -36,6 +35,7 @@ RESULTS_FILE = "learning.json"
 ADAPTER_DIRECTORY = "adapter"
 
 
+@explained()
 def learn(
     job: Job,
     out: Path,
@@ -61,7 +61,8 @@ def learn(
         report: draw what the masks leave, see pruned_vllm/pattern.py.
 
     Raises:
-        InputError: the model or the text cannot be used, learning diverges, or `out` exists.
+        InputError: the model or the text cannot be used, learning diverges, `out` exists, the memory is not enough, or
+            another process has failed.
     """
     method = METHODS[job.method]
     accelerator = on_device(job.device)

@@ -38,7 +38,6 @@ from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
 
-
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 

@@ -1,9 +1,9 @@
 """From hidden states to losses of the next token, a part of the tokens at a time.
 
-All logits of a batch at once would often be the largest tensors of a step: 16 sequences of 2048 tokens with a vocabulary
-of 150,000 are 20 GB in float32, and a loss needs several of that size. Here a model is run without its lm_head;
-`chunked_sum` makes the logits of some tokens, of teacher and student, their loss and its gradient, and drops them before
-it goes on. As lm_head is frozen, nothing is computed twice.
+All logits of a batch at once would often be the largest tensors of a step: 16 sequences of 2048 tokens with a
+vocabulary of 150,000 are 20 GB in float32, and a loss needs several of that size. Here a model is run without its
+lm_head; `chunked_sum` makes the logits of some tokens, of teacher and student, their loss and its gradient, and drops
+them before it goes on. As lm_head is frozen, nothing is computed twice.
 """
 
 from collections.abc import Callable
@@ -40,9 +40,13 @@ def logits_of(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tens
     """Logits float32 [..., vocabulary] of what `run_without_head` leaves, [..., hidden_size]."""
     # Not by calling the module: where it is sharded, it is whole since `run_without_head`, and its hooks would begin
     # another pass.
-    logits = model.lm_head.forward(hidden_states).float()
-    scales = hasattr(type(model.config), "logits_scaling")  # Granite; a key of that name means nothing elsewhere
-    return logits / model.config.logits_scaling if scales else logits
+    return scaled(model, model.lm_head.forward(hidden_states).float())
+
+
+def scaled(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What the model makes of the output of its lm_head."""
+    has_scale = hasattr(type(model.config), "logits_scaling")  # Granite; a key of that name means nothing elsewhere
+    return logits / model.config.logits_scaling if has_scale else logits
 
 
 def next_tokens(tokens: torch.Tensor) -> torch.Tensor:

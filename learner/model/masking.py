@@ -118,7 +118,8 @@ def masks_activations(experts: Any) -> bool:
 
 
 def _mask_rows(stack: ExitStack, experts: Any, mask: torch.Tensor, site: str) -> None:
-    """Multiplies the rows that grouped experts hand to `_apply_gate`: [tokens * experts of a token], sorted by expert."""
+    """Multiplies the rows that grouped experts hand to `_apply_gate`: each token once for each of its experts, sorted
+    by expert."""
     apply_gate, rows = experts._apply_gate, torch.empty(0)
 
     def note_rows(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -23,8 +23,8 @@ def perplexity(
     """exp of the mean negative log-likelihood of `token_ids` [N], N at least `block_size`.
 
     The stream is cut into blocks of `block_size` tokens that see nothing of each other; the first token of a block is
-    context only, and the remainder is dropped. `title` is that of the progress bar. `device` is where the model computes;
-    None is where its weights are.
+    context only, and the remainder is dropped. `title` is that of the progress bar. `device` is where the model
+    computes; None is where its weights are.
     """
     device = device or next(model.parameters()).device
     blocks = token_ids[: len(token_ids) // block_size * block_size].view(-1, block_size)

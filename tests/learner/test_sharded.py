@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from helpers.learning import run
-from helpers.processes import codes, in_two_processes
+from helpers.processes import COMMANDS, codes, in_two_processes
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
+
+from learner.run import training
 
 # As many micro batches of the same sequences in one process as in two, so that the same numbers are added.
 SMALL = ["--steps", 20, "--batch-size", 4, "--micro-batch-size", 2, "--sequence-length", 32, "--device", "cpu"]
@@ -41,13 +43,17 @@ def assert_equal(one: dict, other: dict) -> None:
 
 
 def compare(models, cases, *more) -> None:
-    """Two processes with sharded weights learn bit for bit what one learns with whole weights."""
+    """Two processes with sharded weights learn bit for bit what one learns with whole weights.
+
+    With LoRA nearly: 1e-6 after 20 steps.
+    """
     commands = [command(models, *case, f"two {case}", "--weights", "sharded", *more) for case in cases]
     for output in in_two_processes(*commands):
         assert codes(output) == [0] * len(cases), output.stdout + output.stderr
     for case in cases:
         assert run(*command(models, *case, f"one {case}", *more)) == 0
-        assert_equal(*(masks(models / f"{number} {case}") for number in ("one", "two")))
+        one, two = (masks(models / f"{number} {case}") for number in ("one", "two"))
+        assert_equal(one, two) if case[1] == "ddp" else assert_close(one, two, 1e-5)
 
 
 def test_sharded_experts_learn_the_same_masks(models):
@@ -62,5 +68,90 @@ def test_sharded_experts_learn_the_same_masks(models):
 
 @pytest.mark.slow
 def test_other_sharded_models_and_methods_too(models):
-    compare(models, [("llama", "ddp"), ("llama", "maskprune"), ("qwen3_moe", "maskprune")])
-    compare(models, [("llama", "ddp"), ("qwen3_moe", "maskprune")], "--gradient-checkpointing")
+    compare(models, [("llama", "ddp"), ("llama", "maskprune")], "--gradient-checkpointing")
+    compare(models, [("qwen3_moe", "maskprune")])
+
+
+STOPPING = """
+backward = training.Training.backward
+def stopping(self, *args, **options):
+    if self._step == 15:
+        {stop}
+    return backward(self, *args, **options)
+training.Training.backward = stopping
+"""
+
+
+def stopped(stop: str) -> str:
+    """COMMANDS that execute `stop` in the middle of a step; the state is saved every 10."""
+    imports, loop = COMMANDS.split("for command", 1)
+    return f"{imports}{STOPPING.format(stop=stop)}for command{loop}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ddp", "maskprune"])
+def test_a_run_goes_on_with_another_number_of_processes(models, monkeypatch, method):
+    sharded = ["--weights", "sharded"]
+    whole, fewer, more = (command(models, "llama", method, out) for out in ("whole", "fewer", "more"))
+    assert run(*whole) == 0
+
+    for output in in_two_processes([*fewer, *sharded], code=stopped("raise KeyboardInterrupt")):
+        assert codes(output) == [130], output.stdout + output.stderr
+    assert run(*fewer, "--resume", "--micro-batch-size", 1) == 0
+
+    backward = training.Training.backward
+
+    def stopping(self, *args, **options):
+        if self._step == 15:
+            raise KeyboardInterrupt
+        return backward(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SAVE_EVERY", 10)
+        patch.setattr(training.Training, "backward", stopping)
+        assert run(*more) == 130
+    for output in in_two_processes([*more, *sharded, "--resume"]):
+        assert codes(output) == [0], output.stdout + output.stderr
+    for out in ("fewer", "more"):
+        assert_close(masks(models / "whole"), masks(models / out), 1e-5 if method == "ddp" else 2e-3)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(models):
+    stop = "if os.environ['RANK'] == '1': raise training.torch.OutOfMemoryError('no more')"
+    arguments = [*command(models, "llama", "ddp", "out"), "--weights", "sharded"]
+    first, second = in_two_processes(arguments, code=stopped(stop))
+    assert codes(second) == [2] and "the memory is not enough: no more" in second.stderr
+    assert codes(first) == [2] and "another process has ended; its own message says why" in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+    assert not (models / "out").exists() and (models / "out.unfinished" / "state.pt").exists()
+
+
+@pytest.mark.slow
+def test_tyr_shares_its_work(models):
+    """H is a sum in another order, and solving for the weights makes its rounding 1e-4; what goes is the same."""
+    options = ["--method", "tyr", "--data", models / "text.txt", "--calibration-sequences", 8, "--sequence-length", 32]
+    options += ["--iterations", 2, "--generations", 2, "--offspring", 5, "--selection-tokens", 128, "--device", "cpu"]
+    for output in in_two_processes([models / "qwen3_moe", models / "two", *options]):
+        assert codes(output) == [0], output.stdout + output.stderr
+    assert run(models / "qwen3_moe", models / "one", *options) == 0
+    assert_close(masks(models / "one"), masks(models / "two"), 0)
+    weights = (load_file(models / out / "model.safetensors") for out in ("one", "two"))
+    assert_close(*weights, 5e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_in_cpu_memory_learn_the_same_masks(models, capsys, model):
+    """Here the device is the CPU too, so only the way is tested: weights come, and go, and come again."""
+    offloaded = [*command(models, model, "ddp", "offloaded"), "--weights", "offloaded"]
+    assert run(*offloaded) == 2
+    assert "--weights offloaded needs --gradient-checkpointing too" in capsys.readouterr().err
+    assert run(*offloaded, "--gradient-checkpointing", "--eval-data", models / "text.txt") == 0
+    assert run(*command(models, model, "ddp", "whole"), "--gradient-checkpointing") == 0
+    assert_equal(masks(models / "whole"), masks(models / "offloaded"))
+
+
+def assert_close(one: dict, other: dict, atol: float) -> None:
+    assert list(one) == list(other)
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")

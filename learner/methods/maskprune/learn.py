@@ -207,12 +207,14 @@ def _add_adapter(task: Task) -> PeftModel | None:
         torch.manual_seed(task.seed)
         adapter = get_peft_model(task.model, config)
     with tempfile.TemporaryDirectory() as directory:  # what PEFT refuses to save, it refuses now, not at the end
-        _save_adapter(adapter, directory, state_dict={})
+        adapter.save_pretrained(directory, save_embedding_layers=False, state_dict={})
     return adapter
 
 
-def _save_adapter(adapter: PeftModel, directory: str | Path, **options: Any) -> None:
-    adapter.save_pretrained(directory, save_embedding_layers=False, **options)
+def _save_adapter(adapter: PeftModel, directory: str | Path) -> None:
+    # Told what to save, PEFT does not look at the model's weights, which may be sharded.
+    learned = {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
+    adapter.save_pretrained(directory, save_embedding_layers=False, state_dict=learned)
 
 
 def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
