@@ -8,7 +8,7 @@ What a step holds on a device, in bytes:
   a mask. With gradient checkpointing it is the input of every layer, and all of one layer.
 - teacher: the teacher is the same model without masks, so it has no weights of its own; its hidden states stay until
   the loss is computed.
-- loss: logits of as many tokens as learner/model/head.py takes at once, several times.
+- loss: logits of as many tokens as learner/model/loss.py takes at once, several times.
 - masks and optimizer: four float32 for each mask, and for each weight of LoRA.
 
 tests/learner/test_plan.py holds the activations against what PyTorch really keeps.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from learner.job import METHODS, CalibrationSettings, Job, MaskPruneSettings, TrainingSettings
 from pruned_vllm.formats.geometry import ModelGeometry
 
-LOGITS_AT_ONCE = 1 << 26  # as in learner/model/head.py, which imports PyTorch
+LOGITS_AT_ONCE = 1 << 26  # as in learner/model/loss.py, which imports PyTorch
 LOGITS_COPIES = 6  # of them in float32, in a loss of student and teacher
 LAYERS_GATHERED = (
     3  # where weights are sharded: the one that is computed, the next, and the buffer that it comes through

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from learner.job import DDPSettings
 from learner.methods import gates
 from learner.methods.method import Learned, Task
-from learner.model.head import IGNORED, chunked_sum, logits_of, next_tokens, run_without_head
+from learner.model.loss import IGNORED, chunked_sum, logits_of, next_tokens, run_without_head
 from learner.model.units import Values, sparsity
 from learner.run.training import Training
 

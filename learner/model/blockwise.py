@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
-from learner.model.head import scaled
+from learner.model.loss import scaled
 
 TOKENS_PER_PASS = 8192  # that go through a block at once, or one sequence if it is longer
 

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from learner.job import METHODS, Job
 from learner.model.placement import fast_dtype, loading_options, placed
@@ -115,6 +116,8 @@ def load_dense(
         InputError: the model cannot be loaded, could not be served, lacks tensors, is pruned already, or needs code of
             its own that the job does not allow or the method cannot prune.
     """
+    if accelerator and not accelerator.is_main_process:
+        disable_progress_bar()
     with _loading(job, device):
         with together(accelerator) if accelerator else nullcontext():
             checked = _check(job, place)

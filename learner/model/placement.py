@@ -42,6 +42,10 @@ def place_of(weights: str | None, accelerator: Accelerator, places: Sequence[str
         )
     if weights == "sharded" and accelerator.num_processes == 1:
         return "whole"  # so that a run of several processes can be resumed by one
+    if weights == "sharded" and accelerator.device.type == "cpu" and torch.accelerator.is_available():
+        raise InputError(  # Transformers would bring them there
+            "--weights sharded on the CPU of a machine with GPUs: hide them, with CUDA_VISIBLE_DEVICES= before the command"
+        )
     return weights
 
 

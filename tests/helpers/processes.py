@@ -1,4 +1,4 @@
-"""learn-masks and finetune-pruned in two processes on the CPU (gloo), as torchrun would start them."""
+"""learn-masks and finetune-pruned in several processes on the CPU (gloo), as torchrun would start them."""
 
 import json
 import os
@@ -21,22 +21,29 @@ for command in json.loads(sys.argv[1]):
 """
 
 
-def in_two_processes(
-    *commands: list, code: str = COMMANDS, timeout: float = 170
+def in_processes(
+    *commands: list, code: str = COMMANDS, timeout: float = 600, number: int = 2
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs commands, lists of arguments, in two processes that know of each other; "finetune-pruned" may be the first.
+    """Runs commands, lists of arguments, in processes that know of each other; "finetune-pruned" may be the first.
 
     Args:
-        code: Python that both run instead; it finds the commands as JSON in sys.argv[1].
-        timeout: seconds until both are killed.
+        code: Python that they run instead; it finds the commands as JSON in sys.argv[1].
+        number: of processes, if there are to be others than two.
+        timeout: seconds until they are killed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     text = json.dumps([[str(argument) for argument in command] for command in commands])
     processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(number):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": number,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         environment = os.environ | {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "true"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen([sys.executable, "-c", code, text], env=environment, text=True, **pipes))

@@ -4,15 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.learning import geometry_of, run
 from helpers.tiny import MOE_CONFIGS, tiny_model
 
-from learner import memory
+from learner import cli, memory
 from learner.job import METHODS, DDPSettings, Job
-from learner.model import head
+from learner.model import loss
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.plan import Devices
@@ -36,7 +37,7 @@ def kept(model, tokens: torch.Tensor) -> int:
     units = Units.from_geometry(geometry_of(model))
     values = {kind: torch.ones(units.shape(kind), requires_grad=True) for kind in units.layers}
     with apply_masks(model, units.to_masks(values)), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        outputs = head.run_without_head(model, tokens)  # held: what goes may leave its place to others
+        outputs = loss.run_without_head(model, tokens)  # held: what goes may leave its place to others
     assert outputs.last_hidden_state.requires_grad
     return sum(storages.values())
 
@@ -53,7 +54,7 @@ def test_activations_are_those_that_autograd_keeps(model_type, dtype):
 
 
 def test_the_loss_is_the_one_that_is_computed():
-    assert memory.LOGITS_AT_ONCE == head.LOGITS_AT_ONCE
+    assert memory.LOGITS_AT_ONCE == loss.LOGITS_AT_ONCE
 
 
 @pytest.fixture
@@ -120,3 +121,30 @@ def test_devices_that_say_nothing_are_refused(text):
 def test_devices():
     assert Devices.parse("8x80GB") == Devices(8, 80 * GB)
     assert Devices.parse("1.5GiB") == Devices(1, 1.5 * (1 << 30))
+
+
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+QWEN3_32B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+RECIPES = {"8B": ({}, "1x80GB"), "32B": (QWEN3_32B, "2x80GB"), "70B": (LLAMA_70B, "8x80GB")}
+
+
+@pytest.mark.parametrize("size", RECIPES)
+def test_the_recipes_in_the_readme_fit(large, capsys, size):
+    changes, devices = RECIPES[size]
+    config = json.loads((large / "config.json").read_text()) | changes | {"max_position_embeddings": 8192}
+    (large / "config.json").write_text(json.dumps(config))
+    readme = (Path(cli.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith(f"| {size} | {devices[0]} x ")]
+    options = row.partition("--data ...")[2].partition("`")[0].split()
+    assert run(large, *options, "--plan", devices) == 0
+    total = float(re.search(r"It fits: ([\d.]+) GB", capsys.readouterr().out)[1])
+    assert f"| {total:.0f} GB |" in row

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from helpers.learning import run
-from helpers.processes import codes, in_two_processes
+from helpers.processes import codes, in_processes
 from safetensors.torch import load_file
 
 SMALL = ["--steps", 20, "--batch-size", 3, "--micro-batch-size", 2, "--sequence-length", 32, "--device", "cpu"]
@@ -26,7 +26,7 @@ def test_two_processes_learn_as_one_does_and_fail_together(word_model, arguments
     (word_model / "copy1" / "text.txt").write_text(text.read_text())
     missing = [word_model / "model", word_model / "missing", "--data", word_model / "copy{rank}" / "text.txt", *SMALL]
     (word_model / "blocked.unfinished").write_text("not a directory: only the first process looks there")
-    outputs = in_two_processes(
+    outputs = in_processes(
         [*learning, word_model / "two"],
         [*calibration, word_model / "wanda two"],
         [*learning, word_model / "two"],

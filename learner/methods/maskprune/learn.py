@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
 from learner.methods.method import Learned, Task
-from learner.model.head import chunked_sum, logits_of, run_without_head
+from learner.model.loss import chunked_sum, logits_of, run_without_head
 from learner.model.projections import is_fused
 from learner.model.units import Units
 from learner.run.training import Training
