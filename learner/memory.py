@@ -117,8 +117,8 @@ def _layer_bytes(geometry: ModelGeometry, element_bytes: int) -> list[float]:
             latent = geometry.latent
             query = latent.qk_nope_head_dim + latent.qk_rope_head_dim
             attention = heads * (2 * query + 3 * latent.v_head_dim) + latent.kv_lora_rank + (latent.q_lora_rank or 0)
-        else:  # q and what comes out, once for attention and once for the mask; k and v, repeated for every query head
-            attention = 5 * heads * head_dim
+        else:  # q, k, v, and what comes out
+            attention = 2 * (heads + layer.num_key_value_heads) * head_dim
             norms += (heads + layer.num_key_value_heads) * head_dim if geometry.qk_norm else 0
         mlp = 4 * layer.intermediate_size  # gate, SiLU(gate), up, and their product for the mask
         if geometry.experts and layer.expert_intermediate_sizes:

@@ -44,7 +44,7 @@ def place_of(weights: str | None, accelerator: Accelerator, places: Sequence[str
         return "whole"  # so that a run of several processes can be resumed by one
     if weights == "sharded" and accelerator.device.type == "cpu" and torch.accelerator.is_available():
         raise InputError(  # Transformers would bring them there
-            "--weights sharded on the CPU of a machine with GPUs: hide them, with CUDA_VISIBLE_DEVICES= before the command"
+            "--weights sharded on the CPU of a machine with GPUs: hide these, with CUDA_VISIBLE_DEVICES= in front"
         )
     return weights
 
