@@ -118,21 +118,22 @@ def _teacher(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 def _task_loss(task: Task, tokens: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
     """L_ce + eta KL(teacher || student), equation (17); means over tokens [batch, length]."""
     model, settings = task.model, task.settings
-    predicted, temperature = tokens[:, 1:].numel(), settings.kd_temperature
+    number, predicted, temperature = tokens.numel(), tokens[:, 1:].numel(), settings.kd_temperature
+    ce_weight = number / predicted if predicted else math.nan
 
     def loss_of(logits: torch.Tensor, targets: torch.Tensor, *dense: torch.Tensor) -> torch.Tensor:
         student = logits.log_softmax(-1)
-        loss = F.nll_loss(student, targets, ignore_index=IGNORED, reduction="sum") / predicted
+        loss = ce_weight * F.nll_loss(student, targets, ignore_index=IGNORED, reduction="sum")
         for hidden in dense:
             with torch.no_grad():
                 teacher = logits_of(model, hidden).div_(temperature).log_softmax(-1)
             student = student if temperature == 1 else (logits / temperature).log_softmax(-1)
-            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True) / tokens.numel()
+            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
             loss = loss + settings.kd_weight * temperature**2 * divergence
         return loss
 
     others = [next_tokens(tokens)] if teacher is None else [next_tokens(tokens), teacher]
-    return chunked_sum(model, loss_of, run_without_head(model, tokens).last_hidden_state, *others)
+    return chunked_sum(model, loss_of, run_without_head(model, tokens).last_hidden_state, *others) / number
 
 
 def _optimizer(

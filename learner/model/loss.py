@@ -64,7 +64,8 @@ def chunked_sum(
 
     Args:
         model: whose lm_head is frozen.
-        loss_of: sum of the loss of some tokens, given their logits [tokens, vocabulary] and their part of `others`.
+        loss_of: sum of the loss of some tokens, given their logits [tokens, vocabulary] and their part of `others`. To
+            divide by their number is better done with the result: gradients of a mean may be too small for float16.
         hidden_states: [sequences, length, hidden_size].
         others: [sequences, length, ...].
     """

@@ -51,7 +51,7 @@ def lost(genome, sublayers) -> dict[str, int]:
 def supernet_of(task, directory: Path, reach: int = 4) -> Supernet:
     sublayers = sublayers_of(task.units)
     levels = tyr.space_around(tyr.uniform(task, sublayers), sublayers, 0, reach).levels
-    return Supernet(directory, Blockwise(task.model, torch.device("cpu")), sublayers, levels)
+    return Supernet(directory, Blockwise(task.model, torch.device("cpu")), sublayers, levels, task.accelerator)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.3, 0.05, 0.9])
