@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
-from learner.model.dense import load_dense, on_device
+from learner.model.dense import check_dense, load_dense, on_device
 from learner.model.masking import apply_masks, restrict_routers
 from learner.model.perplexity import perplexity
 from learner.model.placement import cast, place_of
@@ -73,8 +73,10 @@ def learn(
             prepare_output(out, writer=WRITER, overwrite=overwrite)
         if report:
             require_matplotlib()
+        checked = check_dense(job, place)
+    with together(accelerator):
         device = torch.device("cpu") if method.offloads else accelerator.device
-        dense = load_dense(job, device, place, accelerator)
+        dense = load_dense(job, device, place, accelerator, checked)
         model, tokenizer, units = dense.model, dense.tokenizer, dense.units
         inputs["model"] = str(dense.fingerprint)
         settings = with_sequence_length(job.settings, num_positions(model))

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from learner.job import METHODS, Job
 from learner.model.placement import fast_dtype, loading_options, placed
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
-from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreed_config import check_agreement
@@ -79,7 +78,7 @@ class DenseModel:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class CheckedModel:
     """What is known of a model before its weights are read."""
 
     directory: Path
@@ -103,7 +102,11 @@ class _Checked:
 
 
 def load_dense(
-    job: Job, device: torch.device | str, place: str = "whole", accelerator: Accelerator | None = None
+    job: Job,
+    device: torch.device | str,
+    place: str = "whole",
+    accelerator: Accelerator | None = None,
+    checked: CheckedModel | None = None,
 ) -> DenseModel:
     """Loads the dense model of a job.
 
@@ -111,6 +114,8 @@ def load_dense(
         device: where it computes.
         place: one of PLACES.
         accelerator: the processes that load it together; None is one.
+        checked: what `check_dense` returned. Processes call that first, and go on when it went well in all: where
+            weights are sharded, they wait for each other here.
 
     Raises:
         InputError: the model cannot be loaded, could not be served, lacks tensors, is pruned already, or needs code of
@@ -118,9 +123,8 @@ def load_dense(
     """
     if accelerator and not accelerator.is_main_process:
         disable_progress_bar()
+    checked = checked or check_dense(job, place)
     with _loading(job, device):
-        with together(accelerator) if accelerator else nullcontext():
-            checked = _check(job, place)
         options = loading_options(place, accelerator) if accelerator else {}
         dtype = fast_dtype(checked.dtype, device) if job.dtype == "auto" else job.dtype
         model, loading = _read_weights(job, checked, dtype, options)
@@ -152,36 +156,42 @@ def _loading(job: Job, device: torch.device | str) -> Iterator[None]:
         ) from error
 
 
-def _check(job: Job, place: str) -> _Checked:
-    """All that can be refused before weights are read. The fingerprint is older than they are: so what changes later is
-    noticed."""
-    directory, commit = model_directory(job.model, ["config.json"], job.revision)
-    stored = read_config(directory)
-    geometry = dense_geometry(directory, stored)
-    check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
-    if problems := site_problems(geometry.family, getattr(job.settings, "channel_mask_site", "product")):
-        raise InputError(f"{job.method} cannot prune {job.model}:", problems)
-    if not hasattr(transformers, geometry.family.architecture):
-        _check_code(job, geometry.family.architecture)
-        if place == "sharded":
-            raise InputError(
-                f"the code that {job.model} brings cannot load a part of the weights; take --weights whole or spread"
-            )
-    units = _units(job, geometry)
-    if job.head_sparsity == 0:
-        units = units.without("head")
-    elif job.head_sparsity and "head" not in units.layers:
-        raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
-    directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
-    tensors = without_draft_layers(stored, read_headers(directory))
-    stored, tensors = complete_biases(stored, unfused(stored, tensors))
-    if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
-        raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
-    return _Checked(directory, commit, stored, geometry, units, tensors, Fingerprint.from_directory(directory))
+def check_dense(job: Job, place: str) -> CheckedModel:
+    """Refuses what can be refused before weights are read.
+
+    The fingerprint is older than they are, so that what changes later is noticed.
+
+    Raises:
+        InputError: as `load_dense` does.
+    """
+    with _loading(job, job.device):
+        directory, commit = model_directory(job.model, ["config.json"], job.revision)
+        stored = read_config(directory)
+        geometry = dense_geometry(directory, stored)
+        check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
+        if problems := site_problems(geometry.family, getattr(job.settings, "channel_mask_site", "product")):
+            raise InputError(f"{job.method} cannot prune {job.model}:", problems)
+        if not hasattr(transformers, geometry.family.architecture):
+            _check_code(job, geometry.family.architecture)
+            if place == "sharded":
+                raise InputError(
+                    f"code that {job.model} brings cannot load a part of the weights; take --weights whole or spread"
+                )
+        units = _units(job, geometry)
+        if job.head_sparsity == 0:
+            units = units.without("head")
+        elif job.head_sparsity and "head" not in units.layers:
+            raise InputError(f"{geometry.family.architecture} cannot lose heads; leave out --head-sparsity")
+        directory, _ = model_directory(job.model, MODEL_FILES + ["*.py"] * job.trust_remote_code, commit)
+        tensors = without_draft_layers(stored, read_headers(directory))
+        stored, tensors = complete_biases(stored, unfused(stored, tensors))
+        if problems := dense_problems(tensors, ModelGeometry.from_config(stored)):
+            raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
+        return CheckedModel(directory, commit, stored, geometry, units, tensors, Fingerprint.from_directory(directory))
 
 
 def _read_weights(
-    job: Job, checked: _Checked, dtype: torch.dtype | str, options: dict[str, Any]
+    job: Job, checked: CheckedModel, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what Transformers says about loading it; `options` are for from_pretrained."""
     directory, options = checked.directory, options | {"dtype": dtype, "use_safetensors": True}
