@@ -71,3 +71,6 @@ def test_a_place_that_cannot_be_is_refused(word_model, capsys):
     arguments = [word_model / "model", word_model / "ckpt", "--method", "wanda", "--data", word_model / "text.txt"]
     assert run(*arguments, "--weights", "sharded") == 2
     assert "wanda cannot learn with --weights sharded; it can with whole, spread" in capsys.readouterr().err
+    arguments = [word_model / "model", word_model / "ckpt", "--data", word_model / "text.txt", "--weights", "offloaded"]
+    assert run(*arguments) == 2
+    assert "--weights offloaded needs --gradient-checkpointing too" in capsys.readouterr().err
