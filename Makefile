@@ -4,6 +4,7 @@
 # make test-slow engines with several ranks, the wheel, and other long runs that make test leaves out
 # make check   before a commit: lint, and the tests that need no engine, in a minute or two
 # make real    every method on a real pretrained model (SmolLM2-135M): quality, speed; under 90 minutes, can be interrupted
+# make real-gemma3  two methods on Gemma 3 270M in the same way; about 40 minutes
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
 # make ablations whether the papers' orderings hold, over three seeds
 # make lint    formatting, static checks, types
@@ -17,7 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # No engine, no training run, no process of several ranks.
 QUICK_TESTS := tests/formats tests/converter tests/bench tests/common/test_environment.py tests/test_documents.py tests/test_house.py
 
-.PHONY: setup demo test test-slow check real methods ablations lint lm-eval clean
+.PHONY: setup demo test test-slow check real real-gemma3 methods ablations lint lm-eval clean
 
 setup: $(VENV)/.installed
 
@@ -36,7 +37,7 @@ demo: setup
 	$(BIN)/python -m bench.demo
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --durations=15 --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
@@ -48,6 +49,11 @@ real: setup
 	$(BIN)/python -m bench.real --output-dir real
 	mkdir -p bench/results/real
 	cp real/real.json real/real.png real/report.md real/report.html bench/results/real/
+
+real-gemma3: setup
+	$(BIN)/python -m bench.real --model gemma3 --output-dir real-gemma3
+	mkdir -p bench/results/real_gemma3
+	cp $(addprefix real-gemma3/,real.json real.png report.md report.html) bench/results/real_gemma3/
 
 methods: setup
 	$(BIN)/python -m bench.methods table --output-dir bench/results/methods

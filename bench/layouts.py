@@ -73,7 +73,7 @@ def variants(what: str, dense: ModelGeometry) -> dict[str, ModelGeometry]:
     exact = ragged_layers(dense)
 
     def aligned(layers: list[LayerGeometry], multiple: int) -> list[LayerGeometry]:
-        return [with_aligned_width(layer, multiple, dense.dense_layers[0].intermediate_size) for layer in layers]
+        return [with_aligned_width(layer, multiple, dense.dense_layers[0]) for layer in layers]
 
     def layer_bytes(layer: LayerGeometry) -> int:
         return dense.with_layers((layer,)).layer_parameters(0) * ELEMENT_BYTES

@@ -70,8 +70,11 @@ def with_largest_layer(
         kv_heads = max(kv_heads, top.num_key_value_heads)
         heads = max(heads, top.num_attention_heads)
         changed |= {"num_key_value_heads": kv_heads, "num_attention_heads": -(-heads // kv_heads) * kv_heads}
-    width = max(layer.intermediate_size for layer in layers)
-    if width > max(layer.intermediate_size for layer in stated.dense_layers):
+    width, stated_width = (
+        max((layer.intermediate_size for layer in some if not layer.expert_intermediate_sizes), default=0)
+        for some in (layers, stated.dense_layers)
+    )
+    if width > stated_width:
         changed["intermediate_size"] = width
     count = max(len(layer.expert_intermediate_sizes) for layer in layers)
     if stated.experts is not None and count > stated.experts.num_experts:

@@ -110,9 +110,10 @@ def cut_layer(
         cuts["self_attn.sinks"] = Cut(rows=torch.tensor(query_heads, dtype=torch.long))
     if masks.channel is not None:
         gate, up, down = cut_mlp(masks.channel, channel_mask_site, target.intermediate_size)
-        linear("mlp.gate_proj", gate)
-        linear("mlp.up_proj", up)
-        cuts["mlp.down_proj.weight"] = down
+        mlp = model.family.mlp_of(layer)
+        linear(f"{mlp}.gate_proj", gate)
+        linear(f"{mlp}.up_proj", up)
+        cuts[f"{mlp}.down_proj.weight"] = down
     for expert, mask in enumerate(_expert_masks(layer, masks, target)):
         modules = model.family.experts_format.modules_of(expert)
         site = channel_mask_site if model.family.experts_format.is_linear_in_up else "down"

@@ -81,7 +81,11 @@ def layers_from_shapes(tensors: Mapping[str, StoredTensor], dense: ModelGeometry
             if count < dense.dense_experts.num_experts_per_tok:
                 found.problems.append(f"model.layers.{index}: {dense.dense_experts.too_few(count)}")
             experts = tuple(reader.mlp(dense.family.experts_format.modules_of(expert)) for expert in range(count))
-            found.layers.append(LayerGeometry(groups, 0, experts, linear_attention=layer.linear_attention))
+            shared = 0
+            if layer.intermediate_size:
+                mlp = dense.family.mlp_of(layer)
+                shared = reader.mlp((f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"))
+            found.layers.append(LayerGeometry(groups, shared, experts, linear_attention=layer.linear_attention))
         else:
             width = reader.mlp(_MLP)
             if not width:

@@ -11,7 +11,7 @@ import torch
 
 from converter.checkpoint import DTYPES, Checkpoint
 from converter.dropped_experts import DroppedExperts, without_empty_experts
-from converter.fold import Cut, cut_layer, cut_mlp, kept_layer
+from converter.fold import Cut, cut_layer, kept_layer
 from converter.hidden import EMBEDDING, LM_HEAD, HiddenCut, make_hidden_cut
 from converter.importers import AUTO, read_source
 from converter.quantize.quantization import Quantization, Written, plan_quantization
@@ -188,7 +188,7 @@ def make_plan(
         note = "Layers for multi-token prediction (mtp.*) were left out: the pruned model drafts no tokens with them."
         source = replace(source, notes=(*source.notes, note))
     if drafts := num_draft_layers(source.weights.config):
-        note = f"config.json counts {drafts} layers that draft tokens (multi-token prediction); OUT has none of them."
+        note = f"OUT has no layers for multi-token prediction; config.json counted {drafts}."
         source = replace(source, notes=(*source.notes, note))
     dense = source.dense
     if dense.experts is not None and max_distinct_shapes is not None:
@@ -207,7 +207,7 @@ def make_plan(
         raise InputError(f"{path} cannot be converted:", problems)
     layers = exact if gqa_layout == "compact" else [with_even_groups(layer) for layer in exact]
     layers = [
-        with_aligned_width(layer, alignment, _largest_width(before, given))
+        with_aligned_width(layer, alignment, _widest(before, given))
         for layer, before, given in zip(layers, dense.layers, source.layers, strict=True)
     ]
     if max_distinct_shapes is not None:
@@ -259,9 +259,11 @@ def _with_lm_head(source: Source) -> Source:
     return replace(source, weights=weights, notes=(*source.notes, note))
 
 
-def _largest_width(dense: LayerGeometry, given: LayerGeometry) -> int:
-    """The FFN width, or that of experts, which padding must not exceed."""
-    return max(layer.intermediate_size or layer.expert_width for layer in (dense, given))
+def _widest(dense: LayerGeometry, given: LayerGeometry) -> LayerGeometry:
+    """What the widths of padding must not exceed."""
+    expert = max(dense.expert_width, given.expert_width)
+    width = max(dense.intermediate_size, given.intermediate_size)
+    return replace(dense, intermediate_size=width, expert_intermediate_sizes=(expert,) if expert else ())
 
 
 def make_cuts(
@@ -276,11 +278,9 @@ def make_cuts(
     cuts: dict[str, Cut] = {}
     for index, (masks, layer) in enumerate(zip(source.masks, target.layers, strict=True)):
         layer_cuts = cut_layer(dense, source.layers[index], masks, source.channel_mask_site, layer)
-        if layer.expert_intermediate_sizes:
-            layer_cuts |= _shared_cuts(dense, target)
-            if dropped is not None:
-                rows = torch.tensor(dropped.kept[index])
-                layer_cuts |= {name: Cut(rows=rows) for name in dense.family.experts_format.router_tensors}
+        if layer.expert_intermediate_sizes and dropped is not None:
+            rows = torch.tensor(dropped.kept[index])
+            layer_cuts |= {name: Cut(rows=rows) for name in dense.family.experts_format.router_tensors}
         cuts |= {f"model.layers.{index}.{name}": cut for name, cut in layer_cuts.items()}
     if hidden is not None:
         untied = hidden.embedding is not None
@@ -288,12 +288,3 @@ def make_cuts(
         changed = {name: hidden.cut(name, shape, cuts.get(name)) for name, shape in given.tensor_shapes().items()}
         cuts = {name: cut for name, cut in changed.items() if cut is not None}
     return cuts
-
-
-def _shared_cuts(dense: ModelGeometry, target: ModelGeometry) -> dict[str, Cut]:
-    """The cuts that pad the MLP that all tokens share, by names in a layer; none where it stays as it is."""
-    before, after = dense.dense_experts.shared_intermediate_size, target.dense_experts.shared_intermediate_size
-    if before == after:
-        return {}
-    names = (f"{dense.family.experts_format.shared_module}.{name}_proj.weight" for name in ("gate", "up", "down"))
-    return dict(zip(names, cut_mlp(torch.ones(before), "product", after), strict=True))

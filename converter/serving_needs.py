@@ -89,10 +89,8 @@ def _divides(size: int, layer: LayerGeometry, geometry: ModelGeometry) -> bool:
     """Whether so many ranks share a layer out evenly, as stock classes do."""
     if not layer.shares_heads_evenly(size):
         return False
-    if not layer.expert_intermediate_sizes:
-        return layer.intermediate_size % size == 0
     # Experts of different widths are shared out channel by channel, without padding.
-    return layer.expert_width % size == 0 and geometry.dense_experts.shared_intermediate_size % size == 0
+    return layer.intermediate_size % size == 0 and layer.expert_width % size == 0
 
 
 def _quantization_notes(geometry: ModelGeometry, quantization: Mapping[str, Any] | None) -> Iterable[str]:

@@ -18,17 +18,18 @@ def with_even_groups(layer: LayerGeometry) -> LayerGeometry:
     return replace(layer, query_heads_per_kv_head=(layer.widest_group,) * layer.num_key_value_heads)
 
 
-def with_aligned_width(layer: LayerGeometry, alignment: int, dense_width: int) -> LayerGeometry:
-    """The FFN width, or the one that all experts have, rounded up to a multiple of `alignment`, but to no more than the
-    dense width. What has no channels gets none. Experts of different widths stay as they are."""
+def with_aligned_width(layer: LayerGeometry, alignment: int, widest: LayerGeometry) -> LayerGeometry:
+    """The FFN width, and the one that all experts have, rounded up to a multiple of `alignment`, but to no more than
+    `widest` has. What has no channels gets none. Experts of different widths stay as they are."""
 
-    def aligned(width: int) -> int:
-        return min(-(-width // alignment) * alignment, dense_width)
+    def aligned(width: int, most: int) -> int:
+        return min(-(-width // alignment) * alignment, most)
 
     experts = layer.expert_intermediate_sizes
     if layer.expert_width:
-        experts = (aligned(layer.expert_width),) * len(experts)
-    return replace(layer, intermediate_size=aligned(layer.intermediate_size), expert_intermediate_sizes=experts)
+        experts = (aligned(layer.expert_width, widest.expert_width),) * len(experts)
+    width = aligned(layer.intermediate_size, widest.intermediate_size)
+    return replace(layer, intermediate_size=width, expert_intermediate_sizes=experts)
 
 
 def fits(layer: LayerGeometry, shape: LayerGeometry) -> bool:

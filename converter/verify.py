@@ -114,6 +114,11 @@ def _compare(plan: Plan, written: Checkpoint, tokens: torch.Tensor) -> tuple[lis
     steps = [step("the embedding", free, rounded.embed(tokens), states, states.norm(dim=1))]
     for index in progress_bar(range(len(pruned.geometry.layers)), desc="verifying", unit=" layers"):
         expected, chosen = pruned.layer(index, states, PROMPT_LENGTHS)
+        if not expected.isfinite().all():
+            raise InputError(
+                f"The pruned model itself computes NaN or infinity in layer {index}: weights are damaged, maybe some "
+                "that masks multiply by 0. Check them; --no-verify writes it nevertheless"
+            )
         noisy, _ = rounded.layer(index, states, PROMPT_LENGTHS, chosen)
         if chosen is not None and plan.dropped is not None:
             chosen = plan.dropped.renumbered(index, chosen)

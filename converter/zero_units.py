@@ -126,7 +126,8 @@ def _layer_masks(scan: _Scan, geometry: ModelGeometry, index: int, notes: list[s
             notes.append(f"Some heads are zero, but stay: {family.architecture} {family.why_heads_stay}")
             head = None
     if layer.intermediate_size:
-        channel = _mask(_used_channels(scan, *(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down"))))
+        mlp = prefix + family.mlp_of(layer)
+        channel = _mask(_used_channels(scan, *(f"{mlp}.{name}_proj" for name in ("gate", "up", "down"))))
     if layer.expert_width:
         names, used = family.experts_format, []
         for number in range(len(layer.expert_intermediate_sizes)):

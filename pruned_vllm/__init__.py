@@ -25,19 +25,23 @@ def _register() -> None:
 
     # Not `from vllm import ModelRegistry`: that lazy attribute fails in vLLM's model-inspection subprocess.
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from pruned_vllm.formats.families import FAMILIES
     from pruned_vllm.serving import deepseek_config
     from pruned_vllm.serving.config import PrunedConfig
+    from pruned_vllm.serving.latent_sizes import latent_convertors
     from pruned_vllm.serving.stock_architectures import dense_only_hooks
 
     hooks = dense_only_hooks(set(ModelRegistry.get_supported_archs()), MODELS_CONFIG_MAP)
+    convertors = latent_convertors(MODEL_ARCH_CONFIG_CONVERTORS)
     deepseek_config.register()
     for family in FAMILIES.values():
         architecture = family.pruned_architecture
         ModelRegistry.register_model(architecture, f"pruned_vllm.serving.models:{architecture}")
         hooks[architecture] = PrunedConfig
     MODELS_CONFIG_MAP.update(hooks)
+    MODEL_ARCH_CONFIG_CONVERTORS.update(convertors)
 
 
 def _stepping_aside(error: Exception) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from bench.commands import run, script
 from bench.pico import corpus
 from bench.real import plan
+from bench.real.models import MODELS, Model, fetched, source
+from bench.real.plan import PLANS, Plan
 from bench.real.records import Records
-from bench.real.smollm2 import smollm2, source
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, read_json
 from pruned_vllm.formats.config import read_config
@@ -27,10 +28,12 @@ class Inputs:
     """What the user chose.
 
     Attributes:
+        model: name of it in MODELS.
         data: sources for `learn-masks --data`; empty takes the English that ships with Python.
         eval_data: text files to measure perplexity on; empty takes documents of the same that are held out.
     """
 
+    model: str
     data: tuple[str, ...] = ()
     eval_data: tuple[Path, ...] = ()
 
@@ -45,6 +48,7 @@ class Run:
         data, eval_data: see Inputs.
     """
 
+    plan: Plan
     records: Records
     work: Path
     model: Path
@@ -57,41 +61,45 @@ class Run:
 
 
 def run_steps(inputs: Inputs, work: Path, records: Records) -> None:
-    """All steps of plan.planned(). Raises InputError when one fails, or a served model is not the masked one."""
-    model = records.step("model", {}, lambda _: _model())
-    check_model(model)
+    """All steps of the model's plan. Raises InputError when one fails, or a served model is not the masked one."""
+    chosen = MODELS[inputs.model]
+    model = records.step("model", {}, lambda _: _model(chosen))
+    check_model(model, chosen)
     text = {"data": list(inputs.data), "eval_data": list(map(str, inputs.eval_data)), "digests": _digests(inputs)}
     texts = (work / "train.txt", work / "heldout.txt")
     records.step("text", text, lambda _: _write_text(*texts), outputs=texts)
     data = inputs.data or (str(texts[0]),)
-    steps = Run(records, work, Path(model["directory"]), data, inputs.eval_data or (texts[1],))
+    chosen_plan = PLANS[inputs.model]
+    steps = Run(chosen_plan, records, work, Path(model["directory"]), data, inputs.eval_data or (texts[1],))
 
     _examine(steps, "dense", ())
-    for method in plan.METHODS:
-        for sparsity in plan.SPARSITIES:
+    for method in chosen_plan.methods:
+        for sparsity in chosen_plan.sparsities:
             _prune(steps, method, sparsity)
-    for sparsity in plan.SPARSITIES:
+    for sparsity in chosen_plan.sparsities:
         _recover(steps, sparsity)
-    for sparsity in plan.SPARSITIES:
+    for sparsity in chosen_plan.sparsities:
         _time(steps, sparsity)
 
 
-def best(records: Records, sparsity: float) -> str:
+def best(steps: Run, sparsity: float) -> str:
     """The pruned model of the lowest perplexity on held-out text."""
-    candidates = [f"{method}-{plan.percent(sparsity)}" for method in plan.METHODS]
-    return min(candidates, key=lambda name: records.done[f"know-{name}"]["result"]["perplexity"])
+    candidates = [f"{method}-{plan.percent(sparsity)}" for method in steps.plan.methods]
+    return min(candidates, key=lambda name: steps.records.done[f"know-{name}"]["result"]["perplexity"])
 
 
-def _model() -> dict:
-    directory = smollm2()
+def _model(model: Model) -> dict:
+    directory = fetched(model)
     fingerprint = str(Fingerprint.from_directory(directory))
     where = {"directory": str(directory.resolve()), "source": source(directory)}
     return {**where, "fingerprint": fingerprint, **_sizes(directory)}
 
 
-def check_model(model: Mapping) -> None:
-    """Raises InputError where the model's directory holds other weights than when its step, `model`, was done."""
+def check_model(model: Mapping, chosen: Model) -> None:
+    """Raises InputError where the step `model` was done with another model, or the model's directory has changed."""
     directory, before = Path(model["directory"]), model.get("fingerprint")  # runs begun before 0.2 lack it
+    if directory.name != chosen.name:
+        raise InputError(f"--output-dir has a run with {directory.name}; choose another for {chosen.name}")
     if before and before != str(Fingerprint.from_directory(directory)):
         raise InputError(
             f"{directory} holds another model than the one that this run began with: choose another --output-dir, or "
@@ -125,7 +133,7 @@ def _prune(steps: Run, method: str, sparsity: float) -> None:
     checkpoint, out = steps.directory("ckpt", name), steps.directory("out", name)
     data = [] if method == "magnitude" else ["--data", *steps.data]
     budget = ["--sparsity", str(sparsity), "--device", "cpu", "--dtype", plan.DTYPE]
-    options = [*budget, "--method", method, *plan.OPTIONS[method], *data]
+    options = [*budget, "--method", method, *steps.plan.methods[method].options, *data]
 
     def learn(resume: bool) -> dict:
         how = _how(checkpoint, resume)
@@ -143,9 +151,9 @@ def _prune(steps: Run, method: str, sparsity: float) -> None:
 
 def _recover(steps: Run, sparsity: float) -> None:
     """Trains the best model of this sparsity further, distilled from the dense one."""
-    name, pruned = f"recovered-{plan.percent(sparsity)}", best(steps.records, sparsity)
+    name, pruned = f"recovered-{plan.percent(sparsity)}", best(steps, sparsity)
     out = steps.directory("out", name)
-    options = [*plan.RECOVERY, "--dtype", plan.DTYPE, "--device", "cpu", "--data", *steps.data]
+    options = [*steps.plan.recovery.options, "--dtype", plan.DTYPE, "--device", "cpu", "--data", *steps.data]
 
     def recover(resume: bool) -> dict:
         teacher = ["--teacher", steps.model]
@@ -172,21 +180,21 @@ def _examine(steps: Run, name: str, after: Sequence[str]) -> None:
     checkpoint = steps.directory("ckpt", name) if f"learn-{name}" in steps.records.planned else None
 
     def know(resume: bool) -> dict:
-        found = evaluation.knowledge(directory, eval_data)
+        found = evaluation.knowledge(directory, eval_data, blocks)
         if checkpoint is not None:
-            found["masked_perplexity"] = evaluation.masked_perplexity(checkpoint, eval_data)
+            found["masked_perplexity"] = evaluation.masked_perplexity(checkpoint, eval_data, blocks)
         return found
 
     def serve(resume: bool) -> dict:
-        served = evaluation.ask_served(directory, eval_data, steps.work / f"server-{name}.log")
+        served = evaluation.ask_served(directory, steps.plan.prompts, eval_data, blocks, log)
         check_same(name, known, served["perplexity"])
         return served
 
-    eval_data = list(steps.eval_data)
+    eval_data, blocks, log = list(steps.eval_data), steps.plan.eval_blocks, steps.work / f"server-{name}.log"
     inputs = ("model", "text", *after)
-    settings = {"questions": evaluation.questions_digest(), "eval_blocks": plan.EVAL_BLOCKS}
+    settings = {"questions": evaluation.questions_digest(), "eval_blocks": steps.plan.eval_blocks}
     known = steps.records.step(f"know-{name}", settings, know, after=inputs)
-    settings = {"chat": list(plan.CHAT), "chat_tokens": plan.CHAT_TOKENS}
+    settings = {"chat": list(steps.plan.prompts), "chat_tokens": plan.ANSWER_TOKENS}
     steps.records.step(f"serve-{name}", settings, serve, after=(f"know-{name}", *inputs))
 
 
@@ -205,7 +213,7 @@ def check_same(name: str, known: dict, served: float) -> None:
 
 def _time(steps: Run, sparsity: float) -> None:
     """The best model of this sparsity against the dense one, on vLLM."""
-    pruned = best(steps.records, sparsity)
+    pruned = best(steps, sparsity)
     out = steps.work / f"speed-{plan.percent(sparsity)}"
     directories = ["--dense", str(steps.model), "--pruned", str(steps.directory("out", pruned))]
     options = ["--dtype", plan.DTYPE, "--repeats", str(plan.SPEED_REPEATS), "--cases", *plan.SPEED_CASES]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from learner.data.reading import beginning
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 
@@ -48,8 +49,12 @@ def log_likelihoods(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
 ) -> list[float]:
     """Of each answer, after the prompt and a space: the sum of the log-probabilities of its tokens."""
-    context = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    whole = [tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"] for answer in answers]
+
+    def tokens(text: str) -> list[int]:
+        return beginning(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    context = tokens(prompt)
+    whole = [tokens(f"{prompt} {answer}") for answer in answers]
     longest = max(map(len, whole))
     # Padded on the right, where a causal model does not look from before; what stands there is not read.
     batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in whole], device=model.device)

@@ -10,7 +10,8 @@ real.json: {
     "commands": {"learn", "convert"} or {"recover"},
     "learning": what learn-masks or finetune-pruned found, "parameters", "kv_cache_bytes_per_token",
     "perplexity": {"masked": of pruned ones, "converted", "served"}: blocks of 128 tokens, float32,
-    "questions": {"right", "questions", "accuracy", "standard_error"}, "chat": [{"prompt", "answer"}]}},
+    "questions": {"right", "questions", "accuracy", "standard_error"}, "chat": [{"prompt", "answer"}]: without a
+    chat template, how the model goes on}},
   "speed": {"20", "50": what bench.e2e_speedup found of the best model, with "pruned": its name},
   "steps": {name: {"seconds", "machine": with the load average, "versions", "settings"}}
 }
@@ -21,7 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.real import plan
+from bench.real.models import Model
+from bench.real.plan import Plan, percent
 from bench.real.records import LIBRARIES, Records
 from bench.report.reports import results_report
 from bench.report.results import Result
@@ -32,11 +34,10 @@ from pruned_vllm.common.files import write_json
 
 RESULTS_FILE = "real.json"
 PICTURE = "real.png"
-MODEL_NAME = "SmolLM2-135M-Instruct"  # stands for its directory
 SIZES = ("parameters", "kv_cache_bytes_per_token")
 
 
-def collect(records: Records, work: Path, command: str) -> dict:
+def collect(model: Model, plan: Plan, records: Records, work: Path, command: str) -> dict:
     """What RESULTS_FILE holds; `work` is where the run lies."""
     results = {name: record["result"] for name, record in records.done.items()}
     text = records.done["text"]["settings"]
@@ -50,14 +51,14 @@ def collect(records: Records, work: Path, command: str) -> dict:
         "model": results["model"],
         "text": {**{key: text[key] for key in ("data", "eval_data")}, "tokens": results["know-dense"]["tokens"]},
         "models": models,
-        "speed": {share: results[f"speed-{share}"] for share in map(plan.percent, plan.SPARSITIES)},
+        "speed": {share: results[f"speed-{share}"] for share in map(percent, plan.sparsities)},
         "steps": {
             name: {key: record[key] for key in ("seconds", "machine", "versions", "settings") if key in record}
             for name, record in records.done.items()
         },
     }
     # A reader's paths are others.
-    names = {results["model"]["directory"]: MODEL_NAME, str(work.resolve()): "real", str(work): "real"}
+    names = {results["model"]["directory"]: model.name, str(work.resolve()): plan.directory, str(work): plan.directory}
     return _renamed(found, names)
 
 

@@ -32,7 +32,7 @@ def ragged_layers(dense: ModelGeometry, keep: float, align: int) -> ModelGeometr
             layers.append(replace(layer, expert_intermediate_sizes=widths))
         else:
             exact = LayerGeometry(_groups(layer, heads[index], seed=index), channels[index])
-            layers.append(with_aligned_width(exact, align, layer.intermediate_size))
+            layers.append(with_aligned_width(exact, align, layer))
     return dense.with_layers(tuple(layers))
 
 

@@ -1,17 +1,24 @@
-"""What `make real` measured: a real pretrained model, pruned by every method, recovered, served, asked and timed."""
+"""What `make real` measured: a real pretrained model, pruned by every method, recovered, served, asked and timed.
+
+A function's `run` is the directory in bench/results.
+"""
 
 from collections.abc import Mapping
 
 from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, markdown_table, millions, paragraph, percent, results, short_case_name
 
-REAL = "real/real.json"
+REAL = "real"  # SmolLM2; Gemma 3 is in real_gemma3
 TITLES = {"ddp": "DDP", "tyr": "Tyr", "maskprune": "MaskPrune", "wanda": "Wanda", "magnitude": "magnitude"}
 
 
-def table() -> str:
+def _measured(run: str) -> dict:
+    return results(f"{run}/real.json")
+
+
+def table(run: str = REAL) -> str:
     """Perplexity, masked and served, and right answers of every model."""
-    return quality(results(REAL))
+    return quality(_measured(run))
 
 
 def quality(measured: Mapping) -> str:
@@ -45,9 +52,9 @@ def title(name: str, models: Mapping) -> str:
     return f"{TITLES[method]}, {share} %" + (", recovered" if recovered_from else "")
 
 
-def notes() -> str:
+def notes(run: str = REAL) -> str:
     """What the table's figures are worth."""
-    measured = results(REAL)
+    measured = _measured(run)
     questions = measured["models"]["dense"]["questions"]
     minutes = sum(step["seconds"] for step in measured["steps"].values()) / 60
     return paragraph(
@@ -60,9 +67,9 @@ def notes() -> str:
     )
 
 
-def speed() -> str:
+def speed(run: str = REAL) -> str:
     """The best model of each sparsity against the dense one, on vLLM."""
-    return speedups(results(REAL))
+    return speedups(_measured(run))
 
 
 def speedups(measured: Mapping) -> str:
@@ -81,7 +88,7 @@ def _speedup(case: Mapping) -> str:
 
 def headline() -> str:
     """The dense model, and the best of each sparsity before and after recovery."""
-    measured = results(REAL)
+    measured = _measured(REAL)
     models = measured["models"]
     cases = [short_case_name(case["name"]) for case in measured["speed"]["20"]["cases"]]
     rows = [("dense", *_facts(models["dense"]), *[""] * len(cases))]
@@ -101,9 +108,9 @@ def _facts(model: Mapping) -> tuple[str, str, str]:
     )
 
 
-def chat() -> str:
+def chat(run: str = REAL) -> str:
     """What the served models answered."""
-    return answers(results(REAL))
+    return answers(_measured(run))
 
 
 def answers(measured: Mapping) -> str:

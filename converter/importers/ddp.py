@@ -28,7 +28,7 @@ _MULTIPLIER = re.compile(r"(?:module\.)*l0_module\.lambdas\..+")  # of the loss;
 # What the layers have that a kind of mask is for, and the shape of one layer's mask.
 _KINDS: dict[str, tuple[str, Callable[[LayerGeometry], tuple[int, ...]]]] = {
     "head": ("attention", lambda layer: (layer.num_attention_heads,)),
-    "intermediate": ("a dense MLP", lambda layer: (layer.intermediate_size,)),
+    "intermediate": ("a dense MLP", lambda layer: (0 if layer.expert_intermediate_sizes else layer.intermediate_size,)),
     "expert": ("experts", lambda layer: (len(layer.expert_intermediate_sizes), layer.expert_width)),
 }
 

@@ -41,14 +41,7 @@ def read(request: Request) -> Source:
     if len(lines) != len(base.dense.layers):
         layers = len(base.dense.layers)
         raise InputError(f"{file} has {len(lines)} lines, the model in {base.directory} {layers} layers")
-    shared = base.dense.experts.shared_intermediate_size if base.dense.experts else 0
     problems = [
-        f"layer {index}: its MLP cannot be dropped, since {shared} channels of it are for all tokens, which the models "
-        "that are served cannot be without"
-        for index, (line, layer) in enumerate(zip(lines, base.dense.layers, strict=True))
-        if shared and "mlp" in WORDS[line] and layer.expert_intermediate_sizes
-    ]
-    problems += [
         f"layer {index}: its linear attention cannot be dropped, since vLLM has one shape of state for all layers"
         for index, (line, layer) in enumerate(zip(lines, base.dense.layers, strict=True))
         if layer.linear_attention and "attn" in WORDS[line]
@@ -74,6 +67,9 @@ def _masks(layer: LayerGeometry, dropped: tuple[str, ...]) -> LayerMasks[torch.T
     head = torch.zeros(layer.num_attention_heads) if "attn" in dropped else None
     if "mlp" not in dropped:
         return LayerMasks(head)
-    if layer.expert_intermediate_sizes:
-        return LayerMasks(head, expert=torch.zeros(len(layer.expert_intermediate_sizes), layer.expert_width))
-    return LayerMasks(head, torch.zeros(layer.intermediate_size))
+    experts = layer.expert_intermediate_sizes
+    return LayerMasks(
+        head,
+        torch.zeros(layer.intermediate_size) if layer.intermediate_size else None,
+        torch.zeros(len(experts), layer.expert_width) if experts else None,
+    )

@@ -56,21 +56,15 @@ def padded_sizes(
     layers = []
     for index, layer in enumerate(geometry.layers):
         width, experts = layer.intermediate_size, layer.expert_intermediate_sizes
-        if _any_in(modules, (f"model.layers.{index}.mlp.{name}_proj" for name in ("gate", "up", "down"))):
+        mlp = f"model.layers.{index}.{geometry.family.mlp_of(layer)}"
+        if _any_in(modules, (f"{mlp}.{name}_proj" for name in ("gate", "up", "down"))):
             width = _up(width, step)
         if experts and _any_in(modules, expert_modules(geometry, index)):
             experts = tuple(_up(channels, group_size or 1) for channels in experts)
             if len(set(experts)) == 1:
                 experts = tuple(_up(channels, step) for channels in experts)
         layers.append(replace(layer, intermediate_size=width, expert_intermediate_sizes=experts))
-    padded = geometry.with_layers(tuple(layers))
-    names, experts_before = geometry.family.experts, geometry.experts
-    if names is None or experts_before is None or names.shared_width_key is None:
-        return padded
-    if not _any_in(modules, (f"model.layers.{index}.{names.shared_module}.up_proj" for index in range(len(layers)))):
-        return padded
-    shared = _up(experts_before.shared_intermediate_size, step)
-    return replace(padded, experts=replace(experts_before, shared_intermediate_size=shared))
+    return geometry.with_layers(tuple(layers))
 
 
 def size_problems(
@@ -99,15 +93,6 @@ def size_problems(
     for what, inputs, outputs in _latent_sizes(wanted, geometry, modules):
         check(f"{what}, whose inputs are {inputs},", inputs, scheme.needed_inputs, fix)
         check(f"{what}, whose outputs are {outputs},", outputs, scheme.needed_outputs, fix)
-    names, experts = geometry.family.experts, geometry.experts
-    if names is not None and experts is not None and names.shared_count_key is not None:
-        # DeepSeekMoE: their width is a multiple of the routed experts' before pruning, and so cannot be padded.
-        modules_of_shared = [name for name in modules if f".{names.shared_module}." in name]
-        multiple = math.lcm(scheme.needed_inputs, scheme.needed_outputs, group_size or 1) * wanted.ranks
-        if modules_of_shared:
-            fix = f"{other}, --group-size or --tensor-parallel-size, or --ignore 're:.*{names.shared_module}.*'"
-            width = experts.shared_intermediate_size
-            check(f"the width {width} of the shared experts", width, multiple, fix)
     return problems
 
 

@@ -211,21 +211,40 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
         yield batch
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer begins every text with, so that a model is asked so when it is served: [<bos>] or nothing."""
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def blocks_of_text(token_ids: torch.Tensor, block_size: int, first: Sequence[int] = ()) -> torch.Tensor:
+    """Token ids [N] as blocks [M, block_size] that all begin with `first`; the remainder is dropped.
+
+    `first` is the tokenizer's `beginning`, without which models such as Gemma predict next to nothing. Raises
+    InputError where it leaves no room for text.
+    """
+    begin = torch.tensor(first, dtype=token_ids.dtype)
+    text_size = block_size - len(begin)
+    if text_size < 1:
+        raise InputError(f"--sequence-length {block_size} has no room behind the token that begins every text")
+    count = len(token_ids) // text_size
+    return torch.cat([begin.expand(count, -1), token_ids[: count * text_size].view(count, text_size)], dim=1)
+
+
 class BlockSampler:
-    """Cuts token ids into blocks [sequence_length] (the remainder is dropped) and deals them in random order.
+    """Cuts token ids into blocks [sequence_length], see `blocks_of_text`, and deals them in random order.
 
     Each block is dealt once before any is dealt again; the order depends on the seed alone.
     """
 
-    def __init__(self, token_ids: torch.Tensor, sequence_length: int, seed: int):
-        count = len(token_ids) // sequence_length
-        if count == 0:
+    def __init__(self, token_ids: torch.Tensor, sequence_length: int, seed: int, first: Sequence[int] = ()):
+        self.blocks = blocks_of_text(token_ids, sequence_length, first)
+        if not len(self.blocks):
             raise InputError(
                 f"The text has {len(token_ids)} tokens, fewer than one block of {sequence_length}; "
                 "give more text (--data) or shorter blocks (--sequence-length)"
             )
         self.sequence_length = sequence_length
-        self.blocks = token_ids[: count * sequence_length].view(count, sequence_length)
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long)
 

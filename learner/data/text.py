@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from learner.data.reading import BlockSampler, read_tokens
+from learner.data.reading import BlockSampler, beginning, blocks_of_text, read_tokens
 from learner.model.perplexity import EVAL_BLOCK_SIZE
 from pruned_vllm.common.errors import InputError
 
@@ -36,7 +36,7 @@ def training_blocks(
             f"(max_position_embeddings in its config.json); use --sequence-length {positions} or less"
         )
     ids = _read(model, tokenizer, job.data, job, sequences * sequence_length, show_progress)
-    return BlockSampler(ids, sequence_length, job.seed)
+    return BlockSampler(ids, sequence_length, job.seed, beginning(tokenizer))
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
@@ -47,11 +47,14 @@ def num_positions(model: PreTrainedModel) -> int | None:
 def evaluation_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Any, show_progress: bool = True
 ) -> torch.Tensor:
-    """Token ids [N] of the --eval-data of `job`, see `training_blocks`; InputError if nothing could be scored."""
+    """Token ids [N] of the --eval-data of `job`, in the blocks that `perplexity` scores; see `training_blocks`.
+
+    Raises InputError if nothing could be scored.
+    """
     ids = _read(model, tokenizer, job.eval_data, job, 0, show_progress)
     if len(ids) < EVAL_BLOCK_SIZE:
         raise InputError(f"--eval-data has {len(ids)} tokens; at least {EVAL_BLOCK_SIZE} are scored")
-    return ids
+    return blocks_of_text(ids, EVAL_BLOCK_SIZE, beginning(tokenizer)).flatten()
 
 
 def _read(

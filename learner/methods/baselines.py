@@ -9,6 +9,8 @@ import torch
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import expert_weights
 from learner.model.projections import gate_up_weights, query_key_value_weights
+from learner.model.units import Units
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
 
@@ -45,25 +47,44 @@ def magnitude(task: Task) -> Learned:
     for kind, index in progress_bar(places, desc="magnitude", unit="layer", disable=not show):
         scored[kind].append(score[kind](layers[index]))
     stacked = {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
-    return Learned(keep_largest_in_each_layer(stacked, task.target_sparsity))
+    return Learned(keep_largest_in_each_layer(task, stacked))
 
 
 def random(task: Task) -> Learned:
     """Keeps units at random."""
     generator = torch.Generator().manual_seed(task.seed)
     scores = {kind: torch.rand(task.units.shape(kind), generator=generator) for kind in task.units.layers}
-    return Learned(keep_largest_in_each_layer(scores, task.target_sparsity))
+    return Learned(keep_largest_in_each_layer(task, scores))
 
 
-def keep_largest_in_each_layer(
-    scores: Mapping[str, torch.Tensor], target_sparsity: Mapping[str, float]
-) -> dict[str, torch.Tensor]:
+def keep_largest_in_each_layer(task: Task, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """By kind, 1 for the units [layers, units] of the largest scores in their layer, and 0 for the others.
 
-    At least one stays.
+    At least one stays. Raises InputError for scores that `check_finite` refuses.
     """
+    check_finite(task.units, scores)
     values = {}
     for kind, of_kind in scores.items():
-        kept = max(1, round(of_kind.shape[1] * (1 - target_sparsity[kind])))
+        kept = max(1, round(of_kind.shape[1] * (1 - task.target_sparsity[kind])))
         values[kind] = torch.zeros_like(of_kind).scatter(1, of_kind.topk(kept, dim=1).indices, 1)
     return values
+
+
+def check_finite(units: Units, scores: Mapping[str, torch.Tensor]) -> None:
+    """Raises InputError with every layer in which scores [layers, any] are NaN or infinite: they order nothing."""
+    rows = [
+        (index, kind, row)
+        for kind, of_kind in scores.items()
+        for index, row in zip(units.layers[kind], of_kind, strict=True)
+    ]
+    problems = [
+        f"layer {index}: {count} of {len(row)} scores of the kind {kind} are NaN or infinite"
+        for index, kind, row in sorted(rows, key=lambda place: place[0])
+        if (count := int((~row.isfinite()).sum()))
+    ]
+    if problems:
+        raise InputError(
+            "Units cannot be told apart by what the model computes. Check the weights of the first of these layers, or "
+            "use --dtype bfloat16 or float32:",
+            problems,
+        )

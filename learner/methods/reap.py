@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from learner.methods.baselines import check_finite
 from learner.methods.gates import largest
 from learner.methods.method import Learned, Task
 from learner.model.expert_weights import output_of, routed_products
@@ -33,8 +34,9 @@ from pruned_vllm.common.progress import progress_bar
 
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1, the same for all channels of an expert; see learner/methods/method.py."""
-    chosen = task.model.config.num_experts_per_tok
-    kept = kept_experts(scores(task), task.target_sparsity["expert"], task.settings.budget, chosen)
+    chosen, of_experts = task.model.config.num_experts_per_tok, scores(task)
+    check_finite(task.units, {"expert": of_experts})
+    kept = kept_experts(of_experts, task.target_sparsity["expert"], task.settings.budget, chosen)
     width = task.units.widths["expert"] // task.units.num_experts
     return Learned({"expert": kept.float().repeat_interleave(width, dim=1)})
 

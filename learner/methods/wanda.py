@@ -25,7 +25,7 @@ from pruned_vllm.common.progress import progress_bar
 
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1; see learner/methods/method.py."""
-    return Learned(keep_largest_in_each_layer(scores(task), task.target_sparsity))
+    return Learned(keep_largest_in_each_layer(task, scores(task)))
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def apply_masks(
                 handle = layer.self_attn.o_proj.register_forward_pre_hook(_multiply_input(of_layer.head))
                 stack.callback(handle.remove)
             if of_layer.channel is not None:
-                _mask_mlp(stack, layer.mlp, of_layer.channel, channel_mask_site)
+                _mask_mlp(stack, mlp_of_all_tokens(layer), of_layer.channel, channel_mask_site)
             if of_layer.expert is not None:
                 _mask_experts(stack, layer.mlp.experts, of_layer.expert, channel_mask_site)
         yield
@@ -79,6 +79,12 @@ def restrict_routers(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) 
             handle = gate.register_forward_hook(lambda _, args, output, kept=kept: (*output[:2], kept[output[2]]))
             stack.callback(handle.remove)
         yield
+
+
+def mlp_of_all_tokens(layer: Any) -> Any:
+    """The MLP of a decoder layer that every token passes: where it has experts, that of the shared ones."""
+    names = ("shared_expert", "shared_experts") if hasattr(layer.mlp, "experts") else ()
+    return next((getattr(layer.mlp, name) for name in names if hasattr(layer.mlp, name)), layer.mlp)
 
 
 def _mask_mlp(stack: ExitStack, mlp: Any, mask: torch.Tensor, site: str) -> None:

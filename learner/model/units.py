@@ -15,7 +15,7 @@ Values = dict[str, torch.Tensor]  # by kind: [layers that have the kind, units i
 
 @dataclass(frozen=True)
 class Units:
-    """What is pruned: heads, and channels of dense MLPs and of experts.
+    """What is pruned: heads, and channels of dense MLPs and of routed experts; shared experts stay.
 
     Heads are query heads, or, if tied, KV heads with all query heads that read them.
 
@@ -39,7 +39,11 @@ class Units:
         heads_per_unit = max(layer.widest_group for layer in geometry.layers) if tied else 1
         shapes = layer_masks(mask_shapes(geometry), len(geometry.layers))
         layers = {
-            kind: tuple(index for index, layer in enumerate(shapes) if getattr(layer, kind) is not None)
+            kind: tuple(
+                index
+                for index, layer in enumerate(shapes)
+                if getattr(layer, kind) is not None and not (kind == "channel" and layer.expert is not None)
+            )
             for kind in MASK_KEYS
             if kind != "head" or geometry.family.can_lose_heads
         }

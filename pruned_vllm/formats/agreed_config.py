@@ -31,11 +31,12 @@ def refusals(family: Family, config: Mapping[str, Any]) -> list[str]:
 
 def _factor_problems(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the numbers that a family multiplies or divides by."""
-    for key in family.multipliers:
-        if not is_positive(config.get(key, 1)):
-            yield f"{key} is {shown(config[key])}; it must be a number above 0"
-    if (key := family.query_scale_key) is not None and not is_positive(family.with_defaults(config)[key]):
-        yield f"{key} is {shown(config[key])}; it must be a number above 0"
+    values = {key: config.get(key, 1) for key in family.multipliers}
+    if family.query_scale_key is not None:
+        values[family.query_scale_key] = family.with_defaults(config)[family.query_scale_key]
+    for key, value in values.items():
+        if not is_positive(value):
+            yield f"{key} is {shown(value)}; it must be a number above 0"
     if (wanted := query_scaling(family, config)) is None:
         return
     given = config.get(QUERY_SCALING)

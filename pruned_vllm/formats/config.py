@@ -7,11 +7,12 @@ from typing import Any
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 from pruned_vllm.formats.agreed_config import agreed_config, stock_agrees
-from pruned_vllm.formats.config_values import flag, natural
-from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
+from pruned_vllm.formats.config_values import flag
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.headers import DRAFT_LAYERS
+from pruned_vllm.formats.linear_attention import DEFAULTS as LINEAR_DEFAULTS
 from pruned_vllm.formats.wrappers import text_config
 
 # Optional keys that this project reads, for which null is as good as absent. Not all keys are like that: without
@@ -21,13 +22,13 @@ NULL_IS_ABSENT = {
     *("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias", "qkv_bias", "num_experts", "num_local_experts"),
     *("decoder_sparse_step", "mlp_only_layers", "moe_layer_freq", "first_k_dense_replace", "n_shared_experts"),
     *("shared_expert_intermediate_size", "allow_global_per_layer_attribute_access", "transformers_weights"),
+    *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "use_qk_norm"),
+    *("num_experts_per_tok", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor"),
+    *("query_pre_attn_scalar", "full_attention_interval", *(f"linear_{key}" for key in LINEAR_DEFAULTS)),
 }
 
-O_BIAS_IN_VLLM = (
-    "llama",
-    "granite",
-    "gemma3_text",
-)  # the families whose stock class there has a bias of o_proj with a key for it
+# The families whose stock class in vLLM has a bias of o_proj, and a key for it.
+O_BIAS_IN_VLLM = ("llama", "granite", "gemma3_text")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -77,11 +78,6 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
         config[DRAFT_LAYERS] = 0
     if flag("tie_word_embeddings", geometry.family.with_defaults(config)) != geometry.tie_word_embeddings:
         config["tie_word_embeddings"] = geometry.tie_word_embeddings
-    experts = geometry.family.experts
-    if experts is not None and experts.shared_width_key is not None:
-        shared_width = geometry.dense_experts.shared_intermediate_size
-        if natural(geometry.family.with_defaults(config), experts.shared_width_key, 0) != shared_width:
-            config[experts.shared_width_key] = shared_width
     stock = _stock_config(geometry, config)
     if stock is not None:
         return stock
@@ -96,6 +92,7 @@ def converted_config(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict
     )
     if geometry.experts is not None:
         ours[NUM_EXPERTS] = geometry.experts.num_experts
+        ours[SHARED_WIDTH] = geometry.experts.shared_intermediate_size
     return {
         **config,
         **{key: value for key, value in ours.items() if any(key in keys for keys in overrides.values())},
@@ -159,8 +156,13 @@ def _uniform_widths(geometry: ModelGeometry, config: Mapping[str, Any]) -> dict[
         counts = {len(layer.expert_intermediate_sizes) for layer in with_experts}
         if not width or {layer.expert_width for layer in with_experts} != {width} or len(counts) > 1:
             return None
+        shared = {layer.intermediate_size for layer in with_experts}
+        if names.shared_width_key is not None and len(shared) == 1:
+            widths |= {names.shared_width_key: next(iter(shared))} if any(shared) else {}
+        elif shared != {geometry.dense_experts.shared_intermediate_size}:
+            return None
         if names.shared_count_key is not None and width != geometry.dense_experts.intermediate_size:
-            return None  # the width of the shared MLP, which stays, is a multiple of this key
+            return None  # the width of the shared MLP is a multiple of this key
         widths[names.width_key] = width
         widths |= names.with_count(config, counts.pop())
     return widths

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, natural, naturals, number, positive, shown
 
 # Keys of `per_layer_config`. The first one is the same whatever the family calls it at the top level.
+SHARED_WIDTH = "shared_expert_intermediate_size"  # of a layer in per_layer_config, whatever the family
 NUM_EXPERTS, CONSTANT_EXPERTS = "num_experts", "constant_experts"
 
 
@@ -123,8 +124,7 @@ class DenseExperts:
         num_experts: routed experts.
         num_experts_per_tok: experts that the router chooses for each token.
         intermediate_size: FFN channels of a routed expert.
-        shared_intermediate_size: FFN channels of the MLP that every token passes besides; 0 if there is none. It is
-            never pruned.
+        shared_intermediate_size: FFN channels of the MLP that every token passes besides; 0 if there is none.
         norm_topk_prob: whether the weights of a token's experts are divided by their sum.
         num_expert_group, topk_group: groups of equally many consecutive experts, and how many of them a token's experts
             are chosen from; 1 and 1 where all experts are alike.
@@ -172,6 +172,13 @@ class DenseExperts:
         if problem := self.group_problem(count):
             raise ValueError(problem)
         return count
+
+    def shared_width_of(self, overrides: Mapping[str, Any]) -> int:
+        """Channels of the MLP of a layer that every token passes. Raises ValueError where there is none to have any."""
+        width = natural(overrides, SHARED_WIDTH, self.shared_intermediate_size)
+        if width and not self.shared_intermediate_size:
+            raise ValueError(f"{SHARED_WIDTH} is {width}, but the model has no such MLP")
+        return width
 
     def group_problem(self, count: int) -> str | None:
         """Why the router cannot choose among `count` experts by groups; None where it can, or there is one group."""

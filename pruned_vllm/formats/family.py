@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pruned_vllm.formats.experts import ExpertsFormat
 from pruned_vllm.formats.latent import WHY_WHOLE
+from pruned_vllm.formats.layer import LayerGeometry
 from pruned_vllm.formats.linear_attention import Projections
 
 PRUNED_PREFIX = "Pruned"  # PrunedLlamaForCausalLM: an architecture that a vLLM without the plugin refuses to load
@@ -99,6 +100,12 @@ class Family:
         if self.latent_attention:
             inside = ("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm")
         return (*self.attention_norms, *inside) if sublayer == "attention" else self.mlp_norms
+
+    def mlp_of(self, layer: LayerGeometry) -> str:
+        """The MLP of a decoder layer that every token passes, as a module of it: "mlp" but in a layer with experts."""
+        if layer.expert_intermediate_sizes:
+            return self.experts_format.shared_module or ""
+        return "mlp"
 
     def query_rows(self, head_dim: int) -> int:
         """Rows of q_proj for each query head."""

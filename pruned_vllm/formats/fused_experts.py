@@ -51,7 +51,7 @@ def unfused_experts(geometry: ModelGeometry, tensors: Mapping[str, StoredTensor]
                 for part, tensor in fused.parts(found, expert):
                     projection, _, kind = part.partition(".")
                     own_name = f"model.layers.{index}.{modules[projection]}.{kind}"
-                    if own_name in tensors:
+                    if own_name in result:
                         problems.append(f"{own_name}: there as part of {prefix}{fused.name}, and by itself; keep one")
                     result[own_name] = tensor
     if problems:

@@ -10,7 +10,8 @@ A layer that is not listed, and a key that a layer does not list, has the dense 
 Hugging Face has no word for: `query_heads_per_kv_head` (a list, written when the groups differ),
 `expert_intermediate_sizes` (the width of each expert, written when they differ or are all 0) and `constant_experts`
 (those of width 0 that output a constant). `num_experts` says how
-many experts a layer has, and rows its router, where some are gone altogether; the same key in every family.
+many experts a layer has, and rows its router, where some are gone altogether, and `shared_expert_intermediate_size` the
+width of the MLP beside the experts that every token passes; the same keys in every family.
 
     geometry = ModelGeometry.from_config(json.load(open("config.json")))
     geometry.layers[3].num_key_value_heads, geometry.num_parameters, geometry.kv_cache_bytes_per_token(2)
@@ -23,7 +24,7 @@ from typing import Any
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config_values import LARGEST_COUNT, flag, positive, shown, without_nulls
-from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, DenseExperts
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH, DenseExperts
 from pruned_vllm.formats.families import find_family
 from pruned_vllm.formats.family import Family
 from pruned_vllm.formats.latent import WHY_WHOLE, LatentAttention
@@ -270,13 +271,15 @@ class _Layers:
     def _layer(self, where: str, index: int, overrides: Mapping[str, Any]) -> LayerGeometry | None:
         attention_keys = ("skip",) if index in self._linear else ATTENTION_KEYS
         keys = {*attention_keys, "intermediate_size"}
-        num_experts = 0
+        num_experts = shared_width = 0
         if index in self._with_experts:
             if self._experts is None:  # reported already
                 return None
             keys = {*attention_keys, self._width_key, NUM_EXPERTS, "expert_intermediate_sizes", CONSTANT_EXPERTS}
+            keys.add(SHARED_WIDTH)
             num_experts = self._problems.checked(where, self._experts.num_experts_of, overrides)
-            if num_experts is None:
+            shared_width = self._problems.checked(where, self._experts.shared_width_of, overrides)
+            if num_experts is None or shared_width is None:
                 return None
         if unknown := set(overrides) - keys:
             self._problems.add(f"{where}: unknown keys {sorted(unknown)}; known: {sorted(keys)}")
@@ -284,7 +287,7 @@ class _Layers:
         if self._units > LARGEST_UNITS:
             self._problems.add(f"top level: the layers have more than {LARGEST_UNITS:,} heads and experts together")
             return None
-        arguments = ({**self._sizes, **overrides}, num_experts, self._width_key, index in self._linear)
+        arguments = ({**self._sizes, **overrides}, num_experts, shared_width, self._width_key, index in self._linear)
         layer = self._problems.checked(where, LayerGeometry.from_sizes, *arguments)
         if layer is not None:
             self._units += layer.num_key_value_heads + len(layer.expert_intermediate_sizes)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruned_vllm.formats.config_values import LARGEST_COUNT, naturals, positive, shown
-from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS
+from pruned_vllm.formats.experts import CONSTANT_EXPERTS, NUM_EXPERTS, SHARED_WIDTH
 
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "query_heads_per_kv_head", "skip")
 
@@ -16,7 +16,8 @@ class LayerGeometry:
 
     Attributes:
         query_heads_per_kv_head: for each KV head, how many query heads read it; () where attention is gone or linear.
-        intermediate_size: FFN channels; 0 when the MLP is skipped or the layer has experts.
+        intermediate_size: FFN channels of the MLP that every token passes: in a layer with experts that of the shared
+            ones. 0 where there is none.
         expert_intermediate_sizes: FFN channels of each routed expert that the layer has; () for a layer with a dense
             MLP or none. 0 is an expert that outputs zeros; the router still sees it. A layer whose experts are all 0
             skips nothing.
@@ -76,12 +77,18 @@ class LayerGeometry:
 
     @classmethod
     def from_sizes(
-        cls, sizes: Mapping[str, Any], num_experts: int = 0, width_key: str = "", linear_attention: bool = False
+        cls,
+        sizes: Mapping[str, Any],
+        num_experts: int = 0,
+        shared_width: int = 0,
+        width_key: str = "",
+        linear_attention: bool = False,
     ) -> "LayerGeometry":
         """Reads the flat keys of a layer (or of the top level). Raises ValueError with the numbers.
 
         Args:
             num_experts: that the layer has; 0 for a layer with a dense MLP.
+            shared_width: channels of the MLP that every token passes, in a layer with experts.
             width_key: the family's key for the width of all experts.
             linear_attention: whether it has such in place of attention.
         """
@@ -123,7 +130,7 @@ class LayerGeometry:
                     f"{CONSTANT_EXPERTS} is {shown(list(constants))}; it must name experts without channels, in "
                     f"ascending order, and those are {shown(empty)}"
                 )
-            return cls(tuple(groups), 0, widths, constants, linear_attention)
+            return cls(tuple(groups), shared_width, widths, constants, linear_attention)
         width = positive(sizes, "intermediate_size")
         return cls(tuple(groups), 0 if "mlp" in skip else width, linear_attention=linear_attention)
 
@@ -138,7 +145,10 @@ class LayerGeometry:
                     overrides[key] = getattr(self, key)
             if not self.has_even_groups:
                 overrides["query_heads_per_kv_head"] = list(self.query_heads_per_kv_head)
-        if self.intermediate_size not in (0, dense.intermediate_size):
+        if self.expert_intermediate_sizes:
+            if self.intermediate_size != dense.intermediate_size:
+                overrides[SHARED_WIDTH] = self.intermediate_size
+        elif self.intermediate_size not in (0, dense.intermediate_size):
             overrides["intermediate_size"] = self.intermediate_size
         if len(self.expert_intermediate_sizes) != len(dense.expert_intermediate_sizes):
             overrides[NUM_EXPERTS] = len(self.expert_intermediate_sizes)

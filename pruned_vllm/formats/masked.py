@@ -18,7 +18,8 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 MASKS_FILE = "pruning_masks.safetensors"
 HEAD_MASK = "model.layers.{}.self_attn.head_mask"  # [num_attention_heads]; no layers with linear attention
-CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"  # [intermediate_size]; only layers with a dense MLP
+# [intermediate_size]; of the MLP that every token passes, in a layer with experts that of the shared ones
+CHANNEL_MASK = "model.layers.{}.mlp.channel_mask"
 EXPERT_MASK = "model.layers.{}.mlp.experts.channel_mask"  # [num_experts, moe_intermediate_size], whatever the family
 MASK_KEYS = {"head": HEAD_MASK, "channel": CHANNEL_MASK, "expert": EXPERT_MASK}
 
@@ -54,7 +55,7 @@ def mask_shapes(dense: ModelGeometry) -> dict[str, tuple[int, ...]]:
             shapes[HEAD_MASK.format(index)] = (layer.num_attention_heads,)
         if layer.expert_intermediate_sizes:
             shapes[EXPERT_MASK.format(index)] = (len(layer.expert_intermediate_sizes), layer.expert_width)
-        else:
+        if layer.intermediate_size:
             shapes[CHANNEL_MASK.format(index)] = (layer.intermediate_size,)
     return shapes
 

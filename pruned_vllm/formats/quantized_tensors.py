@@ -136,7 +136,7 @@ def joined_modules(geometry: ModelGeometry) -> Iterator[list[str]]:
             yield [f"{prefix}.self_attn.{name}" for name in JOINED[joined]]
         if layer.expert_intermediate_sizes:
             yield expert_modules(geometry, index)
-            if geometry.dense_experts.shared_intermediate_size:
+            if layer.intermediate_size:
                 shared = geometry.family.experts_format.shared_module
                 yield [f"{prefix}.{shared}.{name}" for name in JOINED["gate_up_proj"]]
         elif layer.intermediate_size:
@@ -198,7 +198,7 @@ def _add_cache_scales(expected: dict[str, Choices], geometry: ModelGeometry, qua
         prefix, is_required = f"model.layers.{index}.self_attn", quantization.kv_cache_strategy is not None
         parts = {part: Stored(SCALARS, is_required=is_required) for part in _CACHE_SCALES}
         parts |= {part: Stored(SCALARS, (*FLOATS, "I8", "F8_E4M3"), is_required=False) for part in _CACHE_SCALES_OF_OLD}
-        expected[prefix] = (parts,)
+        expected[prefix] = tuple(choice | parts for choice in expected.get(prefix) or ({},))  # beside sinks
         for letter in "kv" if geometry.latent is None else "":
             module = f"{prefix}.{letter}_proj"
             if (choices := expected[module]) is not None and quantization.method != COMPRESSED_TENSORS:

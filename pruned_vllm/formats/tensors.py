@@ -101,7 +101,7 @@ def _experts_shapes(model: ModelSizes, layer: LayerGeometry) -> Shapes:
             shapes |= _linear(down, hidden, width, names.bias)
         elif names.bias or expert in layer.constant_experts:
             shapes[f"{down}.bias"] = (hidden,)
-    if shared := model.dense_experts.shared_intermediate_size:
+    if shared := layer.intermediate_size:
         shapes |= _linear(f"{names.shared_module}.gate_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.up_proj", shared, hidden)
         shapes |= _linear(f"{names.shared_module}.down_proj", hidden, shared)

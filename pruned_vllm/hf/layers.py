@@ -35,6 +35,7 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, geometry
         layer.self_attn.register_forward_pre_hook(partial(_repeat_kv_heads, groups), with_kwargs=True)
     if geometry.layers[index].expert_intermediate_sizes:
         layer.mlp.experts = _RaggedExperts(geometry, index, config.hidden_act)
+        _fit_shared_experts(layer.mlp, geometry, index)
     elif not geometry.layers[index].intermediate_size:
         _remove_norms(layer, geometry.family.mlp_norms)
         layer.mlp = _SkippedSublayer("down_proj", geometry.hidden_size, geometry.mlp_bias)
@@ -51,6 +52,21 @@ def _layer_config(config: PreTrainedConfig, geometry: ModelGeometry, index: int)
         if names.shared_count_key is not None:  # the shared MLP, which stays, is as wide as so many experts were
             setattr(layer_config, names.width_key, geometry.dense_experts.intermediate_size)
     return layer_config
+
+
+def _fit_shared_experts(mlp: nn.Module, geometry: ModelGeometry, index: int) -> None:
+    """Gives the MLP that every token passes besides the routed experts the width that it has in this layer."""
+    module, width = geometry.family.experts_format.shared_module, geometry.layers[index].intermediate_size
+    if module is None or width == geometry.dense_experts.shared_intermediate_size:
+        return
+    name, hidden_size = module.removeprefix("mlp."), geometry.hidden_size
+    if not width:
+        setattr(mlp, name, _SkippedSublayer("down_proj", hidden_size, has_bias=False))
+        return
+    shared = getattr(mlp, name)
+    for projection in ("gate_proj", "up_proj"):
+        setattr(shared, projection, nn.Linear(hidden_size, width, bias=False))
+    shared.down_proj = nn.Linear(width, hidden_size, bias=False)
 
 
 def _remove_norms(layer: nn.Module, norms: tuple[str, ...]) -> None:

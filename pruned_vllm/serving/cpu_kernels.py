@@ -93,10 +93,9 @@ def _linear_layers(layout: ModelLayout, names: frozenset[str]) -> Iterator[tuple
             found["self_attn.qkv_proj"] = (hidden, query_rows + 2 * sizes.kv_heads * head_dim)
             found["self_attn.o_proj"] = (heads * head_dim, hidden)
         if sizes.channels:
-            found["mlp.gate_up_proj"], found["mlp.down_proj"] = (hidden, 2 * sizes.channels), (sizes.channels, hidden)
-        if shared := layout.shared_channels[number]:
-            module = geometry.family.experts_format.shared_module
-            found[f"{module}.gate_up_proj"], found[f"{module}.down_proj"] = (hidden, 2 * shared), (shared, hidden)
+            mlp = geometry.family.mlp_of(layer)
+            found[f"{mlp}.gate_up_proj"] = (hidden, 2 * sizes.channels)
+            found[f"{mlp}.down_proj"] = (sizes.channels, hidden)
         for name, (inputs, outputs) in found.items():
             parent, _, last = name.rpartition(".")
             stored = f"{prefix}.{parent}.{JOINED.get(last, (last,))[0]}"

@@ -6,6 +6,7 @@ since vLLM's own file imports what reads images, and with it torchvision, which 
 
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
@@ -51,6 +52,21 @@ class Qwen3_5(Qwen3Next):
         self.model.hf_to_vllm_mapper = self.model.hf_to_vllm_mapper | WeightsMapper(orig_to_new_stacked=parts)
 
 
+class GatedDeltaNet(QwenGatedDeltaNetAttention):
+    """vLLM's, with a fault of 0.32 kept away from it.
+
+    For vLLM: `forward_cpu` splits the output of `in_proj_qkvz` where the layout is Qwen3.5's, and the op calls
+    `contiguous` on the first part. For one token that copies nothing, the stride of the only row stays that of both
+    parts, and `causal_conv1d_fwd_cpu` ends the engine with "expect x to be transposed". A prompt of one token that
+    comes alone is enough. A fix there: `clone(memory_format=torch.contiguous_format)`.
+    """
+
+    def forward_cpu(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden_size] -> the same, computed with a row of zeros that belongs to no request."""
+        outputs: torch.Tensor = super().forward_cpu(nn.functional.pad(hidden_states, (0, 0, 0, 1)))
+        return outputs[:-1]
+
+
 def qwen3_next_layer(vllm_config: VllmConfig, layer_type: str, prefix: str) -> nn.Module:
     """The stock layer with a dense MLP: a block of the plugin's takes its place where there are experts."""
     vllm_config.model_config.hf_config.num_experts = 0
@@ -64,7 +80,7 @@ def qwen3_5_layer(vllm_config: VllmConfig, layer_type: str, prefix: str) -> nn.M
         name = f"{prefix}.linear_attn"
         del get_current_vllm_config().compilation_config.static_forward_context[name]
         config = vllm_config.model_config.hf_config
-        layer.linear_attn = QwenGatedDeltaNetAttention(config, vllm_config, name, gqa_interleaved_layout=False)
+        layer.linear_attn = GatedDeltaNet(config, vllm_config, name, gqa_interleaved_layout=False)
     return layer
 
 

@@ -33,7 +33,8 @@ def build_layer(vllm_config: VllmConfig, model_layout: ModelLayout, stock_layer:
     index = extract_layer_index(prefix)
     geometry, layout = model_layout.geometry, model_layout.layers[index]
     sizes = geometry.layers[index]
-    exchanged = [ATTENTION] * ("attention" in sizes.skip) + [MLP] * (not sizes.intermediate_size)
+    has_stock_mlp = sizes.intermediate_size and not sizes.expert_intermediate_sizes
+    exchanged = [ATTENTION] * ("attention" in sizes.skip) + [MLP] * (not has_stock_mlp)
     exchanged = [f"{prefix}.{name}" for name in exchanged]
     layer: Any = stock_layer(
         **_arguments(layer_config(vllm_config, model_layout, index, exchanged), stock_layer, prefix)

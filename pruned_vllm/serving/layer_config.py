@@ -20,13 +20,13 @@ def layer_config(vllm_config: VllmConfig, model_layout: ModelLayout, index: int,
             head or channel on each rank.
     """
     geometry, layout, ranks = model_layout.geometry, model_layout.layers[index], model_layout.ranks
-    config = copy.copy(vllm_config.model_config.hf_config)
+    config, experts = copy.copy(vllm_config.model_config.hf_config), geometry.layers[index].expert_intermediate_sizes
     config.per_layer_config = None
     sizes: dict[str, int | bool] = {
         "head_dim": geometry.head_dim,
         "num_attention_heads": layout.total_op_heads or ranks,
         "num_key_value_heads": layout.total_kv_heads or ranks,
-        "intermediate_size": (layout.channels or 1) * ranks,
+        "intermediate_size": ranks if experts else (layout.channels or 1) * ranks,
         # In the words of vLLM's Llama, with which families are served that have other biases.
         "qkv_bias": geometry.qkv_bias,
         "attention_bias": geometry.o_bias,

@@ -40,12 +40,9 @@ def layout_changes(layout: ModelLayout) -> dict[str, Change]:
     problems: list[str] = []
     known: dict[tuple, list[Movement]] = {}  # equal layers move alike: one index in memory
     for number, layer in enumerate(geometry.layers):
-        key = (layer, layout.layers[number], layout.shared_channels[number])
+        key = (layer, layout.layers[number])
         if key not in known:
-            known[key] = [
-                *_layer_movements(geometry, layer, layout.layers[number]),
-                *_shared_experts_movements(geometry, layout.shared_channels[number], layout.ranks),
-            ]
+            known[key] = list(_layer_movements(geometry, layer, layout.layers[number]))
         for name, dim, index in known[key]:
             module = f"model.layers.{number}.{name}"
             scheme = None if quantization is None else linear_scheme(geometry, quantization, module)
@@ -89,16 +86,7 @@ def _layer_movements(geometry: ModelGeometry, layer: LayerGeometry, layout: Laye
         yield "self_attn.k_proj", OUTPUTS, kv_rows
         yield "self_attn.v_proj", OUTPUTS, kv_rows
     if layout.channel_index != list(range(layer.intermediate_size)):
-        yield from _mlp_movements("mlp", torch.tensor(layout.channel_index, device="cpu"))
-
-
-def _shared_experts_movements(geometry: ModelGeometry, channels_of_rank: int, ranks: int) -> Iterator[Movement]:
-    if not channels_of_rank or channels_of_rank * ranks == geometry.dense_experts.shared_intermediate_size:
-        return
-    width = geometry.dense_experts.shared_intermediate_size
-    channels = torch.full((channels_of_rank * ranks,), PAD, device="cpu")
-    channels[:width] = torch.arange(width, device="cpu")
-    yield from _mlp_movements(str(geometry.family.experts_format.shared_module), channels)
+        yield from _mlp_movements(geometry.family.mlp_of(layer), torch.tensor(layout.channel_index, device="cpu"))
 
 
 def _mlp_movements(module: str, channels: torch.Tensor) -> Iterator[Movement]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.quantization import Quantization, WeightScheme
 from pruned_vllm.formats.quantized_tensors import linear_scheme
-from pruned_vllm.serving.sharding import LayerLayout, shard_layer, share_of
+from pruned_vllm.serving.sharding import LayerLayout, shard_layer
 
 if TYPE_CHECKING:  # serving/config.py imports this file while the plugin registers, before vLLM may be set up
     from vllm.config import VllmConfig
@@ -25,14 +25,12 @@ class ModelLayout:
         geometry: the sizes that config.json says.
         ranks: the tensor-parallel size.
         layers: the layout of each layer.
-        shared_channels: for each layer, channels of the shared experts on each rank; 0 where there are none.
         quantization: how the checkpoint is quantized; None if it is not.
     """
 
     geometry: ModelGeometry
     ranks: int
     layers: tuple[LayerLayout, ...]
-    shared_channels: tuple[int, ...]
     quantization: Quantization | None = None
 
     @classmethod
@@ -49,18 +47,11 @@ class ModelLayout:
             packed_multiple: what a kernel wants inputs and outputs of packed weights to be multiples of, on each rank.
         """
         shard = functools.cache(shard_layer)
-        width = 0 if geometry.experts is None else geometry.experts.shared_intermediate_size
-        names = geometry.family.experts
-        layers, shared = [], []
+        layers = []
         for index, layer in enumerate(geometry.layers):
-            prefix = f"model.layers.{index}"
-            quantum = _channel_quantum(geometry, quantization, f"{prefix}.mlp", packed_multiple)
-            layers.append(shard(layer, ranks, quantum))
-            has_shared = names is not None and names.shared_module is not None and layer.expert_intermediate_sizes
-            if has_shared and names is not None:
-                quantum = _channel_quantum(geometry, quantization, f"{prefix}.{names.shared_module}", packed_multiple)
-            shared.append(share_of(width, ranks, quantum) if has_shared else 0)
-        return cls(geometry, ranks, tuple(layers), tuple(shared), quantization)
+            mlp = f"model.layers.{index}.{geometry.family.mlp_of(layer)}"
+            layers.append(shard(layer, ranks, _channel_quantum(geometry, quantization, mlp, packed_multiple)))
+        return cls(geometry, ranks, tuple(layers), quantization)
 
 
 def model_layout(vllm_config: "VllmConfig") -> ModelLayout:

@@ -108,11 +108,11 @@ class MoEBlock(nn.Module):
                 has_constants=bool(layer.constant_experts),
             )
         self.shared = None
-        if experts.shared_intermediate_size and names.shared_module is not None:
+        if (channels := layout.layers[index].channels) and names.shared_module is not None:
             self.shared = names.shared_module.removeprefix("mlp.")
             shared = LlamaMLP(
                 hidden_size,
-                layout.shared_channels[index] * ranks,
+                channels * ranks,
                 "silu",
                 quant_config=vllm_config.quant_config,
                 prefix=f"{prefix}.{self.shared}",

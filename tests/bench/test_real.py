@@ -1,6 +1,7 @@
 """`make real` with fake commands: what must agree, what decides that a step is done again, and what the tables say."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 
 from bench.real import evaluation, pipeline, plan, records, results
 from bench.real.__main__ import main
+from bench.real.models import MODELS
 from bench.real.pipeline import check_same
+from bench.real.plan import PLANS, Learning, Plan
 from bench.tables import real as tables
 from pruned_vllm.common.errors import InputError
 from tests.helpers.speed_results import offline
@@ -62,11 +65,16 @@ PERPLEXITIES = {"ddp": 60.0, "tyr": 70.0, "maskprune": 80.0, "wanda": 50.0, "mag
 def commands(tmp_path, monkeypatch):
     """The whole run with commands that write what the real ones write, in no time. Returns what was called."""
     called = []
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIG))
-    save_file({"model.norm.weight": torch.ones(64)}, model / "model.safetensors")
-    monkeypatch.setattr(pipeline, "smollm2", lambda: model)
+
+    def fetched(chosen):
+        directory = tmp_path / chosen.name
+        if not directory.exists():
+            directory.mkdir()
+            (directory / "config.json").write_text(json.dumps(CONFIG))
+            save_file({"model.norm.weight": torch.ones(64)}, directory / "model.safetensors")
+        return directory
+
+    monkeypatch.setattr(pipeline, "fetched", fetched)
     monkeypatch.setattr(pipeline, "corpus", lambda: ("to learn from", "held out"))
 
     def run(program, *arguments):
@@ -86,21 +94,21 @@ def commands(tmp_path, monkeypatch):
             (out.path / file).write_text(json.dumps(result))
         return " ".join((name, *words))
 
-    def knowledge(directory, texts):
+    def knowledge(directory, texts, blocks):
         assert [text.read_text() for text in texts] == ["held out"]
         perplexity = PERPLEXITIES.get(directory.parent.name.split("-")[0], 40.0)
         return {"tokens": 9, "perplexity": perplexity, "right": 20, "questions": 40, "accuracy": 0.5} | {
             "standard_error": 0.08
         }
 
-    def ask_served(directory, texts, log):
-        chat = [{"prompt": prompt, "answer": f"{directory.parent.name} | *says*\n{prompt}"} for prompt in plan.CHAT]
-        return {"perplexity": 1.00005 * knowledge(directory, texts)["perplexity"], "chat": chat}
+    def ask_served(directory, prompts, texts, blocks, log):
+        chat = [{"prompt": prompt, "answer": f"{directory.parent.name} | *says*\n{prompt}"} for prompt in prompts]
+        return {"perplexity": 1.00005 * knowledge(directory, texts, blocks)["perplexity"], "chat": chat}
 
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(evaluation, "knowledge", knowledge)
     monkeypatch.setattr(
-        evaluation, "masked_perplexity", lambda ckpt, _: 1.0001 * PERPLEXITIES[ckpt.parent.name.split("-")[0]]
+        evaluation, "masked_perplexity", lambda ckpt, *_: 1.0001 * PERPLEXITIES[ckpt.parent.name.split("-")[0]]
     )
     monkeypatch.setattr(evaluation, "ask_served", ask_served)
     return called
@@ -109,13 +117,14 @@ def commands(tmp_path, monkeypatch):
 def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, capsys):
     out = tmp_path / "real"
     assert main(["--output-dir", str(out)]) == 0
-    assert f"about 1 min; at most {round(sum(plan.planned().values()) / 60)} min" in capsys.readouterr().out
+    smollm2 = PLANS["smollm2"]
+    assert f"about 1 min; at most {round(sum(smollm2.steps().values()) / 60)} min" in capsys.readouterr().out
     measured = json.loads((out / "real.json").read_text())
     assert (out / "real.png").stat().st_size > 10_000
     assert "## Offline: Wanda, 50 %" in (out / "report.md").read_text()
     assert str(tmp_path) not in (out / "report.html").read_text()
-    assert list(measured["steps"]) == list(plan.planned())
-    assert list(measured["models"]) == ["dense", *plan.names(), *plan.recovered_names()]
+    assert list(measured["steps"]) == list(smollm2.steps())
+    assert list(measured["models"]) == ["dense", *smollm2.names(), *smollm2.recovered_names()]
     assert str(tmp_path) not in json.dumps(measured), "paths of this machine"
     assert measured["models"]["recovered-50"]["from"] == measured["speed"]["50"]["pruned"] == "wanda-50"
     learned = measured["models"]["ddp-20"]["commands"]["learn"]
@@ -146,10 +155,43 @@ def test_the_whole_run_its_results_and_tables(commands, tmp_path, monkeypatch, c
     assert [name for name, *_ in commands[first:]] == ["python", "python"]
 
 
+def test_gemma_3_goes_through_its_own_plan(commands, tmp_path, monkeypatch):
+    """Into the directory of its name; few methods, no chat; tables of its results."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").symlink_to("real-gemma3")  # where the fake commands write
+    assert main(["--model", "gemma3"]) == 0
+    measured = json.loads((tmp_path / "real-gemma3" / "real.json").read_text())
+    gemma3 = PLANS["gemma3"]
+    assert list(measured["steps"]) == list(gemma3.steps())
+    assert list(measured["models"]) == ["dense", *gemma3.names(), "recovered-20"]
+    learned = measured["models"]["ddp-20"]["commands"]["learn"]
+    assert learned.startswith("learn-masks gemma-3-270m real-gemma3/ddp-20/ckpt --sparsity 0.2 ")
+    assert [turn["prompt"] for turn in measured["models"]["dense"]["chat"]] == list(gemma3.prompts)
+
+    monkeypatch.setattr(tables, "results", {"real_gemma3/real.json": measured}.__getitem__)
+    firsts = [row.split(" | ")[0] for row in tables.table("real_gemma3").splitlines()[2:]]
+    assert firsts == ["| dense", "| DDP, 20 %", "| Wanda, 20 %", "| Wanda, 20 %, recovered"]
+    assert "The capital of France is" in tables.chat("real_gemma3")
+    assert tables.speed("real_gemma3").splitlines()[2].startswith("| Wanda, 20 % | decode, batch 8, 32 + 64 tokens |")
+    assert f"All {len(gemma3.steps())} steps" in " ".join(tables.notes("real_gemma3").split())
+
+
+def test_every_model_has_a_plan():
+    assert list(PLANS) == list(MODELS)
+
+
+def test_a_directory_with_another_models_run_is_refused(commands, tmp_path, capsys):
+    assert main(["--output-dir", str(tmp_path / "real")]) == 0
+    first = len(commands)
+    assert main(["--model", "gemma3", "--output-dir", str(tmp_path / "real")]) == 2
+    assert "has a run with SmolLM2-135M-Instruct; choose another for gemma-3-270m" in capsys.readouterr().err
+    assert len(commands) == first
+
+
 def test_a_run_does_not_go_on_with_another_model(commands, tmp_path, capsys):
     assert main(["--output-dir", str(tmp_path / "real")]) == 0
     first = len(commands)
-    save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "model" / "model.safetensors")
+    save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / MODELS["smollm2"].name / "model.safetensors")
     assert main(["--output-dir", str(tmp_path / "real"), "--force", "speed"]) == 2
     assert "holds another model than the one that this run began with" in capsys.readouterr().err
     assert len(commands) == first, "nothing was done with it"
@@ -169,14 +211,19 @@ def test_results_say_with_which_versions_each_step_was_done(commands, tmp_path, 
     assert {name for name, version in found.items() if version == "2"} == {"speed-20", "speed-50"}
 
 
+def changed(**differences) -> dict[str, Plan]:
+    return {"smollm2": replace(PLANS["smollm2"], **differences)}
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "value", "again"),
     [
-        (plan, "EVAL_BLOCKS", 5, {"know", "serve"}),
+        (pipeline, "PLANS", changed(eval_blocks=5), {"know", "serve"}),
         (evaluation, "questions_digest", lambda: "others", {"know", "serve"}),
-        (plan, "CHAT", ("Who are you?",), {"serve"}),
+        (plan, "ANSWER_TOKENS", 9, {"serve"}),
+        (pipeline, "PLANS", changed(prompts=("Who are you?",)), {"serve"}),
         (plan, "SPEED_REPEATS", 9, {"speed"}),
-        (plan, "RECOVERY", ("--steps", "1"), {"recover", "know", "serve"}),
+        (pipeline, "PLANS", changed(recovery=Learning(("--steps", "1"), 9)), {"recover", "know", "serve"}),
         (plan, "DTYPE", "float16", {"learn", "convert", "know", "serve", "recover", "speed"}),
         (pipeline, "corpus", lambda: ("other", "held out"), set(KINDS) - {"model"}),
     ],
@@ -205,13 +252,13 @@ def test_a_changed_text_is_noticed_in_a_file_and_in_a_directory(tmp_path, monkey
         found = []
         for content in ("one", "two", "two"):
             text.write_text(content)
-            found.append(pipeline._digests(pipeline.Inputs(data=(source,))))
+            found.append(pipeline._digests(pipeline.Inputs("smollm2", data=(source,))))
         assert found[0] != found[1] == found[2] and len(found[0]) == 3, source
-    assert len(pipeline._digests(pipeline.Inputs(data=("owner/name",)))) == 2
+    assert len(pipeline._digests(pipeline.Inputs("smollm2", data=("owner/name",)))) == 2
 
 
 def test_a_converted_model_that_is_not_the_masked_one_fails_the_command(commands, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "masked_perplexity", lambda checkpoint, _: 1.01 * 60.0)
+    monkeypatch.setattr(evaluation, "masked_perplexity", lambda *_: 1.01 * 60.0)
     assert main(["--output-dir", str(tmp_path / "real")]) == 2
     assert "ddp-20: perplexities differ that must not" in capsys.readouterr().err
     assert not (tmp_path / "real" / "records" / "serve-ddp-20.json").exists()

@@ -10,16 +10,18 @@ from bench.real.questions import PROMPT, QUESTIONS_FILE, Question, accuracy, log
 from pruned_vllm.common.errors import InputError
 
 
-def test_questions_are_scored_by_the_likelihood_of_their_answers(word_model):
+@pytest.mark.parametrize("bos", [[], ["255"]], ids=["no bos", "bos"])
+def test_questions_are_scored_by_the_likelihood_of_their_answers(bos, word_model):
     """As without padding, one answer at a time."""
     model = AutoModelForCausalLM.from_pretrained(word_model / "model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(word_model / "model")
+    special = {"bos_token": bos[0], "add_bos_token": True} if bos else {}
+    tokenizer = AutoTokenizer.from_pretrained(word_model / "model", **special)
     prompt, answers = "5 17 33", ["3", "8 9 250", "77 1"]
     expected = []
     for answer in answers:
-        ids = torch.tensor([[int(word) for word in f"{prompt} {answer}".split()]])
+        ids = torch.tensor([[int(word) for word in [*bos, *f"{prompt} {answer}".split()]]])
         scores = model(input_ids=ids).logits.log_softmax(-1)[0]
-        expected.append(sum(scores[place - 1, ids[0, place]].item() for place in range(3, ids.shape[1])))
+        expected.append(sum(scores[place - 1, ids[0, place]].item() for place in range(len(bos) + 3, ids.shape[1])))
     assert log_likelihoods(model, tokenizer, prompt, answers) == pytest.approx(expected, abs=1e-4)
 
     template = PROMPT.format(question="7")

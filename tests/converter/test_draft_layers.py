@@ -35,7 +35,7 @@ def test_they_are_left_out(tmp_path, capsys, model_type, count):
     model, masks = masked_with_draft_layers(tmp_path / "ckpt", model_type, count)
     assert convert_pruned(tmp_path / "ckpt", tmp_path / "out") == 0
     captured = " ".join(capsys.readouterr().out.split())
-    assert f"counts {count} layers that draft tokens (multi-token prediction); OUT has none of them." in captured
+    assert f"OUT has no layers for multi-token prediction; config.json counted {count}." in captured
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     assert (

@@ -159,6 +159,14 @@ PACKED_DAMAGES = {
         lambda ckpt: edit_weights(ckpt, {BLOCKS: torch.zeros(EXPERTS, 64, 3, 16, dtype=torch.int8)}),
         f"{BLOCKS}: the file has [4, 64, 3, 16] in I8",
     ),
+    "other weights beside them": (
+        lambda ckpt: edit_weights(ckpt, {GATE_UP: torch.ones(EXPERTS, HIDDEN, 64)}),
+        f"{PREFIX}3.up_proj.weight: there as part of {GATE_UP}, and by itself; keep one",
+    ),
+    "scales that are no numbers": (
+        lambda ckpt: edit_weights(ckpt, {SCALES: torch.full((EXPERTS, 64, 3), 255, dtype=torch.uint8)}),
+        "values are NaN or infinite in BF16 after the masks were folded in; check the weights",
+    ),
     "no scales": (lambda ckpt: edit_weights(ckpt, {}, remove=(SCALES,)), f"{SCALES} [4, 64, 3]: missing"),
     "scales of fewer rows": (
         lambda ckpt: edit_weights(ckpt, {SCALES: torch.zeros(EXPERTS, 32, 3, dtype=torch.uint8)}),

@@ -11,14 +11,19 @@ from helpers.tiny import HF_MOE, stored_numbers, tiny_model
 
 from converter.quantize.converted import plan_of_converted
 from converter.quantize.schemes import SCHEMES, Wanted
+from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf import load_pruned
 
+# gpt-oss has all experts of a layer in one tensor, which MoNE does not know.
+MODEL_TYPES = [name for name in HF_MOE if FAMILIES[name].experts_format.fused is None]
 REPLACED = {0: [3], 2: [1, 0, 2, 3]}  # the last expert of a layer, and all of them
 
 
-@pytest.mark.parametrize("declared", [False, True], ids=["approximate_experts", "expert_substitution"])
-@pytest.mark.parametrize("model_type", HF_MOE)
+@pytest.mark.parametrize(
+    ("model_type", "declared"),
+    [*((name, False) for name in MODEL_TYPES), *((name, True) for name in ("mixtral", "deepseek_v3"))],
+)
 def test_constants_are_biases_of_experts_without_channels(tmp_path, capsys, model_type, declared):
     model = tiny_model(model_type, 6, 3, 24)
     write_mone(tmp_path / "in", model, REPLACED, declared)

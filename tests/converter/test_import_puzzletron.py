@@ -174,7 +174,7 @@ def test_blocks_that_cannot_be_expressed_are_refused_by_layer(child, tmp_path, c
 
 def test_a_family_that_is_not_supported_is_named(child, tmp_path, capsys):
     shutil.copytree(child, tmp_path / "in")
-    changes = {"block_configs": [{}] * 3, "architectures": ["AnyModel"], "model_type": "gpt_oss"}
+    changes = {"block_configs": [{}] * 3, "architectures": ["AnyModel"], "model_type": "nemotron_h"}
     edit_json(tmp_path / "in" / "config.json", **changes)
     assert convert_pruned(tmp_path / "in", tmp_path / "out") == 2
-    assert "model_type 'gpt_oss' is not supported" in capsys.readouterr().err
+    assert "model_type 'nemotron_h' is not supported" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_config_says_how_it_is_quantized_and_keeps_the_rest(tmp_path, name):
     kept = [tensor.removesuffix(".weight") for tensor in tensors if tensor.endswith((".gate.weight", "_gate.weight"))]
     assert set(quantization["ignore"]) == {"lm_head", "re:.*o_proj", *kept}
     assert quantization["ignore"][0] == "lm_head" and len(kept) == {"dense": 0, "experts": 3, "shared experts": 6}[name]
-    changed = {"dense": {"intermediate_size"}, "experts": set(), "shared experts": {"shared_expert_intermediate_size"}}
+    changed = {"dense": {"intermediate_size"}, "experts": set(), "shared experts": {"per_layer_config"}}
     assert {key for key in before | after if before.get(key) != after.get(key)} == changed[name]
     assert all(tensors[f"{tensor}_scale"] is not None for tensor in tensors if tensor.endswith("v_proj.weight"))
     assert not [tensor for tensor in tensors if tensor.endswith("o_proj.weight_scale")]
@@ -110,8 +110,11 @@ WIDE = {
     "experts": ("--scheme w8a8-int8 --tensor-parallel-size 3", {"experts": UNCHANGED}),
     "experts, groups": ("--scheme w4a16", {"experts": [(32, 0, 32, 32), (0, 0, 0, 0), (64, 64, 64, 64)]}),
     "experts, a scale for each output": ("--scheme w4a16 --group-size channel", {"experts": UNCHANGED}),
-    "shared experts": ("--scheme fp8-dynamic --tensor-parallel-size 2", {"shared": 32}),
-    "shared experts, left alone": ("--scheme fp8-dynamic --ignore re:.*shared_expert.*", {"shared": 20}),
+    "shared experts": ("--scheme fp8-dynamic --tensor-parallel-size 2", {"intermediate_size": [32, 32, 32]}),
+    "shared experts, left alone": (
+        "--scheme fp8-dynamic --ignore re:.*shared_expert.*",
+        {"intermediate_size": [20, 20, 20]},
+    ),
 }
 
 
@@ -124,7 +127,6 @@ def test_widths_are_what_kernels_want_on_so_many_ranks(tmp_path, name):
     found = {
         "intermediate_size": [layer.intermediate_size for layer in geometry.layers],
         "experts": [layer.expert_intermediate_sizes for layer in geometry.layers],
-        "shared": geometry.experts and geometry.experts.shared_intermediate_size,
     }
     assert {key: found[key] for key in expected} == expected
 

@@ -80,11 +80,6 @@ REFUSED = {
         ["--scheme", "w8a16", "--ignore", "re:.*"],
         ["There is no layer to quantize"],
     ),
-    "shared experts that cannot be padded": (
-        lambda: tiny_model("deepseek", 6, 3, 40),
-        ["--scheme", "w4a16"],
-        ["the width 48 of the shared experts is no multiple of 32, which w4a16 needs"],
-    ),
 }  # fmt: skip
 
 

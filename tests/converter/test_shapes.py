@@ -126,7 +126,7 @@ def test_the_same_groups_in_another_order_are_one_shape():
 
 def test_aligned_widths():
     def aligned(width):
-        return with_aligned_width(LayerGeometry((1,), width), 32, 100).intermediate_size
+        return with_aligned_width(LayerGeometry((1,), width), 32, LayerGeometry((1,), 100)).intermediate_size
 
     assert [aligned(width) for width in (0, 1, 32, 33, 96, 97, 100)] == [0, 32, 32, 64, 96, 100, 100]
     assert with_even_groups(LayerGeometry((1, 3, 2), 5)) == LayerGeometry((3, 3, 3), 5)

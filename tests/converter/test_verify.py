@@ -232,3 +232,13 @@ def test_a_fault_leaves_nothing_unless_the_user_insists(ckpt, tmp_path, capsys, 
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
     assert convert_pruned(ckpt, tmp_path / "out", "--no-verify") == 0
     assert "Not verified: --verify compares" in capsys.readouterr().out
+
+
+def test_a_model_that_computes_no_numbers_is_no_fault_of_the_conversion(ckpt, tmp_path, capsys):
+    """The rows that go are not written, but 0 times infinity is none of the numbers that the masked model has."""
+    model = tiny_model("llama", 6, 6, 40)
+    model.model.layers[1].mlp.up_proj.weight[0] = torch.inf
+    write_masked(ckpt, model, {"model.layers.1.mlp.channel_mask": torch.ones(40).index_fill(0, torch.tensor([0]), 0)})
+    assert convert_pruned(ckpt, tmp_path / "out") == 2
+    assert "The pruned model itself computes NaN or infinity in layer 1" in capsys.readouterr().err
+    assert convert_pruned(ckpt, tmp_path / "out", "--no-verify") == 0

@@ -225,7 +225,7 @@ def constants_of(layer: LayerGeometry) -> st.SearchStrategy[tuple[int, ...]]:
 def test_experts_without_channels_have_no_tensors():
     config = moe_config("qwen2_moe", per_layer_config={"1": {"expert_intermediate_sizes": [0, 7, 0, 24]}})
     ours = ModelGeometry.from_config(config)
-    assert ours.layers[1] == LayerGeometry((3,) * 4, 0, (0, 7, 0, 24)) and ours.layers[1].skip == []
+    assert ours.layers[1] == LayerGeometry((3,) * 4, 20, (0, 7, 0, 24)) and ours.layers[1].skip == []
     shapes = ours.layer_tensor_shapes(1)
     assert shapes["model.layers.1.mlp.gate.weight"] == (4, 96), "the router still sees every expert"
     assert shapes["model.layers.1.mlp.experts.1.down_proj.weight"] == (96, 7)
@@ -237,7 +237,8 @@ def test_a_layer_may_have_fewer_experts(model_type):
     """Rows of the router and experts; two of them, which are as many as a token is sent to, in the last layer."""
     dense = ModelGeometry.from_config(moe_config(model_type))
     attention, width_key = dense.layers[0].query_heads_per_kv_head, dense.family.experts.width_key
-    layers = [dense.layers[0], LayerGeometry(attention, 0, (5, 0, 7)), LayerGeometry(attention, 0, (5,) * 2)]
+    shared = dense.experts.shared_intermediate_size
+    layers = [dense.layers[0], *(LayerGeometry(attention, shared, widths) for widths in ((5, 0, 7), (5,) * 2))]
     if not dense.layers[1].expert_intermediate_sizes:
         layers[1] = dense.layers[1]
     written = converted_config(dense.with_layers(layers), moe_config(model_type))

@@ -22,12 +22,14 @@ def test_shapes_of_masks_in_dense_layers_and_in_layers_with_experts():
     assert shapes == {
         HEADS.format(0): (6,),
         EXPERTS.format(0): (4, 24),
+        CHANNELS.format(0): (20,),  # of the shared experts
         HEADS.format(1): (6,),
         CHANNELS.format(1): (40,),
         HEADS.format(2): (6,),
         EXPERTS.format(2): (4, 24),
+        CHANNELS.format(2): (20,),
     }
-    assert layer_masks(shapes, 2) == [LayerMasks((6,), None, (4, 24)), LayerMasks((6,), (40,), None)]
+    assert layer_masks(shapes, 2) == [LayerMasks((6,), (20,), (4, 24)), LayerMasks((6,), (40,), None)]
     assert layer_masks({}, 1) == [LayerMasks()]
 
 

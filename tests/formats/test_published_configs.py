@@ -395,7 +395,7 @@ def test_published_configs_are_read(tmp_path, name):
     geometry = ModelGeometry.from_config(text)
     family, experts = geometry.family, geometry.experts
     assert family.architecture == architecture and geometry.is_dense
-    widths = (96,) if experts is None else (0, (96,) * experts.num_experts)
+    widths = (96,) if experts is None else (experts.shared_intermediate_size, (96,) * experts.num_experts)
     linear = [] if family.linear_attention is None else [LayerGeometry((), *widths, linear_attention=True)] * 3
     full = LayerGeometry(groups, *widths)
     assert geometry.layers[:4] == ((*linear, full) if linear else (full,) * len(geometry.layers[:4]))

@@ -113,7 +113,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(hidden_size, len(widths), config)
         self.experts = nn.ModuleList(MLP(hidden_size, width) if width else nn.Module() for width in widths)
-        self.shared_experts = MLP(hidden_size, shared_width)
+        self.shared_experts = MLP(hidden_size, shared_width) if shared_width else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         chosen, weights, loss = self.gate(x)
@@ -126,7 +126,7 @@ class MoE(nn.Module):
                     routed = routed.index_put(tuple(token), output, accumulate=True)
         if loss is not None:
             routed = AddToGradients.apply(routed, loss)
-        return routed + self.shared_experts(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 
 class Layer(nn.Module):
@@ -137,8 +137,7 @@ class Layer(nn.Module):
             self.input_layernorm = Norm(hidden_size)
             self.self_attn = Attention(hidden_size, geometry.head_dim, layer.query_heads_per_kv_head, config)
         if layer.expert_intermediate_sizes:
-            shared_width = geometry.experts.shared_intermediate_size
-            self.mlp = MoE(hidden_size, layer.expert_intermediate_sizes, shared_width, config)
+            self.mlp = MoE(hidden_size, layer.expert_intermediate_sizes, layer.intermediate_size, config)
         elif layer.intermediate_size:
             self.mlp = MLP(hidden_size, layer.intermediate_size)
         if hasattr(self, "mlp"):

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from pruned_vllm.formats.linear_attention import FULL, LINEAR
+
 NUM_TOKENS = 12
 WIDTH = 100  # FFN channels of the dense models
 
@@ -42,11 +44,17 @@ def engine(directory, **options):
         cleanup_dist_env_and_memory()
 
 
-def generate(llm: LLM, **options) -> list:
-    """The outputs of `prompts()`, greedy, with log-probabilities."""
+def generate(llm: LLM, alone: bool = False, **options) -> list:
+    """The outputs of `prompts()`, greedy, with log-probabilities.
+
+    Args:
+        alone: whether each prompt comes when the one before is done.
+    """
     defaults = {"temperature": 0, "max_tokens": NUM_TOKENS, "logprobs": 5, "prompt_logprobs": 1}
     params = SamplingParams(**defaults | options, detokenize=False, ignore_eos=True)
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], params, use_tqdm=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts()]
+    batches = [[prompt] for prompt in inputs] if alone else [inputs]
+    return [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
 
 
 def assert_computes(outputs, log_probabilities: Callable[[list[int]], torch.Tensor]) -> None:
@@ -97,17 +105,14 @@ def assert_is_the_masked_model(outputs, model, masks, site="product") -> None:
 
 def assert_serves_the_masked_model(directory, model, masks, site="product", **options) -> None:
     """Exactly in float32. vLLM's CPU kernels for linear attention know bfloat16 alone: there as near as that can be."""
-    if not hasattr(model.config, "linear_key_head_dim"):
-        with engine(directory, **options) as llm:
-            outputs = generate(llm)
-        assert_is_the_masked_model(outputs, model, masks, site)
-        return
     (architecture,) = json.loads((Path(directory) / "config.json").read_text())["architectures"]
     if architecture.startswith("Qwen3_5"):
         pytest.importorskip("torchvision", reason="vLLM's own Qwen3.5 imports it")
-    with engine(directory, **{"dtype": "bfloat16"} | options) as llm:
+    has_linear_attention = LINEAR in (getattr(model.config, "layer_types", None) or [])
+    with engine(directory, **({"dtype": "bfloat16"} if has_linear_attention else {}) | options) as llm:
         outputs = generate(llm)
-    assert_is_as_near_as_bfloat16(outputs, model, masks, site)
+    compare = assert_is_as_near_as_bfloat16 if has_linear_attention else assert_is_the_masked_model
+    compare(outputs, model, masks, site)
 
 
 def soft(generator: torch.Generator, count: int) -> torch.Tensor:
@@ -161,9 +166,11 @@ LAYER_TYPES = {
     "sliding_window": 8,
     "use_sliding_window": True,
 }
+FULL_ATTENTION = {"layer_types": [FULL] * 3}  # what vLLM computes in float32 on CPUs, too
 QWEN3_BIAS = {"attention_bias": True}
-# Without 1: a norm makes a sign of what a single channel adds, and rounding decides it where that is nearly 0.
-NOT_ONE = (51, 6, 99)
+# For layers that norm what few channels add, which makes rounding larger: where one is left, Hugging Face's own float32
+# is up to 3e-4 away from float64, and over 1e-4 for 4 % of random prompts. With 20 it is 7e-5, for Llama's layer 2e-5.
+NOT_FEW = (51, 20, 99)
 # Keys that Hugging Face's Llama ignores and vLLM acts on.
 VLLM_ONLY = {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3, "logit_scale": 0.5, "rotary_pct": 0.5}
 
@@ -195,7 +202,8 @@ GEOMETRIES = {
     "llama no mlp in the first layer": Geometry(MHA, (0, 51, 99)),
     "llama nothing in the first layer": Geometry((NONE, *MHA[1:]), (0, 51, 99)),
     "llama nothing in the last layer": Geometry((*MHA[:2], NONE), (51, 1, 0)),
-    "llama no attention at all": Geometry((NONE,) * 3, ODD),
+    # vLLM's CPU attention has no heads of 24 numbers: nothing may ask it for some.
+    "llama no attention at all": Geometry((NONE,) * 3, ODD, config={"head_dim": 24}),
     "llama no mlp at all": Geometry(MHA, (0, 0, 0)),
     "llama nothing at all": Geometry((NONE,) * 3, (0, 0, 0)),
     "llama biases survive the first layer": Geometry((NONE, *MHA[1:]), (0, 51, 99), config=BIASES),
@@ -227,9 +235,9 @@ GEOMETRIES = {
     "granite uneven groups, biases": Geometry(UNEVEN, ODD, "granite", 4, config=BIASES),
     "granite skips": Geometry((NONE, MHA[0], MHA[1]), (0, 51, 99), "granite"),
     "granite uniform": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "granite", 2, stock=True),
-    "gemma3 gqa": Geometry(GQA, NOT_ONE, "gemma3_text", 2, site="gate_and_up"),
+    "gemma3 gqa": Geometry(GQA, NOT_FEW, "gemma3_text", 2, site="gate_and_up"),
     "gemma3 uniform": Geometry(((2, 2, 0), (0, 2, 2), (2, 0, 2)), (33,) * 3, "gemma3_text", 2, stock=True),
-    "gemma3 uneven groups, biases": Geometry(UNEVEN, NOT_ONE, "gemma3_text", 4, config=QWEN3_BIAS),
+    "gemma3 uneven groups, biases": Geometry(UNEVEN, NOT_FEW, "gemma3_text", 4, config=QWEN3_BIAS),
     "gemma3 skips": Geometry((NONE, MHA[0], NONE), (51, 0, 0), "gemma3_text"),
     "phi3 ragged": Geometry(MHA, ODD, "phi3", negative=True),
     "phi3 uneven groups, sliding window": Geometry(UNEVEN, ODD, "phi3", 4, config={"sliding_window": 8}),
@@ -237,6 +245,7 @@ GEOMETRIES = {
         (NONE, *MHA[1:]), (0, 51, 0), "phi3", config={"partial_rotary_factor": 0.5}
     ),
     "qwen3.5 uneven groups": Geometry(UNEVEN, ODD, "qwen3_5_text", 4),
+    "qwen3.5 uneven groups, full attention alone": Geometry(UNEVEN, ODD, "qwen3_5_text", 4, config=FULL_ATTENTION),
     "qwen3.5 gqa, biases": Geometry(GQA, ODD, "qwen3_5_text", 2, site="gate_and_up", config=QWEN3_BIAS),
     "qwen3.5 skips, tied": Geometry(
         ((0, 0, 0, 0), UNEVEN[1], UNEVEN[0]), (51, 0, 99), "qwen3_5_text", 4, config={"tie_word_embeddings": True}

@@ -224,17 +224,23 @@ def soft_mask(units: int, kept: int, generator: torch.Generator) -> torch.Tensor
 
 
 def expert_masks(
-    model: PreTrainedModel, widths: list[list[int]], dense_widths: list[int] = (), seed: int = 7
+    model: PreTrainedModel,
+    widths: list[list[int]],
+    dense_widths: list[int] = (),
+    shared_widths: list[int] = (),
+    seed: int = 7,
 ) -> dict[str, torch.Tensor]:
-    """Masks that leave these widths of the experts of each layer that has any, and of each dense MLP, in turn."""
+    """Masks that leave these widths of the experts of each layer that has any, of each dense MLP, and of the shared
+    experts of each layer that has some, in turn. What has no width, being beyond the end of a list, has no mask."""
     generator, masks = torch.Generator().manual_seed(seed), {}
-    widths, dense_widths = iter(widths), iter(dense_widths)
+    widths, dense_widths, shared_widths = iter(widths), iter(dense_widths), iter(shared_widths)
     geometry = ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     for index, layer in enumerate(geometry.layers):
         if layer.expert_intermediate_sizes:
             rows = [soft_mask(layer.expert_width, kept, generator) for kept in next(widths)]
             masks[EXPERT_MASK.format(index)] = torch.stack(rows)
-        elif (kept := next(dense_widths, None)) is not None:
+        of_all_tokens = shared_widths if layer.expert_intermediate_sizes else dense_widths
+        if layer.intermediate_size and (kept := next(of_all_tokens, None)) is not None:
             masks[CHANNEL_MASK.format(index)] = soft_mask(layer.intermediate_size, kept, generator)
     return masks
 

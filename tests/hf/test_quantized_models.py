@@ -12,22 +12,25 @@ from helpers.tiny import converted, expert_masks, masks_for, prompts, tiny_model
 
 from pruned_vllm.hf import load_pruned
 
-MODELS = ("llama", "mixtral")
+MODELS = ("llama", "mixtral", "gpt_oss")
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
-    model = tiny_model("mixtral", 6, 3, 24)
-    masks = expert_masks(model, [[17, 9, 24, 5], [1, 0, 3, 4], [24, 23, 1, 12]])
+    widths, heads = [[17, 9, 24, 5], [1, 0, 3, 4], [24, 23, 1, 12]], masks_for([[0, 0, 1, 1, 1, 1]] * 3, [])
+    experts = {name: tiny_model(name, 6, 3, 24) for name in ("mixtral", "gpt_oss")}
     return {
         "llama": to_bfloat16(converted(root / "llama", *Geometry(UNEVEN, ODD, group=4).model_and_masks())),
         "whole groups": to_bfloat16(
             converted(root / "whole", *Geometry(UNEVEN, (64, 96, 0), group=4).model_and_masks())
         ),
-        "mixtral": to_bfloat16(
-            converted(root / "mixtral", model, masks | masks_for([[0, 0, 1, 1, 1, 1]] * 3, []), drop_empty_experts=True)
-        ),
+        **{
+            name: to_bfloat16(
+                converted(root / name, model, expert_masks(model, widths) | heads, drop_empty_experts=name == "mixtral")
+            )
+            for name, model in experts.items()
+        },
     }
 
 
@@ -37,10 +40,11 @@ def test_loaded_model_computes_what_is_stored(sources, tmp_path, name, scheme):
     if SCHEMES[scheme].group_size is not None and name == "llama":
         name = "whole groups"
     written = write_quantized(sources[name], tmp_path, SCHEMES[scheme])
-    if SCHEMES[scheme].group_size is not None and name == "mixtral":
+    if SCHEMES[scheme].group_size is not None and name in ("mixtral", "gpt_oss"):
         with pytest.raises(ValueError, match="groups that end inside of a layer") as error:
             load_pruned(written.directory)
-        assert "layers.0.block_sparse_moe.experts.0.w2: 17 inputs in groups of 32" in str(error.value)
+        down = {"mixtral": "block_sparse_moe.experts.0.w2", "gpt_oss": "mlp.experts.0.down_proj"}[name]
+        assert f"layers.0.{down}: 17 inputs in groups of 32" in str(error.value)
         return
     model, widened = (load_pruned(path, dtype=torch.float32) for path in (written.directory, written.widened))
     for prompt in prompts()[1:]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from learner.data import reading as data
-from learner.data.reading import read_tokens, tokenize_files
+from learner.data.reading import BlockSampler, beginning, blocks_of_text, read_tokens, tokenize_files
 from pruned_vllm.common.errors import InputError
 
 EOS = 999
@@ -209,3 +209,25 @@ def test_rows_need_the_datasets_library_and_text_files_do_not(tokenizer, files, 
     assert len(read_tokens(tokenizer, [files / "a.txt"], seed=0)) == 3
     with pytest.raises(InputError, match=r"rows.jsonl: .*pip install 'pruned-vllm\[data\]'"):
         read_tokens(tokenizer, [files / "rows.jsonl"], seed=0)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_blocks_begin_as_the_tokenizer_begins_a_text(adds_bos, tokenizer):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        **{"bos_token": "1", "eos_token": "<eos>", "add_bos_token": adds_bos},
+    )
+    first = [1] if adds_bos else []
+    assert beginning(tokenizer) == first
+    blocks = blocks_of_text(torch.arange(100, 111), 4, beginning(tokenizer))
+    if adds_bos:
+        assert blocks.tolist() == [[1, 100, 101, 102], [1, 103, 104, 105], [1, 106, 107, 108]]
+    else:
+        assert blocks.tolist() == [[100, 101, 102, 103], [104, 105, 106, 107]]
+    sampler = BlockSampler(torch.arange(100, 111), 4, seed=0, first=first)
+    assert sorted(sampler.next_batch(len(blocks)).tolist()) == blocks.tolist()
+
+
+def test_a_block_without_room_for_text_is_refused():
+    with pytest.raises(InputError, match="--sequence-length 1 has no room behind the token that begins every text"):
+        BlockSampler(torch.arange(5), 1, seed=0, first=[1])

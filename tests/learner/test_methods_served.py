@@ -34,10 +34,13 @@ METHODS = {
     "maskprune": TRAINING,
     "tyr": SEARCH,
 }
+CASES = [(method, model_type) for method in METHODS for model_type in ("qwen3", "qwen3_moe")]
+FAST = [("ddp", "qwen3"), ("maskprune", "qwen3_moe"), ("tyr", "qwen3")]  # the others are slow tests
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "model_type"), [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_served_model_is_the_learned_model(tmp_path, method, model_type):
     dense, text, ckpt, out = (tmp_path / name for name in ("dense", "text.txt", "ckpt", "out"))
     tiny_model(model_type, 6, 3, 40).save_pretrained(dense)

@@ -1,6 +1,7 @@
 """What a run is refused for before it begins: text that the model cannot read, seeds, shards."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from helpers.learning import run
 from helpers.tiny import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner import learn
+from learner.data.text import evaluation_tokens, training_blocks
 from learner.finetune import cli as finetune_cli
 from learner.model.perplexity import perplexity
 
@@ -30,6 +32,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(word_model, 
             capsys.readouterr().err
         )
     assert not (word_model / "other").exists()
+
+
+def test_what_is_learned_from_and_scored_begins_as_a_text_does(word_model):  # noqa: F811
+    """Gemma, for one, predicts next to nothing in a block without <bos>."""
+    model = AutoModelForCausalLM.from_pretrained(word_model / "model")
+    job = SimpleNamespace(model="model", text_column="text", split="train", seed=0)
+    job.data = job.eval_data = [str(word_model / "text.txt")]
+    for bos in ({}, {"bos_token": "255", "add_bos_token": True}):
+        tokenizer = AutoTokenizer.from_pretrained(word_model / "model", **bos)
+        expected = [255, *(i * i % 256 for i in range(31))] if bos else [i * i % 256 for i in range(32)]
+        assert training_blocks(model, tokenizer, job, 32, 4, show_progress=False).blocks[0].tolist() == expected
+        scored = evaluation_tokens(model, tokenizer, job, show_progress=False)
+        assert scored[:32].tolist() == expected
+        firsts = scored.view(-1, 128)[:, 0].tolist()
+        assert firsts == ([255] * len(firsts) if bos else [i * i % 256 for i in range(0, 128 * len(firsts), 128)])
 
 
 def test_sequences_longer_than_the_models_positions_are_refused(word_model, capsys):  # noqa: F811

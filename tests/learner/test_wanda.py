@@ -8,10 +8,11 @@ from helpers.tiny import HEAD_DIM, NUM_EXPERTS, SOFTMAX_MOE, tiny_model
 
 from learner.data.reading import BlockSampler
 from learner.job import WandaSettings
-from learner.methods import baselines, wanda
+from learner.methods import baselines, reap, wanda
 from learner.methods.method import Task
 from learner.model.units import Units
 from learner.run.journal import Journal
+from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 
 
@@ -99,3 +100,12 @@ def test_short_texts_are_seen_once():
     all_blocks, more = wanda.scores(task_on(model, sequences=10)), wanda.scores(task_on(model, sequences=128))
     for kind, expected in all_blocks.items():
         assert torch.equal(more[kind], expected)
+
+
+@pytest.mark.parametrize("method", [wanda.learn, reap.learn, baselines.magnitude])
+def test_scores_that_are_no_numbers_are_refused(method):
+    model = tiny_model("qwen3_moe", 6, 3, 24)
+    model.model.layers[1].mlp.experts.down_proj.fill_(torch.nan)
+    with pytest.raises(InputError, match="Units cannot be told apart") as error:
+        method(task_on(model, head=0, expert=0.5))
+    assert error.value.problems[0].startswith("layer 1: ") and "of the kind expert are NaN" in str(error.value)

@@ -17,8 +17,9 @@ def test_the_served_model_and_vllms_own_configuration(tmp_path):
     directory = converted(tmp_path, model, masks)
     edit_json(directory / "config.json", mamba_ssm_dtype="float32")
     with engine(directory, dtype="bfloat16") as llm:
-        config, outputs = llm.llm_engine.vllm_config, generate(llm)
+        config, outputs, alone = llm.llm_engine.vllm_config, generate(llm), generate(llm, alone=True)
     assert_is_as_near_as_bfloat16(outputs, model, masks)
+    assert_is_as_near_as_bfloat16(alone, model, masks)  # one token by itself among them
     others = {name: mask for name, mask in masks.items() if "layers.2" not in name or "head_mask" not in name}
     with pytest.raises(AssertionError, match="on average"):
         assert_is_as_near_as_bfloat16(outputs, model, others)

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 
 from pruned_vllm.formats.families import FAMILIES
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.linear_attention import FULL
 from pruned_vllm.hf import load_pruned
 
 WIDTH = 24  # channels of each of the 4 experts in the dense models
@@ -28,9 +29,18 @@ LATENT = [name for name in MOE_CONFIGS if FAMILIES[name].latent_attention]
 
 
 def model_and_masks(model_type: str, widths: list[list[int]], heads: bool = False, **config):
-    """Dense MLPs keep 17 channels of 24, but for those of DeepSeekMoE, which keep all."""
+    """Dense MLPs keep 17 channels of 24, but for those of DeepSeekMoE, which keep all.
+
+    Shared experts keep 9 channels in one layer and none in the next, but where layers are to come out equal.
+    """
     model = tiny_model(model_type, 6, 6 if model_type == "deepseek" else 3, WIDTH, **config)
-    masks = expert_masks(model, *((widths[1:],) if model_type in FIRST_DENSE else (widths, [17] * len(widths))))
+    first_dense = model_type in FIRST_DENSE
+    masks = expert_masks(
+        model,
+        widths[1:] if first_dense else widths,
+        [] if first_dense else [17] * len(widths),
+        [] if widths is UNIFORM else [9, 0],
+    )
     if heads and model_type != "olmoe":
         masks |= masks_for(WHOLE_HEADS if model_type in LATENT else HEADS, [], model)
     return model, masks
@@ -58,6 +68,7 @@ OTHERWISE = {  # than every published gpt-oss, and than vLLM's own class takes f
     "rms_norm_eps": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
 }
+FULL_ATTENTION = {"layer_types": [FULL] * 3}  # what vLLM computes in float32 on CPUs, too
 CASES = {
     f"{model_type}, {name}": (model_type, *PATTERNS[name], {}) for model_type in MOE_CONFIGS for name in PATTERNS
 } | {
@@ -73,6 +84,8 @@ CASES = {
         True,
         {"first_k_dense_replace": 1, "use_qk_norm": False, "attention_bias": False, "partial_rotary_factor": 0.25},
     ),
+    "qwen3_next, full attention alone": ("qwen3_next", ONE_EMPTY, True, FULL_ATTENTION),
+    "qwen3_5_moe_text, full attention alone": ("qwen3_5_moe_text", ONE_EMPTY, True, FULL_ATTENTION),
     "deepseek_v3, groups of experts, yarn": ("deepseek_v3", EIGHT, True, GROUPS | YARN),
     "deepseek_v2, groups, low rank of queries": (
         "deepseek_v2",
@@ -170,7 +183,7 @@ ODD_SHARED = {"shared_expert_intermediate_size": 21}
         pytest.param(4, "qwen2_moe", MIXED_WIDTHS, {"vocab_size": 331, **ODD_SHARED}, marks=pytest.mark.slow),
         pytest.param(2, "mixtral", LAYER_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(2, "deepseek", RAGGED, {}, marks=pytest.mark.slow),
-        pytest.param(2, "qwen3_5_moe_text", ONE_EMPTY, ODD_SHARED, marks=pytest.mark.slow),
+        pytest.param(2, "qwen3_5_moe_text", ONE_EMPTY, ODD_SHARED | FULL_ATTENTION, marks=pytest.mark.slow),
         (2, "glm4_moe", ONE_EMPTY, {"first_k_dense_replace": 1}),
         pytest.param(3, "deepseek_v3", ONE_EMPTY, {}, marks=pytest.mark.slow),
         pytest.param(3, "qwen2_moe", [[9] * 4, *RAGGED[1:]], {"vocab_size": 257, **ODD_SHARED}, marks=pytest.mark.slow),

@@ -2,7 +2,10 @@
 
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+from pruned_vllm import register
 from pruned_vllm.serving.stock_architectures import DenseOnly
+
+register()
 
 
 def test_hooks_of_stock_architectures():
