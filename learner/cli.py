@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
     add("--overwrite", action="store_true", help="replace CKPT if this command wrote it, forget an interrupted run")
     _add_settings(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # CKPT may be left out, and stand behind options
     if args.out is None and not args.plan:
         parser.error("the following arguments are required: CKPT")
     return run_command(parser.prog, lambda: _learn(vars(args)))

@@ -148,3 +148,11 @@ def test_the_recipes_in_the_readme_fit(large, capsys, size):
     assert run(large, *options, "--plan", devices) == 0
     total = float(re.search(r"It fits: ([\d.]+) GB", capsys.readouterr().out)[1])
     assert f"| {total:.0f} GB |" in row
+
+
+def test_the_output_may_stand_anywhere_and_is_left_out_for_a_plan_alone(large, capsys):
+    assert run(large, "--plan", "80GB", "--dtype", "float32", "ckpt") == 0
+    assert run("--plan", "80GB", large) == 0
+    with pytest.raises(SystemExit):
+        run(large, "--data", "text")
+    assert "the following arguments are required: CKPT" in capsys.readouterr().err
