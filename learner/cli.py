@@ -11,7 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from learner.job import AGREEMENT_PROMPTS, METHODS, QUERY_HEADS, SELF_TOKENS, Job
+from learner.job import AGREEMENT_PROMPTS, METHODS, PLACES, QUERY_HEADS, SELF_TOKENS, Job
+from learner.plan import HERE, Devices, plan
 from learner.targets import number_of_bytes, number_of_parameters, speedup
 from pruned_vllm.common.arguments import (
     fraction,
@@ -41,7 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     add_version_argument(parser)
     add = parser.add_argument
     add("model", metavar="MODEL", help="dense model: directory or Hugging Face id")
-    add("out", metavar="CKPT", type=Path, help="directory to write; must not exist (see --overwrite)")
+    add(
+        "out",
+        metavar="CKPT",
+        type=Path,
+        nargs="?",
+        help="directory to write; must not exist (see --overwrite); not needed for --plan",
+    )
     add("--revision", metavar="NAME", help="commit, branch or tag of a hub id; default: the main branch")
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     add(
@@ -96,9 +103,16 @@ def main(argv: list[str] | None = None) -> int:
         help="device of PyTorch, for example cuda:1 or cpu; default: a GPU if there is one",
     )
     add(
+        "--weights",
+        choices=PLACES,
+        help="where the weights are: whole on every device, sharded over the processes, layers spread over the GPUs of "
+        "one process, or offloaded to CPU memory; default: sharded if accelerate is set up for FSDP, else whole",
+    )
+    add(
         "--dtype",
         default=Job.dtype,
-        help="dtype of the weights while learning, for example bfloat16; default: as stored",
+        help="dtype of the weights while learning, for example bfloat16; default: as stored, but float32 on a CPU that "
+        "has no instructions for 16 bits",
     )
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model; read it first")
     add(
@@ -118,10 +132,20 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="draw what the masks leave of heads, FFN channels and experts, into CKPT/report; needs Matplotlib",
     )
+    add(
+        "--plan",
+        nargs="?",
+        const=HERE,
+        metavar="DEVICES",
+        help="learn nothing: say how much memory the run takes, from config.json alone, and whether it fits on "
+        "DEVICES, such as 8x80GB, or on those of this machine",
+    )
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")
     add("--overwrite", action="store_true", help="replace CKPT if this command wrote it, forget an interrupted run")
     _add_settings(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # CKPT may be left out, and stand behind options
+    if args.out is None and not args.plan:
+        parser.error("the following arguments are required: CKPT")
     return run_command(parser.prog, lambda: _learn(vars(args)))
 
 
@@ -208,10 +232,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _learn(arguments: dict) -> None:
-    from accelerate import PartialState  # late: --help and wrong arguments should not wait for torch
-
-    from learner.learn import checkpoint_of, learn
-
+    devices = arguments.pop("plan")
     out, run = (
         arguments.pop("out"),
         {name: arguments.pop(name) for name in ("overwrite", "resume", "tensorboard", "report")},
@@ -225,7 +246,16 @@ def _learn(arguments: dict) -> None:
         raise InputError(
             f"{job['method']} has no {', '.join(unknown)}; learn-masks --help lists the options of each method"
         )
+    if devices is not None:
+        job["data"] = job["data"] or ["any"]  # which is not read
     job = Job(**job, settings=settings(**arguments))
+    if devices is not None:
+        print(plan(job, Devices.parse(devices)))
+        return
+    from accelerate import PartialState  # late: --help, --plan and wrong arguments should not wait for torch
+
+    from learner.learn import checkpoint_of, learn
+
     found = learn(job, out, **run)
     if PartialState().is_main_process:
         option = " --drop-empty-experts" if METHODS[job.method].drops_experts else ""

@@ -20,20 +20,31 @@ QUERY_HEADS = ("independent", "tied")
 LORA_TARGETS = ("all", "query-value")
 RESOURCES = ("kind", "model")
 COST_MEASURES = ("parameters", "bytes", "speedup")
+# Where the weights are: on every device; a part on each process' device; layers on the devices of one process; in CPU
+# memory, from which each layer comes to the device when it is computed.
+PLACES = ("whole", "sharded", "spread", "offloaded")
 ERROR_ACCUMULATIONS = ("expectation", "none")
 SELF_TOKENS = 2**17
 AGREEMENT_PROMPTS = 50
+MAY_CHANGE = {"may_change": True}  # metadata of a field that says how a run computes, not what: --resume takes another
 SEQUENCE_LENGTH_HELP = "tokens in a sequence; the default is less for models with fewer positions"
 
 
 def option(
-    default: Any, text: str, *, choices: tuple[str, ...] | None = None, shown: str | None = None, zero: bool = False
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    shown: str | None = None,
+    zero: bool = False,
+    may_change: bool = False,
 ) -> Any:
     """A field that `learn-masks` offers: its help, the values it may have, and how the default is shown.
 
-    Numbers must be above 0, or, with `zero`, at least 0.
+    Numbers must be above 0, or, with `zero`, at least 0. What `may_change` may be another when a run is resumed.
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "shown": shown, "zero": zero})
+    metadata = {"help": text, "choices": choices, "shown": shown, "zero": zero}
+    return field(default=default, metadata=metadata | (MAY_CHANGE if may_change else {}))
 
 
 def with_sequence_length(settings: Any, positions: int | None) -> Any:
@@ -55,11 +66,13 @@ class TrainingSettings:
 
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "sequences in a step, on all devices together")
-    micro_batch_size: int = option(16, "sequences in one forward pass on one device; lower it to save memory")
+    micro_batch_size: int = option(
+        16, "sequences in one forward pass on one device; lower it to save memory", may_change=True
+    )
     sequence_length: int | None = option(None, SEQUENCE_LENGTH_HELP, shown="2048")
     default_sequence_length: ClassVar[int] = 2048
     gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass: less memory, more time"
+        False, "compute activations again in the backward pass: less memory, more time", may_change=True
     )
 
     @property
@@ -221,6 +234,7 @@ class Method:
             learner/model/remote_code.py.
         kinds: the units that it prunes; others stay as they are.
         takes_several_targets: whether a run may have several budgets.
+        places: of PLACES, where the weights of the dense model may be.
         drops_experts: whether experts without channels are meant to go with their rows of the router, which
             convert-pruned --drop-empty-experts does.
     """
@@ -235,17 +249,24 @@ class Method:
     takes_remote_code: bool = True
     kinds: tuple[str, ...] = tuple(MASK_KEYS)
     takes_several_targets: bool = True
+    places: tuple[str, ...] = ("whole", "spread")
     drops_experts: bool = False
 
 
 METHODS = {
-    "ddp": Method("learner.methods.ddp", DDPSettings, "Deterministic Differentiable Pruning, arXiv 2603.08065"),
+    "ddp": Method(
+        "learner.methods.ddp",
+        DDPSettings,
+        "Deterministic Differentiable Pruning, arXiv 2603.08065",
+        places=PLACES,
+    ),
     "maskprune": Method(
         "learner.methods.maskprune.learn",
         MaskPruneSettings,
         "MaskPrune, arXiv 2502.14008: uniform widths",
         query_heads=("tied",),
         takes_several_targets=False,
+        places=("whole", "sharded", "spread"),
     ),
     "tyr": Method(
         "learner.methods.tyr.learn",
@@ -255,6 +276,7 @@ METHODS = {
         changes_weights=True,
         takes_remote_code=False,
         takes_several_targets=False,
+        places=("whole",),
     ),
     "wanda": Method("learner.methods.wanda", WandaSettings, "keeps units whose weights and activations are large"),
     "flap": Method("learner.methods.flap", CalibrationSettings, "keeps units that vary much, FLAP, arXiv 2312.11983"),
@@ -308,7 +330,9 @@ class Job:
             learner/model/agreement.py; 0 measures none.
         text_column, split: where data sets have their text.
         device: torch device; "auto" is a GPU if there is one.
-        dtype: of the weights while learning ("auto": as stored); masks are float32.
+        weights: one of PLACES; None is "sharded" where accelerate is set up for FSDP, and else "whole".
+        dtype: of the weights while learning; "auto" is as stored, but float32 on a CPU that multiplies 16 bits slower.
+            Masks are float32.
         trust_remote_code: run the model's own code, for architectures that Transformers lacks.
         seed: of initialization and data order.
         revision: commit, branch or tag of a model of the hub; None is its main branch.
@@ -330,7 +354,8 @@ class Job:
     agreement_prompts: int = AGREEMENT_PROMPTS
     text_column: str = "text"
     split: str = "train"
-    device: str = "auto"
+    device: str = field(default="auto", metadata=MAY_CHANGE)
+    weights: str | None = field(default=None, metadata=MAY_CHANGE)
     dtype: str = "auto"
     trust_remote_code: bool = False
     seed: int = 42
@@ -349,6 +374,15 @@ class Job:
             object.__setattr__(self, "query_heads", method.query_heads[0])
         elif self.query_heads not in method.query_heads:
             raise InputError(f"{self.method} cannot prune with --query-heads {self.query_heads}")
+        if self.weights not in (None, *method.places):
+            raise InputError(
+                f"{self.method} cannot learn with --weights {self.weights}; it can with {', '.join(method.places)}"
+            )
+        if self.weights == "offloaded" and not self.settings.gradient_checkpointing:
+            raise InputError(
+                "--weights offloaded needs --gradient-checkpointing too: without it every layer stays on the device "
+                "from the forward pass to the backward pass"
+            )
         if method.reads_text and not self.data:
             raise InputError(f"{self.method} learns from text; say from which with --data")
         self._check_targets()

@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
@@ -16,14 +14,15 @@ from learner.job import METHODS, Job, with_sequence_length
 from learner.methods.method import Learned, Task
 from learner.model.agreement import Reference
 from learner.model.budget import make_budgets
-from learner.model.dense import DenseModel, load_dense, on_device
+from learner.model.dense import DenseModel, check_dense, load_dense, on_device
 from learner.model.masking import apply_masks, restrict_routers
 from learner.model.perplexity import perplexity
+from learner.model.placement import cast, place_of
 from learner.model.saving import check_can_be_saved, save_model
 from learner.outcome import Outcome, left_by
 from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
-from learner.run.processes import together
+from learner.run.processes import explained, together
 from learner.run.resume import unfinished_run
 from learner.targets import Target
 from pruned_vllm.common.directories import atomic_directory, prepare_output
@@ -39,6 +38,7 @@ RESULTS_FILE = "learning.json"
 ADAPTER_DIRECTORY = "adapter"
 
 
+@explained()
 def learn(
     job: Job,
     out: Path,
@@ -68,21 +68,27 @@ def learn(
         report: draw what the masks leave, see pruned_vllm/pattern.py.
 
     Raises:
-        InputError: the model or the text cannot be used, learning diverges, or `out` exists.
+        InputError: the model or the text cannot be used, learning diverges, `out` exists, the memory is not enough, or
+            another process has failed.
     """
     method = METHODS[job.method]
     accelerator = on_device(job.device)
     common, blocks, inputs, show = {}, None, {}, accelerator.is_main_process
     with together(accelerator):
-        _check_unsharded(accelerator)
+        place = place_of(job.weights, accelerator, method.places)
         if accelerator.is_main_process:
             prepare_output(out, writer=WRITER, overwrite=overwrite)
         if report:
             require_matplotlib()
-        dense = load_dense(job, "cpu" if method.offloads else accelerator.device)
+        checked = check_dense(job, place)
+    with together(accelerator):
+        device = torch.device("cpu") if method.offloads else accelerator.device
+        dense = load_dense(job, device, place, accelerator, checked)
         model, tokenizer, units = dense.model, dense.tokenizer, dense.units
         inputs["model"] = str(dense.fingerprint)
         settings = with_sequence_length(job.settings, num_positions(model))
+        if job.dtype == "auto" and model.dtype != dense.stored_dtype:
+            accelerator.print(f"Computing in {model.dtype}: this CPU has no fast {dense.stored_dtype}; see --dtype.")
         job = replace(job, revision=dense.commit, settings=settings)
         if method.changes_weights:
             find_companions(dense.directory)  # what cannot be copied is refused now
@@ -94,17 +100,21 @@ def learn(
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
 
-        element_bytes = model.dtype.itemsize if method.changes_weights else dense.element_bytes
+        written = dense.stored_dtype if job.dtype == "auto" or not method.changes_weights else model.dtype
+        element_bytes = written.itemsize
         budgets = make_budgets(job, units, dense.geometry, element_bytes)
         if report and len(budgets) > 1:
             raise InputError("--report draws what one budget leaves; leave it out where there are several")
+
+    def measure(title: str) -> float:
+        return perplexity(model, eval_ids, title=title, show_progress=show, device=device)
 
     run = unfinished_run(out, job, inputs, _has_state, accelerator, resume=resume, overwrite=overwrite)
     with run as unfinished:
         with together(accelerator):
             journal = Journal(unfinished, tensorboard, show)
             if job.eval_data:
-                common["dense_perplexity"] = perplexity(model, eval_ids, title="dense perplexity", show_progress=show)
+                common["dense_perplexity"] = measure("dense perplexity")
             reference = Reference.of(dense, job.agreement_prompts, accelerator.print, show)
         started = time.perf_counter()
         learned = _function(method.module)(
@@ -122,9 +132,7 @@ def learn(
             routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
             with apply_masks(model, on_model, learned.channel_mask_site), routers:
                 if job.eval_data:
-                    results["masked_perplexity"] = perplexity(
-                        model, eval_ids, title="masked perplexity", show_progress=show
-                    )
+                    results["masked_perplexity"] = measure("masked perplexity")
                 if reference is not None:
                     results |= reference.agreement(model)
             found.append((outcome, masks, results))
@@ -152,14 +160,6 @@ def _has_state(unfinished: Path) -> bool:
     return (unfinished / STATE_FILE).exists()
 
 
-def _check_unsharded(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise InputError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which shards the weights over devices; "
-            "learn-masks needs all of them on each device: choose multi-GPU without it in `accelerate config`"
-        )
-
-
 def _function(name: str):
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function or "learn")
@@ -172,6 +172,8 @@ def _write(
     save_file(masks, directory / MASKS_FILE, metadata={"format": "pt"})
     fingerprint = dense.fingerprint
     if METHODS[job.method].changes_weights:
+        if job.dtype == "auto":
+            cast(dense.model, dense.stored_dtype)
         save_model(dense.model, dense.directory, directory)
     if learned.save_adapter is not None:
         learned.save_adapter(directory / ADAPTER_DIRECTORY)

@@ -107,7 +107,8 @@ class _Writer:
         if largest >= known:
             raise InputError(f"the tokenizer makes token {largest} of a prompt, but the model has {known} embeddings")
         seed = self.seed * 1_000_003 + index
-        answers = generate(self.dense.model, prompts, ANSWER_TOKENS, self.end, temperature=TEMPERATURE, seed=seed)
+        model, options = self.dense.model, {"temperature": TEMPERATURE, "seed": seed, "device": self.dense.device}
+        answers = generate(model, prompts, ANSWER_TOKENS, self.end, **options)
         return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
 
     def _publish(self, path: Path, documents: list[list[int]]) -> None:

@@ -32,10 +32,11 @@ from transformers import TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.distillation import Distillation
-from learner.finetune.model import cast, load, load_teacher, trainable
+from learner.finetune.model import load, load_teacher, trainable
 from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS, with_sequence_length
 from learner.model.agreement import Reference
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
+from learner.model.placement import cast
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.processes import together

@@ -59,9 +59,3 @@ def load_teacher(name: str, pupil: PreTrainedModel, device: torch.device, dtype:
             f"{pupil.config.vocab_size}; it must be the model that was pruned, or one with the same tokenizer"
         )
     return teacher
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Not `model.to(dtype)`, which would round the frequencies of rotary embeddings too."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)

@@ -28,13 +28,15 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from learner.job import DDPSettings
 from learner.methods import gates
 from learner.methods.method import Learned, Task
 from learner.methods.stages import Moment, Stages, warmup_cosine
+from learner.model.loss import Teacher, next_token_loss, run_without_head
 from learner.model.units import Values, sparsity
-from learner.run.training import Training, cross_entropy, divergence
+from learner.run.training import Training
 
 Z_MINIMUM = -0.1
 HALF = 0.499  # a score that counts as 1/2: it is computed in float32
@@ -56,7 +58,7 @@ def learn(task: Task) -> Learned:
     """Learns m for every unit; see learner/methods/method.py."""
     run = _Run(task)
     training = Training(task, run.z.values(), run.state())
-    teacher = (lambda tokens: task.model(input_ids=tokens).logits) if task.settings.kd_weight else None
+    teacher = partial(_teacher, task.model) if task.settings.kd_weight else None
     for step in training.steps():
         moment = run.begin(step)
         loss = training.backward(partial(run.masks, step, moment), partial(_task_loss, task), teacher)
@@ -217,13 +219,19 @@ class _Run:
         return {kind: gates.deployed(z.detach(), gate, mu, self._stays[kind]) for kind, z in self.z.items()}
 
 
-def _task_loss(task: Task, tokens: torch.Tensor, teacher_logits: torch.Tensor | None) -> torch.Tensor:
+def _teacher(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the dense model, from which logits are made where they are needed."""
+    return run_without_head(model, tokens).last_hidden_state
+
+
+def _task_loss(task: Task, tokens: torch.Tensor, teacher_hidden: torch.Tensor | None) -> torch.Tensor:
     """L_ce + eta KL(teacher || student), equation (17); means over tokens [batch, length]."""
-    logits = task.model(input_ids=tokens).logits
-    loss = cross_entropy(logits, tokens)
-    if teacher_logits is None:
-        return loss
-    return loss + task.settings.kd_weight * divergence(teacher_logits, logits, task.settings.kd_temperature)
+    model, settings = task.model, task.settings
+    hidden = run_without_head(model, tokens).last_hidden_state
+    if teacher_hidden is None:
+        return next_token_loss(model, tokens, hidden)
+    teacher = Teacher(model, teacher_hidden, settings.kd_weight, settings.kd_temperature)
+    return next_token_loss(model, tokens, hidden, teacher)
 
 
 def _optimizer(

@@ -19,7 +19,7 @@ from torch import nn
 
 from learner.methods.baselines import keep_largest_in_each_layer, sums_over_weights
 from learner.methods.method import Learned, Task
-from learner.run.training import cross_entropy
+from learner.model.loss import next_token_loss, run_without_head
 from pruned_vllm.common.progress import progress_bar
 
 
@@ -35,7 +35,8 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
     share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
     with _trained(model.model.layers) as weights:
         for sequence in progress_bar(share, desc="taylor", unit="sequence", disable=not accelerator.is_main_process):
-            loss = cross_entropy(model(input_ids=sequence[None], use_cache=False).logits, sequence[None])
+            hidden = run_without_head(model, sequence[None]).last_hidden_state
+            loss = next_token_loss(model, sequence[None], hidden)
             (loss / len(sequences)).backward()
         with _replaced_by_products(weights, accelerator):
             return sums_over_weights(task, torch.abs, "taylor, sums")

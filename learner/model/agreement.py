@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from learner.data.prompts import AGREEMENT_PROMPTS, prompt_tokens
 from learner.model.dense import DenseModel
 from learner.model.generation import end_tokens, generate
-from learner.model.head import hidden_states, logits_of
+from learner.model.loss import logits_of, run_without_head
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
@@ -54,15 +54,21 @@ class Reference:
 
     Attributes:
         model: has the head of the dense model, whatever becomes of its other weights.
+        device: where models compute.
         answers: on the CPU.
     """
 
     model: Any
+    device: torch.device
     answers: list[Answer]
 
     @classmethod
     def of(
-        cls, dense: DenseModel, num_prompts: int, tell: Callable[[str], None], show_progress: bool = True
+        cls,
+        dense: DenseModel,
+        num_prompts: int,
+        tell: Callable[[str], None],
+        show_progress: bool = True,
     ) -> "Reference | None":
         """Lets the dense model answer the first `num_prompts` of AGREEMENT_PROMPTS.
 
@@ -79,26 +85,28 @@ class Reference:
             end, texts = end_tokens(dense.directory, dense.tokenizer), []
             with bar:
                 for first in range(0, len(prompts), WRITTEN_AT_ONCE):
-                    texts += generate(dense.model, prompts[first : first + WRITTEN_AT_ONCE], ANSWER_TOKENS, end)
+                    part = prompts[first : first + WRITTEN_AT_ONCE]
+                    texts += generate(dense.model, part, ANSWER_TOKENS, end, device=dense.device)
                     bar.update(len(texts) - bar.n)
         except InputError as error:
             tell(f"Agreement with the dense model is not measured: {error}")
             return None
         whole = [torch.tensor([*prompt, *answer]) for prompt, answer in zip(prompts, texts, strict=True)]
         starts = [len(prompt) for prompt in prompts]
-        hidden = _hidden_where_predicted(dense.model, whole, starts)
-        return cls(dense.model, [Answer(*parts) for parts in zip(whole, starts, hidden, strict=True)])
+        hidden = _hidden_where_predicted(dense.model, dense.device, whole, starts)
+        return cls(dense.model, dense.device, [Answer(*parts) for parts in zip(whole, starts, hidden, strict=True)])
 
     @torch.no_grad()
     def agreement(self, model: Any) -> dict[str, float]:
         """Figures of a pruned model with the same tokens; see the top of this file. It may be `self.model`, masked."""
         tokens, starts = [answer.tokens for answer in self.answers], [answer.start for answer in self.answers]
+        found = _hidden_where_predicted(model, self.device, tokens, starts)
         divergence, same, length = 0.0, 0, 0
-        for answer, hidden in zip(self.answers, _hidden_where_predicted(model, tokens, starts), strict=True):
+        for answer, hidden in zip(self.answers, found, strict=True):
             agrees = []
             for ours, theirs in zip(hidden.split(CHUNK), answer.hidden.split(CHUNK), strict=True):
-                dense = logits_of(self.model, theirs.to(self.model.device)).log_softmax(-1)
-                pruned = logits_of(model, ours.to(model.device)).log_softmax(-1).to(dense.device)
+                dense = logits_of(self.model, theirs.to(self.device)).log_softmax(-1)
+                pruned = logits_of(model, ours.to(self.device)).log_softmax(-1)
                 divergence += F.kl_div(pruned, dense, reduction="sum", log_target=True).item()
                 agrees.append(pruned.argmax(-1) == dense.argmax(-1))
             same += int(torch.cat(agrees).long().cumprod(0).sum())
@@ -111,13 +119,16 @@ class Reference:
 
 
 @torch.no_grad()
-def _hidden_where_predicted(model: Any, tokens: list[torch.Tensor], starts: list[int]) -> list[torch.Tensor]:
+def _hidden_where_predicted(
+    model: Any, device: torch.device, tokens: list[torch.Tensor], starts: list[int]
+) -> list[torch.Tensor]:
     """What the head reads where the tokens from `start` on are predicted, [tokens of the answer, hidden_size] each."""
     found = []
     for first in range(0, len(tokens), BATCH_SIZE):
         part = tokens[first : first + BATCH_SIZE]
         # Padded on the right, where a causal model does not look from before; what stands there is not read.
-        batch = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(model.device)
-        for hidden, ids, start in zip(hidden_states(model, batch), part, starts[first:], strict=False):
+        batch = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)
+        read = run_without_head(model, batch).last_hidden_state
+        for hidden, ids, start in zip(read, part, starts[first:], strict=False):
             found.append(hidden[start - 1 : len(ids) - 1].cpu())
     return found

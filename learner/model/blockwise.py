@@ -14,6 +14,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from learner.model.loss import scaled
+
 TOKENS_PER_PASS = 8192  # that go through a block at once, or one sequence if it is longer
 
 
@@ -36,9 +38,12 @@ class Blockwise:
         return copy.deepcopy(self.model.model.layers[index]).to(self.device)
 
     @cached_property
-    def head(self) -> nn.Module:
-        """What makes logits of the last block's output, on the device."""
+    def _head(self) -> nn.Module:
         return copy.deepcopy(nn.Sequential(self.model.model.norm, self.model.lm_head)).to(self.device)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of the last block's output [..., hidden_size] on the device."""
+        return scaled(self.model, self._head(hidden_states))
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

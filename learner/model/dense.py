@@ -1,8 +1,12 @@
 """The dense model that masks are learned on, and the device it is on."""
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,8 +19,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from learner.job import METHODS, Job
+from learner.model.placement import fast_dtype, loading_options, placed
 from learner.model.remote_code import load_with_its_code
 from learner.model.units import Units
 from pruned_vllm.common.errors import InputError
@@ -26,10 +32,12 @@ from pruned_vllm.formats.config import dense_geometry, is_packed, read_config
 from pruned_vllm.formats.dense_tensors import as_converted
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
-from pruned_vllm.formats.headers import ELEMENT_BYTES, dense_problems, read_headers
+from pruned_vllm.formats.headers import StoredTensor, dense_problems, read_headers
 from pruned_vllm.formats.hub import MODEL_FILES, model_directory
 from pruned_vllm.formats.masked import site_problems
 from pruned_vllm.formats.wrappers import TEXT_PREFIXES, wrapped_architecture
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def on_device(device: str) -> Accelerator:
@@ -52,41 +60,134 @@ class DenseModel:
 
     Attributes:
         model: frozen, in evaluation mode.
+        device: where it computes.
         units: what of it may be pruned.
         geometry: its sizes.
-        element_bytes: of its weights, as they are stored.
         directory: where it lies. Config, weights and tokenizer were all read from it.
         commit: of the snapshot that the directory holds; None if the model is not from the hub.
         fingerprint: of the directory.
+        stored_dtype: of the weights on disk; the model has another where that was asked for, or is faster here.
     """
 
     model: PreTrainedModel
+    device: torch.device
     tokenizer: PreTrainedTokenizerBase
     units: Units
     geometry: ModelGeometry
-    element_bytes: int
     directory: Path
     commit: str | None
     fingerprint: Fingerprint
+    stored_dtype: torch.dtype
 
 
-def load_dense(job: Job, device: torch.device | str) -> DenseModel:
+@dataclass(frozen=True)
+class CheckedModel:
+    """What is known of a model before its weights are read."""
+
+    directory: Path
+    commit: str | None
+    stored: dict[str, Any]
+    geometry: ModelGeometry
+    units: Units
+    tensors: dict[str, StoredTensor]
+    fingerprint: Fingerprint
+
+    @property
+    def brings_code(self) -> bool:
+        return not hasattr(transformers, self.geometry.family.architecture)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As Transformers finds it: what config.json says, or else what most of the weights are."""
+        said = self.stored.get("dtype") or self.stored.get("torch_dtype")
+        most = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
+        return getattr(torch, said.removeprefix("torch.")) if said else DTYPES[most]
+
+
+def load_dense(
+    job: Job,
+    device: torch.device | str,
+    place: str = "whole",
+    accelerator: Accelerator | None = None,
+    checked: CheckedModel | None = None,
+) -> DenseModel:
     """Loads the dense model of a job.
+
+    Args:
+        device: where it computes.
+        place: one of PLACES.
+        accelerator: the processes that load it together; None is one.
+        checked: what `check_dense` returned. Processes call that first, and go on when it went well in all: where
+            weights are sharded, they wait for each other here.
 
     Raises:
         InputError: the model cannot be loaded, could not be served, lacks tensors, is pruned already, or needs code of
             its own that the job does not allow or the method cannot prune.
     """
+    if accelerator and not accelerator.is_main_process:
+        disable_progress_bar()
+    checked = checked or check_dense(job, place)
+    with _loading(job, device):
+        options = loading_options(place, accelerator) if accelerator else {}
+        dtype = fast_dtype(checked.dtype, device) if job.dtype == "auto" else job.dtype
+        model, loading = _read_weights(job, checked, dtype, options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            checked.directory, config=model.config, trust_remote_code=job.trust_remote_code
+        )
+        model.requires_grad_(False).eval()
+        zeros = {name for name, tensor in checked.tensors.items() if tensor.is_zeros}
+        if missing := set(loading["missing_keys"]) - zeros:  # Transformers would go on with random weights
+            raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(missing))
+        for name in zeros:
+            model.get_parameter(name).zero_()
+        model = placed(model, place, device)
+    return DenseModel(
+        model,
+        torch.device(device),
+        tokenizer,
+        checked.units,
+        checked.geometry,
+        checked.directory,
+        checked.commit,
+        checked.fingerprint,
+        checked.dtype,
+    )
+
+
+@contextmanager
+def _loading(job: Job, device: torch.device | str) -> Iterator[None]:
     try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # damaged models raise many kinds
+        raise InputError(
+            f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def check_dense(job: Job, place: str) -> CheckedModel:
+    """Refuses what can be refused before weights are read.
+
+    The fingerprint is older than they are, so that what changes later is noticed.
+
+    Raises:
+        InputError: as `load_dense` does.
+    """
+    with _loading(job, job.device):
         directory, commit = model_directory(job.model, ["config.json"], job.revision)
         stored = read_config(directory)
         geometry = dense_geometry(directory, stored)
         check_agreement(f"{job.model} could not be served once it is pruned", geometry.family, stored)
         if problems := site_problems(geometry.family, getattr(job.settings, "channel_mask_site", "product")):
             raise InputError(f"{job.method} cannot prune {job.model}:", problems)
-        brings_code = not hasattr(transformers, geometry.family.architecture)
-        if brings_code:
+        if not hasattr(transformers, geometry.family.architecture):
             _check_code(job, geometry.family.architecture)
+            if place == "sharded":
+                raise InputError(
+                    f"code that {job.model} brings cannot load a part of the weights; take --weights whole or spread"
+                )
         units = _units(job, geometry)
         if job.head_sparsity == 0:
             units = units.without("head")
@@ -97,45 +198,29 @@ def load_dense(job: Job, device: torch.device | str) -> DenseModel:
         geometry = ModelGeometry.from_config(stored)
         if problems := dense_problems(tensors, geometry):
             raise InputError(f"The weights in {directory} are not those of its config.json:", problems)
-        fingerprint = Fingerprint.from_directory(directory)  # before they are loaded: what changes later is noticed
-        options = {"dtype": job.dtype, "use_safetensors": True}
-        if brings_code:
-            model, loading = load_with_its_code(str(directory), stored, geometry, **options)
-        else:
-            config = CONFIG_MAPPING[geometry.family.model_type].from_dict(stored)
-            if is_packed(as_stored := read_json(directory / "config.json")):
-                config.quantization_config = as_stored["quantization_config"]
-                options["quantization_config"] = Mxfp4Config(dequantize=True)
-            if wrapped_architecture(directory):  # of a multimodal model, the language model alone is built
-                options["key_mapping"] = {f"^{re.escape(prefix)}": text for prefix, text in TEXT_PREFIXES.items()}
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                output_loading_info=True,
-                trust_remote_code=job.trust_remote_code,
-                **options,
-            )
-            if "key_mapping" in options or "quantization_config" in options:
-                # else save_pretrained would put the prefixes back, or names of blocks
-                vars(model)["_weight_conversions"] = []
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, config=model.config, trust_remote_code=job.trust_remote_code
-        )
-        model = model.to(device).requires_grad_(False).eval()
-    except InputError:
-        raise
-    except Exception as error:  # damaged models raise many kinds
-        raise InputError(
-            f"{job.model} cannot be loaded as a causal language model in {job.dtype} on {device}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    zeros = {name for name, tensor in tensors.items() if tensor.is_zeros}
-    if missing := set(loading["missing_keys"]) - zeros:  # Transformers would go on with random weights
-        raise InputError(f"{job.model} lacks tensors of its architecture:", sorted(missing))
-    for name in zeros:
-        model.get_parameter(name).zero_()
-    element_bytes = ELEMENT_BYTES.get(tensors["model.embed_tokens.weight"].dtype, 2)
-    return DenseModel(model, tokenizer, units, geometry, element_bytes, directory, commit, fingerprint)
+        return CheckedModel(directory, commit, stored, geometry, units, tensors, Fingerprint.from_directory(directory))
+
+
+def _read_weights(
+    job: Job, checked: CheckedModel, dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what Transformers says about loading it; `options` are for from_pretrained."""
+    directory, options = checked.directory, options | {"dtype": dtype, "use_safetensors": True}
+    if checked.brings_code:
+        return load_with_its_code(str(directory), checked.stored, checked.geometry, **options)
+    config = CONFIG_MAPPING[checked.geometry.family.model_type].from_dict(checked.stored)
+    if is_packed(as_stored := read_json(directory / "config.json")):
+        config.quantization_config = as_stored["quantization_config"]
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    if wrapped_architecture(directory):  # of a multimodal model, the language model alone is built
+        options["key_mapping"] = {f"^{re.escape(prefix)}": text for prefix, text in TEXT_PREFIXES.items()}
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, output_loading_info=True, trust_remote_code=job.trust_remote_code, **options
+    )
+    if "key_mapping" in options or "quantization_config" in options:
+        # else save_pretrained would put the prefixes back, or names of blocks
+        vars(model)["_weight_conversions"] = []
+    return model, loading
 
 
 def _units(job: Job, geometry: ModelGeometry) -> Units:

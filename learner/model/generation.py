@@ -30,6 +30,7 @@ def generate(
     *,
     temperature: float = 0.0,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
     """Token ids of an answer to each prompt, its end token included where there is one.
 
@@ -40,6 +41,7 @@ def generate(
         end: tokens that end an answer.
         temperature: of the draw, from all tokens; 0 takes the likeliest token.
         seed: of the draw.
+        device: where the model computes; None is that of its weights.
 
     Raises:
         InputError: a prompt fills all positions that the model was made for, or the model brings code of its own.
@@ -59,7 +61,7 @@ def generate(
         pad_token_id=end[0] if end else 0,
         **sampling,
     )
-    device = model.device
+    device = device or model.device
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), _generation_settings(model, settings):
         torch.manual_seed(seed)

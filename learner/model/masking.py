@@ -1,8 +1,10 @@
 """Masks on a running Hugging Face model: what the learned numbers multiply.
 
-Transformers holds all experts of a layer in two tensors, whose products no hook can see. There a mask multiplies the
-weights instead, in the place where that is the same for every input: W_down's columns are what the product is
-multiplied by next, and the rows of W_gate and W_up are the projections before the activation.
+Transformers holds all experts of a layer in two tensors, and computes with them in one of several ways. Where it groups
+tokens by expert ("grouped_mm", its default), the mask multiplies the activations of each token, so that no weight is
+copied and none needs a gradient. In the other ways no hook sees the products, and the mask multiplies the weights, in
+the place where that is the same for every input: W_down's columns are what the product is multiplied by next, and the
+rows of W_gate and W_up are the projections before the activation.
 
 This is the definition that a converted model is held to: `with apply_masks(model, masks, site): model(...)` computes
 what the converted model must compute.
@@ -13,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -62,7 +65,7 @@ def restrict_routers(model: PreTrainedModel, masks: Mapping[str, torch.Tensor]) 
             if of_layer.expert is None:
                 continue
             gate = layer.mlp.gate if hasattr(layer.mlp, "gate") else layer.mlp.router
-            kept = of_layer.expert.any(dim=1).nonzero().view(-1)
+            kept = of_layer.expert.any(dim=1).nonzero().view(-1).to(next(gate.parameters()).device)
             changes: dict[str, Any] = {
                 name: nn.Parameter(parameter[kept], requires_grad=False) for name, parameter in gate.named_parameters()
             }
@@ -102,14 +105,41 @@ def _mask_experts(stack: ExitStack, experts: Any, mask: torch.Tensor, site: str)
         for mlp, expert_mask in zip(experts, mask, strict=True):
             _mask_mlp(stack, mlp, expert_mask, site)
         return
+    if experts.is_transposed and site != "product":
+        raise ValueError("gpt-oss has no masks at gate_and_up; see site_problems in pruned_vllm/formats/masked.py")
+    if masks_activations(experts):
+        _mask_rows(stack, experts, mask, site)
+        return
     if site == "product":  # down_proj [experts, hidden_size, width], or transposed
         name, factors = "down_proj", mask[:, :, None] if experts.is_transposed else mask[:, None, :]
-    elif experts.is_transposed:
-        raise ValueError("gpt-oss has no masks at gate_and_up; see site_problems in pruned_vllm/formats/masked.py")
     else:  # gate_up_proj [experts, 2 * width, hidden_size]: gate before up
         name, factors = "gate_up_proj", torch.cat((mask, mask), dim=1)[:, :, None]
     parametrize.register_parametrization(experts, name, _Multiplied(factors))
     stack.callback(parametrize.remove_parametrizations, experts, name, leave_parametrized=False)
+
+
+def masks_activations(experts: Any) -> bool:
+    """Whether masks multiply what these experts of Transformers compute, and leave their weights alone."""
+    return experts.config._experts_implementation == "grouped_mm"
+
+
+def _mask_rows(stack: ExitStack, experts: Any, mask: torch.Tensor, site: str) -> None:
+    """Multiplies the rows that grouped experts hand to `_apply_gate`: each token once for each of its experts, sorted
+    by expert."""
+    apply_gate, rows = experts._apply_gate, torch.empty(0)
+
+    def note_rows(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal rows
+        rows = args[1].flatten().sort().values
+
+    def masked(gate_up: torch.Tensor) -> torch.Tensor:
+        # In float32 until here: its gradient is a sum over tokens.
+        factors = F.embedding(rows, mask.to(rows.device)).to(gate_up.dtype)
+        return apply_gate(gate_up) * factors if site == "product" else apply_gate(gate_up * factors.repeat(1, 2))
+
+    stack.callback(experts.register_forward_pre_hook(note_rows).remove)
+    experts._apply_gate = masked  # hides the method of the class
+    stack.callback(delattr, experts, "_apply_gate")
 
 
 class _Multiplied(nn.Module):
@@ -128,10 +158,10 @@ def _multiply_input(mask: torch.Tensor):
 
     def hook(module: nn.Module, args: tuple[torch.Tensor]):
         x = args[0]
-        return ((x.unflatten(-1, (len(mask), -1)) * mask.to(x.dtype)[:, None]).flatten(-2),)
+        return ((x.unflatten(-1, (len(mask), -1)) * mask.to(x)[:, None]).flatten(-2),)
 
     return hook
 
 
 def _multiply_output(mask: torch.Tensor):
-    return lambda module, args, output: output * mask.to(output.dtype)
+    return lambda module, args, output: output * mask.to(output)

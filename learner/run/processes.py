@@ -3,7 +3,7 @@
     accelerate launch --num_processes 2 -m learner.cli MODEL ckpt/ ...                      # GPUs
     torchrun --nproc_per_node 2 -m learner.cli MODEL ckpt/ --device cpu ...
 
-Each process holds the whole model; configurations of accelerate that shard it (FSDP, DeepSpeed) are refused.
+Each process holds the whole model, or with --weights sharded a part of it; see learner/model/placement.py.
 `accelerate launch --cpu` starts one process, whatever --num_processes says. Processes that stop for bad input end with
 exit code 2; the launchers turn that into 1.
 """
@@ -11,6 +11,7 @@ exit code 2; the launchers turn that into 1.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
@@ -37,3 +38,28 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
     for index, problem in enumerate(problems):
         if problem is not None:
             raise InputError(f"process {index}: {problem}")
+
+
+LOST = ("closed by peer", "reset by peer", "Broken pipe")  # in messages of gloo about a process that has ended
+NO_MEMORY = ("can't allocate memory", "not enough memory")  # in those of PyTorch's allocator on the CPU
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Runs a block that computes, where any process may fail at any time.
+
+    Raises:
+        InputError: the memory was not enough, or another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(words in message for words in NO_MEMORY):
+            raise InputError(
+                f"the memory is not enough: {message.splitlines()[0]}\nLower --micro-batch-size, take "
+                "--gradient-checkpointing, or see what learn-masks --plan says of --weights"
+            ) from error
+        if isinstance(error, torch.distributed.DistError) or any(words in message for words in LOST):
+            raise InputError("another process has ended; its own message says why") from error
+        raise

@@ -1,14 +1,15 @@
 """Where an interrupted run waits to be resumed: `<out>.unfinished/`.
 
 job.json in it says what the job is, and holds fingerprints of what it reads: the model and the text. Only the same job
-on the same model and text can be resumed.
+on the same model and text can be resumed. How it is computed may change: the device, how many processes there are,
+whether the weights are sharded (fields with `may_change`).
 """
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def unfinished_run(
             if overwrite and not resume:
                 shutil.rmtree(directory)
             else:
-                _check_resumable(directory, asked, resume)
+                _check_resumable(directory, asked, job, resume)
         if is_writer and not directory.exists():
             directory.mkdir(parents=True)
             write_json(directory / JOB_FILE, asked)
@@ -76,7 +77,18 @@ def unfinished_run(
         shutil.rmtree(directory)
 
 
-def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
+def _what(values: dict[str, Any], job: Any) -> dict[str, Any]:
+    """Of the fields of a job as they are in job.json, those that say what is learned, not how it is computed."""
+    kept: dict[str, Any] = {}
+    for field in fields(job):
+        if field.metadata.get("may_change") or field.name not in values:
+            continue
+        value, nested = values[field.name], getattr(job, field.name)
+        kept[field.name] = _what(value, nested) if is_dataclass(nested) and isinstance(value, dict) else value
+    return kept
+
+
+def _check_resumable(directory: Path, asked: dict, job: Any, resume: bool) -> None:
     if not resume:
         raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
     try:
@@ -84,9 +96,8 @@ def _check_resumable(directory: Path, asked: dict, resume: bool) -> None:
     except InputError as error:  # the process ended while it wrote the file
         raise InputError(f"{error}, so the run in {directory} cannot be resumed; forget it with --overwrite") from None
     before, now = begun.pop(INPUTS, {}), asked[INPUTS]
-    changed = [
-        f"{key}: {begun.get(key)}, now {asked[key]}" for key in asked if key != INPUTS and begun.get(key) != asked[key]
-    ]
+    was, wanted = (_what(values, job) for values in (begun, asked))
+    changed = [f"{key}: {begun.get(key)}, now {asked[key]}" for key in wanted if was.get(key) != wanted[key]]
     if begun.get("revision") is not None and begun["revision"] != asked.get("revision"):
         changed.append(f"the model may have changed on the hub; the run goes on with --revision {begun['revision']}")
     if changed:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from learner.methods.method import Task
 from learner.model.masking import apply_masks
@@ -96,17 +96,16 @@ class Training:
             raise InputError(
                 f"--batch-size {settings.batch_size} is less than the {accelerator.num_processes} processes"
             )
-        share = batch.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
         total, scale = torch.zeros((), device=accelerator.device), self._gradient_scale(batch.numel())
-        for micro_batch in share.split(settings.micro_batch_size):
+        for micro_batch, weight in self._micro_batches(batch):
             teacher = None
             if teacher_of is not None:
                 with torch.no_grad():
                     teacher = teacher_of(micro_batch)
             with apply_masks(self.task.model, masks_of(), channel_mask_site):
-                loss = loss_of(micro_batch, teacher) * len(micro_batch) / len(batch)
+                loss = loss_of(micro_batch, teacher) * weight
                 (loss * scale).backward()
-            total += loss.detach()
+            total += loss.detach().to(total.device)
         total = accelerator.reduce(total).item()
         if not math.isfinite(total):
             raise InputError(
@@ -119,6 +118,22 @@ class Training:
             if accelerator.num_processes > 1:
                 parameter.grad = accelerator.reduce(parameter.grad)
         return total
+
+    def _micro_batches(self, batch: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
+        """This process' share of the batch, in parts, with the weight of each part's mean loss.
+
+        Where weights are sharded, processes run the model together, so all have as many parts; those that would have
+        fewer repeat a sequence with weight 0.
+        """
+        settings, accelerator = self.settings, self.task.accelerator
+        shares = batch.tensor_split(accelerator.num_processes)
+        share = shares[accelerator.process_index].to(accelerator.device)
+        parts = list(share.split(settings.micro_batch_size))
+        for part in parts:
+            yield part, len(part) / len(batch)
+        if isinstance(self.task.model, FSDPModule):
+            for _ in range(len(parts), math.ceil(len(shares[0]) / settings.micro_batch_size)):
+                yield share[:1], 0.0
 
     def _gradient_scale(self, num_tokens: int) -> int:
         """What to multiply a batch's loss by for the backward pass: a power of two, exact to undo.
@@ -149,16 +164,3 @@ class Training:
 
 def _state_of(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value.state_dict()
-
-
-def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of tokens [batch, length] given logits [batch, length, vocabulary]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher || student) of logits [batch, length, vocabulary], mean over tokens, times temperature squared."""
-    teacher, student = (
-        F.log_softmax(logits.flatten(0, 1).float() / temperature, dim=-1) for logits in (teacher, student)
-    )
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

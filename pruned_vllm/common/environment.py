@@ -88,13 +88,31 @@ def _cpuinfo(key: str) -> str:
 
 
 def gpu_names() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU. nvidia-smi is asked, since an import of torch takes seconds."""
+    """Name, memory and driver of each NVIDIA GPU, or why nvidia-smi does not tell."""
+    try:
+        return [line.replace(", ", " / ") for line in _nvidia_smi("name,memory.total,driver_version")]
+    except OSError as error:
+        return [str(error)]
+
+
+def gpu_memory() -> list[float]:
+    """Bytes of memory of each NVIDIA GPU; empty where nvidia-smi finds none."""
+    try:
+        return [float(line.split()[0]) * (1 << 20) for line in _nvidia_smi("memory.total")]
+    except (OSError, ValueError):
+        return []
+
+
+def _nvidia_smi(columns: str) -> list[str]:
+    """A line for each GPU. nvidia-smi is asked, since an import of torch takes seconds. OSError where it fails."""
     if not (command := shutil.which("nvidia-smi")):
         return []
     try:
-        query = [command, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        query = [command, f"--query-gpu={columns}", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return ["nvidia-smi does not answer"]
-    lines = [line.strip().replace(", ", " / ") for line in done.stdout.splitlines() if line.strip()]
-    return lines if done.returncode == 0 else [f"nvidia-smi fails: {' '.join(lines or done.stderr.split())}"]
+        raise OSError("nvidia-smi does not answer") from None
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        raise OSError(f"nvidia-smi fails: {' '.join(lines or done.stderr.split())}")
+    return lines

@@ -13,7 +13,6 @@ from learner.job import Job
 from learner.model.agreement import ANSWER_TOKENS, Reference
 from learner.model.dense import DenseModel, load_dense
 from learner.model.generation import end_tokens, generate
-from learner.model.head import hidden_states, logits_of
 from learner.model.masking import apply_masks
 from pruned_vllm.common.errors import InputError
 
@@ -124,16 +123,3 @@ def test_draws_depend_on_the_seed_alone_and_follow_the_probabilities(tmp_path):
         expected = (dense.model(torch.tensor([[5, 9]])).logits[0, -1] / 2).softmax(-1)
     shares = torch.bincount(torch.tensor([answer[0] for answer in draw[0]]), minlength=256) / 2000
     assert (shares - expected).abs().sum() / 2 < 0.15  # total variation
-
-
-def test_a_head_that_is_replaced_for_a_moment_is_put_back(tmp_path):
-    model, tokens = tiny_model("granite", 6, 3, 40), torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        expected = model(tokens).logits[0]
-        torch.testing.assert_close(logits_of(model, hidden_states(model, tokens)[0]), expected)
-        assert "forward" not in vars(model.model)
-        dispatched = model.model.forward
-        model.model.forward = dispatched  # as accelerate does it to spread a model over devices
-        logits_of(model, hidden_states(model, tokens)[0])
-        assert vars(model.model)["forward"] is dispatched
-        torch.testing.assert_close(model(tokens).logits[0], expected)

@@ -1,47 +1,41 @@
-"""The loss in pieces against the whole loss by autograd: values, and gradients of hidden states and of the head."""
-
-from functools import partial
+"""The loss of next tokens in parts against the whole loss by autograd: values, and gradients of model and head."""
 
 import pytest
 import torch
+from helpers.losses import cross_entropy, divergence
 from helpers.tiny import tiny_model
 
-from learner.finetune import distillation
-from learner.finetune.distillation import distillation_loss
-from learner.model.head import hidden_states, logits_of
-from learner.run.training import cross_entropy, divergence
+from learner.model import loss
+from learner.model.loss import Teacher, next_token_loss, run_without_head
 
 TOKENS = torch.randint(256, (3, 7), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("piece", [1, 4, 21, 100])
-@pytest.mark.parametrize("kd_weight", [0.0, 3.0])
+@pytest.mark.parametrize("rows", [1, 4, 21, 100])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (3.0, 1.0), (3.0, 2.0)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_pieces_make_the_whole(piece, kd_weight, tied, monkeypatch):
-    monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", piece * 256)
-    teacher = tiny_model("granite", 6, 3, 40, seed=1)
-    whole, pieces = (tiny_model("granite", 6, 3, 40, tie_word_embeddings=tied) for _ in range(2))
-    for model in (whole, pieces):
+def test_parts_make_the_whole(rows, weight, temperature, tied, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", rows * 256)
+    dense = tiny_model("granite", 6, 3, 40, seed=1)
+    whole, parts = (tiny_model("granite", 6, 3, 40, tie_word_embeddings=tied) for _ in range(2))
+    for model in (whole, parts):
         model.requires_grad_(True)
-    logits = whole(TOKENS).logits
+    logits, teacher = whole(TOKENS).logits, None
     expected = cross_entropy(logits, TOKENS)
-    taught = {}
-    if kd_weight:
+    if weight:
         with torch.no_grad():
-            logits_of_teacher, theirs = teacher(TOKENS).logits, hidden_states(teacher, TOKENS)
-        expected = expected + kd_weight * divergence(logits_of_teacher, logits)
-        taught = {"teacher": partial(logits_of, teacher), "teacher_hidden": theirs, "kd_weight": kd_weight}
+            dense_logits, wanted = dense(TOKENS).logits, run_without_head(dense, TOKENS).last_hidden_state
+        divided = (dense_logits / temperature, logits / temperature)
+        expected = expected + weight * temperature**2 * divergence(*divided)
+        teacher = Teacher(dense, wanted, weight, temperature)
     (5 * expected).backward()
-    sizes = []
-
-    def head(hidden):
-        sizes.append(len(hidden))
-        return logits_of(pieces, hidden)
-
-    hidden, head_parameters = hidden_states(pieces, TOKENS), list(pieces.lm_head.parameters())
-    loss = distillation_loss(head, hidden, TOKENS, 256, head_parameters=head_parameters, **taught)
-    (5 * loss).backward()  # as gradients of several forward passes are averaged
-    assert max(sizes) <= piece and sum(sizes) == TOKENS.numel()
-    torch.testing.assert_close(loss, expected)
-    for (key, ours), theirs in zip(pieces.named_parameters(), whole.parameters(), strict=True):
+    found = next_token_loss(parts, TOKENS, run_without_head(parts, TOKENS).last_hidden_state, teacher)
+    (5 * found).backward()  # as gradients of several forward passes are averaged
+    torch.testing.assert_close(found, expected)
+    for (key, ours), theirs in zip(parts.named_parameters(), whole.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5), key
+
+
+def test_one_token_predicts_none():
+    model = tiny_model("llama", 6, 3, 40)
+    assert next_token_loss(model, TOKENS[:, :1], run_without_head(model, TOKENS[:, :1]).last_hidden_state).isnan()

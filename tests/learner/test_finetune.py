@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.losses import divergence
 from helpers.masked import edit_json
 from helpers.tiny import byte_tokenizer, converted, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
@@ -15,7 +16,6 @@ from learner.finetune import cli as finetune_cli
 from learner.finetune.distillation import Distillation
 from learner.finetune.finetune import FinetuneJob, finetune
 from learner.model.perplexity import perplexity
-from learner.run.training import divergence
 from pruned_vllm.common.manifest import written_by
 from pruned_vllm.hf.loading import load_pruned
 

@@ -2,58 +2,14 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers.learning import run
+from helpers.processes import codes, in_processes
 from safetensors.torch import load_file
 
-# Runs several commands one after the other, so that the imports are paid for once. {rank} is filled in.
-COMMANDS = """
-import json, os, sys
-from learner import cli
-from learner.run import training
-training.SAVE_EVERY = 10
-for command in json.loads(sys.argv[1]):
-    code = cli.main([argument.replace("{rank}", os.environ["RANK"]) for argument in command])
-    print("exit code", code, flush=True)
-"""
 SMALL = ["--steps", 20, "--batch-size", 3, "--micro-batch-size", 2, "--sequence-length", 32, "--device", "cpu"]
-
-
-def in_two_processes(*commands: list) -> list[subprocess.CompletedProcess]:
-    """Runs learn-masks with each list of arguments, in two processes that know of each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    text = json.dumps([[str(argument) for argument in command] for command in commands])
-    processes = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "true"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", COMMANDS, text],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [subprocess.CompletedProcess([], 0, *output) for output in outputs]
-
-
-def codes(process: subprocess.CompletedProcess) -> list[int]:
-    return [int(line.split()[-1]) for line in process.stdout.splitlines() if line.startswith("exit code")]
 
 
 @pytest.fixture
@@ -70,7 +26,7 @@ def test_two_processes_learn_as_one_does_and_fail_together(word_model, arguments
     (word_model / "copy1" / "text.txt").write_text(text.read_text())
     missing = [word_model / "model", word_model / "missing", "--data", word_model / "copy{rank}" / "text.txt", *SMALL]
     (word_model / "blocked.unfinished").write_text("not a directory: only the first process looks there")
-    outputs = in_two_processes(
+    outputs = in_processes(
         [*learning, word_model / "two"],
         [*calibration, word_model / "wanda two"],
         [*learning, word_model / "two"],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import deepseek
+from helpers.losses import cross_entropy
 from helpers.tiny import byte_tokenizer, expert_masks, masks_for, oracle, prompts, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -17,7 +18,6 @@ from learner import cli
 from learner.job import Job
 from learner.model.dense import load_dense
 from learner.model.masking import apply_masks
-from learner.run.training import cross_entropy
 
 TOKENS = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(3))
 TRAINING = ["--steps", 20, "--batch-size", 2, "--sequence-length", 32]

@@ -82,13 +82,13 @@ def seeded_finetuning(seed: str) -> int:
     return finetune_cli.main(["out", "recovered", "--data", "text.txt", "--seed", seed])
 
 
-def test_sharded_weights_are_refused(word_model, monkeypatch, capsys):  # noqa: F811
+def test_other_ways_to_shard_are_refused(word_model, monkeypatch, capsys):  # noqa: F811
     class Sharded(Accelerator):
-        distributed_type = DistributedType.FSDP
+        distributed_type = DistributedType.DEEPSPEED
 
     monkeypatch.setattr(learn, "on_device", lambda device: Sharded(cpu=True))
     assert run(word_model / "model", word_model / "ckpt", "--method", "random") == 2
-    assert "accelerate is set up for FSDP, which shards the weights" in capsys.readouterr().err
+    assert "accelerate is set up for DEEPSPEED; learn-masks shards weights with FSDP" in capsys.readouterr().err
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 from helpers.learning import run, task_of
+from helpers.losses import divergence
 from helpers.tiny import HF_MOE, converted, tiny_model
 
 from learner.job import TyrSettings
@@ -19,7 +20,6 @@ from learner.methods.tyr.supernet import Supernet
 from learner.model.blockwise import Blockwise
 from learner.model.masking import apply_masks
 from learner.run.journal import Journal
-from learner.run.training import divergence
 from pruned_vllm.hf.loading import load_pruned
 
 SMALL = {
@@ -51,7 +51,7 @@ def lost(genome, sublayers) -> dict[str, int]:
 def supernet_of(task, directory: Path, reach: int = 4) -> Supernet:
     sublayers = sublayers_of(task.units)
     levels = tyr.space_around(tyr.uniform(task, sublayers), sublayers, 0, reach).levels
-    return Supernet(directory, Blockwise(task.model, torch.device("cpu")), sublayers, levels)
+    return Supernet(directory, Blockwise(task.model, torch.device("cpu")), sublayers, levels, task.accelerator)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.3, 0.05, 0.9])

@@ -42,9 +42,10 @@ from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
 from learner.methods.method import Learned, Task
 from learner.model.budget import CostBudget
+from learner.model.loss import chunked_sum, logits_of, run_without_head
 from learner.model.projections import is_fused
 from learner.model.units import Units
-from learner.run.training import Training, divergence
+from learner.run.training import Training
 from pruned_vllm.common.errors import InputError
 
 SMALLEST_KEPT = 1e-6  # smallest mask of a unit that stays: the converter removes units whose mask is 0
@@ -216,18 +217,20 @@ def _add_adapter(task: Task) -> PeftModel | None:
         torch.manual_seed(task.seed)
         adapter = get_peft_model(task.model, config)
     with tempfile.TemporaryDirectory() as directory:  # what PEFT refuses to save, it refuses now, not at the end
-        _save_adapter(adapter, directory, state_dict={})
+        adapter.save_pretrained(directory, save_embedding_layers=False, state_dict={})
     return adapter
 
 
-def _save_adapter(adapter: PeftModel, directory: str | Path, **options: Any) -> None:
-    adapter.save_pretrained(directory, save_embedding_layers=False, **options)
+def _save_adapter(adapter: PeftModel, directory: str | Path) -> None:
+    # Told what to save, PEFT does not look at the model's weights, which may be sharded.
+    learned = {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
+    adapter.save_pretrained(directory, save_embedding_layers=False, state_dict=learned)
 
 
 def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits, and the hidden states that each layer leaves, behind the final norm those of the last."""
-    outputs = model(input_ids=tokens, output_hidden_states=True)
-    return outputs.logits, outputs.hidden_states[1:]
+    """Hidden states behind the final norm, and those that each layer leaves; of the last layer they are the same."""
+    outputs = run_without_head(model, tokens, output_hidden_states=True)
+    return outputs.last_hidden_state, outputs.hidden_states[1:]
 
 
 def _teacher(model: PreTrainedModel, adapter: PeftModel | None, tokens: torch.Tensor) -> Any:
@@ -237,9 +240,17 @@ def _teacher(model: PreTrainedModel, adapter: PeftModel | None, tokens: torch.Te
 
 def _loss(model: PreTrainedModel, settings: MaskPruneSettings, tokens: torch.Tensor, teacher: Any) -> torch.Tensor:
     """L_KL + alpha L_layer, KL(student || teacher) as printed; means over tokens [batch, length]."""
-    (logits, states), (teacher_logits, teacher_states) = _outputs(model, tokens), teacher
-    loss = divergence(logits, teacher_logits)  # of the first argument from the second
+    (hidden, states), (teacher_hidden, teacher_states) = _outputs(model, tokens), teacher
+
+    def divergence(logits: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = logits_of(model, dense).log_softmax(-1)
+        return F.kl_div(
+            wanted, logits.log_softmax(-1), reduction="sum", log_target=True
+        )  # of the second from the first
+
+    loss = chunked_sum(model, divergence, hidden, teacher_hidden) / tokens.numel()
     for student, wanted in zip(states, teacher_states, strict=True):
         distance = F.mse_loss(student.float(), wanted.float()) / wanted.float().square().mean()
-        loss = loss + settings.layer_weight * distance
+        loss = loss + settings.layer_weight * distance.to(loss.device)
     return loss

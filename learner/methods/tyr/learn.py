@@ -16,6 +16,8 @@ Notable facts:
   o_proj and down_proj of the model. They go when their iteration ends.
 - A run that is resumed gives the same masks and weights as one that was never interrupted: candidates that are on disk
   are not made again, and what is drawn by lot depends on seed, iteration and generation alone.
+- Several processes share the text when candidates are made, and the genomes when they are compared. Each holds the
+  dense model in CPU memory, and all must see the directory of the candidates.
 - `--iterations 0` is the paper's baseline: all layers alike, pruned as here.
 """
 
@@ -23,11 +25,13 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from learner.methods.method import Learned, Task
 from learner.methods.tyr.search import CostSpace, Space, divergences, draw, next_parent
@@ -45,27 +49,30 @@ REACH = 4  # candidates on either side of the centre
 
 def learn(task: Task) -> Learned:
     """Prunes `task.model` in place; see learner/methods/method.py."""
-    if task.accelerator.num_processes > 1:
-        raise InputError(
-            f"tyr runs in one process, not in {task.accelerator.num_processes}; leave out accelerate launch"
-        )
     settings, sublayers = task.settings, sublayers_of(task.units)
     if task.text.sequence_length < 2:
         raise InputError("--sequence-length 1 leaves no token to predict, by which tyr could compare; use 2 or more")
     blockwise = Blockwise(task.model, task.accelerator.device)
     tokens = task.text.calibration(settings.calibration_sequences, task.accelerator.print)
+    if len(tokens) < task.accelerator.num_processes:
+        raise InputError(
+            f"{len(tokens)} sequences are fewer than the {task.accelerator.num_processes} processes; give more text "
+            "(--data), or raise --calibration-sequences"
+        )
     accumulate, iterations = settings.error_accumulation == "expectation", max(1, settings.iterations)
     state = task.journal.restore() or _start(0, uniform(task, sublayers))
     task.journal.save(state)  # an interrupted run keeps its directory, and so the candidates, only if it has a state
     with ExitStack() as stack:
         directory = task.journal.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        processes = task.accelerator
         for iteration in range(state["iteration"], iterations):
             candidates = directory / f"candidates-{iteration}"
-            for other in set(directory.glob("candidates-*")) - {candidates}:
+            processes.wait_for_everyone()
+            for other in set(directory.glob("candidates-*")) - {candidates} if processes.is_main_process else ():
                 shutil.rmtree(other)
             centre, title = tuple(state["centre"]), f"tyr {iteration + 1}/{iterations}"
             space = _space(task, centre, sublayers, iteration)
-            supernet = Supernet(candidates, blockwise, sublayers, space.levels)
+            supernet = Supernet(candidates, blockwise, sublayers, space.levels, processes)
             supernet.build(tokens, accumulate, f"{title} candidates")
             if isinstance(task.budget, CostBudget):
                 space = cost_space(space, supernet, task.budget)
@@ -135,13 +142,16 @@ def _search(
         unit="generation",
         initial=state["generation"],
         total=settings.generations,
+        disable=not task.accelerator.is_main_process,
     )
     for generation in progress:
         random = Random(f"{task.seed} {state['iteration']} {generation}")
         offspring = space.offspring(parent, settings.offspring, random)
 
         def score(genomes: Sequence[Genome], number: int, random: Random = random) -> list[float]:
-            return divergences(supernet, genomes, draw(tokens, number, random))
+            share = genomes[task.accelerator.process_index :: task.accelerator.num_processes]
+            found = divergences(supernet, share, draw(tokens, number, random)) if share else []
+            return in_turn(gather_object([found]))
 
         parent, divergence = next_parent(parent, offspring, settings.selection_tokens, score)
         progress.set_postfix(divergence=f"{divergence:.4f}")
@@ -149,6 +159,12 @@ def _search(
         task.journal.log(before + generation + 1, figures)
         task.journal.save(state | {"generation": generation + 1, "parent": list(parent)})
     return parent
+
+
+def in_turn(scores: Sequence[Sequence[float]]) -> list[float]:
+    """Scores of genomes in their order, of what each process has scored: the first has the first, the next the next."""
+    rounds = zip_longest(*scores)
+    return [score for each_process in rounds for score in each_process if score is not None]
 
 
 def _install(task: Task, supernet: Supernet, genome: Genome) -> dict[str, torch.Tensor]:

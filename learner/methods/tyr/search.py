@@ -178,10 +178,10 @@ def divergences(supernet: Supernet, genomes: Sequence[Genome], tokens: torch.Ten
         streams = grown
     totals = [0.0] * len(genomes)
     for part in blockwise.slices(tokens):
-        logits = blockwise.head(streams[dense][part, :-1])
+        logits = blockwise.logits(streams[dense][part, :-1])
         top = logits.topk(min(TOP_LOGITS, logits.shape[-1]), sorted=False)
         teacher = top.values.float().log_softmax(-1)
         for i, genome in enumerate(genomes):
-            student = blockwise.head(streams[genome][part, :-1]).gather(-1, top.indices).float().log_softmax(-1)
+            student = blockwise.logits(streams[genome][part, :-1]).gather(-1, top.indices).float().log_softmax(-1)
             totals[i] += (teacher.exp() * (teacher - student)).sum().item()
     return [total / tokens[:, 1:].numel() for total in totals]

@@ -10,15 +10,21 @@ so that later blocks are pruned for inputs that carry the errors to be expected 
 The sublayers are linear, so the mean of the outputs is the output of the mean of the weights. (The authors' code
 passes dense outputs on, as `--error-accumulation none` does.)
 
-Files: `{layer}.safetensors` with `{sublayer}.{units removed}.kept` (bool [units]) and `.weight` (columns of the kept
-units). A file appears when its block is done, so that a build that was interrupted goes on behind the last of them.
+Several processes share the work. Each runs a part of the text through the blocks, H is the sum over all, and each
+prunes some of a block's sublayers. So H, and with it the weights, differ by rounding from those of one process.
+
+Files: `{layer}.{process}of{processes}.safetensors` with `{sublayer}.{units removed}.kept` (bool [units]) and `.weight`
+(columns of the kept units). A block is done when the files of all processes are there; a build that was interrupted
+goes on behind the last of them, with as many processes as there are then.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -27,6 +33,7 @@ from learner.methods.tyr.pruning import prune
 from learner.methods.tyr.sublayers import Sublayer, collect_hessians
 from learner.model.blockwise import Blockwise
 from learner.run.disk import writing
+from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
 
@@ -41,17 +48,24 @@ class Supernet:
         blockwise: the dense model.
         sublayers: in the order of the decoder layers.
         levels: for each sublayer, the numbers of units that its candidates have lost.
+        accelerator: the processes; all see `directory`.
     """
 
     def __init__(
-        self, directory: Path, blockwise: Blockwise, sublayers: Sequence[Sublayer], levels: Sequence[Sequence[int]]
+        self,
+        directory: Path,
+        blockwise: Blockwise,
+        sublayers: Sequence[Sublayer],
+        levels: Sequence[Sequence[int]],
+        accelerator: Accelerator,
     ) -> None:
         self.directory, self.blockwise, self.sublayers, self.levels = directory, blockwise, sublayers, levels
+        self.accelerator = accelerator
         self._members: list[list[int]] = [[] for _ in range(len(blockwise))]  # of each block, indices of its sublayers
         for index, sublayer in enumerate(sublayers):
             self._members[sublayer.layer].append(index)
-        self._file: safe_open | None = None
-        self._file_layer: int | None = None
+        self._files: dict[str, safe_open] = {}  # of one layer, by name of the sublayer
+        self._files_layer: int | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
     def genes(self, layer: int) -> slice:
@@ -71,20 +85,28 @@ class Supernet:
         Raises:
             InputError: the model's activations are not finite.
         """
-        if all(self._path(layer).exists() for layer in range(len(self.blockwise))):
+        layers, accelerator = range(len(self.blockwise)), self.accelerator
+        done = {layer for layer in layers if self._paths(layer)}  # before any process writes
+        accelerator.wait_for_everyone()
+        if len(done) == len(layers):
             return
-        hidden_states = self.blockwise.embed(tokens)
-        for layer in progress_bar(range(len(self.blockwise)), desc=title, unit="layer"):
+        share = tokens.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        hidden_states = self.blockwise.embed(share)
+        for layer in progress_bar(layers, desc=title, unit="layer", disable=not accelerator.is_main_process):
             block = self.blockwise.block(layer)
             dense_output = None if accumulate else hidden_states
-            if self._path(layer).exists():
+            if layer in done:
                 if not accumulate:
                     self.blockwise.run(layer, block, hidden_states, dense_output)
             else:
                 members = [self.sublayers[index] for index in self._members[layer]]
                 with collect_hessians(block, members) as hessians:
                     self.blockwise.run(layer, block, hidden_states, dense_output)
-                self._prune(layer, block, hessians)
+                for hessian in hessians.values():
+                    if accelerator.num_processes > 1:
+                        hessian.copy_(accelerator.reduce(hessian))
+                with together(accelerator):
+                    self._prune(layer, block, hessians)
             if accumulate:
                 for index in self._members[layer]:
                     self.sublayers[index].weight(block).copy_(self._expected_weight(index))
@@ -127,9 +149,9 @@ class Supernet:
         return total / shares if shares else total  # without shares every candidate has lost all units and is zero
 
     def _prune(self, layer: int, block: nn.Module, hessians: dict[str, torch.Tensor]) -> None:
-        """Writes the candidates of all sublayers of a block."""
-        tensors = {}
-        for index in self._members[layer]:
+        """Writes the candidates of this process' share of the sublayers of a block."""
+        tensors, process, processes = {}, self.accelerator.process_index, self.accelerator.num_processes
+        for index in self._members[layer][process::processes]:
             sublayer, hessian = self.sublayers[index], hessians[self.sublayers[index].name]
             if not hessian.isfinite().all():
                 raise InputError(
@@ -142,15 +164,24 @@ class Supernet:
             for count, candidate in prune(weight, hessian, sublayer.num_units, counts, per_round).items():
                 tensors[f"{sublayer.name}.{count}.kept"] = candidate.kept.cpu()
                 tensors[f"{sublayer.name}.{count}.weight"] = candidate.weight.to("cpu", weight.dtype).contiguous()
-        partial = self._path(layer).with_suffix(".partial")
+        path = self.directory / f"{layer}.{process}of{processes}.safetensors"
+        partial = path.with_suffix(".partial")
         with writing():
             save_file(tensors, partial)
-        os.replace(partial, self._path(layer))
+        os.replace(partial, path)
 
-    def _path(self, layer: int) -> Path:
-        return self.directory / f"{layer}.safetensors"
+    def _paths(self, layer: int) -> list[Path]:
+        """The files of a block; none if it is not done."""
+        found: dict[int, list[Path]] = {}
+        for path in self.directory.glob(f"{layer}.*.safetensors"):
+            if match := re.fullmatch(r"\d+\.\d+of(\d+)\.safetensors", path.name):
+                found.setdefault(int(match[1]), []).append(path)
+        return next((sorted(paths) for processes, paths in sorted(found.items()) if len(paths) == processes), [])
 
     def _read(self, sublayer: Sublayer, count: int, what: str) -> torch.Tensor:
-        if self._file is None or self._file_layer != sublayer.layer:
-            self._file, self._file_layer = safe_open(self._path(sublayer.layer), framework="pt"), sublayer.layer
-        return self._file.get_tensor(f"{sublayer.name}.{count}.{what}")
+        if self._files_layer != sublayer.layer:
+            self._files, self._files_layer = {}, sublayer.layer
+            for path in self._paths(sublayer.layer):
+                file = safe_open(path, framework="pt")
+                self._files |= {key.partition(".")[0]: file for key in file.keys()}  # noqa: SIM118 # not a dictionary
+        return self._files[sublayer.name].get_tensor(f"{sublayer.name}.{count}.{what}")

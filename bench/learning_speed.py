@@ -1,0 +1,229 @@
+"""Times steps of the methods that learn by gradients, against the least that their arithmetic takes.
+
+    python -m bench.learning_speed                           # models with random weights, dense and with experts
+    python -m bench.learning_speed --model DIR --tokens 16x512 --dtype bfloat16
+
+A step runs the teacher forward, the student forward, and the student backward through its inputs; weights are frozen,
+so nothing is computed for them. Each of the three multiplies as often as one forward pass. `share_of_bound` is the time
+of three forward passes without gradients, of the same tokens and with all logits, divided by that of a step; it cannot
+reach 1, since attention goes back through two products for each of its own, and losses, masks and norms cost something
+too. Forward passes and steps take turns in rounds; figures are medians over rounds.
+"""
+
+import argparse
+import json
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from bench.speed.results import describe_hardware, describe_versions
+from pruned_vllm.common.arguments import positive_int
+from pruned_vllm.common.command import run_command
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# config.json of SmolLM2-135M with half of its layers, and of a Qwen3-MoE of that size.
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "experts": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 512,
+        "moe_intermediate_size": 256,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+METHODS = ("ddp", "maskprune")
+WARM_UP = 1  # steps and forward passes of a round that are not timed
+
+
+def measure(
+    model: "PreTrainedModel", device: "torch.device", method: str, tokens: tuple[int, int], rounds: int, steps: int
+) -> dict:
+    """Seconds of a forward pass and of a step, tokens a second, and the share of the bound.
+
+    Args:
+        model: frozen, on `device`.
+        tokens: sequences in a step, all in one micro batch, and their length.
+        steps: that are timed in a round, and forward passes.
+    """
+    import torch
+
+    forward, step = [], []
+    batch = torch.randint(model.config.vocab_size, tokens, generator=torch.Generator().manual_seed(0)).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(rounds):
+        forward.append(median(_forward_seconds(model, batch, steps + WARM_UP)[WARM_UP:]))
+        step.append(median(_step_seconds(model, method, tokens, steps + WARM_UP)[WARM_UP:]))
+    is_cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "method": method,
+        "sequences": tokens[0],
+        "sequence_length": tokens[1],
+        "forward_s": median(forward),
+        "step_s": median(step),
+        "tokens_per_s": batch.numel() / median(step),
+        "share_of_bound": median(3 * f / s for f, s in zip(forward, step, strict=True)),
+        "peak_bytes": peak,
+        "samples_s": {"forward": forward, "step": step},
+    }
+
+
+def _forward_seconds(model: "PreTrainedModel", batch: "torch.Tensor", number: int) -> list[float]:
+    import torch
+
+    clock = _Clock()
+    with torch.no_grad():
+        for _ in range(number):
+            model(input_ids=batch, use_cache=False)
+            clock.tick()
+    return clock.seconds
+
+
+def _step_seconds(model: "PreTrainedModel", method: str, tokens: tuple[int, int], steps: int) -> list[float]:
+    import importlib
+
+    import torch
+    from accelerate import Accelerator
+
+    from learner.data.reading import BlockSampler
+    from learner.job import METHODS as ROWS
+    from learner.methods.method import Task
+    from learner.model.units import Units
+    from learner.run.journal import Journal
+    from pruned_vllm.formats.geometry import ModelGeometry
+
+    clock = _Clock()
+
+    class Timed(Journal):
+        """Every step is logged when it has ended."""
+
+        def log(self, step: int, values: dict[str, float]) -> None:
+            clock.tick()
+
+    row, (sequences, length) = ROWS[method], tokens
+    units = Units.from_geometry(
+        ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]}),
+        tied=row.query_heads[0] == "tied",
+    )
+    # Without an adapter: LoRA's own arithmetic is none of the three passes, and PEFT would stay in the model.
+    more = {"lora_rank": 0} if method == "maskprune" else {}
+    settings = row.settings(
+        steps=steps, batch_size=sequences, micro_batch_size=sequences, sequence_length=length, **more
+    )
+    text = torch.randint(model.config.vocab_size, (sequences * length * 2,), generator=torch.Generator().manual_seed(1))
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    target = dict.fromkeys(units.layers, 0.5)
+    clock.tick()
+    importlib.import_module(row.module).learn(
+        Task(model, units, target, settings, 0, BlockSampler(text, length, 0), Timed(), accelerator)
+    )
+    return clock.seconds[1:]
+
+
+class _Clock:
+    """Seconds between ticks, when the device has done what it was given."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def tick(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+def _models(args: argparse.Namespace) -> "list[tuple[str, PreTrainedModel]]":
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        return [(args.model, AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype))]
+    torch.manual_seed(0)
+    return [
+        (name, AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype))
+        for name, shape in SHAPES.items()
+    ]
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "bench.learning_speed", *sys.argv[1:]]),
+        "dtype": args.dtype,
+        "hardware": describe_hardware(),
+        "versions": describe_versions(),
+        "runs": [],
+    }
+    for name, model in _models(args):
+        model = model.to(device).requires_grad_(False).eval()
+        for method in args.methods:
+            found = measure(model, device, method, args.tokens, args.rounds, args.steps)
+            results["runs"].append({"model": name, **found})
+            print(
+                f"{name:<10}{method:<10} {found['tokens_per_s']:>10.0f} tokens/s, "
+                f"{found['share_of_bound']:.2f} of the bound, peak {found['peak_bytes'] / 1e9:.2f} GB",
+                flush=True,
+            )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "learning_speed.json"
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+def _tokens(text: str) -> tuple[int, int]:
+    sequences, _, length = text.partition("x")
+    if not (sequences.isdecimal() and length.isdecimal() and int(sequences) and int(length) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sequences x length, such as 8x256")
+    return int(sequences), int(length)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learning_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="directory or Hugging Face id; default: models of our own, with random weights")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    add("--tokens", type=_tokens, default=(8, 256), metavar="NxL", help="of a step; default: 8x256")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--rounds", type=positive_int, default=3, help="default: 3")
+    add("--steps", type=positive_int, default=3, help="that are timed in a round; default: 3")
+    add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")
+    args = parser.parse_args()
+    return run_command(parser.prog, lambda: _run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
