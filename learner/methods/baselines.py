@@ -20,8 +20,7 @@ from pruned_vllm.common.progress import progress_bar
 
 def magnitude(task: Task) -> Learned:
     """Keeps the units with the largest L2 norm over all weights that would go with them."""
-    scores = sums_over_weights(task, torch.square, "magnitude")
-    return Learned(keep_largest_in_each_layer(task, scores))
+    return keep_largest_in_each_layer(task, sums_over_weights(task, torch.square, "magnitude"))
 
 
 def sums_over_weights(
