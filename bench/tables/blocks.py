@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench.tables import breakdown, conversion, experts, layouts, methods, models, online, quantized, real, sweep
@@ -27,6 +28,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real-notes": real.notes,
     "real-speed": real.speed,
     "real-chat": real.chat,
+    "real-gemma3": partial(real.table, "real_gemma3"),
+    "real-gemma3-notes": partial(real.notes, "real_gemma3"),
+    "real-gemma3-speed": partial(real.speed, "real_gemma3"),
+    "real-gemma3-chat": partial(real.chat, "real_gemma3"),
     "demo-perplexity": models.demo_perplexity,
     "conversion": conversion.sentences,
     "layouts": layouts.table,
