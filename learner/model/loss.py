@@ -193,3 +193,24 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.saved_tensors[0] * output_gradient, None, None, None, None, None
+
+
+class ReverseDivergence(torch.autograd.Function):
+    """Sum over tokens of KL(student || wanted), given the logits of both; made as `_Distillation` is.
+
+    Its gradient in the student's logits is  p (log p - log q - KL of the token), p the student's probabilities.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        student, teacher = logits.log_softmax(-1), wanted.log_softmax(-1)
+        difference = torch.sub(student, teacher, out=teacher)
+        probabilities = student.exp_()
+        gradient = difference.mul_(probabilities)
+        of_tokens = gradient.sum(-1, keepdim=True)
+        ctx.save_for_backward(gradient.addcmul_(probabilities, of_tokens, value=-1))
+        return of_tokens.sum()
+
+    @staticmethod
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * output_gradient, None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.layer import LayerGeometry
@@ -159,7 +159,9 @@ class DeepseekModel(nn.Module):
         self.norm = Norm(geometry.hidden_size)
         self.gradient_checkpointing = False  # Transformers sets it, and what recomputes
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, input_ids: torch.Tensor, use_cache: bool | None = None, output_hidden_states: bool = False
+    ) -> BaseModelOutput:
         """Normed output of the last layer, and the hidden states before and after each layer."""
         states = [self.embed_tokens(input_ids)]
         for layer in self.layers:
@@ -167,26 +169,25 @@ class DeepseekModel(nn.Module):
                 states.append(self._gradient_checkpointing_func(layer.__call__, states[-1]))
             else:
                 states.append(layer(states[-1]))
-        return self.norm(states[-1]), *states
+        return BaseModelOutput(self.norm(states[-1]), tuple(states) if output_hidden_states else None)
 
 
 class DeepseekForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = DeepseekConfig
+    decoder_class = DeepseekModel
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__(config)
         geometry = ModelGeometry.from_config(config.to_dict())
-        self.model = DeepseekModel(geometry, config)
+        self.model = self.decoder_class(geometry, config)
         self.lm_head = nn.Linear(geometry.hidden_size, geometry.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids: torch.Tensor, output_hidden_states: bool = False) -> CausalLMOutput:
-        output, *states = self.model(input_ids=input_ids)
-        return CausalLMOutput(
-            logits=self.lm_head(output), hidden_states=tuple(states) if output_hidden_states else None
-        )
+    def forward(self, input_ids: torch.Tensor, **options) -> CausalLMOutput:
+        outputs = self.model(input_ids=input_ids, **options)
+        return CausalLMOutput(logits=self.lm_head(outputs.last_hidden_state), hidden_states=outputs.hidden_states)
 
 
 def load(directory: Path) -> DeepseekForCausalLM:

@@ -42,7 +42,8 @@ def test_what_is_learned_from_and_scored_begins_as_a_text_does(word_model):  # n
     for bos in ({}, {"bos_token": "255", "add_bos_token": True}):
         tokenizer = AutoTokenizer.from_pretrained(word_model / "model", **bos)
         expected = [255, *(i * i % 256 for i in range(31))] if bos else [i * i % 256 for i in range(32)]
-        assert training_blocks(model, tokenizer, job, 32, 4, show_progress=False).blocks[0].tolist() == expected
+        blocks = training_blocks(model, tokenizer, job, 32, 4, None, Accelerator(cpu=True))
+        assert blocks.blocks[0].tolist() == expected
         scored = evaluation_tokens(model, tokenizer, job, show_progress=False)
         assert scored[:32].tolist() == expected
         firsts = scored.view(-1, 128)[:, 0].tolist()

@@ -42,7 +42,7 @@ from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
 from learner.methods.method import Learned, Task
 from learner.model.budget import CostBudget
-from learner.model.loss import chunked_sum, logits_of, run_without_head
+from learner.model.loss import ReverseDivergence, chunked_sum, logits_of, run_without_head
 from learner.model.projections import is_fused
 from learner.model.units import Units
 from learner.run.training import Training
@@ -244,10 +244,8 @@ def _loss(model: PreTrainedModel, settings: MaskPruneSettings, tokens: torch.Ten
 
     def divergence(logits: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            wanted = logits_of(model, dense).log_softmax(-1)
-        return F.kl_div(
-            wanted, logits.log_softmax(-1), reduction="sum", log_target=True
-        )  # of the second from the first
+            wanted = logits_of(model, dense)
+        return ReverseDivergence.apply(logits, wanted)
 
     loss = chunked_sum(model, divergence, hidden, teacher_hidden) / tokens.numel()
     for student, wanted in zip(states, teacher_states, strict=True):
