@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 
 from learner.data.prompts import GENERATION_PROMPTS, prompt_tokens, shuffled_prompts
 from learner.model.dense import DenseModel
 from learner.model.generation import end_tokens, generate
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import cache_directory, read_json, write_json
+from pruned_vllm.common.files import cache_directory, read_json
 from pruned_vllm.common.progress import progress_bar
 
 SOURCE = "self"  # among the sources of --data
@@ -72,7 +73,8 @@ class _Writer:
 
     def __init__(self, dense: DenseModel, seed: int) -> None:
         self.dense, self.seed = dense, seed
-        self.end = end_tokens(dense.directory, dense.tokenizer)
+        self.known = dense.model.get_input_embeddings().num_embeddings
+        self.end = tuple(token for token in end_tokens(dense.directory, dense.tokenizer) if token < self.known)
         self.prompts = shuffled_prompts(seed)
         settings = {
             "model": str(dense.fingerprint),
@@ -96,16 +98,27 @@ class _Writer:
     def batch(self, index: int) -> list[list[int]]:
         """Token ids of the documents of a batch."""
         path = self.directory / f"{index:06}.json"
-        if not path.exists():
+        if not self._is_written(path):
             self._publish(path, self._write(index))
-        return read_json(path)["documents"]
+        documents = read_json(path).get("documents")
+        if not _are_documents(documents, self.known):
+            raise InputError(f"{path} does not hold token ids that the model has; delete {self.directory}")
+        return documents
+
+    def _is_written(self, path: Path) -> bool:
+        """Processes that can write only together do so where one of them lacks the batch, as other machines may."""
+        if isinstance(self.dense.model, FSDPModule):
+            return all(gather_object([path.exists()]))
+        return path.exists()
 
     def _write(self, index: int) -> list[list[int]]:
         places = range(index * BATCH_SIZE, (index + 1) * BATCH_SIZE)
         prompts = prompt_tokens(self.dense.tokenizer, [self.prompts[place % len(self.prompts)] for place in places])
-        largest, known = max(map(max, prompts)), self.dense.model.get_input_embeddings().num_embeddings
-        if largest >= known:
-            raise InputError(f"the tokenizer makes token {largest} of a prompt, but the model has {known} embeddings")
+        largest = max(map(max, prompts))
+        if largest >= self.known:
+            raise InputError(
+                f"the tokenizer makes token {largest} of a prompt, but the model has {self.known} embeddings"
+            )
         seed = self.seed * 1_000_003 + index
         model, options = self.dense.model, {"temperature": TEMPERATURE, "seed": seed, "device": self.dense.device}
         answers = generate(model, prompts, ANSWER_TOKENS, self.end, **options)
@@ -115,8 +128,8 @@ class _Writer:
         """Puts the batch at `path`, unless another process was faster: then all go on with that one's."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        write_json(temporary, {"documents": documents})
         try:
+            temporary.write_text(json.dumps({"documents": documents}), encoding="utf-8")
             os.link(temporary, path)
         except FileExistsError:
             pass
@@ -124,3 +137,11 @@ class _Writer:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _are_documents(found: Any, known: int) -> bool:
+    """Whether `found` is a list of lists of token ids below `known`, all with tokens in them."""
+    return isinstance(found, list) and all(
+        isinstance(document, list) and document and all(type(token) is int and 0 <= token < known for token in document)
+        for document in found
+    )

@@ -46,7 +46,7 @@ def generate(
     Raises:
         InputError: a prompt fills all positions that the model was made for, or the model brings code of its own.
     """
-    if not type(model).__module__.startswith("transformers."):  # see learner/model/remote_code.py
+    if type(model).__module__.startswith("transformers_modules."):  # see learner/model/remote_code.py
         raise InputError("the code that comes with the model cannot generate text with this version of Transformers")
     longest = max(map(len, prompts))
     positions = getattr(model.config, "max_position_embeddings", None) or longest + new_tokens
