@@ -28,6 +28,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from bench.methods import learn_masks
+from learner.job import DDPSettings
 from learner.methods.stages import Stages
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
@@ -36,8 +37,7 @@ from pruned_vllm.common.files import read_json, write_json
 
 MODELS = ("llama", "qwen3_moe")
 AT = "decode:8:32:64"
-STEPS = (50, 300, 1000)
-SETTLE = (0.3, 0.0)
+STEPS = {"ddp": (50, 300, 1000), "maskprune": (50, 300)}
 SEEDS = (42, 43, 44)
 SPARSITIES = (0.2, 0.5)
 BATCH = ("--batch-size", "4", "--sequence-length", "64")
@@ -80,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=("met", "joint"))
     parser.add_argument("--output-dir", type=Path, required=True, help="gets met.json or joint.json")
-    parser.add_argument("--steps", type=positive_int, nargs="+", default=STEPS, help="of met; default: 50 300 1000")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time; default: all cores")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "bench.budgets", *(sys.argv[1:] if argv is None else argv)])
@@ -90,38 +89,55 @@ def main(argv: list[str] | None = None) -> int:
 
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after minutes of learning
         models = {name: pico_model(name) for name in MODELS}
-        measured = met(models, args.steps, args.jobs) if args.what == "met" else joint(models, args.jobs)
+        measured = met(models, args.jobs) if args.what == "met" else joint(models, args.jobs)
         facts = {name: read_json(directory / "pico.json") for name, directory in models.items()}
-        results = {"command": command, "at": AT, "models": facts, "runs": measured, "versions": library_versions()}
+        results = {
+            "command": command,
+            "at": AT,
+            "models": facts,
+            "runs": measured,
+            "versions": library_versions(("torch", "transformers")),
+        }
         write_json(args.output_dir / f"{args.what}.json", results)
         (show_met if args.what == "met" else show_joint)(measured)
 
     return run_command(parser.prog, run)
 
 
-def met(models: dict[str, Path], steps: Sequence[int], jobs: int) -> list[dict]:
-    """Budgets in three measures, for runs of each length."""
+def met(models: dict[str, Path], jobs: int) -> list[dict]:
+    """Budgets in three measures, for runs of each length; the paper's schedule and other methods for some of them."""
     half = [Run(name, "magnitude", "sparsity", 0.5, ("--method", "magnitude")) for name in MODELS]
     runs = []
     for found in measure(models, half, jobs):
         targets = {"sparsity": 0.5, "bytes": found["bytes"], "speedup": round(found["ideal_speedup"], 2)}
         for name, asked in targets.items():
-            target, how = (found["model"], name, asked), []
-            for count in steps:
-                length = ("--steps", str(count), *BATCH)
-                for settle in SETTLE:
-                    answer = "ddp" if settle else "ddp, as the paper"
-                    how.append((answer, ("--method", "ddp", *length, "--settle", str(settle)), count, settle))
-                how.append(("maskprune", ("--method", "maskprune", *length), count, None))
-            how.append(("tyr", TYR, None, None))
-            runs += [_run(target, *method) for method in how]
+            target = (found["model"], name, asked)
+            runs += [_ddp(target, steps) for steps in STEPS["ddp"]]
+            if name == "sparsity":
+                runs += [_ddp(target, steps, settle=0.0) for steps in STEPS["ddp"]]
+            if name != "speedup":
+                runs += [_maskprune(target, steps) for steps in STEPS["maskprune"]]
+                runs.append(_run(target, "tyr", TYR))
     return measure(models, runs, jobs)
 
 
+Target = tuple[str, str, float]  # model, measure, asked
+
+
+def _ddp(target: Target, steps: int, settle: float = DDPSettings.settle) -> Run:
+    options = ("--method", "ddp", "--steps", str(steps), *BATCH, "--settle", str(settle))
+    return _run(target, "ddp" if settle else "ddp, as the paper", options, steps, settle)
+
+
+def _maskprune(target: Target, steps: int) -> Run:
+    return _run(target, "maskprune", ("--method", "maskprune", "--steps", str(steps), *BATCH), steps)
+
+
 def _run(
-    target: tuple[str, str, float], answer: str, options: tuple[str, ...], steps: int | None, settle: float | None
+    target: Target, answer: str, options: tuple[str, ...], steps: int | None = None, settle: float | None = None
 ) -> Run:
-    return Run(target[0], answer, target[1], target[2], options, steps=steps, settle=settle)
+    model, measure, asked = target
+    return Run(model, answer, measure, asked, options, steps=steps, settle=settle)
 
 
 def joint(models: dict[str, Path], jobs: int) -> list[dict]:
