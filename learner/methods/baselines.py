@@ -57,8 +57,8 @@ def sums_over_weights(
     places = [(kind, index) for kind, indices in units.layers.items() for index in indices]
     show = task.accelerator.is_main_process
     for kind, index in progress_bar(places, desc=title, unit="layer", disable=not show):
-        scored[kind].append(score[kind](layers[index]))
-    return {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
+        scored[kind].append(score[kind](layers[index]).cpu())
+    return {kind: torch.stack(rows) for kind, rows in scored.items()}
 
 
 def random(task: Task) -> Learned:

@@ -82,7 +82,7 @@ def influence(task: Task) -> torch.Tensor:
     sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=accelerator.device)  # of cosines, and tokens
 
     def add(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        cosines = F.cosine_similarity(before.to(after.device).float(), after.float(), dim=-1)
         sums[index] += torch.tensor([float(cosines.double().sum()), cosines.numel()], device=sums.device)
 
     with ExitStack() as stack:
