@@ -1,7 +1,7 @@
 """Times steps of the methods that learn by gradients, against the least that their arithmetic takes.
 
     python -m bench.learning_speed                           # models with random weights, dense and with experts
-    python -m bench.learning_speed --model DIR --tokens 16x512 --dtype bfloat16
+    python -m bench.learning_speed --model DIR --tokens 16x512 --dtypes bfloat16
 
 A step runs the teacher forward, the student forward, and the student backward through its inputs; weights are frozen,
 so nothing is computed for them. Each of the three multiplies as often as one forward pass. `share_of_bound` is the time
@@ -11,8 +11,8 @@ too. Forward passes and steps take turns in rounds; figures are medians over rou
 """
 
 import argparse
+import itertools
 import json
-import resource
 import shlex
 import sys
 import time
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from bench.resident import forget_peak, peak_bytes
 from bench.speed.results import describe_hardware, describe_versions
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
@@ -55,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 METHODS = ("ddp", "maskprune")
+DTYPES = ("float32", "bfloat16")
 WARM_UP = 1  # steps and forward passes of a round that are not timed
 
 
@@ -72,13 +74,11 @@ def measure(
 
     forward, step = [], []
     batch = torch.randint(model.config.vocab_size, tokens, generator=torch.Generator().manual_seed(0)).to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    is_cuda = device.type == "cuda"
+    torch.cuda.reset_peak_memory_stats() if is_cuda else forget_peak()
     for _ in range(rounds):
         forward.append(median(_forward_seconds(model, batch, steps + WARM_UP)[WARM_UP:]))
         step.append(median(_step_seconds(model, method, tokens, steps + WARM_UP)[WARM_UP:]))
-    is_cuda = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "method": method,
         "sequences": tokens[0],
@@ -87,7 +87,7 @@ def measure(
         "step_s": median(step),
         "tokens_per_s": batch.numel() / median(step),
         "share_of_bound": median(3 * f / s for f, s in zip(forward, step, strict=True)),
-        "peak_bytes": peak,
+        "peak_bytes": torch.cuda.max_memory_allocated() if is_cuda else peak_bytes(),
         "samples_s": {"forward": forward, "step": step},
     }
 
@@ -112,8 +112,10 @@ def _step_seconds(model: "PreTrainedModel", method: str, tokens: tuple[int, int]
     from learner.data.reading import BlockSampler
     from learner.job import METHODS as ROWS
     from learner.methods.method import Task
+    from learner.model.budget import UnitBudget
     from learner.model.units import Units
     from learner.run.journal import Journal
+    from learner.targets import Target
     from pruned_vllm.formats.geometry import ModelGeometry
 
     clock = _Clock()
@@ -136,10 +138,10 @@ def _step_seconds(model: "PreTrainedModel", method: str, tokens: tuple[int, int]
     )
     text = torch.randint(model.config.vocab_size, (sequences * length * 2,), generator=torch.Generator().manual_seed(1))
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    target = dict.fromkeys(units.layers, 0.5)
+    budget = UnitBudget(Target("sparsity", 0.5), units, dict.fromkeys(units.layers, 0.5))
     clock.tick()
     importlib.import_module(row.module).learn(
-        Task(model, units, target, settings, 0, BlockSampler(text, length, 0), Timed(), accelerator)
+        Task(model, units, (budget,), settings, 0, BlockSampler(text, length, 0), Timed(), accelerator)
     )
     return clock.seconds[1:]
 
@@ -161,18 +163,15 @@ class _Clock:
         self._last = now
 
 
-def _models(args: argparse.Namespace) -> "list[tuple[str, PreTrainedModel]]":
+def _model(name: str, dtype: str) -> "PreTrainedModel":
+    """The model of that name in SHAPES, or what is there."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = getattr(torch, args.dtype)
-    if args.model:
-        return [(args.model, AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype))]
+    if name not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
-    return [
-        (name, AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype))
-        for name, shape in SHAPES.items()
-    ]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=getattr(torch, dtype))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -181,18 +180,19 @@ def _run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.learning_speed", *sys.argv[1:]]),
-        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
         "hardware": describe_hardware(),
         "versions": describe_versions(),
         "runs": [],
     }
-    for name, model in _models(args):
-        model = model.to(device).requires_grad_(False).eval()
+    names = [args.model] if args.model else list(SHAPES)
+    for name, dtype in itertools.product(names, args.dtypes):
+        model = _model(name, dtype).to(device).requires_grad_(False).eval()
         for method in args.methods:
             found = measure(model, device, method, args.tokens, args.rounds, args.steps)
-            results["runs"].append({"model": name, **found})
+            results["runs"].append({"model": name, "dtype": dtype, **found})
             print(
-                f"{name:<10}{method:<10} {found['tokens_per_s']:>10.0f} tokens/s, "
+                f"{name:<10}{dtype:<10}{method:<10} {found['tokens_per_s']:>10.0f} tokens/s, "
                 f"{found['share_of_bound']:.2f} of the bound, peak {found['peak_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
@@ -217,7 +217,7 @@ def main() -> int:
     add("--model", metavar="DIR", help="directory or Hugging Face id; default: models of our own, with random weights")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     add("--tokens", type=_tokens, default=(8, 256), metavar="NxL", help="of a step; default: 8x256")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all")
     add("--rounds", type=positive_int, default=3, help="default: 3")
     add("--steps", type=positive_int, default=3, help="that are timed in a round; default: 3")
     add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")

@@ -128,7 +128,7 @@ def learn(
             left = left_by(dense.geometry, masks, method.drops_experts)
             outcome = Outcome(budget, dense.geometry, left, values, job.at, element_bytes)
             results = common | outcome.results()
-            on_model = {name: mask.to(model.device) for name, mask in masks.items()}
+            on_model = {name: mask.to(dense.device) for name, mask in masks.items()}
             routers = restrict_routers(model, on_model) if method.drops_experts else nullcontext()
             with apply_masks(model, on_model, learned.channel_mask_site), routers:
                 if job.eval_data:

@@ -78,13 +78,19 @@ def needs(geometry: ModelGeometry, job: Job, element_bytes: int, tokens: int, de
     else:
         device["weights"] = weights
         host["weights, until they are on the device"] = weights if on_gpu else 0
+    share = devices if job.weights == "spread" else 1  # of the layers on one device
     if isinstance(job.settings, TrainingSettings):
-        share = devices if job.weights == "spread" else 1  # of the layers on one device
         device["activations"] = _kept(geometry, job, element_bytes, tokens) / share
         device["gradients of activations"] = 2 * hidden * element_bytes + 2 * max(_widths(geometry)) * tokens * 4
         device["teacher"] = _teacher(geometry, job, element_bytes, hidden) / share
-        device["loss"] = LOGITS_COPIES * 4 * min(tokens * geometry.vocab_size, max(LOGITS_AT_ONCE, geometry.vocab_size))
+        device["loss"] = _loss(geometry, tokens)
         device["masks and optimizer"] = OPTIMIZER_BYTES * (_units(geometry) + _lora(geometry, job))
+    elif job.method == "taylor":  # weights are trained, so the inputs of their projections are kept too
+        inputs = 2 * geometry.hidden_size * element_bytes
+        gradients = element_bytes * sum(map(geometry.layer_parameters, range(len(geometry.layers))))
+        device["gradients"] = gradients / share
+        device["activations"] = tokens * sum(size + inputs for size in _layer_bytes(geometry, element_bytes)) / share
+        device["loss"] = _loss(geometry, tokens)
     elif isinstance(job.settings, CalibrationSettings):
         device["activations"] = max(_layer_bytes(geometry, element_bytes)) * tokens
     device["CUDA" if on_gpu else "Python and PyTorch"] = CUDA_BYTES if on_gpu else CPU_BYTES
@@ -143,6 +149,10 @@ def _teacher(geometry: ModelGeometry, job: Job, element_bytes: int, hidden: int)
     if isinstance(job.settings, MaskPruneSettings):  # hidden states of all layers, of both models, and in float32
         return (2 * element_bytes + (8 if element_bytes < 4 else 0)) * hidden * (len(geometry.layers) + 1)
     return hidden * element_bytes if job.settings.kd_weight else 0
+
+
+def _loss(geometry: ModelGeometry, tokens: int) -> float:
+    return LOGITS_COPIES * 4 * min(tokens * geometry.vocab_size, max(LOGITS_AT_ONCE, geometry.vocab_size))
 
 
 def _units(geometry: ModelGeometry) -> int:

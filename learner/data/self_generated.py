@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 
 from learner.data.prompts import GENERATION_PROMPTS, prompt_tokens, shuffled_prompts
 from learner.model.dense import DenseModel
 from learner.model.generation import end_tokens, generate
+from learner.run.processes import of_first
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import cache_directory, read_json
 from pruned_vllm.common.progress import progress_bar
@@ -42,15 +42,15 @@ def self_generated_tokens(
     Args:
         seed: of the order of prompts and of the draw.
         processes: an Accelerator or PartialState. All may call this at once; none waits for another, unless the
-            weights are sharded: then all write every batch together.
+            weights are sharded: then all must, and write every batch together.
 
     Raises:
         InputError: the model cannot be asked, or a file of the cache is damaged.
         OSError: the cache cannot be written.
     """
-    writer = _Writer(dense, seed)
+    writer = _Writer(dense, seed, processes)
     rank, number_of = processes.process_index, processes.num_processes
-    if number_of > 1 and not isinstance(dense.model, FSDPModule):  # first a share of what all need
+    if number_of > 1 and not writer.is_sharded:  # first a share of what all need
         tokens, index = 0, rank
         while tokens * number_of < count:
             tokens += sum(map(len, writer.batch(index)))
@@ -71,8 +71,9 @@ def self_generated_tokens(
 class _Writer:
     """Batches of documents by number, from the cache or written now."""
 
-    def __init__(self, dense: DenseModel, seed: int) -> None:
-        self.dense, self.seed = dense, seed
+    def __init__(self, dense: DenseModel, seed: int, processes: Any) -> None:
+        self.dense, self.seed, self.processes = dense, seed, processes
+        self.is_sharded = isinstance(dense.model, FSDPModule)
         self.known = dense.model.get_input_embeddings().num_embeddings
         self.end = tuple(token for token in end_tokens(dense.directory, dense.tokenizer) if token < self.known)
         self.prompts = shuffled_prompts(seed)
@@ -98,18 +99,23 @@ class _Writer:
     def batch(self, index: int) -> list[list[int]]:
         """Token ids of the documents of a batch."""
         path = self.directory / f"{index:06}.json"
-        if not self._is_written(path):
-            self._publish(path, self._write(index))
+        if not self.is_sharded:
+            return self._kept(path) or self._publish(path, self._write(index))
+        # The first process says what is there: others may see another cache, or see it later.
+        kept = of_first(self.processes, lambda: self._kept(path))
+        if kept is None:
+            documents = self._write(index)
+            kept = of_first(self.processes, lambda: self._publish(path, documents))
+        return kept
+
+    def _kept(self, path: Path) -> list[list[int]] | None:
+        return self._read(path) if path.exists() else None
+
+    def _read(self, path: Path) -> list[list[int]]:
         documents = read_json(path).get("documents")
         if not _are_documents(documents, self.known):
             raise InputError(f"{path} does not hold token ids that the model has; delete {self.directory}")
         return documents
-
-    def _is_written(self, path: Path) -> bool:
-        """Processes that can write only together do so where one of them lacks the batch, as other machines may."""
-        if isinstance(self.dense.model, FSDPModule):
-            return all(gather_object([path.exists()]))
-        return path.exists()
 
     def _write(self, index: int) -> list[list[int]]:
         places = range(index * BATCH_SIZE, (index + 1) * BATCH_SIZE)
@@ -124,24 +130,32 @@ class _Writer:
         answers = generate(model, prompts, ANSWER_TOKENS, self.end, **options)
         return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def _publish(self, path: Path, documents: list[list[int]]) -> None:
-        """Puts the batch at `path`, unless another process was faster: then all go on with that one's."""
+    def _publish(self, path: Path, documents: list[list[int]]) -> list[list[int]]:
+        """Puts the batch at `path`, unless another process was faster: then all go on with that one's. Returns it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         try:
             temporary.write_text(json.dumps({"documents": documents}), encoding="utf-8")
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            temporary.replace(path)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+        return self._read(path)
 
 
 def _are_documents(found: Any, known: int) -> bool:
-    """Whether `found` is a list of lists of token ids below `known`, all with tokens in them."""
-    return isinstance(found, list) and all(
-        isinstance(document, list) and document and all(type(token) is int and 0 <= token < known for token in document)
-        for document in found
+    """Whether `found` is a list of lists of token ids below `known`, none of them empty."""
+    return (
+        isinstance(found, list)
+        and found != []
+        and all(
+            isinstance(document, list)
+            and document
+            and all(type(token) is int and 0 <= token < known for token in document)
+            for document in found
+        )
     )

@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
 
@@ -53,6 +54,12 @@ from pruned_vllm.hf.loading import load_pruned
 WRITER = "finetune-pruned"  # whose output only this command replaces
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
+# By the variable that `accelerate launch` sets.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -213,6 +220,14 @@ def _check(job: FinetuneJob, source: Path) -> None:
             "cannot be trained; vLLM serves it"
         )
     find_companions(source)  # what cannot be copied is refused now
+    for flag, name in SHARDING.items():
+        if parse_flag_from_env(flag):
+            raise InputError(
+                f"accelerate is set up for {name}, which gives each process a part of the weights, and finetune-pruned "
+                "needs all of them in every process, to merge LoRA and to resume. Choose multi-GPU in `accelerate "
+                "config`, or start it with torchrun; to save memory take LoRA, --gradient-checkpointing and "
+                "--micro-batch-size 1"
+            )
     number, micro = _processes_and_micro_batch(job)
     if job.batch_size % (number * micro):
         of_processes = f" times the {number} processes" if number > 1 else ""

@@ -20,8 +20,7 @@ from pruned_vllm.common.progress import progress_bar
 
 def magnitude(task: Task) -> Learned:
     """Keeps the units with the largest L2 norm over all weights that would go with them."""
-    scores = sums_over_weights(task, torch.square, "magnitude")
-    return Learned(keep_largest_in_each_layer(task, scores))
+    return keep_largest_in_each_layer(task, sums_over_weights(task, torch.square, "magnitude"))
 
 
 def sums_over_weights(
@@ -58,8 +57,8 @@ def sums_over_weights(
     places = [(kind, index) for kind, indices in units.layers.items() for index in indices]
     show = task.accelerator.is_main_process
     for kind, index in progress_bar(places, desc=title, unit="layer", disable=not show):
-        scored[kind].append(score[kind](layers[index]))
-    return {kind: torch.stack(rows).cpu() for kind, rows in scored.items()}
+        scored[kind].append(score[kind](layers[index]).cpu())
+    return {kind: torch.stack(rows) for kind, rows in scored.items()}
 
 
 def random(task: Task) -> Learned:

@@ -49,12 +49,21 @@ def _masks(kept: torch.Tensor, num_layers: int, units: Units) -> Values:
 
 
 def _number_kept(budget: Budget, candidates: list[Values]) -> int:
-    """How many layers stay, of `candidates` with none, one, ... all of them: at least one."""
+    """How many layers stay, of `candidates` with none, one, ... all of them: at least one.
+
+    Raises InputError where a cost allows none.
+    """
     num_layers = len(candidates) - 1
     if isinstance(budget, UnitBudget):
         return max(1, round(num_layers * (1 - max(budget.sparsity.values()))))
     assert isinstance(budget, CostBudget)
-    return max(1, sum(budget.costs.of_units(values).item() <= budget.room for values in candidates) - 1)
+    number = sum(budget.costs.of_units(values).item() <= budget.room for values in candidates) - 1
+    if number < 1:
+        raise InputError(
+            f"--target-{budget.target.measure} {budget.target.value:g} cannot be reached by removing layers: it leaves "
+            "less than one layer costs; ask for less, or take another --method"
+        )
+    return number
 
 
 def _is_covered(layer: Any, index: int, units: Units) -> bool:
@@ -73,7 +82,7 @@ def influence(task: Task) -> torch.Tensor:
     sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=accelerator.device)  # of cosines, and tokens
 
     def add(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosines = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        cosines = F.cosine_similarity(before.to(after.device).float(), after.float(), dim=-1)
         sums[index] += torch.tensor([float(cosines.double().sum()), cosines.numel()], device=sums.device)
 
     with ExitStack() as stack:

@@ -38,6 +38,6 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
             norms = reading_weight(kind, layers[index]).double().square().sum(-2)
             features = (variance.clamp(min=0) * norms).flatten()  # below 0 by rounding alone
             standard = (features - features.mean()) / features.std().clamp(min=torch.finfo(torch.float64).tiny)
-            rows.append(standard.view(units.widths[kind], -1).mean(1))
-        found[kind] = torch.stack(rows).float().cpu()
+            rows.append(standard.view(units.widths[kind], -1).mean(1).float().cpu())
+        found[kind] = torch.stack(rows)
     return found

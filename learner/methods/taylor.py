@@ -63,7 +63,7 @@ def _replaced_by_products(weights: list[nn.Parameter], accelerator: Any) -> Iter
     try:
         for weight in weights:
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.data = weight.data * accelerator.reduce(gradient)
+            weight.data = accelerator.reduce(gradient).mul_(weight.data)
         yield
     finally:
         for weight, data in zip(weights, before, strict=True):

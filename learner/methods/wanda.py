@@ -30,5 +30,5 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
             squares.sqrt().float() * reading_weight(kind, layers[index]).abs().sum(-2)
             for index, (_, _, squares) in by_layer.items()
         ]
-        found[kind] = torch.stack([feature.reshape(units.widths[kind], -1).sum(1) for feature in features]).cpu()
+        found[kind] = torch.stack([feature.reshape(units.widths[kind], -1).sum(1).cpu() for feature in features])
     return found

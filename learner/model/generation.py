@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from learner.model.remote_code import brings_code
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import read_json
 
@@ -46,7 +47,7 @@ def generate(
     Raises:
         InputError: a prompt fills all positions that the model was made for, or the model brings code of its own.
     """
-    if type(model).__module__.startswith("transformers_modules."):  # see learner/model/remote_code.py
+    if brings_code(model):
         raise InputError("the code that comes with the model cannot generate text with this version of Transformers")
     longest = max(map(len, prompts))
     positions = getattr(model.config, "max_position_embeddings", None) or longest + new_tokens

@@ -86,15 +86,11 @@ def next_token_loss(
     ce_weight = number / predicted if predicted else math.nan
 
     def loss_of(logits: torch.Tensor, targets: torch.Tensor, *taught: torch.Tensor) -> torch.Tensor:
-        student = logits.log_softmax(-1)
-        loss = ce_weight * F.nll_loss(student, targets, ignore_index=IGNORED, reduction="sum")
         if teacher is None:
-            return loss
+            return ce_weight * F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         with torch.no_grad():
-            wanted = logits_of(teacher.model, *taught).div_(teacher.temperature).log_softmax(-1)
-        student = student if teacher.temperature == 1 else (logits / teacher.temperature).log_softmax(-1)
-        divergence = F.kl_div(student, wanted, reduction="sum", log_target=True)
-        return loss + teacher.weight * teacher.temperature**2 * divergence
+            wanted = logits_of(teacher.model, *taught)
+        return _Distillation.apply(logits, wanted, targets, ce_weight, teacher.weight, teacher.temperature)
 
     targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
     taught = [] if teacher is None else [teacher.hidden_states]
@@ -153,3 +149,47 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, None, *(gradient * output_gradient for gradient in ctx.saved_tensors)
+
+
+class _Distillation(torch.autograd.Function):
+    """Sum over tokens of ce_weight CE + kl_weight T^2 KL(wanted || student), with targets that may be IGNORED.
+
+    Its gradient in the student's logits l is made along with it,
+
+        ce_weight (softmax(l) - target) + kl_weight T (softmax(l / T) - softmax(wanted / T))
+
+    because autograd would go over twice as many tensors of the size of the logits, which takes as long as a good part
+    of the model.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        wanted: torch.Tensor,
+        targets: torch.Tensor,
+        ce_weight: float,
+        kl_weight: float,
+        temperature: float,
+    ) -> torch.Tensor:
+        student = logits.log_softmax(-1)
+        is_predicted = targets != IGNORED
+        rows, columns = is_predicted.nonzero().view(-1), targets[is_predicted]
+        loss = -ce_weight * student[rows, columns].sum()
+        softened = student if temperature == 1 else (logits / temperature).log_softmax(-1)
+        teacher = (wanted if temperature == 1 else wanted / temperature).log_softmax(-1)
+        probabilities = teacher.exp()
+        loss = loss + kl_weight * temperature**2 * teacher.sub_(softened).mul_(probabilities).sum()
+        if temperature == 1:
+            gradient = student.exp_().mul_(ce_weight * is_predicted[:, None] + kl_weight)
+            gradient.sub_(probabilities, alpha=kl_weight)
+        else:
+            gradient = student.exp_().mul_(ce_weight * is_predicted[:, None])
+            gradient.add_(softened.exp_().sub_(probabilities), alpha=kl_weight * temperature)
+        gradient[rows, columns] -= ce_weight
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * output_gradient, None, None, None, None, None

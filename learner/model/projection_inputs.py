@@ -19,7 +19,7 @@ from pruned_vllm.common.progress import progress_bar
 @torch.no_grad()
 def input_moments(task: Task, title: str) -> dict[str, dict[int, torch.Tensor]]:
     """By kind and layer float64 [3, inputs], for experts [3, experts, inputs]: number of tokens, and over them the sums
-    of what is read and of its squares, on `task.accelerator.device`.
+    of what is read and of its squares, on the device of the layer.
 
     The calibration sequences go through the dense model: what is chosen in one layer does not change the next. Experts
     read what the router sends to them.

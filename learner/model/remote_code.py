@@ -16,12 +16,20 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import import_utils
 
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
+
+
+def brings_code(model: nn.Module) -> bool:
+    """Whether the class of a model came with its checkpoint. Pruned models have classes of this package."""
+    # Sharding puts a class of its own in front.
+    first = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    return first.__module__.startswith("transformers_modules.")  # where Transformers puts such code
 
 
 def load_with_its_code(

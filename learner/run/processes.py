@@ -8,14 +8,17 @@ Each process holds the whole model, or with --weights sharded a part of it; see 
 exit code 2; the launchers turn that into 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from pruned_vllm.common.errors import InputError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -38,6 +41,17 @@ def together(accelerator: Accelerator | PartialState) -> Iterator[None]:
     for index, problem in enumerate(problems):
         if problem is not None:
             raise InputError(f"process {index}: {problem}")
+
+
+def of_first(processes: Accelerator | PartialState, make: Callable[[], T]) -> T:
+    """What `make`, which the first process calls, returns there; all must call this.
+
+    Raises:
+        InputError: it raised one, or an OSError, in the first process.
+    """
+    with together(processes):
+        found = [make()] if processes.is_main_process else [None]
+    return (broadcast_object_list(found) if processes.num_processes > 1 else found)[0]
 
 
 LOST = ("closed by peer", "reset by peer", "Broken pipe")  # in messages of gloo about a process that has ended

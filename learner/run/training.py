@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from learner.methods.method import Task
 from learner.model.masking import apply_masks
+from learner.model.remote_code import brings_code
 from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.progress import progress_bar
@@ -45,7 +46,7 @@ class Training:
             task.model.gradient_checkpointing_enable({"use_reentrant": False})
         # Transformers recomputes activations in training mode only. Code that a checkpoint brings may compute gradients
         # in training mode only (DeepSeekMoE's experts). Other models stay in evaluation mode: no dropout, no noise.
-        if self.settings.gradient_checkpointing or not type(task.model).__module__.startswith("transformers."):
+        if self.settings.gradient_checkpointing or brings_code(task.model):
             task.model.train()
         self._progress: Any = None  # the bar, while `steps` runs
         self._step = 0

@@ -29,7 +29,7 @@ def unit_budget(units: Units, sparsity: float | Mapping[str, float]) -> UnitBudg
 def task_of(
     model,
     settings: Any = None,
-    sparsity: float | Mapping[str, float] = 0.5,
+    sparsity: float | Mapping[str, float] | list[float] = 0.5,
     *,
     tied: bool = False,
     seed: int = 0,
@@ -40,11 +40,14 @@ def task_of(
     """What a method is given for `model`, with blocks of 32 random tokens unless `tokens` [N] say otherwise.
 
     Args:
+        sparsity: a list for a budget each.
         targets: of a Job, in place of `sparsity`.
     """
     units = Units.from_geometry(geometry_of(model), tied)
     if tokens is None:
         tokens = torch.randint(256, (4000,), generator=torch.Generator().manual_seed(5))
+    if isinstance(sparsity, list):
+        targets["sparsity"] = sparsity
     if targets:
         budgets = make_budgets(Job("", "random", **targets), units, geometry_of(model), element_bytes=4)
     else:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
 from learner.finetune.distillation import Distillation
-from learner.finetune.finetune import FinetuneJob, finetune
+from learner.finetune.finetune import SHARDING, FinetuneJob, finetune
 from learner.model.perplexity import perplexity
 from pruned_vllm.common.manifest import written_by
 from pruned_vllm.hf.loading import load_pruned
@@ -187,7 +187,7 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "recovered" / "notes.txt").read_text() == "mine"
 
 
-def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     out, text = make(tmp_path, "llama")
     stranger = tiny_model("llama", 6, 6, 40)
     stranger.resize_token_embeddings(99)
@@ -208,6 +208,11 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys):
         model, *rest = map(str, arguments)
         code = finetune_cli.main([model, str(tmp_path / "recovered"), "--sequence-length", "32", *rest])
         assert code == 2 and message in capsys.readouterr().err, message
+    for flag, name in SHARDING.items():
+        with monkeypatch.context() as launched:
+            launched.setenv(flag, "true")
+            assert finetune_cli.main([str(out), str(tmp_path / "recovered"), "--data", str(text)]) == 2
+        assert f"accelerate is set up for {name}" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -1,6 +1,7 @@
 """Targets in parameters, bytes and ideal speedup: what units cost, budgets that are met, and several from one run."""
 
 import argparse
+import itertools
 import json
 
 import pytest
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 from converter.convert import convert
 from converter.inspection import inspect
 from converter.plan import make_plan
-from learner.job import DDPSettings, Job, MaskPruneSettings, ReapSettings, TyrSettings, WandaSettings
-from learner.methods import baselines, ddp, reap, wanda
+from learner.job import CalibrationSettings, DDPSettings, Job, MaskPruneSettings, ReapSettings, TyrSettings
+from learner.methods import baselines, ddp, depth, flap, reap, taylor, wanda
 from learner.methods.maskprune import learn as maskprune
 from learner.methods.stages import Stages
 from learner.methods.tyr import learn as tyr
@@ -67,15 +68,25 @@ def test_costs_of_units_add_up_to_the_cost_of_the_model(name, tied):
 QUICK = {"batch_size": 2, "sequence_length": 32}
 CALIBRATION = {"calibration_sequences": 4, "sequence_length": 32}
 SEARCH = {"iterations": 4, "generations": 1, "offspring": 4, "selection_tokens": 64}
+BASELINES = {
+    "wanda": (wanda.learn, CalibrationSettings(**CALIBRATION)),
+    "flap": (flap.learn, CalibrationSettings(**CALIBRATION)),
+    "taylor": (taylor.learn, CalibrationSettings(**CALIBRATION)),
+    "magnitude": (baselines.magnitude, None),
+    "random": (baselines.random, None),
+}
 METHODS = {
     "ddp": (ddp.learn, DDPSettings(steps=20, **QUICK)),
     "maskprune": (maskprune.learn, MaskPruneSettings(steps=10, lora_rank=0, **QUICK)),
     "tyr": (tyr.learn, TyrSettings(**CALIBRATION, **SEARCH)),
     "tyr, all layers alike": (tyr.learn, TyrSettings(**CALIBRATION, **SEARCH | {"iterations": 0})),
-    "wanda": (wanda.learn, WandaSettings(**CALIBRATION)),
-    "magnitude": (baselines.magnitude, None),
-    "random": (baselines.random, None),
+    **BASELINES,
 }
+
+
+def costs_asked(geometry, keep: float = 0.8) -> dict[str, float]:
+    """By measure, what this share of a dense model comes to in float32; of the time 1 / 1.25 whatever the share."""
+    return {"parameters": keep * geometry.num_parameters, "bytes": 4 * keep * geometry.num_parameters, "speedup": 1.25}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -85,8 +96,8 @@ def test_each_method_meets_a_cost(method, measure, name):
     learn, settings = METHODS[method]
     model = model_of(name)
     geometry = geometry_of(model)
-    value = {"parameters": 0.8 * geometry.num_parameters, "bytes": 3.2 * geometry.num_parameters, "speedup": 1.25}
-    task = task_of(model, settings, tied=method == "maskprune", at=AT, **{f"target_{measure}": [value[measure]]})
+    target = {f"target_{measure}": [costs_asked(geometry)[measure]]}
+    task = task_of(model, settings, tied=method == "maskprune", at=AT, **target)
     values = learn(task).values
     left = left_by(geometry, task.units.to_masks(values), drops_experts=False)
     achieved = task.budget.measure(left) / task.budget.allowed
@@ -94,6 +105,56 @@ def test_each_method_meets_a_cost(method, measure, name):
         assert achieved <= 1 + 1e-9
     assert achieved == pytest.approx(1, abs=0.005)
     assert all((values[kind] > 0).sum() > 0 for kind in values)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("measure", ["parameters", "bytes", "speedup"])
+def test_depth_meets_a_cost_to_a_layer(measure, name):
+    model = model_of(name)
+    geometry = geometry_of(model)
+    target = {f"target_{measure}": [costs_asked(geometry, 0.75)[measure]], "at": AT}
+    task = task_of(model, CalibrationSettings(**CALIBRATION), **target)
+    values = depth.learn(task).values
+    left = left_by(geometry, task.units.to_masks(values), drops_experts=False)
+    counts = {kind: of_kind.sum(1).tolist() for kind, of_kind in values.items()}
+    assert all(set(of_kind) == {0, task.units.widths[kind]} for kind, of_kind in counts.items())
+    a_layer = (task.budget.measure(geometry) - task.budget.costs.fixed) / len(geometry.layers)
+    assert task.budget.allowed - a_layer < task.budget.measure(left) <= task.budget.allowed
+
+
+def test_depth_refuses_a_cost_that_leaves_less_than_a_layer():
+    model = model_of("llama")
+    task = task_of(model, CalibrationSettings(**CALIBRATION), target_speedup=[4], at=AT)
+    assert task.budget.room > 0, "units of less than a layer could meet it"
+    with pytest.raises(InputError, match="cannot be reached by removing layers"):
+        depth.learn(task)
+
+
+SHARES = {"sparsity": [0.7, 0.1, 0.3], "target_bytes": [0.75, 0.95, 0.5]}  # of all bytes; depth removes whole layers
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("measure", SHARES)
+@pytest.mark.parametrize("method", [*BASELINES, "depth"])
+def test_several_budgets_of_a_baseline_are_nested_and_met(method, measure, name):
+    learn, settings = (BASELINES | {"depth": (depth.learn, CalibrationSettings(**CALIBRATION))})[method]
+    model = model_of(name)
+    geometry = geometry_of(model)
+    total = 1 if measure == "sparsity" else 4 * geometry.num_parameters
+    task = task_of(model, settings, **{measure: [total * share for share in SHARES[measure]]})
+    learned = learn(task)
+    found = [*learned.shallower, learned.values]
+    kept = [torch.cat([values.flatten() for values in of_budget.values()]) for of_budget in found]
+    assert len(kept) == 3 and kept[0].sum() > kept[2].sum()
+    for more, less in itertools.pairwise(kept):
+        assert (more >= less).all() and (more.sum() > less.sum() or method == "depth")
+    for budget, of_budget in zip(task.budgets, found, strict=True):
+        if measure == "sparsity":
+            alone = learn(task_of(model, settings, [budget.target.value])).values
+            assert all(torch.equal(alone[kind], of_budget[kind]) for kind in alone)
+        elif method != "depth":
+            left = left_by(geometry, task.units.to_masks(of_budget), drops_experts=False)
+            assert 0.995 <= budget.measure(left) / budget.allowed <= 1
 
 
 def test_reap_meets_a_cost_to_an_expert():
@@ -154,7 +215,6 @@ def test_stages_share_the_steps_and_end_fixed():
 
 SMALL = {
     "random": ["--method", "random"],
-    "wanda": ["--method", "wanda", "--calibration-sequences", 4, "--sequence-length", 32],
     "ddp": ["--steps", 40, "--batch-size", 2, "--sequence-length", 32],
 }
 SEVERAL = {"sparsity": (["--sparsity", 0.5, 0.2], ("20", "50")), "bytes": (["--target-bytes", "1MB", "900KB"], None)}

@@ -1,0 +1,226 @@
+"""Learns masks in one process and in two, with whole and with sharded weights: memory of a process, time, and masks.
+
+    python -m bench.learning_memory --output-dir bench/results/learning_memory
+
+On the CPU, over gloo. Two kinds of models:
+
+- large: random weights of about 240 MB in many layers, so that weights are most of what a process holds. `peak_bytes`
+  is, of each process, the largest resident set of the run above that before it (Linux counts it); files that are mapped
+  count. `planned_bytes` is what learn-masks --plan says of it, without what was there before.
+- pico: trained models of bench/pico.py, which learn for longer.
+
+`apart` is the largest distance of a mask from that of one process with whole weights; 0.0 is bit for bit.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.resident import forget_peak, peak_bytes, resident_bytes
+from bench.speed.results import describe_hardware, describe_versions
+from pruned_vllm.common.command import run_command
+from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import write_json
+
+METHODS = ("ddp", "maskprune")
+VOCAB_SIZE = 4096  # of large models
+LARGE: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 32, "intermediate_size": 1152},
+    "qwen3_moe": {
+        "num_hidden_layers": 24,
+        "moe_intermediate_size": 96,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+}
+SHARED = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 64,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+# By kind of model. Micro batches of one size, so that one process adds up the same numbers as two.
+SETTINGS = {
+    "large": {"steps": 4, "batch_size": 2, "micro_batch_size": 1, "sequence_length": 64},
+    "pico": {"steps": 50, "batch_size": 8, "micro_batch_size": 4, "sequence_length": 128},
+}
+PLACES = ((1, "whole"), (2, "whole"), (2, "sharded"))  # processes, and where their weights are
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a group of processes learns."""
+
+    kind: str
+    model: str
+    method: str
+    processes: int
+    weights: str
+
+
+def _job(run: Run, directory: str, text: str) -> Any:
+    from learner.job import METHODS as ROWS
+    from learner.job import Job
+
+    settings = ROWS[run.method].settings(**SETTINGS[run.kind])
+    options = {"device": "cpu", "weights": run.weights, "agreement_prompts": 0}
+    return Job(directory, method=run.method, data=[text], settings=settings, **options)
+
+
+def _learn(run: Run, directory: str, text: str, out: str) -> None:
+    """In one of the processes: prints what it took as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    import peft  # noqa: F401  # so that it counts as there before
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+    from learner.learn import learn
+
+    forget_peak()
+    before = resident_bytes()
+    (results,) = learn(_job(run, directory, text), Path(out))
+    seconds = results["learning_seconds"] / SETTINGS[run.kind]["steps"]
+    print(json.dumps({"peak_bytes": peak_bytes() - before, "step_s": seconds}))
+
+
+def _measure(run: Run, directory: Path, text: Path, out: Path) -> dict:
+    """Starts the processes of a run; the record of them. Raises InputError where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": run.processes}
+    # What is freed is given back at once, so that the peak is that of what is held.
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 262144}
+    what = json.dumps([asdict(run), *map(str, (directory, text, out))])
+    command = [sys.executable, "-m", "bench.learning_memory", "--process", what]
+    group = []
+    for rank in range(run.processes):
+        place = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        group.append(subprocess.Popen(command, env=os.environ | place, text=True, **pipes))
+    ended = [process.communicate() for process in group]
+    for process, (_, errors) in zip(group, ended, strict=True):
+        if process.returncode:
+            raise InputError(f"{run} failed: {errors[-2000:]}")
+    found = [json.loads(output.splitlines()[-1]) for output, _ in ended]
+    return {
+        **asdict(run),
+        "peak_bytes": [process["peak_bytes"] for process in found],
+        "step_s": max(process["step_s"] for process in found),
+    }
+
+
+def _planned(run: Run, directory: Path) -> tuple[int, float]:
+    """Bytes of the weights, and what --plan says of a process, without Python and PyTorch."""
+    from learner.memory import needs
+    from pruned_vllm.formats.config import dense_geometry, read_config
+
+    geometry, settings = dense_geometry(directory, read_config(directory)), SETTINGS[run.kind]
+    tokens = settings["micro_batch_size"] * settings["sequence_length"]
+    found = needs(geometry, _job(run, str(directory), "any"), 4, tokens, run.processes, on_gpu=False)
+    return 4 * geometry.num_parameters, sum(size for name, size in found.device.items() if "Python" not in name)
+
+
+def _apart(one: Path, other: Path) -> float:
+    from safetensors.torch import load_file
+
+    masks, others = (load_file(out / "pruning_masks.safetensors") for out in (one, other))
+    assert list(masks) == list(others)
+    return max((others[name] - mask).abs().max().item() for name, mask in masks.items())
+
+
+def _large(name: str, directory: Path) -> tuple[Path, Path]:
+    """A model with random weights, and a text for it."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SHARED | LARGE[name])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory / "model")
+    words = Tokenizer(models.WordLevel({str(index): index for index in range(VOCAB_SIZE)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory / "model")
+    text = directory / "text.txt"
+    text.write_text(" ".join(str(index * index % VOCAB_SIZE) for index in range(4000)))
+    return directory / "model", text
+
+
+def _runs(methods: list[str]) -> list[dict]:
+    from bench.pico import pico_model
+
+    records = []
+    for kind, name in [(kind, name) for kind in SETTINGS for name in LARGE]:
+        with tempfile.TemporaryDirectory() as temporary:
+            directory = Path(temporary)
+            if kind == "large":
+                model, text = _large(name, directory)
+            else:
+                model = pico_model(name)
+                text = model / "train.txt"
+            for method in methods:
+                outs = []
+                for processes, weights in PLACES:
+                    run = Run(kind, name, method, processes, weights)
+                    outs.append(directory / f"{method} {processes} {weights}")
+                    record = _measure(run, model, text, outs[-1])
+                    record["weights_bytes"], record["planned_bytes"] = _planned(run, model)
+                    record["apart"] = _apart(outs[0], outs[-1])
+                    records.append(record)
+                    peaks = ", ".join(f"{peak / 1e6:.0f}" for peak in record["peak_bytes"])
+                    print(
+                        f"{kind:<6}{name:<10}{method:<10}{processes} x {weights:<8} peak {peaks} MB (planned "
+                        f"{record['planned_bytes'] / 1e6:.0f}), {record['step_s']:.2f} s a step, masks "
+                        f"{record['apart']:.1e} apart",
+                        flush=True,
+                    )
+    return records
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.process:
+        run, *places = json.loads(args.process)
+        _learn(Run(**run), *places)
+        return
+    results = {
+        "command": shlex.join(["python", "-m", "bench.learning_memory", *sys.argv[1:]]),
+        "hardware": describe_hardware(),
+        "versions": describe_versions(),
+        "settings": SETTINGS,
+        "runs": _runs(args.methods),
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "learning_memory.json", results)
+    print(f"written: {args.output_dir / 'learning_memory.json'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.learning_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")
+    add("--process", help=argparse.SUPPRESS)  # what one of the processes is started with
+    args = parser.parse_args()
+    return run_command(parser.prog, lambda: _run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
