@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def self_generated_tokens(
             weights are sharded: then all must, and write every batch together.
 
     Raises:
-        InputError: the model cannot be asked, or a file of the cache is damaged.
-        OSError: the cache cannot be written.
+        InputError: the model cannot be asked, a file of the cache is damaged, or the cache cannot be written.
     """
     writer = _Writer(dense, seed, processes)
     rank, number_of = processes.process_index, processes.num_processes
@@ -112,9 +112,12 @@ class _Writer:
         return self._read(path) if path.exists() else None
 
     def _read(self, path: Path) -> list[list[int]]:
-        documents = read_json(path).get("documents")
-        if not _are_documents(documents, self.known):
-            raise InputError(f"{path} does not hold token ids that the model has; delete {self.directory}")
+        try:
+            documents = read_json(path).get("documents")
+            if not _are_documents(documents, self.known):
+                raise InputError(f"{path} does not hold token ids that the model has")
+        except InputError as error:
+            raise InputError(f"{error}; delete {self.directory}, and it is written anew") from None
         return documents
 
     def _write(self, index: int) -> list[list[int]]:
@@ -132,9 +135,9 @@ class _Writer:
 
     def _publish(self, path: Path, documents: list[list[int]]) -> list[list[int]]:
         """Puts the batch at `path`, unless another process was faster: then all go on with that one's. Returns it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"documents": documents}), encoding="utf-8")
             try:
                 os.link(temporary, path)
@@ -142,8 +145,14 @@ class _Writer:
                 pass
             except OSError:  # a file system without hard links
                 temporary.replace(path)
+        except OSError as error:
+            raise InputError(
+                f"text of the dense model cannot be kept in {path.parent}: {error.strerror}; XDG_CACHE_HOME says where "
+                "the cache is"
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
         return self._read(path)
 
 
