@@ -44,7 +44,11 @@ class Run:
     def sources(self, variant: Variant) -> list[str]:
         """Words of --data."""
         named = {"text": str(self.train), "self": "self"}
-        return ["--data", *(named[part] for part in plan.DATA[variant.data])] if variant.data else []
+        if not variant.data:
+            return []
+        parts = plan.DATA[variant.data]
+        written = ["--self-tokens", plan.SELF_TOKENS] if "self" in parts else []
+        return ["--data", *(named[part] for part in parts), *written]
 
 
 def run_steps(models: dict[str, Variant], work: Path, records: Records, model: str) -> Iterator[dict[str, Variant]]:
