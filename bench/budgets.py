@@ -1,77 +1,67 @@
 """How short a run may be and still meet its budget by learning, and what one budget for all kinds of units is worth.
 
-    python -m bench.budgets met --output-dir bench/results/budgets      # budgets and lengths of runs
-    python -m bench.budgets joint --output-dir bench/results/budgets    # --target-bytes against --sparsity
+    python -m bench.budgets met llama --output-dir bench/results/budgets    # budgets, methods and lengths of runs
+    python -m bench.budgets joint llama --output-dir bench/results/budgets  # --target-bytes against --sparsity
 
-On the pico Llama and Qwen3-MoE (bench/pico.py). `met` asks for one half of the units (--sparsity), and for the bytes
-and the ideal speedup that this comes to in all layers alike. For DDP it records how far the units that count were above
-the budget just before units are fixed (`over`, of what all units come to): so much is then cut off by force, whether
-they were learned away or not. `--settle 0` is the paper's schedule. MaskPrune's `cut` is the share that is cut off of
-the sum of all masks of a row; Tyr has no steps.
+On a pico model (bench/pico.py), in one thread, which is all that it can use. `met` asks for one half of the units
+(--sparsity), and for the bytes and the ideal speedup that this comes to in all layers alike. For DDP it records how far
+units that count (a score of 1/2 or more) were above the budget, as a share of what all units come to: before masks
+begin to fade, which is what the penalty alone has learned, and just before units are fixed, which is what is cut off
+by force. `--settle 0` is the paper's schedule, in which nothing fades. MaskPrune's `cut` is the share of the sum of all
+masks that is cut off; Tyr has no steps.
+
+`joint` compares --sparsity with --target-bytes of as many bytes, DDP, at two sizes and with three seeds.
 """
 
 import argparse
 import csv
-import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
-from bench.methods import learn_masks
-from learner.methods.stages import Stages
-from pruned_vllm.common.arguments import positive_int
+from bench.pico import RECIPES
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.environment import library_versions
 from pruned_vllm.common.files import read_json, write_json
 
-MODELS = ("llama", "qwen3_moe")
 AT = "decode:8:32:64"
-STEPS = (50, 300, 1000)
-SETTLE = (0.3, 0.0)
+BATCH = {"batch_size": 2, "sequence_length": 64}
+DDP_STEPS, MASKPRUNE_STEPS, JOINT_STEPS = (50, 300, 1000), (50, 300), 300
+TYR = {
+    "calibration_sequences": 64,
+    "sequence_length": 64,
+    "generations": 4,
+    "offspring": 8,
+    "selection_tokens": 4096,
+}
 SEEDS = (42, 43, 44)
 SPARSITIES = (0.2, 0.5)
-BATCH = ("--batch-size", "4", "--sequence-length", "64")
-TYR = (
-    *("--method", "tyr", "--calibration-sequences", "64", "--sequence-length", "64"),
-    *("--generations", "4", "--offspring", "8", "--selection-tokens", "4096"),
-)
 console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One learn-masks command.
+    """One run of learn-masks.
 
     Attributes:
-        answer: what it is called in the table.
         measure, asked: of the target: sparsity, bytes or speedup.
-        steps, settle: None where the method has none.
+        settings: of the method, where they are not its defaults.
     """
 
-    model: str
-    answer: str
+    method: str
     measure: str
     asked: float
-    options: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
     seed: int = SEEDS[0]
-    steps: int | None = None
-    settle: float | None = None
-
-    @property
-    def arguments(self) -> list[str]:
-        target = "--sparsity" if self.measure == "sparsity" else f"--target-{self.measure}"
-        number = f"{self.asked:.0f}" if self.measure == "bytes" else f"{self.asked}"
-        return [target, number, "--at", AT, "--seed", str(self.seed), *self.options]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,95 +69,99 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.budgets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("met", "joint"))
-    parser.add_argument("--output-dir", type=Path, required=True, help="gets met.json or joint.json")
-    parser.add_argument("--steps", type=positive_int, nargs="+", default=STEPS, help="of met; default: 50 300 1000")
-    parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time; default: all cores")
+    parser.add_argument("model", choices=tuple(RECIPES))
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="gets WHAT_MODEL.json, in place of an earlier one"
+    )
     args = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "bench.budgets", *(sys.argv[1:] if argv is None else argv)])
 
     def run() -> None:
+        import torch
+
         from bench.pico import pico_model
 
+        torch.set_num_threads(1)
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after minutes of learning
-        models = {name: pico_model(name) for name in MODELS}
-        measured = met(models, args.steps, args.jobs) if args.what == "met" else joint(models, args.jobs)
-        facts = {name: read_json(directory / "pico.json") for name, directory in models.items()}
-        results = {"command": command, "at": AT, "models": facts, "runs": measured, "versions": library_versions()}
-        write_json(args.output_dir / f"{args.what}.json", results)
-        (show_met if args.what == "met" else show_joint)(measured)
+        model = pico_model(args.model)
+        runs = (met if args.what == "met" else joint)(model)
+        facts = {"model": read_json(model / "pico.json"), "versions": library_versions(("torch", "transformers"))}
+        write_json(
+            args.output_dir / f"{args.what}_{args.model}.json", {"command": command, "at": AT, "runs": runs, **facts}
+        )
+        (show_met if args.what == "met" else show_joint)(runs)
 
     return run_command(parser.prog, run)
 
 
-def met(models: dict[str, Path], steps: Sequence[int], jobs: int) -> list[dict]:
-    """Budgets in three measures, for runs of each length."""
-    half = [Run(name, "magnitude", "sparsity", 0.5, ("--method", "magnitude")) for name in MODELS]
+def met(model: Path) -> list[dict]:
+    """Budgets in three measures, for runs of each length; the paper's schedule and other methods for some of them."""
+    half = learn_one(model, Run("magnitude", "sparsity", 0.5))
     runs = []
-    for found in measure(models, half, jobs):
-        targets = {"sparsity": 0.5, "bytes": found["bytes"], "speedup": round(found["ideal_speedup"], 2)}
-        for name, asked in targets.items():
-            target, how = (found["model"], name, asked), []
-            for count in steps:
-                length = ("--steps", str(count), *BATCH)
-                for settle in SETTLE:
-                    answer = "ddp" if settle else "ddp, as the paper"
-                    how.append((answer, ("--method", "ddp", *length, "--settle", str(settle)), count, settle))
-                how.append(("maskprune", ("--method", "maskprune", *length), count, None))
-            how.append(("tyr", TYR, None, None))
-            runs += [_run(target, *method) for method in how]
-    return measure(models, runs, jobs)
+    for measure, asked in (("sparsity", 0.5), ("bytes", half["bytes"]), ("speedup", round(half["ideal_speedup"], 2))):
+        runs += [Run("ddp", measure, asked, {"steps": steps, **BATCH}) for steps in DDP_STEPS]
+        if measure == "sparsity":
+            runs += [Run("ddp", measure, asked, {"steps": steps, **BATCH, "settle": 0.0}) for steps in DDP_STEPS]
+        if measure != "speedup":
+            runs += [Run("maskprune", measure, asked, {"steps": steps, **BATCH}) for steps in MASKPRUNE_STEPS]
+            runs.append(Run("tyr", measure, asked, TYR))
+    return [learn_one(model, run) for run in runs]
 
 
-def _run(
-    target: tuple[str, str, float], answer: str, options: tuple[str, ...], steps: int | None, settle: float | None
-) -> Run:
-    return Run(target[0], answer, target[1], target[2], options, steps=steps, settle=settle)
-
-
-def joint(models: dict[str, Path], jobs: int) -> list[dict]:
+def joint(model: Path) -> list[dict]:
     """DDP with a share for each kind of units, and with as many bytes for all of them together."""
-    options = ("--method", "ddp", "--steps", "300", *BATCH)
-    separate = [
-        Run(name, "separate", "sparsity", sparsity, options, seed, 300)
-        for name in MODELS
-        for sparsity in SPARSITIES
-        for seed in SEEDS
-    ]
-    found = measure(models, separate, jobs)
-    together = [
-        Run(run.model, "joint", "bytes", result["bytes"], options, run.seed, 300)
-        for run, result in zip(separate, found, strict=True)
-    ]
-    return [
-        {**result, "of_sparsity": run.asked}
-        for run, result in zip(separate * 2, found + measure(models, together, jobs), strict=True)
-    ]
+    settings, found = {"steps": JOINT_STEPS, **BATCH}, []
+    for sparsity in SPARSITIES:
+        for seed in SEEDS:
+            separate = learn_one(model, Run("ddp", "sparsity", sparsity, settings, seed))
+            together = learn_one(model, Run("ddp", "bytes", separate["bytes"], settings, seed))
+            found.append({"sparsity": sparsity, "seed": seed, "separate": separate, "joint": together})
+    return found
 
 
-def measure(models: dict[str, Path], runs: Sequence[Run], jobs: int) -> list[dict]:
-    """Runs all, `jobs` at a time, the longest first; results in the order of `runs`."""
-    order = sorted(range(len(runs)), key=lambda index: -(runs[index].steps or 0))
-    found: dict[int, dict] = {}
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs) as pool:
-        outcomes = pool.map(lambda index: learn_one(models, runs[index], Path(temporary, str(index))), order)
-        found = dict(zip(order, tqdm(outcomes, total=len(runs), desc="budgets", unit="run"), strict=True))
-    return [found[index] for index in range(len(runs))]
+def learn_one(model: Path, run: Run) -> dict:
+    """What a run came to."""
+    from learner.job import METHODS, Job
+    from learner.learn import learn
 
-
-def learn_one(models: dict[str, Path], run: Run, checkpoint: Path) -> dict:
-    results = learn_masks(models[run.model], checkpoint, run.arguments)
-    record = {**asdict(run), **results, "of_budget": _of_budget(run, results)}
-    if run.steps is None:
-        return record
-    with (checkpoint / "learning.csv").open() as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    if run.settle is not None:
-        moments = [Stages(run.steps, [0.5], run.settle).at(step) for step in range(run.steps)]
-        fixing = next((step for step, moment in enumerate(moments) if moment.fading == 0), run.steps - 1)
-        fading = next((step for step, moment in enumerate(moments) if moment.share), fixing)
-        record |= {"over_before_fading": rows[fading - 1]["over"], "over_before_fixing": rows[fixing - 1]["over"]}
-    record |= {name: value for name, value in rows[-1].items() if name.endswith("_cut")}
+    name = "sparsity" if run.measure == "sparsity" else f"target_{run.measure}"
+    job = Job(
+        model=str(model),
+        method=run.method,
+        settings=METHODS[run.method].settings(**run.settings),
+        at=AT,
+        data=[str(model / "train.txt")],
+        eval_data=[str(model / "heldout.txt")],
+        agreement_prompts=0,
+        device="cpu",
+        seed=run.seed,
+        **{name: [run.asked]},
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        (results,) = learn(job, Path(temporary, "ckpt"))
+        log = Path(temporary, "ckpt", "learning.csv")
+        rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
+    record = {"method": run.method, "measure": run.measure, "asked": run.asked, "seed": run.seed, **run.settings}
+    record |= {"of_budget": _of_budget(run, results), **results}
+    if run.method == "ddp":
+        record |= _over(job.settings, [float(row["over"]) for row in rows])
+    if run.method == "maskprune":
+        record |= {name: float(value) for name, value in rows[-1].items() if name.endswith("_cut")}
+    console.print(run, {name: value for name, value in record.items() if name.startswith(("of_", "over_", "masked_"))})
     return record
+
+
+def _over(settings: Any, over: list[float]) -> dict[str, float]:
+    """How far the units that count are above the budget after the last step of learning, and of fading."""
+    from learner.methods.stages import Stages
+
+    moments = [Stages(settings.steps, [0.5], settings.settle).at(step) for step in range(settings.steps)]
+    fading = [step for step, moment in enumerate(moments) if moment.share] or [settings.steps - 1]
+    return {
+        "settle": settings.settle,
+        "over_before_fading": over[fading[0] - 1],
+        "over_before_fixing": over[fading[-1] - 1],
+    }
 
 
 def _of_budget(run: Run, results: dict) -> float:
@@ -181,43 +175,36 @@ def _of_budget(run: Run, results: dict) -> float:
 
 
 def show_met(runs: Sequence[dict]) -> None:
-    for model in MODELS:
-        dense = next(run["dense_perplexity"] for run in runs if run["model"] == model)
-        columns = ("", "asked", "steps", "over, fading", "over, fixing", "cut", "of budget", "perplexity", "seconds")
-        table = Table(*columns, box=box.SIMPLE, title=f"{model}, dense perplexity {dense:.2f}")
-        for run in (run for run in runs if run["model"] == model):
-            cuts = [f"{value:.2%}" for name, value in run.items() if name.endswith("_cut")]
-            over = [f"{run[key]:+.2%}" if key in run else "" for key in ("over_before_fading", "over_before_fixing")]
-            table.add_row(
-                run["answer"],
-                f"{run['measure']} {run['asked']:g}",
-                f"{run['steps'] or ''}",
-                *over,
-                " ".join(cuts),
-                f"{run['of_budget']:.4f}",
-                f"{run['masked_perplexity']:.2f}",
-                f"{run['learning_seconds']:.0f}",
-            )
-        console.print(table)
+    columns = ("", "asked", "steps", "over, fading", "over, fixing", "cut", "of budget", "perplexity", "seconds")
+    table = Table(*columns, box=box.SIMPLE, title=f"dense perplexity {runs[0]['dense_perplexity']:.2f}")
+    for run in runs:
+        table.add_row(
+            run["method"] + (", settle 0" if run.get("settle") == 0 else ""),
+            f"{run['measure']} {run['asked']:g}",
+            f"{run.get('steps', '')}",
+            *(f"{run[key]:+.2%}" if key in run else "" for key in ("over_before_fading", "over_before_fixing")),
+            " ".join(f"{value:.2%}" for name, value in run.items() if name.endswith("_cut")),
+            f"{run['of_budget']:.4f}",
+            f"{run['masked_perplexity']:.2f}",
+            f"{run['learning_seconds']:.0f}",
+        )
+    console.print(table)
 
 
 def show_joint(runs: Sequence[dict]) -> None:
-    table = Table("", "of sparsity", "bytes", "separate", "joint", "joint / separate", "of each seed", box=box.SIMPLE)
-    for model in MODELS:
-        for sparsity in SPARSITIES:
-            same = [run for run in runs if (run["model"], run["of_sparsity"]) == (model, sparsity)]
-            by_answer = {answer: [run for run in same if run["answer"] == answer] for answer in ("separate", "joint")}
-            before, after = ([run["masked_perplexity"] for run in found] for found in by_answer.values())
-            gains = [new / old for old, new in zip(before, after, strict=True)]
-            table.add_row(
-                model,
-                f"{sparsity:.0%}",
-                f"{mean(run['bytes'] for run in same):,.0f}",
-                f"{mean(before):.2f}",
-                f"{mean(after):.2f}",
-                f"{mean(gains):.3f}",
-                " ".join(f"{gain:.3f}" for gain in gains),
-            )
+    table = Table("sparsity", "bytes", "separate", "joint", "joint / separate", "of each seed", box=box.SIMPLE)
+    for sparsity in SPARSITIES:
+        same = [run for run in runs if run["sparsity"] == sparsity]
+        before, after = ([run[name]["masked_perplexity"] for run in same] for name in ("separate", "joint"))
+        gains = [new / old for old, new in zip(before, after, strict=True)]
+        table.add_row(
+            f"{sparsity:.0%}",
+            f"{mean(run['joint']['bytes'] for run in same):,.0f}",
+            f"{mean(before):.2f}",
+            f"{mean(after):.2f}",
+            f"{mean(gains):.3f}",
+            " ".join(f"{gain:.3f}" for gain in gains),
+        )
     console.print(table)
 
 

@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -203,22 +202,18 @@ def with_others(results: dict, before: dict, planned: list[Run]) -> dict:
 
 def learn_one(model: Path, run: Run, checkpoint: Path) -> dict:
     """Runs one command; raises InputError when it fails."""
-    options = ["--sparsity", str(run.sparsity), "--seed", str(run.seed), *run.options]
-    return {
-        "question": run.question,
-        "answer": run.answer,
-        "model": run.model,
-        "sparsity": run.sparsity,
-        "seed": run.seed,
-        "options": list(run.options),
-        **learn_masks(model, checkpoint, options),
-    }
-
-
-def learn_masks(model: Path, checkpoint: Path, options: Sequence[str]) -> dict:
-    """The results of a learn-masks command on a pico model, in a process of one thread. InputError when it fails."""
-    arguments = [str(model), str(checkpoint), "--device", "cpu", "--agreement-prompts", "0", *options]
-    arguments += ["--data", str(model / "train.txt"), "--eval-data", str(model / "heldout.txt")]
+    arguments = [str(model), str(checkpoint), "--sparsity", str(run.sparsity), "--seed", str(run.seed)]
+    arguments += [
+        "--device",
+        "cpu",
+        "--eval-data",
+        str(model / "heldout.txt"),
+        "--agreement-prompts",
+        "0",
+        *run.options,
+    ]
+    if run.options[1] not in ("random", "magnitude"):
+        arguments += ["--data", str(model / "train.txt")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "learner.cli", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -226,7 +221,15 @@ def learn_masks(model: Path, checkpoint: Path, options: Sequence[str]) -> dict:
         raise InputError(
             f"learn-masks {' '.join(arguments)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}"
         )
-    return read_json(checkpoint / "learning.json")["results"]
+    return {
+        "question": run.question,
+        "answer": run.answer,
+        "model": run.model,
+        "sparsity": run.sparsity,
+        "seed": run.seed,
+        "options": list(run.options),
+        **read_json(checkpoint / "learning.json")["results"],
+    }
 
 
 def show(results: dict) -> None:

@@ -178,7 +178,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
     )
     parser.add_argument(
         "--agreement-prompts",
-        type=non_negative_int,
+        type=_number_of_prompts,
         default=AGREEMENT_PROMPTS,
         metavar="N",
         help=f"prompts, of {AGREEMENT_PROMPTS}, on whose answers agreement with the dense model is measured; 0 "
@@ -193,6 +193,13 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
     parser.add_argument(
         "--split", default="train", metavar="NAME", help="which split of data sets to read; default: train"
     )
+
+
+def _number_of_prompts(text: str) -> int:
+    """Type of a command line argument."""
+    if (number := non_negative_int(text)) > AGREEMENT_PROMPTS:
+        raise argparse.ArgumentTypeError(f"{number} is more than the {AGREEMENT_PROMPTS} prompts that there are")
+    return number
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

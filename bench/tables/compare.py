@@ -8,6 +8,7 @@ from bench.tables.real import TITLES as REAL_TITLES
 from bench.tables.real import cell, perplexity_text
 
 COMPARE = "compare/compare.json"
+NOTHING = "None of these models was measured."
 TITLES = REAL_TITLES | {
     "wanda": "Wanda (wanda-sp)",
     "flap": "FLAP's score",
@@ -45,7 +46,9 @@ def methods_of(measured: Mapping) -> str:
     """Every method at every budget."""
     models = measured["models"]
     names = [name for name in models if "speed" in models[name]]
-    cases = [case["name"] for case in models[names[0]]["speed"]] if names else []
+    if not names:
+        return NOTHING
+    cases = [case["name"] for case in models[names[0]]["speed"]]
     rows = []
     for name in ("dense", *names):
         model = models[name]
@@ -53,13 +56,13 @@ def methods_of(measured: Mapping) -> str:
         rows.append(
             (
                 title(name),
-                f"{model['bytes'] / 1e6:.0f} MB",
+                f"{model['parameters'] / 1e6:.1f}M",
                 *_quality(model),
                 *(f"{speeds[case]['speedup']:.2f}x" if speeds else "" for case in cases),
                 f"{model['seconds']:.0f}" if "seconds" in model else "",
             )
         )
-    return markdown_table(("", "size", *QUALITY, *cases, "seconds"), rows)
+    return markdown_table(("", "parameters", *QUALITY, *cases, "seconds"), rows)
 
 
 QUALITY = ("perplexity", "right answers", "KL to the dense answers", "tokens until they differ")
@@ -83,6 +86,8 @@ def recovery_of(measured: Mapping) -> str:
     models = measured["models"]
     names = [name for name in models if models[name].get("from") or models[name].get("data") in ("self", "mixed")]
     studied = {name.rpartition("-")[0] for name in names if not models[name]["from"]}
+    if not names:
+        return NOTHING
     rows = []
     for name in [name for name in models if name in studied] + names:
         model = models[name]
@@ -90,8 +95,10 @@ def recovery_of(measured: Mapping) -> str:
         if before is not None:
             lost = math.log(before["perplexity"] / models["dense"]["perplexity"])
             gained = math.log(before["perplexity"] / model["perplexity"])
-            nearer = before["agreement_kl"] - model["agreement_kl"]
-            back = (_share(gained, lost), _share(nearer, before["agreement_kl"]))
+            back = (_share(gained, lost), "")
+            if "agreement_kl" in model:
+                nearer = before["agreement_kl"] - model["agreement_kl"]
+                back = (back[0], _share(nearer, before["agreement_kl"]))
         rows.append((title(name), *_quality(model), *back, f"{model['seconds'] / 60:.0f}"))
     return markdown_table(("", *QUALITY, "loss that came back", "KL that came back", "minutes"), rows)
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from learner.model.dense import DenseModel
 from learner.model.generation import end_tokens, generate
 from learner.run.processes import of_first
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.files import cache_directory, read_json, write_json
+from pruned_vllm.common.files import cache_directory, read_json
 from pruned_vllm.common.progress import progress_bar
 
 SOURCE = "self"  # among the sources of --data
@@ -45,8 +46,7 @@ def self_generated_tokens(
             weights are sharded: then all must, and write every batch together.
 
     Raises:
-        InputError: the model cannot be asked, or a file of the cache is damaged.
-        OSError: the cache cannot be written.
+        InputError: the model cannot be asked, a file of the cache is damaged, or the cache cannot be written.
     """
     writer = _Writer(dense, seed, processes)
     rank, number_of = processes.process_index, processes.num_processes
@@ -74,7 +74,8 @@ class _Writer:
     def __init__(self, dense: DenseModel, seed: int, processes: Any) -> None:
         self.dense, self.seed, self.processes = dense, seed, processes
         self.is_sharded = isinstance(dense.model, FSDPModule)
-        self.end = end_tokens(dense.directory, dense.tokenizer)
+        self.known = dense.model.get_input_embeddings().num_embeddings
+        self.end = tuple(token for token in end_tokens(dense.directory, dense.tokenizer) if token < self.known)
         self.prompts = shuffled_prompts(seed)
         settings = {
             "model": str(dense.fingerprint),
@@ -108,14 +109,25 @@ class _Writer:
         return kept
 
     def _kept(self, path: Path) -> list[list[int]] | None:
-        return read_json(path)["documents"] if path.exists() else None
+        return self._read(path) if path.exists() else None
+
+    def _read(self, path: Path) -> list[list[int]]:
+        try:
+            documents = read_json(path).get("documents")
+            if not _are_documents(documents, self.known):
+                raise InputError(f"{path} does not hold token ids that the model has")
+        except InputError as error:
+            raise InputError(f"{error}; delete {self.directory}, and it is written anew") from None
+        return documents
 
     def _write(self, index: int) -> list[list[int]]:
         places = range(index * BATCH_SIZE, (index + 1) * BATCH_SIZE)
         prompts = prompt_tokens(self.dense.tokenizer, [self.prompts[place % len(self.prompts)] for place in places])
-        largest, known = max(map(max, prompts)), self.dense.model.get_input_embeddings().num_embeddings
-        if largest >= known:
-            raise InputError(f"the tokenizer makes token {largest} of a prompt, but the model has {known} embeddings")
+        largest = max(map(max, prompts))
+        if largest >= self.known:
+            raise InputError(
+                f"the tokenizer makes token {largest} of a prompt, but the model has {self.known} embeddings"
+            )
         seed = self.seed * 1_000_003 + index
         model, options = self.dense.model, {"temperature": TEMPERATURE, "seed": seed, "device": self.dense.device}
         answers = generate(model, prompts, ANSWER_TOKENS, self.end, **options)
@@ -123,15 +135,36 @@ class _Writer:
 
     def _publish(self, path: Path, documents: list[list[int]]) -> list[list[int]]:
         """Puts the batch at `path`, unless another process was faster: then all go on with that one's. Returns it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        write_json(temporary, {"documents": documents})
         try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            temporary.replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"documents": documents}), encoding="utf-8")
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                temporary.replace(path)
+        except OSError as error:
+            raise InputError(
+                f"text of the dense model cannot be kept in {path.parent}: {error.strerror}; XDG_CACHE_HOME says where "
+                "the cache is"
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
-        return read_json(path)["documents"]
+            with suppress(OSError):
+                temporary.unlink()
+        return self._read(path)
+
+
+def _are_documents(found: Any, known: int) -> bool:
+    """Whether `found` is a list of lists of token ids below `known`, none of them empty."""
+    return (
+        isinstance(found, list)
+        and found != []
+        and all(
+            isinstance(document, list)
+            and document
+            and all(type(token) is int and 0 <= token < known for token in document)
+            for document in found
+        )
+    )

@@ -26,10 +26,10 @@ from pruned_vllm.formats.geometry import ModelGeometry
 
 
 def brings_code(model: nn.Module) -> bool:
-    """Whether the class of a model came with its checkpoint, and not with Transformers."""
+    """Whether the class of a model came with its checkpoint. Pruned models have classes of this package."""
     # Sharding puts a class of its own in front.
     first = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    return not first.__module__.startswith("transformers.")
+    return first.__module__.startswith("transformers_modules.")  # where Transformers puts such code
 
 
 def load_with_its_code(

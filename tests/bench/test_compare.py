@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.speed_results import offline
 from helpers.tiny import byte_tokenizer, converted, masks_for, tiny_model
 from safetensors.torch import save_file
 
-from bench.compare import evaluation, pipeline, plan
+from bench.compare import evaluation, pipeline, plan, results
 from bench.compare.__main__ import main
 from bench.tables import compare as tables
 from learner.data.prompts import AGREEMENT_PROMPTS
@@ -90,7 +91,7 @@ def test_a_part_of_the_run_its_results_and_tables(commands, tmp_path, capsys):
         "recovered-20-self-250k": ["self"],
     }
     rows = tables.methods_of(measured).splitlines()
-    assert rows[3].startswith("| DDP, 20 % | 0 MB | 60.00 | 20 of 40 | 0.800 | 3.2 of 40.0 | 1.12x |")
+    assert rows[3].startswith("| DDP, 20 % | 0.1M | 60.00 | 20 of 40 | 0.800 | 3.2 of 40.0 | 1.12x |")
     assert [row.split(" | ")[0] for row in rows[4:]] == ["| whole layers (ShortGPT), 20 %", "| random, 20 %"]
     rows = tables.recovery_of(measured).splitlines()
     back = math.log(60 / 45) / math.log(60 / 40)
@@ -102,7 +103,50 @@ def test_a_part_of_the_run_its_results_and_tables(commands, tmp_path, capsys):
 
     done = len(commands)
     assert main(["--output-dir", str(out), *ONLY]) == 0 and len(commands) == done, "all was done before"
-    assert main(["--output-dir", str(out), *ONLY, "--force", "speed-ddp-20"]) == 0 and len(commands) == done + 1
+    assert main(["--output-dir", str(out), "--only", "flap-20"]) == 0 and len(commands) == done + 3
+    measured = json.loads((out / "compare.json").read_text())
+    assert list(measured["models"]) == ["dense", "ddp-20", "flap-20", *names[1:]], "with those of the runs before"
+    assert main(["--output-dir", str(out), *ONLY, "--force", "speed-ddp-20"]) == 0 and len(commands) == done + 4
+
+
+def test_an_interrupted_run_leaves_what_was_complete(commands, tmp_path, monkeypatch):
+    run, out = pipeline.run, tmp_path / "compare"
+
+    def interrupted(program, *arguments):
+        if getattr(program, "name", "") == "convert-pruned" and "flap-20" in str(arguments[0]):
+            raise KeyboardInterrupt
+        return run(program, *arguments)
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    assert main(["--output-dir", str(out), "--only", "ddp-20", "flap-20", "ddp-20-self"]) == 130
+    assert list(json.loads((out / "compare.json").read_text())["models"]) == ["dense", "ddp-20"]
+    monkeypatch.setattr(pipeline, "run", run)
+    assert main(["--output-dir", str(out), "--only", "flap-20"]) == 0
+    assert list(json.loads((out / "compare.json").read_text())["models"]) == ["dense", "ddp-20", "flap-20"]
+    assert [words[1] for words in commands].count(str(out / "flap-20" / "ckpt")) == 1
+
+
+@pytest.mark.parametrize("only", ["depth-20", "ddp-20-self", "recovered-20-text-250k"])
+def test_tables_and_picture_of_any_one_model(commands, tmp_path, only):
+    """Of a run of few models every table can be made, if only to say that it has nothing."""
+    out = tmp_path / "compare"
+    assert main(["--output-dir", str(out), "--only", only]) == 0
+    measured = json.loads((out / "compare.json").read_text())
+    methods, recovery = tables.methods_of(measured), tables.recovery_of(measured)
+    assert (methods == tables.NOTHING) == ("speed" not in measured["models"][only])
+    assert (recovery == tables.NOTHING) == (only == "depth-20")
+    assert len(tables.answers_of(measured).splitlines()) == 2 + len(measured["models"])
+
+
+@pytest.mark.parametrize(
+    "heights", [[0.5] * 6, [0.0, 0.01, 0.02], [1.0, 0.99, 0.98, 0.1], [0.1, 0.5, 0.52, 0.9], [1.0] * 11, []]
+)
+def test_names_in_the_picture_do_not_overlap(heights):
+    places = results.apart({str(index): height for index, height in enumerate(heights)}, 0.1)
+    ordered = sorted(places.values())
+    assert all(low >= 0 and high <= 1 and high - low >= 0.1 - 1e-9 for low, high in pairwise(ordered))
+    order = sorted(places, key=lambda name: places[name])
+    assert order == sorted(places, key=lambda name: heights[int(name)])
 
 
 def test_the_whole_plan():
@@ -134,7 +178,8 @@ def test_pareto_front(places, expected):
 
 def test_knowledge_of_a_converted_model(tmp_path, monkeypatch):
     """The real evaluation, on a tiny model and its dense one."""
-    masks = masks_for([[1, 1, 0, 0, 1, 1]] * 3, [(torch.arange(40) < 30).float()] * 3)
+    widths = (30, 40, 20)  # so that no stock class has it
+    masks = masks_for([[1, 1, 0, 0, 1, 1]] * 3, [(torch.arange(40) < width).float() for width in widths])
     out = converted(tmp_path, tiny_model("llama", 6, 3, 40), masks)
     (tmp_path / "ckpt" / "pruning.json").unlink()
     for directory in (out, tmp_path / "ckpt"):

@@ -101,3 +101,20 @@ def test_settings_are_compared_as_a_file_holds_them(tmp_path):
         runs = []
         Records(tmp_path, PLANNED).step("text", {"names": ("a", 0.5)}, lambda resume, runs=runs: runs.append(1) or {})
         assert len(runs) == expected
+
+
+def test_looking_does_nothing(fakes):
+    def steps(records, settings=0):
+        for name, after in (("text", ()), ("learn-a", ("text",)), ("serve-a", ("learn-a",))):
+            chosen = {"value": settings if name == "learn-a" else 0}
+            output = fakes.output(name)
+            records.step(name, chosen, fakes._action(name, None), after=after, outputs=(output,))
+
+    fakes.runs.clear()
+    records = Records(fakes.directory, PLANNED, ["serve"])
+    assert not records.are_done(lambda: steps(records)), "one is to be done again"
+    steps(records)
+    assert [name for name, _ in fakes.runs] == ["serve-a"]
+    assert records.are_done(lambda: steps(records)) and not records.are_done(lambda: steps(records, settings=1))
+    assert not records.are_done(lambda: records.step("learn-b", {}, fakes._action("learn-b", None), after=("x",)))
+    assert len(fakes.runs) == 1 and set(Records(fakes.directory, PLANNED).planned) == set(PLANNED)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers.chat import with_template
 from helpers.learning import run
+from helpers.limits import files_of_at_most
 from helpers.tiny import byte_tokenizer, converted, masks_for, tiny_model
 
 from learner.data import self_generated
@@ -220,9 +222,32 @@ def test_random_numbers_of_a_run_do_not_depend_on_the_cache(directory):
         assert torch.equal(torch.rand(3), expected)
 
 
+DAMAGED = ["", "[]", "{}", *(f'{{"documents": {value}}}' for value in ("[]", "[[]]", "[[1, 999]]", "[[-1]]", '"a"'))]
+
+
 def test_a_damaged_batch_is_named(directory):
     tokens_of(directory, 100)
     (path,) = list(Path(os.environ["XDG_CACHE_HOME"]).rglob("000000.json"))
-    path.write_text("{")
-    with pytest.raises(InputError, match="000000.json"):
+    for content in DAMAGED:
+        path.write_text(content)
+        with pytest.raises(InputError, match=f"000000.json.*; delete {path.parent}"):
+            tokens_of(directory, 100)
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_holds_nothing(directory, tmp_path):
+    with files_of_at_most(300), pytest.raises(InputError, match="cannot be kept in .*cache.*File too large; XDG_CACHE"):
         tokens_of(directory, 100)
+    cache = tmp_path / "cache"
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    shutil.rmtree(cache)
+    cache.write_text("a file")
+    with pytest.raises(InputError, match="cannot be kept in .*Not a directory"):
+        tokens_of(directory, 100)
+
+
+def test_an_end_token_that_the_model_lacks_ends_nothing(directory):
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 999}))
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(directory)
+    assert max(tokens_of(directory, 200)) < 256

@@ -2,36 +2,20 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers.experts import down_of, product_of, router_of
-from helpers.learning import unit_budget
+from helpers.learning import task_of
 from helpers.tiny import HEAD_DIM, NUM_EXPERTS, SOFTMAX_MOE, tiny_model
 
-from learner.data.reading import BlockSampler
 from learner.job import WandaSettings
 from learner.methods import baselines, reap, wanda
 from learner.methods.method import Task
-from learner.model.units import Units
-from learner.run.journal import Journal
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.formats.geometry import ModelGeometry
 
 
 def task_on(model, tied: bool = False, sequences: int = 6, **target) -> Task:
     tokens = torch.randint(256, (10 * 32,), generator=torch.Generator().manual_seed(5))
-    units = Units.from_geometry(
-        ModelGeometry.from_config(model.config.to_dict() | {"architectures": [type(model).__name__]}), tied=tied
-    )
-    return Task(
-        model=model,
-        units=units,
-        budgets=(unit_budget(units, target),),
-        settings=WandaSettings(calibration_sequences=sequences, sequence_length=32),
-        seed=0,
-        blocks=BlockSampler(tokens, 32, seed=0),
-        journal=Journal(),
-        accelerator=Accelerator(cpu=True),
-    )
+    settings = WandaSettings(calibration_sequences=sequences, sequence_length=32)
+    return task_of(model, settings, target or 0.5, tied=tied, tokens=tokens)
 
 
 def inputs_of(model, modules: dict) -> dict[str, torch.Tensor]:
