@@ -124,7 +124,7 @@ def learn_one(model: Path, run: Run) -> dict:
     from learner.job import METHODS, Job
     from learner.learn import learn
 
-    name = "sparsity" if run.measure == "sparsity" else f"target_{run.measure}"
+    asked: dict[str, Any] = {"sparsity" if run.measure == "sparsity" else f"target_{run.measure}": [run.asked]}
     job = Job(
         model=str(model),
         method=run.method,
@@ -135,7 +135,7 @@ def learn_one(model: Path, run: Run) -> dict:
         agreement_prompts=0,
         device="cpu",
         seed=run.seed,
-        **{name: [run.asked]},
+        **asked,
     )
     with tempfile.TemporaryDirectory() as temporary:
         (results,) = learn(job, Path(temporary, "ckpt"))

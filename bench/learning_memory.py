@@ -99,7 +99,7 @@ def _learn(run: Run, directory: str, text: str, out: str) -> None:
         forget_peak()
         return dense
 
-    learning.load_dense = loaded
+    vars(learning)["load_dense"] = loaded
     forget_peak()
     before = resident_bytes()
     (results,) = learning.learn(_job(run, directory, text), Path(out))

@@ -15,6 +15,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -53,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     def measure() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
         shapes = grid_shapes(args.hidden_size, args.num_hidden_layers)
-        results = {"command": command, "shapes": {name: measure_shape(shapes[name], args) for name in args.shapes}}
+        results: dict[str, Any] = {
+            "command": command,
+            "shapes": {name: measure_shape(shapes[name], args) for name in args.shapes},
+        }
         write_json(args.output_dir / RESULTS_FILE, results)
         show(results["shapes"])
 
@@ -74,6 +78,7 @@ def measure_shape(config: dict, args: argparse.Namespace) -> dict:
             run(sys.executable, "-m", "bench.e2e_speedup", *models, *engines),
         ]
         budget, timed = PruningInfo.read(checkpoint).budget, read_json(speed / "e2e_speedup.json")
+        assert budget is not None, "learn-masks writes one"
     (case,) = timed["cases"]
     return {
         "commands": [text.replace(temporary + "/", "") for text in commands],
