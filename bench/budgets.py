@@ -126,6 +126,7 @@ def learn_one(model: Path, run: Run) -> dict:
     from learner.learn import learn
 
     name = "sparsity" if run.measure == "sparsity" else f"target_{run.measure}"
+    target: dict[str, Any] = {name: [run.asked]}
     job = Job(
         model=str(model),
         method=run.method,
@@ -136,7 +137,7 @@ def learn_one(model: Path, run: Run) -> dict:
         agreement_prompts=0,
         device="cpu",
         seed=run.seed,
-        **{name: [run.asked]},
+        **target,
     )
     with tempfile.TemporaryDirectory() as temporary:
         (results,) = learn(job, Path(temporary, "ckpt"))

@@ -34,7 +34,7 @@ def recorded(directory, what: str) -> list[dict]:
     return json.loads((directory / "out" / f"{what}_llama.json").read_text())["runs"]
 
 
-def test_budgets_record_what_was_met_and_what_was_cut(tiny_pico, capsys):
+def test_budgets_record_what_was_met_and_what_was_cut(tiny_pico):
     runs = recorded(tiny_pico, "met")
     ddp = [run for run in runs if run["method"] == "ddp"]
     assert [(run["measure"], run["settle"]) for run in ddp] == [
@@ -45,7 +45,6 @@ def test_budgets_record_what_was_met_and_what_was_cut(tiny_pico, capsys):
     assert abs(settled["over_before_fixing"]) <= 0.005 < settled["over_before_fading"]
     assert paper["over_before_fixing"] == paper["over_before_fading"] > 0.1, "12 steps move no mask to zero"
     assert all("channel_cut" in run for run in runs if run["method"] == "maskprune")
-    assert "over, fixing" in capsys.readouterr().out
 
 
 def test_joint_budgets_have_the_bytes_of_separate_ones(tiny_pico):
