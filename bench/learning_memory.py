@@ -4,9 +4,10 @@
 
 On the CPU, over gloo. Two kinds of models:
 
-- large: random weights of about 240 MB in many layers, so that weights are most of what a process holds. `peak_bytes`
-  is, of each process, the largest resident set of the run above that before it (Linux counts it); files that are mapped
-  count. `planned_bytes` is what learn-masks --plan says of it, without what was there before.
+- large: random weights of about 240 MB in many layers, so that weights are most of what a process holds.
+  `loading_bytes` and `peak_bytes` are, of each process, the largest resident set until the weights are there and after
+  that, above that before the run (Linux counts it). Files that are mapped count: weights that are read into memory are
+  there twice while they are loaded. `planned_bytes` is what learn-masks --plan says, without what was there before.
 - pico: trained models of bench/pico.py, which learn for longer.
 
 `apart` is the largest distance of a mask from that of one process with whole weights; 0.0 is bit for bit.
@@ -20,7 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ SETTINGS = {
     "large": {"steps": 4, "batch_size": 2, "micro_batch_size": 1, "sequence_length": 64},
     "pico": {"steps": 50, "batch_size": 8, "micro_batch_size": 4, "sequence_length": 128},
 }
-PLACES = ((1, "whole"), (2, "whole"), (2, "sharded"))  # processes, and where their weights are
+PLACES = ((1, "whole"), (2, "sharded"))  # processes, and where their weights are
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def _job(run: Run, directory: str, text: str) -> Any:
     from learner.job import Job
 
     settings = ROWS[run.method].settings(**SETTINGS[run.kind])
-    options = {"device": "cpu", "weights": run.weights, "agreement_prompts": 0}
-    return Job(directory, method=run.method, data=[text], settings=settings, **options)
+    job = Job(directory, method=run.method, data=[text], settings=settings, device="cpu", agreement_prompts=0)
+    return replace(job, weights=run.weights)
 
 
 def _learn(run: Run, directory: str, text: str, out: str) -> None:
@@ -88,13 +89,22 @@ def _learn(run: Run, directory: str, text: str, out: str) -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    from learner.learn import learn
+    from learner import learn as learning
 
+    load, loading = learning.load_dense, []
+
+    def loaded(*args: Any) -> Any:
+        dense = load(*args)
+        loading.append(peak_bytes() - before)
+        forget_peak()
+        return dense
+
+    vars(learning)["load_dense"] = loaded
     forget_peak()
     before = resident_bytes()
-    (results,) = learn(_job(run, directory, text), Path(out))
+    (results,) = learning.learn(_job(run, directory, text), Path(out))
     seconds = results["learning_seconds"] / SETTINGS[run.kind]["steps"]
-    print(json.dumps({"peak_bytes": peak_bytes() - before, "step_s": seconds}))
+    print(json.dumps({"loading_bytes": loading[0], "peak_bytes": peak_bytes() - before, "step_s": seconds}))
 
 
 def _measure(run: Run, directory: Path, text: Path, out: Path) -> dict:
@@ -110,8 +120,8 @@ def _measure(run: Run, directory: Path, text: Path, out: Path) -> dict:
     group = []
     for rank in range(run.processes):
         place = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        group.append(subprocess.Popen(command, env=os.environ | place, text=True, **pipes))
+        pipe = subprocess.PIPE
+        group.append(subprocess.Popen(command, env=os.environ | place, text=True, stdout=pipe, stderr=pipe))
     ended = [process.communicate() for process in group]
     for process, (_, errors) in zip(group, ended, strict=True):
         if process.returncode:
@@ -119,6 +129,7 @@ def _measure(run: Run, directory: Path, text: Path, out: Path) -> dict:
     found = [json.loads(output.splitlines()[-1]) for output, _ in ended]
     return {
         **asdict(run),
+        "loading_bytes": [process["loading_bytes"] for process in found],
         "peak_bytes": [process["peak_bytes"] for process in found],
         "step_s": max(process["step_s"] for process in found),
     }

@@ -244,18 +244,18 @@ def _learn(arguments: dict) -> None:
         arguments.pop("out"),
         {name: arguments.pop(name) for name in ("overwrite", "resume", "tensorboard", "report")},
     )
-    job = {field.name: arguments.pop(field.name) for field in fields(Job) if field.name in arguments}
-    settings = METHODS[job["method"]].settings
+    given = {field.name: arguments.pop(field.name) for field in fields(Job) if field.name in arguments}
+    settings = METHODS[given["method"]].settings
     unknown = [
         f"--{name.replace('_', '-')}" for name in arguments if name not in {field.name for field in fields(settings)}
     ]
     if unknown:
         raise InputError(
-            f"{job['method']} has no {', '.join(unknown)}; learn-masks --help lists the options of each method"
+            f"{given['method']} has no {', '.join(unknown)}; learn-masks --help lists the options of each method"
         )
     if devices is not None:
-        job["data"] = job["data"] or ["any"]  # which is not read
-    job = Job(**job, settings=settings(**arguments))
+        given["data"] = given["data"] or ["any"]  # which is not read
+    job = Job(**given, settings=settings(**arguments))
     if devices is not None:
         print(plan(job, Devices.parse(devices)))
         return

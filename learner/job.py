@@ -378,7 +378,8 @@ class Job:
             raise InputError(
                 f"{self.method} cannot learn with --weights {self.weights}; it can with {', '.join(method.places)}"
             )
-        if self.weights == "offloaded" and not self.settings.gradient_checkpointing:
+        settings: Any = self.settings
+        if self.weights == "offloaded" and not settings.gradient_checkpointing:
             raise InputError(
                 "--weights offloaded needs --gradient-checkpointing too: without it every layer stays on the device "
                 "from the forward pass to the backward pass"

@@ -11,8 +11,8 @@ questions, agreement with the dense model's answers to 50 prompts, three answers
 time of decoding. compare.png shows perplexity against that.
 
 Ctrl-C stops it; the same command goes on from there, also in the middle of learning. --output-dir keeps all models, a
-record of each step in records/, and compare.json, compare.md and compare.png, which are written after each model and
-hold all that is complete by then, also of earlier runs in the same directory.
+record of each step in records/, compare.json, which is written after each model, and in the end compare.md and
+compare.png. They hold all that is complete by then, also of earlier runs in the same directory.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from bench.real.models import MODELS
 from bench.real.records import Records
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.common.files import write_json
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def compare(args: argparse.Namespace, command: str) -> None:
     """Runs what is not done yet and writes the results. Raises InputError when a step fails."""
     from bench.compare.pipeline import run_steps
-    from bench.compare.results import collect, write
+    from bench.compare.results import RESULTS_FILE, collect, write
     from bench.tables.compare import summary
 
     try:
@@ -73,7 +74,8 @@ def compare(args: argparse.Namespace, command: str) -> None:
     results: dict = {}
     for complete in run_steps(models, args.output_dir, records, args.model):
         results = collect(records, complete, args.output_dir, command)
-        write(results, args.output_dir)
+        write_json(args.output_dir / RESULTS_FILE, results)
+    write(results, args.output_dir)
     print(summary(results))
     print(f"written: {', '.join(f'{args.output_dir}/compare.{kind}' for kind in ('json', 'md', 'png'))}")
 

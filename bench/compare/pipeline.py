@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.commands import run, script
@@ -75,7 +76,7 @@ def run_steps(models: dict[str, Variant], work: Path, records: Records, model: s
         yield {
             name: other
             for name, other in plan.variants().items()
-            if records.are_done(lambda other=other: _make_and_measure(steps, other))
+            if records.are_done(partial(_make_and_measure, steps, other))
         }
 
 

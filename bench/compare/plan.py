@@ -22,9 +22,7 @@ METHODS = {
 }
 READS_NO_TEXT = ("magnitude", "random")
 DATA = {"text": ("text",), "self": ("self",), "mixed": ("text", "self")}
-SELF_TOKENS = (
-    "40960"  # what half of the steps of DDP read; writing takes longer than reading, so recovery reads them again
-)
+SELF_TOKENS = "40960"  # what half of DDP's steps read; writing takes longer than reading, so recovery reads them again
 STUDIED = ("ddp", "20")  # what the study of data and recovery is made on
 BATCH = ("--batch-size", "8", "--micro-batch-size", "8", "--sequence-length", "128")
 TOKENS_A_STEP = 8 * 128

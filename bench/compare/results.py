@@ -9,8 +9,8 @@ from bench.compare.plan import Variant
 from bench.real.records import LIBRARIES, Records
 from bench.tables.compare import decode_seconds, front, summary, title
 from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
-from pruned_vllm.common.files import write_json
 
+RESULTS_FILE = "compare.json"
 SIZES = ("parameters", "bytes")
 
 
@@ -57,8 +57,7 @@ def _without_paths(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def write(results: Mapping, directory: Path) -> None:
-    """Writes compare.json, compare.md and compare.png."""
-    write_json(directory / "compare.json", results)
+    """Writes compare.md and compare.png."""
     (directory / "compare.md").write_text(summary(results) + "\n", encoding="utf-8")
     draw(results, directory / "compare.png")
 

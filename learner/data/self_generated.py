@@ -129,8 +129,8 @@ class _Writer:
                 f"the tokenizer makes token {largest} of a prompt, but the model has {self.known} embeddings"
             )
         seed = self.seed * 1_000_003 + index
-        model, options = self.dense.model, {"temperature": TEMPERATURE, "seed": seed, "device": self.dense.device}
-        answers = generate(model, prompts, ANSWER_TOKENS, self.end, **options)
+        model, device = self.dense.model, self.dense.device
+        answers = generate(model, prompts, ANSWER_TOKENS, self.end, temperature=TEMPERATURE, seed=seed, device=device)
         return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
 
     def _publish(self, path: Path, documents: list[list[int]]) -> list[list[int]]:

@@ -25,6 +25,7 @@ Ours:
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +97,7 @@ class _Run:
 
     def state(self) -> dict:
         """All that changes, for `Training`."""
-        state = {"optimizer": self._optimizer}
+        state: dict[str, Any] = {"optimizer": self._optimizer}
         state |= {f"z_{kind}": z for kind, z in self.z.items()}
         state |= {f"stays_{kind}": stays for kind, stays in self._stays.items()}
         state |= {f"lambda{i + 1}_{name}": lambdas[i] for name, lambdas in self._multipliers.items() for i in range(3)}

@@ -73,7 +73,8 @@ class UnitBudget(Budget):
     units: Units
     sparsity: Mapping[str, float]
 
-    def approached(self, share: float, before: "UnitBudget | None") -> "UnitBudget":
+    def approached(self, share: float, before: Budget | None) -> "UnitBudget":
+        assert before is None or isinstance(before, UnitBudget)
         start = dict.fromkeys(self.sparsity, 0.0) if before is None else before.sparsity
         return replace(
             self, sparsity={kind: start[kind] + share * (end - start[kind]) for kind, end in self.sparsity.items()}
@@ -141,7 +142,8 @@ class CostBudget(Budget):
             )
         }
 
-    def approached(self, share: float, before: "CostBudget | None") -> "CostBudget":
+    def approached(self, share: float, before: Budget | None) -> "CostBudget":
+        assert before is None or isinstance(before, CostBudget)
         start = self.measure(self.geometry) if before is None else before.allowed
         return replace(self, allowed=start + share * (self.allowed - start))
 

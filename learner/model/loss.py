@@ -30,9 +30,9 @@ def run_without_head(
         wrapped: `model` in a wrapper that must see every forward pass, such as DistributedDataParallel.
         options: of its forward pass, such as output_hidden_states.
     """
-    outermost = model if wrapped is None else wrapped
+    outermost: Any = model if wrapped is None else wrapped
     if outermost is model and not isinstance(model, FSDPModule):
-        return model.model(input_ids=tokens, use_cache=False, **options)
+        return outermost.model(input_ids=tokens, use_cache=False, **options)
     # Sharded weights are gathered when the outermost module is called, those of lm_head too.
     found: list[Any] = []
     handle = model.model.register_forward_hook(lambda module, args, output: found.append(output))

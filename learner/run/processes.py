@@ -10,7 +10,7 @@ exit code 2; the launchers turn that into 1.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -50,7 +50,7 @@ def of_first(processes: Accelerator | PartialState, make: Callable[[], T]) -> T:
         InputError: it raised one, or an OSError, in the first process.
     """
     with together(processes):
-        found = [make()] if processes.is_main_process else [None]
+        found: list[Any] = [make()] if processes.is_main_process else [None]
     return (broadcast_object_list(found) if processes.num_processes > 1 else found)[0]
 
 

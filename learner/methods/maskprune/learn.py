@@ -157,6 +157,7 @@ def cut_share(masks: torch.Tensor, count: int) -> float:
 def _minimax(task: Task, parameters: Mapping[str, int], widths: Mapping[str, int]) -> Minimax:
     """The constraints; where the budget is a cost, all kinds share it, and their units count by that cost."""
     settings, kinds, budget = task.settings, list(widths), task.budget
+    held: Mapping[str, float]
     if isinstance(budget, CostBudget):
         held = {kind: budget.costs.of_kind(kind) for kind in kinds}
         removed = {kind: widths[kind] * (1 - budget.keep()) for kind in kinds}
