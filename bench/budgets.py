@@ -18,7 +18,7 @@ import csv
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -84,17 +84,18 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after minutes of learning
         model = pico_model(args.model)
-        runs = (met if args.what == "met" else joint)(model)
         facts = {"model": read_json(model / "pico.json"), "versions": library_versions(("torch", "transformers"))}
-        write_json(
-            args.output_dir / f"{args.what}_{args.model}.json", {"command": command, "at": AT, "runs": runs, **facts}
-        )
+        runs: list[dict] = []
+        for record in (met if args.what == "met" else joint)(model):
+            runs.append(record)
+            results = {"command": command, "at": AT, "runs": runs, **facts}
+            write_json(args.output_dir / f"{args.what}_{args.model}.json", results)
         (show_met if args.what == "met" else show_joint)(runs)
 
     return run_command(parser.prog, run)
 
 
-def met(model: Path) -> list[dict]:
+def met(model: Path) -> Iterator[dict]:
     """Budgets in three measures, for runs of each length; the paper's schedule and other methods for some of them."""
     half = learn_one(model, Run("magnitude", "sparsity", 0.5))
     runs = []
@@ -105,18 +106,18 @@ def met(model: Path) -> list[dict]:
         if measure != "speedup":
             runs += [Run("maskprune", measure, asked, {"steps": steps, **BATCH}) for steps in MASKPRUNE_STEPS]
             runs.append(Run("tyr", measure, asked, TYR))
-    return [learn_one(model, run) for run in runs]
+    for run in runs:
+        yield learn_one(model, run)
 
 
-def joint(model: Path) -> list[dict]:
+def joint(model: Path) -> Iterator[dict]:
     """DDP with a share for each kind of units, and with as many bytes for all of them together."""
-    settings, found = {"steps": JOINT_STEPS, **BATCH}, []
+    settings = {"steps": JOINT_STEPS, **BATCH}
     for sparsity in SPARSITIES:
         for seed in SEEDS:
             separate = learn_one(model, Run("ddp", "sparsity", sparsity, settings, seed))
             together = learn_one(model, Run("ddp", "bytes", separate["bytes"], settings, seed))
-            found.append({"sparsity": sparsity, "seed": seed, "separate": separate, "joint": together})
-    return found
+            yield {"sparsity": sparsity, "seed": seed, "separate": separate, "joint": together}
 
 
 def learn_one(model: Path, run: Run) -> dict:
@@ -124,7 +125,8 @@ def learn_one(model: Path, run: Run) -> dict:
     from learner.job import METHODS, Job
     from learner.learn import learn
 
-    asked: dict[str, Any] = {"sparsity" if run.measure == "sparsity" else f"target_{run.measure}": [run.asked]}
+    name = "sparsity" if run.measure == "sparsity" else f"target_{run.measure}"
+    target: dict[str, Any] = {name: [run.asked]}
     job = Job(
         model=str(model),
         method=run.method,
@@ -135,7 +137,7 @@ def learn_one(model: Path, run: Run) -> dict:
         agreement_prompts=0,
         device="cpu",
         seed=run.seed,
-        **asked,
+        **target,
     )
     with tempfile.TemporaryDirectory() as temporary:
         (results,) = learn(job, Path(temporary, "ckpt"))

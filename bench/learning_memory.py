@@ -80,16 +80,15 @@ def _job(run: Run, directory: str, text: str) -> Any:
     return replace(job, weights=run.weights)
 
 
-def _learn(run: Run, directory: str, text: str, out: str) -> None:
-    """In one of the processes: prints what it took as JSON."""
+def _learn(run: Run, directory: str, text: str, out: str, small: str, small_text: str) -> None:
+    """In one of the processes: prints what it took as JSON. It learns on a small model first, so that what Python and
+    PyTorch load on the way does not count."""
     import torch
 
     torch.set_num_threads(1)
-    import peft  # noqa: F401  # so that it counts as there before
-    import transformers.models.llama.modeling_llama
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-
     from learner import learn as learning
+
+    learning.learn(_job(replace(run, kind="large"), small, small_text), Path(f"{out} small"))
 
     load, loading = learning.load_dense, []
 
@@ -107,7 +106,7 @@ def _learn(run: Run, directory: str, text: str, out: str) -> None:
     print(json.dumps({"loading_bytes": loading[0], "peak_bytes": peak_bytes() - before, "step_s": seconds}))
 
 
-def _measure(run: Run, directory: Path, text: Path, out: Path) -> dict:
+def _measure(run: Run, directory: Path, text: Path, out: Path, small: tuple[Path, Path]) -> dict:
     """Starts the processes of a run; the record of them. Raises InputError where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,7 +114,7 @@ def _measure(run: Run, directory: Path, text: Path, out: Path) -> dict:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": run.processes}
     # What is freed is given back at once, so that the peak is that of what is held.
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 262144}
-    what = json.dumps([asdict(run), *map(str, (directory, text, out))])
+    what = json.dumps([asdict(run), *map(str, (directory, text, out, *small))])
     command = [sys.executable, "-m", "bench.learning_memory", "--process", what]
     group = []
     for rank in range(run.processes):
@@ -154,15 +153,15 @@ def _apart(one: Path, other: Path) -> float:
     return max((others[name] - mask).abs().max().item() for name, mask in masks.items())
 
 
-def _large(name: str, directory: Path) -> tuple[Path, Path]:
-    """A model with random weights, and a text for it."""
+def _random(name: str, directory: Path, **config: int) -> tuple[Path, Path]:
+    """A model with random weights, of LARGE but for `config`, and a text for it."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **SHARED | LARGE[name])
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory / "model")
+    sizes = AutoConfig.for_model(name, **SHARED | LARGE[name] | config)
+    AutoModelForCausalLM.from_config(sizes, dtype=torch.float32).save_pretrained(directory / "model")
     words = Tokenizer(models.WordLevel({str(index): index for index in range(VOCAB_SIZE)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory / "model")
@@ -178,8 +177,9 @@ def _runs(methods: list[str]) -> list[dict]:
     for kind, name in [(kind, name) for kind in SETTINGS for name in LARGE]:
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary)
+            small = _random(name, directory / "small", num_hidden_layers=1)
             if kind == "large":
-                model, text = _large(name, directory)
+                model, text = _random(name, directory)
             else:
                 model = pico_model(name)
                 text = model / "train.txt"
@@ -188,7 +188,7 @@ def _runs(methods: list[str]) -> list[dict]:
                 for processes, weights in PLACES:
                     run = Run(kind, name, method, processes, weights)
                     outs.append(directory / f"{method} {processes} {weights}")
-                    record = _measure(run, model, text, outs[-1])
+                    record = _measure(run, model, text, outs[-1], small)
                     record["weights_bytes"], record["planned_bytes"] = _planned(run, model)
                     record["apart"] = _apart(outs[0], outs[-1])
                     records.append(record)

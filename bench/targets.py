@@ -15,7 +15,6 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from bench.sweep.shapes import grid_shapes
 from pruned_vllm.common.arguments import positive_int
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.files import read_json, write_json
-from pruned_vllm.formats.masked import PruningInfo
+from pruned_vllm.formats.masked import PRUNING_FILE
 
 RESULTS_FILE = "targets.json"
 SHAPES = tuple(grid_shapes(None, None))
@@ -54,12 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     def measure() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
         shapes = grid_shapes(args.hidden_size, args.num_hidden_layers)
-        results: dict[str, Any] = {
-            "command": command,
-            "shapes": {name: measure_shape(shapes[name], args) for name in args.shapes},
-        }
-        write_json(args.output_dir / RESULTS_FILE, results)
-        show(results["shapes"])
+        found = {name: measure_shape(shapes[name], args) for name in args.shapes}
+        write_json(args.output_dir / RESULTS_FILE, {"command": command, "shapes": found})
+        show(found)
 
     return run_command(parser.prog, measure)
 
@@ -77,8 +73,7 @@ def measure_shape(config: dict, args: argparse.Namespace) -> dict:
             run(script("convert-pruned"), checkpoint, pruned),
             run(sys.executable, "-m", "bench.e2e_speedup", *models, *engines),
         ]
-        budget, timed = PruningInfo.read(checkpoint).budget, read_json(speed / "e2e_speedup.json")
-        assert budget is not None, "learn-masks writes one"
+        budget, timed = read_json(checkpoint / PRUNING_FILE)["budget"], read_json(speed / "e2e_speedup.json")
     (case,) = timed["cases"]
     return {
         "commands": [text.replace(temporary + "/", "") for text in commands],

@@ -1,0 +1,60 @@
+"""bench.budgets and bench.targets: what they record of short runs on a tiny model."""
+
+import json
+
+import pytest
+
+from bench import budgets, pico
+from bench.sweep.shapes import grid_shapes
+from bench.targets import write_random_model
+from learner.job import Job
+from learner.model.dense import check_dense
+
+
+@pytest.fixture
+def tiny_pico(word_model, monkeypatch):
+    """A tiny model in place of the pico ones, with runs of few steps."""
+    model, text = word_model / "model", (word_model / "text.txt").read_text()
+    for name in ("train.txt", "heldout.txt"):
+        (model / name).write_text(text)
+    (model / "pico.json").write_text("{}")
+    monkeypatch.setattr(pico, "pico_model", lambda name: model)
+    monkeypatch.setattr(budgets, "BATCH", {"batch_size": 2, "sequence_length": 32})
+    monkeypatch.setattr(budgets, "DDP_STEPS", (12,))
+    monkeypatch.setattr(budgets, "MASKPRUNE_STEPS", (6,))
+    monkeypatch.setattr(budgets, "JOINT_STEPS", 12)
+    monkeypatch.setattr(budgets, "SEEDS", (1, 2))
+    small = {"calibration_sequences": 4, "sequence_length": 32, "iterations": 1, "generations": 1, "offspring": 2}
+    monkeypatch.setattr(budgets, "TYR", small | {"selection_tokens": 64})
+    return word_model
+
+
+def recorded(directory, what: str) -> list[dict]:
+    assert budgets.main([what, "llama", "--output-dir", str(directory / "out")]) == 0
+    return json.loads((directory / "out" / f"{what}_llama.json").read_text())["runs"]
+
+
+def test_budgets_record_what_was_met_and_what_was_cut(tiny_pico):
+    runs = recorded(tiny_pico, "met")
+    ddp = [run for run in runs if run["method"] == "ddp"]
+    assert [(run["measure"], run["settle"]) for run in ddp] == [
+        ("sparsity", 0.3), ("sparsity", 0), ("bytes", 0.3), ("speedup", 0.3)
+    ]  # fmt: skip
+    assert all(abs(run["of_budget"] - 1) <= 0.005 for run in ddp)
+    settled, paper = ddp[:2]
+    assert abs(settled["over_before_fixing"]) <= 0.005 < settled["over_before_fading"]
+    assert paper["over_before_fixing"] == paper["over_before_fading"] > 0.1, "12 steps move no mask to zero"
+    assert all("channel_cut" in run for run in runs if run["method"] == "maskprune")
+
+
+def test_joint_budgets_have_the_bytes_of_separate_ones(tiny_pico):
+    runs = recorded(tiny_pico, "joint")
+    assert [(run["sparsity"], run["seed"]) for run in runs] == [(0.2, 1), (0.2, 2), (0.5, 1), (0.5, 2)]
+    assert all(0.995 <= run["joint"]["bytes"] / run["separate"]["bytes"] <= 1 for run in runs)
+
+
+@pytest.mark.parametrize("shape", grid_shapes(256, 1))
+def test_models_of_targets_can_be_learned_on(tmp_path, shape):
+    write_random_model(grid_shapes(256, 1)[shape], tmp_path)
+    checked = check_dense(Job(str(tmp_path), "magnitude"), "whole")
+    assert str(checked.dtype) == "torch.bfloat16" and "head" in checked.units.layers
