@@ -5,9 +5,10 @@
 On the CPU, over gloo. Two kinds of models:
 
 - large: random weights of about 240 MB in many layers, so that weights are most of what a process holds.
-  `loading_bytes` and `peak_bytes` are, of each process, the largest resident set until the weights are there and after
-  that, above that before the run (Linux counts it). Files that are mapped count: weights that are read into memory are
-  there twice while they are loaded. `planned_bytes` is what learn-masks --plan says, without what was there before.
+  `loading_bytes` and `peak_bytes` are, of each process, the most memory of its own until the weights are there and
+  after that, above that before the run. Files that are mapped do not count, so weights are stored in bfloat16 and
+  learned on in float32: then they are the process' own. `planned_bytes` is what learn-masks --plan says, without what
+  was there before.
 - pico: trained models of bench/pico.py, which learn for longer.
 
 `apart` is the largest distance of a mask from that of one process with whole weights; 0.0 is bit for bit.
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.resident import forget_peak, peak_bytes, resident_bytes
+from bench.resident import OwnMemory
 from bench.speed.results import describe_hardware, describe_versions
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
@@ -76,7 +77,9 @@ def _job(run: Run, directory: str, text: str) -> Any:
     from learner.job import Job
 
     settings = ROWS[run.method].settings(**SETTINGS[run.kind])
-    job = Job(directory, method=run.method, data=[text], settings=settings, device="cpu", agreement_prompts=0)
+    job = Job(
+        directory, method=run.method, data=[text], settings=settings, device="cpu", dtype="float32", agreement_prompts=0
+    )
     return replace(job, weights=run.weights)
 
 
@@ -90,20 +93,19 @@ def _learn(run: Run, directory: str, text: str, out: str, small: str, small_text
 
     learning.learn(_job(replace(run, kind="large"), small, small_text), Path(f"{out} small"))
 
-    load, loading = learning.load_dense, []
+    load, loading, memory = learning.load_dense, [], OwnMemory()
+    before = memory.now()
 
     def loaded(*args: Any) -> Any:
         dense = load(*args)
-        loading.append(peak_bytes() - before)
-        forget_peak()
+        loading.append(memory.peak_bytes - before)
+        memory.forget_peak()
         return dense
 
     vars(learning)["load_dense"] = loaded
-    forget_peak()
-    before = resident_bytes()
     (results,) = learning.learn(_job(run, directory, text), Path(out))
     seconds = results["learning_seconds"] / SETTINGS[run.kind]["steps"]
-    print(json.dumps({"loading_bytes": loading[0], "peak_bytes": peak_bytes() - before, "step_s": seconds}))
+    print(json.dumps({"loading_bytes": loading[0], "peak_bytes": memory.peak_bytes - before, "step_s": seconds}))
 
 
 def _measure(run: Run, directory: Path, text: Path, out: Path, small: tuple[Path, Path]) -> dict:
@@ -161,7 +163,7 @@ def _random(name: str, directory: Path, **config: int) -> tuple[Path, Path]:
 
     torch.manual_seed(0)
     sizes = AutoConfig.for_model(name, **SHARED | LARGE[name] | config)
-    AutoModelForCausalLM.from_config(sizes, dtype=torch.float32).save_pretrained(directory / "model")
+    AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16).save_pretrained(directory / "model")
     words = Tokenizer(models.WordLevel({str(index): index for index in range(VOCAB_SIZE)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory / "model")
