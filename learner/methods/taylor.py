@@ -2,8 +2,9 @@
 
 What the loss gains when a weight goes is to first order |dL/dW W|. LLM-Pruner adds that up over all weights that go
 together, which is a unit's score: rows of q, k, v, gate and up, columns of o_proj and down_proj. L is the mean
-cross-entropy of the calibration text. The largest stay, the same number in each layer. LLM-Pruner also spares the first
-and last layers, which is left out here. Experts are our extension.
+cross-entropy of the calibration text (here of a sequence of it, which changes no order). The largest stay, the same
+number in each layer. LLM-Pruner also spares the first and last layers, which is left out here. Experts are our
+extension.
 
     learn-masks MODEL ckpt/ --method taylor --sparsity 0.5 --data text/*.txt
 
@@ -37,7 +38,8 @@ def scores(task: Task) -> dict[str, torch.Tensor]:
         for sequence in progress_bar(share, desc="taylor", unit="sequence", disable=not accelerator.is_main_process):
             hidden = run_without_head(model, sequence[None]).last_hidden_state
             loss = next_token_loss(model, sequence[None], hidden)
-            (loss / len(sequences)).backward()
+            # Times the length: its scale changes no order, and float16 rounds gradients of a mean to zero.
+            (loss * (len(sequence) / len(sequences))).backward()
         with _replaced_by_products(weights, accelerator):
             return sums_over_weights(task, torch.abs, "taylor, sums")
 

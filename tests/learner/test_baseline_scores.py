@@ -1,5 +1,7 @@
 """Scores of FLAP, LLM-Pruner (Taylor) and ShortGPT (depth), against their formulas written out in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.experts import down_of, product_of, router_of
@@ -7,6 +9,7 @@ from helpers.learning import task_of
 from helpers.tiny import HEAD_DIM, NUM_EXPERTS, converted, prompts, tiny_model
 from torch.func import functional_call
 
+from learner.data.reading import BlockSampler
 from learner.job import CalibrationSettings
 from learner.methods import depth, flap, taylor
 from learner.model.masking import apply_masks
@@ -79,6 +82,21 @@ def test_flap_removes_what_never_changes_and_lets_layers_differ():
     assert len(set(values["channel"].sum(1).tolist())) > 1
 
 
+def test_taylor_tells_units_apart_in_float16():
+    """Where gradients of a mean over all tokens would be too small for it."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model("llama", *KINDS["llama"])
+        for weight in model.model.layers.parameters():
+            if weight.ndim > 1:
+                weight.mul_(0.02)
+        task = task_of(model.to(dtype), CalibrationSettings(calibration_sequences=4, sequence_length=256))
+        blocks = BlockSampler(torch.randint(256, (1024,), generator=torch.Generator().manual_seed(5)), 256, 0)
+        found[dtype] = taylor.scores(replace(task, blocks=blocks))
+    for kind, scores in found[torch.float32].items():
+        torch.testing.assert_close(found[torch.float16][kind], scores, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_taylor_sums_gradients_times_weights_over_what_goes_together(name, tied):
@@ -92,7 +110,7 @@ def test_taylor_sums_gradients_times_weights_over_what_goes_together(name, tied)
     weights = {key: parameter.clone().requires_grad_() for key, parameter in exact.named_parameters()}
     tokens = sequences_of(exact)
     logits = functional_call(exact, weights, (tokens,)).logits.log_softmax(-1)
-    loss = -logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    loss = -logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean() * tokens.shape[1]
     gradients = torch.autograd.grad(loss, list(weights.values()))
     products = {
         key: (weight * gradient).abs() for (key, weight), gradient in zip(weights.items(), gradients, strict=True)
