@@ -96,9 +96,10 @@ def keep_largest(task: Task, scores: Values, by: str = "global") -> Learned:
 
 
 def _places_from_below(scores: torch.Tensor) -> torch.Tensor:
-    """Of scores [layers, units], the share of the layer's units that come before each: float64, from 0 to below 1."""
+    """Of scores [layers, units], the share of the layer's units that come before the middle of each: float64, between 0
+    and 1. So a kind of few units loses neither more nor less than others by being counted in whole units."""
     places = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return 1 - (places.double() + 1) / scores.shape[1]
+    return 1 - (places.double() + 0.5) / scores.shape[1]
 
 
 def check_finite(units: Units, scores: Values) -> None:

@@ -144,7 +144,7 @@ def test_one_budget_moves_units_from_where_they_are_needed():
     assert 0.3 * head + 0.7 * channel == pytest.approx(0.5, abs=0.01)
     counts = constraints.final_counts()
     removed = 300 / 4 * counts["head"] + 700 / 10 * counts["channel"]
-    assert abs(removed - 500) <= 35, f"{counts} remove {removed} parameters of 500, more than half a channel away"
+    assert 0 <= removed - 500 < 70, f"{counts} remove {removed} parameters of 500, not met or by a channel too much"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -101,10 +101,20 @@ def test_each_method_meets_a_cost(method, measure, name):
     values = learn(task).values
     left = left_by(geometry, task.units.to_masks(values), drops_experts=False)
     achieved = task.budget.measure(left) / task.budget.allowed
-    if method != "maskprune":  # whose rows all have one width, which is rounded
-        assert achieved <= 1 + 1e-9
+    assert achieved <= 1 + 1e-9
     assert achieved == pytest.approx(1, abs=0.005)
     assert all((values[kind] > 0).sum() > 0 for kind in values)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("keep", [0.9, 0.75, 0.6])
+def test_the_same_share_of_every_kind_goes_as_far_as_heads_allow(tied, keep):
+    """By a baseline whose budget is a cost: half a head of a layer is as near as whole heads come."""
+    model = tiny_model("qwen3", 8, 4, 2048)  # channels cost so much that those that make up for a head do not count
+    task = task_of(model, tied=tied, target_parameters=[keep * geometry_of(model).num_parameters])
+    values = baselines.magnitude(task).values
+    shares = {kind: (of_kind <= 0).double().mean(1) for kind, of_kind in values.items()}
+    assert (shares["head"] - shares["channel"]).abs().max() <= 0.5 / task.units.widths["head"] + 0.01
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -84,7 +84,7 @@ class Minimax:
         return math.ceil(round(self.s[self.kinds.index(kind)].item() * self._widths[kind], 6))
 
     def final_counts(self) -> dict[str, int]:
-        """By kind, units to remove from each row: s rounded, so that each budget is met as nearly as units allow."""
+        """By kind, units to remove from each row: s rounded, but up for the finest kind, so that each budget is met."""
         counts: dict[str, int] = {}
         shares = dict(zip(self.kinds, self.s.tolist(), strict=True))
         for costs in self._costs:
@@ -95,7 +95,7 @@ class Minimax:
                 cost[kind] * counts[kind] / self._widths[kind] for kind in coarse
             )
             width = self._widths[finest]
-            counts[finest] = min(max(0, round(left / cost[finest] * width)), width - 1)
+            counts[finest] = min(max(0, math.ceil(round(left / cost[finest] * width, 6))), width - 1)
         return counts
 
     def excess(self) -> torch.Tensor:
