@@ -1,14 +1,13 @@
 """How short a run may be and still meet its budget by learning, and what one budget for all kinds of units is worth.
 
-    python -m bench.budgets met llama --output-dir bench/results/budgets    # budgets, methods and lengths of runs
+    python -m bench.budgets met llama --output-dir bench/results/budgets    # budgets and lengths of runs
     python -m bench.budgets joint llama --output-dir bench/results/budgets  # --target-bytes against --sparsity
 
 On a pico model (bench/pico.py), in one thread, which is all that it can use. `met` asks for one half of the units
-(--sparsity), and for the bytes and the ideal speedup that this comes to in all layers alike. For DDP it records how far
-units that count (a score of 1/2 or more) were above the budget, as a share of what all units come to: before masks
-begin to fade, which is what the penalty alone has learned, and just before units are fixed, which is what is cut off
-by force. `--settle 0` is the paper's schedule, in which nothing fades. MaskPrune's `cut` is the share of the sum of all
-masks that is cut off; Tyr has no steps.
+(--sparsity), and for the bytes and the ideal speedup that this comes to in all layers alike. It records how far units
+that count (a score of 1/2 or more) were above DDP's budget, as a share of what all units come to: before masks begin
+to fade, which is what the penalty alone has learned, and just before units are fixed, which is what is cut off by
+force. `--settle 0` is the paper's schedule, in which nothing fades.
 
 `joint` compares --sparsity with --target-bytes of as many bytes, DDP, at two sizes and with three seeds.
 """
@@ -35,14 +34,7 @@ from pruned_vllm.common.files import read_json, write_json
 
 AT = "decode:8:32:64"
 BATCH = {"batch_size": 2, "sequence_length": 64}
-DDP_STEPS, MASKPRUNE_STEPS, JOINT_STEPS = (50, 300, 1000), (50, 300), 300
-TYR = {
-    "calibration_sequences": 64,
-    "sequence_length": 64,
-    "generations": 4,
-    "offspring": 8,
-    "selection_tokens": 4096,
-}
+DDP_STEPS, JOINT_STEPS = (50, 300, 1000), 300
 SEEDS = (42, 43, 44)
 SPARSITIES = (0.2, 0.5)
 console = Console(highlight=False)
@@ -96,16 +88,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def met(model: Path) -> Iterator[dict]:
-    """Budgets in three measures, for runs of each length; the paper's schedule and other methods for some of them."""
+    """Budgets in three measures, for runs of each length; the paper's schedule for one of them."""
     half = learn_one(model, Run("magnitude", "sparsity", 0.5))
     runs = []
     for measure, asked in (("sparsity", 0.5), ("bytes", half["bytes"]), ("speedup", round(half["ideal_speedup"], 2))):
         runs += [Run("ddp", measure, asked, {"steps": steps, **BATCH}) for steps in DDP_STEPS]
         if measure == "sparsity":
             runs += [Run("ddp", measure, asked, {"steps": steps, **BATCH, "settle": 0.0}) for steps in DDP_STEPS]
-        if measure != "speedup":
-            runs += [Run("maskprune", measure, asked, {"steps": steps, **BATCH}) for steps in MASKPRUNE_STEPS]
-            runs.append(Run("tyr", measure, asked, TYR))
     for run in runs:
         yield learn_one(model, run)
 
@@ -147,8 +136,6 @@ def learn_one(model: Path, run: Run) -> dict:
     record |= {"of_budget": _of_budget(run, results), **results}
     if run.method == "ddp":
         record |= _over(job.settings, [float(row["over"]) for row in rows])
-    if run.method == "maskprune":
-        record |= {name: float(value) for name, value in rows[-1].items() if name.endswith("_cut")}
     console.print(run, {name: value for name, value in record.items() if name.startswith(("of_", "over_", "masked_"))})
     return record
 
@@ -177,7 +164,7 @@ def _of_budget(run: Run, results: dict) -> float:
 
 
 def show_met(runs: Sequence[dict]) -> None:
-    columns = ("", "asked", "steps", "over, fading", "over, fixing", "cut", "of budget", "perplexity", "seconds")
+    columns = ("", "asked", "steps", "over, fading", "over, fixing", "of budget", "perplexity", "seconds")
     table = Table(*columns, box=box.SIMPLE, title=f"dense perplexity {runs[0]['dense_perplexity']:.2f}")
     for run in runs:
         table.add_row(
@@ -185,7 +172,6 @@ def show_met(runs: Sequence[dict]) -> None:
             f"{run['measure']} {run['asked']:g}",
             f"{run.get('steps', '')}",
             *(f"{run[key]:+.2%}" if key in run else "" for key in ("over_before_fading", "over_before_fixing")),
-            " ".join(f"{value:.2%}" for name, value in run.items() if name.endswith("_cut")),
             f"{run['of_budget']:.4f}",
             f"{run['masked_perplexity']:.2f}",
             f"{run['learning_seconds']:.0f}",

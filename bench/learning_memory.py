@@ -115,7 +115,7 @@ def _measure(run: Run, directory: Path, text: Path, out: Path, small: tuple[Path
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": run.processes}
     # What is freed is given back at once, so that the peak is that of what is held.
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 262144}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 65536}
     what = json.dumps([asdict(run), *map(str, (directory, text, out, *small))])
     command = [sys.executable, "-m", "bench.learning_memory", "--process", what]
     group = []

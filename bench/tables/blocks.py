@@ -5,7 +5,20 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.tables import breakdown, conversion, experts, layouts, methods, models, online, quantized, real, sweep
+from bench.tables import (
+    breakdown,
+    compare,
+    conversion,
+    experts,
+    layouts,
+    learning,
+    methods,
+    models,
+    online,
+    quantized,
+    real,
+    sweep,
+)
 from pruned_vllm.common.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +45,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real-gemma3-notes": partial(real.notes, "real_gemma3"),
     "real-gemma3-speed": partial(real.speed, "real_gemma3"),
     "real-gemma3-chat": partial(real.chat, "real_gemma3"),
+    "compare": compare.methods,
+    "compare-recovery": compare.data_and_recovery,
+    "compare-answers": compare.answers,
+    "targets": learning.targets,
+    "budgets": learning.budgets,
+    "learning-speed": learning.speed,
+    "learning-memory": learning.memory,
     "demo-perplexity": models.demo_perplexity,
     "conversion": conversion.sentences,
     "layouts": layouts.table,

@@ -65,9 +65,11 @@ def test_a_figure_that_is_changed_in_the_results_is_found(file, monkeypatch):
 
     for module in (
         blocks.breakdown,
+        blocks.compare,
         blocks.conversion,
         blocks.experts,
         blocks.layouts,
+        blocks.learning,
         blocks.methods,
         blocks.models,
         blocks.online,

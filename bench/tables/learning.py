@@ -1,0 +1,90 @@
+"""What bench.targets, bench.budgets, bench.learning_speed and bench.learning_memory measured."""
+
+from bench.speed.statistics import interval_text
+from bench.tables.markdown import case_name, markdown_table, percent, results
+from pruned_vllm.formats.ideal import Case
+
+TARGETS = "targets/targets.json"
+BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
+SPEED = "learning_speed/learning_speed.json"
+MEMORY = "learning_memory/learning_memory.json"
+MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
+METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "tyr": "Tyr"}
+
+
+def targets() -> str:
+    """What --target-speedup promises, and what came."""
+    rows = []
+    for name, found in results(TARGETS)["shapes"].items():
+        measured = found["measured"]
+        rows.append(
+            (
+                name,
+                case_name(vars(Case.parse(found["budget"]["at"]))),
+                f"{found['budget']['target']['speedup']:g}x",
+                f"{found['predicted']:.3f}x",
+                f"{measured['speedup']:.3f}x ({interval_text(measured, digits=3)})",
+                f"{found['of_predicted']:.3f}",
+            )
+        )
+    return markdown_table(("", "case", "asked", "predicted", "measured (95 % interval)", "of predicted"), rows)
+
+
+def budgets() -> str:
+    """How far runs of every length were from their budget before anything was cut, and after."""
+    rows = []
+    for model, file in BUDGETS.items():
+        measured = results(file)
+        for run in measured["runs"]:
+            if run["method"] == "ddp":
+                rows.append(
+                    (
+                        model,
+                        f"{run['measure']} {run['asked']:,g}",
+                        f"{run['steps']}",
+                        "the paper's" if run["settle"] == 0 else "",
+                        percent(run["over_before_fading"], 2),
+                        percent(run["over_before_fixing"], 2),
+                        percent(run["of_budget"] - 1, 2),
+                        f"{run['masked_perplexity']:.2f}",
+                    )
+                )
+    header = ("", "asked", "steps", "schedule", "over before masks fade", "over before the cut", "over at the end")
+    return markdown_table((*header, "perplexity"), rows)
+
+
+def speed() -> str:
+    """Steps against three forward passes."""
+    rows = [
+        (
+            run["model"],
+            METHODS[run["method"]],
+            run["dtype"],
+            f"{run['tokens_per_s']:,.0f}",
+            f"{run['share_of_bound']:.2f}",
+            f"{run['peak_bytes'] / 1e9:.2f} GB",
+        )
+        for run in results(SPEED)["runs"]
+    ]
+    return markdown_table(("", "method", "dtype", "tokens/s", "of three forward passes", "peak"), rows)
+
+
+def memory() -> str:
+    """One process with all weights, and two that share them."""
+    rows = []
+    for run in results(MEMORY)["runs"]:
+        peaks = " and ".join(f"{peak / 1e6:.0f}" for peak in run["peak_bytes"])
+        rows.append(
+            (
+                f"{MODELS[run['model']]}, {run['kind']}",
+                METHODS[run["method"]],
+                f"{run['processes']}, {run['weights']}",
+                f"{run['weights_bytes'] / 1e6:.0f} MB",
+                f"{peaks} MB",
+                f"{run['planned_bytes'] / 1e6:.0f} MB",
+                f"{run['step_s']:.2f}",
+                f"{run['apart']:.1e}" if run["apart"] else "0",
+            )
+        )
+    header = ("model", "method", "processes", "weights", "peak of each", "planned", "seconds a step", "masks apart")
+    return markdown_table(header, rows)
