@@ -153,9 +153,10 @@ class CostBudget(Budget):
         return self.allowed - self.costs.fixed
 
     def support(self, order: Values, by: str = "global", within: Values | None = None) -> Values:
-        """As many of the largest as the cost allows. Where the next one is too large for what is left, channels make up
-        for the rest: those after it, in their order, or where these do not cost enough, it stays and the last channels
-        before it go. So the cost is met to a channel, and what is chosen costs no more."""
+        """As many of the largest as the cost allows. Where the next one is too large for what is left, others make up
+        for the rest: heads of KV heads that stay and channels after it, in their order, or where these do not cost
+        enough, it stays and the last channels before it go. So the cost is met to a channel, and what is chosen costs
+        no more."""
         order = _on_cpu(order, within)
         added = self.costs.in_order(order)
         cost, ranks = _flat(added), _flat(order)
@@ -163,22 +164,22 @@ class CostBudget(Budget):
         places = ranks.argsort(descending=True, stable=True)
         places = places[ranks[places] > -torch.inf]
         number = int((cost[places].cumsum(0) <= self.room).sum())
-        chosen = _filled(places[:number], places[number:], cost, fine, self.room)
+        chosen = places[:number]
+        cheap = fine | _flat(self.costs.beside(_by_kind(chosen, order)))
+        for fills in (cheap, fine):
+            chosen = _filled(chosen, places[~torch.isin(places, chosen)], cost, fills, self.room)
         if number < len(places) and not fine[places[number]]:
             whole = _made_fit(places[: number + 1], cost, fine, self.room)
             if cost[chosen].sum() < cost[whole].sum() <= self.room:
                 chosen = whole
-        flat = torch.zeros_like(ranks, dtype=torch.bool)
-        flat[chosen] = True
-        sizes = [values.numel() for values in order.values()]
-        return {kind: part.view_as(order[kind]) for kind, part in zip(order, flat.split(sizes), strict=True)}
+        return _by_kind(chosen, order)
 
 
 def _filled(
-    chosen: torch.Tensor, others: torch.Tensor, cost: torch.Tensor, fine: torch.Tensor, room: float
+    chosen: torch.Tensor, others: torch.Tensor, cost: torch.Tensor, fills: torch.Tensor, room: float
 ) -> torch.Tensor:
-    """`chosen` and as many of the fine units among `others` as there is room for, in their order."""
-    fill = others[fine[others]]
+    """`chosen` and as many of the units among `others` that are `fills` as there is room for, in their order."""
+    fill = others[fills[others]]
     return torch.cat((chosen, fill[cost[fill].cumsum(0) <= room - cost[chosen].sum()]))
 
 
@@ -192,6 +193,13 @@ def _made_fit(chosen: torch.Tensor, cost: torch.Tensor, fine: torch.Tensor, room
 
 def _flat(values: Values) -> torch.Tensor:
     return torch.cat([part.flatten() for part in values.values()])
+
+
+def _by_kind(chosen: torch.Tensor, order: Values) -> Values:
+    """Places in what `_flat` makes of `order`, as bool [layers, units] by kind."""
+    sizes = [values.numel() for values in order.values()]
+    flat = torch.zeros(sum(sizes), dtype=torch.bool).index_fill(0, chosen, True)
+    return {kind: part.view_as(order[kind]) for kind, part in zip(order, flat.split(sizes), strict=True)}
 
 
 def _on_cpu(order: Values, within: Values | None) -> Values:

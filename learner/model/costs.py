@@ -103,6 +103,14 @@ class UnitCosts:
             added["head"] += is_first * self.of_kv_head[:, None]
         return added
 
+    def beside(self, chosen: Values) -> Values:
+        """By kind, bool [layers, units] as `chosen`: heads whose KV head a chosen head has brought along."""
+        found = {kind: torch.zeros_like(of_kind) for kind, of_kind in chosen.items()}
+        if "head" in found:
+            groups = chosen["head"].unflatten(1, (-1, self.heads_per_kv_head)).any(2)
+            found["head"] = groups.repeat_interleave(self.heads_per_kv_head, dim=1)
+        return found
+
     @staticmethod
     def _like(values: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
         return costs.to(values)[:, None]

@@ -106,6 +106,20 @@ def test_each_method_meets_a_cost(method, measure, name):
     assert all((values[kind] > 0).sum() > 0 for kind in values)
 
 
+@pytest.mark.parametrize("target", [1.02, 1.6])
+def test_no_head_goes_that_there_is_room_for(target):
+    """Where KV heads cost so much that a budget is far from spent when the next does not fit."""
+    task = task_of(model_of("qwen3"), target_speedup=[target], at="decode:8:2000:8")
+    values, costs, room = baselines.random(task).values, task.budget.costs, task.budget.room
+    groups = values["head"].unflatten(1, (-1, costs.heads_per_kv_head))
+    gone = ((groups == 0) & groups.any(2, keepdim=True)).flatten(1)
+    assert 0 < groups.any(2).float().mean() < 1, "some KV heads go"
+    for layer, head in gone.nonzero().tolist():
+        more = {kind: of_kind.double() for kind, of_kind in values.items()}
+        more["head"][layer, head] = 1
+        assert costs.of_units(more) > room, f"head {head} of layer {layer} was removed for nothing"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("keep", [0.9, 0.75, 0.6])
 def test_the_same_share_of_every_kind_goes_as_far_as_heads_allow(tied, keep):
