@@ -40,7 +40,7 @@ from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from learner.model.placement import cast
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
-from learner.run.processes import together
+from learner.run.processes import explained, together
 from learner.run.resume import unfinished, unfinished_run
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
@@ -112,6 +112,7 @@ class FinetuneJob:
     seed: int = 42
 
 
+@explained()
 def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, float]:
     """Writes the trained model to the directory `out`; returns the results.
 
@@ -125,7 +126,7 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
 
     Raises:
         InputError: the model, the teacher or the text cannot be used, the loss is no longer a number, `out` exists, or
-            an interrupted run of another job does.
+            an interrupted run of another job does; or the memory is not enough, or another process has ended.
     """
     source = Path(job.model)
     _check(job, source)

@@ -71,8 +71,8 @@ def explained() -> Iterator[None]:
         message = str(error)
         if isinstance(error, torch.OutOfMemoryError) or any(words in message for words in NO_MEMORY):
             raise InputError(
-                f"the memory is not enough: {message.splitlines()[0]}\nLower --micro-batch-size, take "
-                "--gradient-checkpointing, or see what learn-masks --plan says of --weights"
+                f"the memory is not enough: {message.splitlines()[0]}\nLower --micro-batch-size, or "
+                "take --gradient-checkpointing; learn-masks --plan says what else helps there"
             ) from error
         if isinstance(error, torch.distributed.DistError) or any(words in message for words in LOST):
             raise InputError("another process has ended; its own message says why") from error

@@ -187,6 +187,19 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "recovered" / "notes.txt").read_text() == "mine"
 
 
+def test_too_little_memory_is_a_message(tmp_path, capsys, monkeypatch):
+    out, text = make(tmp_path, "llama")
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no more of it")
+
+    monkeypatch.setattr(Distillation, "compute_loss", fail)
+    options = ["--device", "cpu", "--steps", "1", "--sequence-length", "16", "--batch-size", "2"]
+    assert finetune_cli.main([str(out), str(tmp_path / "recovered"), "--data", str(text), *options]) == 2
+    assert "the memory is not enough: no more of it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("recovered*"))
+
+
 def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     out, text = make(tmp_path, "llama")
     stranger = tiny_model("llama", 6, 6, 40)
