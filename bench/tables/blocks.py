@@ -45,7 +45,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real-gemma3-notes": partial(real.notes, "real_gemma3"),
     "real-gemma3-speed": partial(real.speed, "real_gemma3"),
     "real-gemma3-chat": partial(real.chat, "real_gemma3"),
-    "compare": compare.methods,
     "compare-recovery": compare.data_and_recovery,
     "compare-answers": compare.answers,
     "targets": learning.targets,

@@ -1,5 +1,7 @@
 """What bench.targets, bench.budgets, bench.learning_speed and bench.learning_memory measured."""
 
+from collections.abc import Mapping
+
 from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
@@ -40,17 +42,25 @@ def budgets() -> str:
                 rows.append(
                     (
                         model,
-                        f"{run['measure']} {run['asked']:,g}",
+                        _asked(run),
                         f"{run['steps']}",
                         "the paper's" if run["settle"] == 0 else "",
-                        percent(run["over_before_fading"], 2),
-                        percent(run["over_before_fixing"], 2),
-                        percent(run["of_budget"] - 1, 2),
+                        *(percent(round(over, 4) + 0.0, 2) for over in _over(run)),
                         f"{run['masked_perplexity']:.2f}",
                     )
                 )
     header = ("", "asked", "steps", "schedule", "over before masks fade", "over before the cut", "over at the end")
     return markdown_table((*header, "perplexity"), rows)
+
+
+def _over(run: Mapping) -> tuple[float, float, float]:
+    return run["over_before_fading"], run["over_before_fixing"], run["of_budget"] - 1
+
+
+def _asked(run: Mapping) -> str:
+    if run["measure"] == "sparsity":
+        return f"{percent(run['asked'], 0)} of the units"
+    return f"{run['asked'] / 1e6:.2f} MB" if run["measure"] == "bytes" else f"{run['asked']:.2f}x"
 
 
 def speed() -> str:
@@ -74,17 +84,17 @@ def memory() -> str:
     rows = []
     for run in results(MEMORY)["runs"]:
         peaks = " and ".join(f"{peak / 1e6:.0f}" for peak in run["peak_bytes"])
+        of_weights = ("", "", "")  # of pico models, text takes most
+        if run["kind"] == "large":
+            of_weights = (f"{run['weights_bytes'] / 1e6:.0f} MB", f"{peaks} MB", f"{run['planned_bytes'] / 1e6:.0f} MB")
         rows.append(
             (
                 f"{MODELS[run['model']]}, {run['kind']}",
                 METHODS[run["method"]],
                 f"{run['processes']}, {run['weights']}",
-                f"{run['weights_bytes'] / 1e6:.0f} MB",
-                f"{peaks} MB",
-                f"{run['planned_bytes'] / 1e6:.0f} MB",
-                f"{run['step_s']:.2f}",
+                *of_weights,
                 f"{run['apart']:.1e}" if run["apart"] else "0",
             )
         )
-    header = ("model", "method", "processes", "weights", "peak of each", "planned", "seconds a step", "masks apart")
+    header = ("model", "method", "processes", "weights", "peak of each", "planned", "masks apart")
     return markdown_table(header, rows)
