@@ -151,7 +151,10 @@ def _apart(one: Path, other: Path) -> float:
     from safetensors.torch import load_file
 
     masks, others = (load_file(out / "pruning_masks.safetensors") for out in (one, other))
-    assert list(masks) == list(others)
+    if list(masks) != list(others):
+        raise InputError(
+            f"{one} has {len(masks)} masks and {other} {len(others)}, which are not the same: learn both again"
+        )
     return max((others[name] - mask).abs().max().item() for name, mask in masks.items())
 
 

@@ -203,15 +203,8 @@ def with_others(results: dict, before: dict, planned: list[Run]) -> dict:
 def learn_one(model: Path, run: Run, checkpoint: Path) -> dict:
     """Runs one command; raises InputError when it fails."""
     arguments = [str(model), str(checkpoint), "--sparsity", str(run.sparsity), "--seed", str(run.seed)]
-    arguments += [
-        "--device",
-        "cpu",
-        "--eval-data",
-        str(model / "heldout.txt"),
-        "--agreement-prompts",
-        "0",
-        *run.options,
-    ]
+    heldout = ["--eval-data", str(model / "heldout.txt"), "--agreement-prompts", "0"]
+    arguments += ["--device", "cpu", *heldout, *run.options]
     if run.options[1] not in ("random", "magnitude"):
         arguments += ["--data", str(model / "train.txt")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -80,6 +80,8 @@ def learn(
             prepare_output(out, writer=WRITER, overwrite=overwrite)
         if report:
             require_matplotlib()
+            if len(job.targets) > 1:
+                raise InputError("--report draws what one budget leaves; leave it out where there are several")
         checked = check_dense(job, place)
     with together(accelerator):
         device = torch.device("cpu") if method.offloads else accelerator.device
@@ -103,8 +105,6 @@ def learn(
         written = dense.stored_dtype if job.dtype == "auto" or not method.changes_weights else model.dtype
         element_bytes = written.itemsize
         budgets = make_budgets(job, units, dense.geometry, element_bytes)
-        if report and len(budgets) > 1:
-            raise InputError("--report draws what one budget leaves; leave it out where there are several")
 
     def measure(title: str) -> float:
         return perplexity(model, eval_ids, title=title, show_progress=show, device=device)

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from learner.job import METHODS, CalibrationSettings, Job, MaskPruneSettings, TrainingSettings
 from pruned_vllm.formats.geometry import ModelGeometry
 
-LOGITS_AT_ONCE = 1 << 26  # as in learner/model/loss.py, which imports PyTorch
+LOGITS_AT_ONCE = 1 << 26  # of a loss, tokens times vocabulary: 256 MiB in float32
 LOGITS_COPIES = 6  # of them in float32, in a loss of student and teacher
-LAYERS_GATHERED = (
-    3  # where weights are sharded: the one that is computed, the next, and the buffer that it comes through
-)
+# Where weights are sharded: the layer that is computed, the next, and the buffer that it comes through.
+LAYERS_GATHERED = 3
 OPTIMIZER_BYTES = 16  # a parameter, its gradient, and two moments of Adam
 CUDA_BYTES = 1.5e9  # context and libraries
 CPU_BYTES = 0.6e9  # Python and PyTorch

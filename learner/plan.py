@@ -9,7 +9,7 @@ from typing import Any
 
 from learner.job import Job, TrainingSettings, with_sequence_length
 from learner.memory import Needs, needs, places
-from pruned_vllm.common.environment import cpu_features, gpu_memory
+from pruned_vllm.common.environment import gpu_memory, multiplies_fast
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -143,8 +143,7 @@ def _dtype(job: Job, config: dict[str, Any], devices: Devices) -> str:
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     dtype = job.dtype.removeprefix("torch.")
     if dtype == "auto":
-        slow = stored == "float16" or (stored == "bfloat16" and not {"AVX-512 BF16", "AMX BF16"} & set(cpu_features()))
-        dtype = "float32" if slow and not devices.are_gpus else stored
+        dtype = stored if devices.are_gpus or multiplies_fast(stored) else "float32"
     if dtype not in BYTES:
         raise InputError(f"--dtype {dtype} is unknown; choose one of {', '.join(BYTES)}")
     return dtype

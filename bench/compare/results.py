@@ -1,12 +1,11 @@
 """compare.json, compare.md and the picture of `make compare`."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bench.compare.plan import Variant
 from bench.real.records import LIBRARIES, Records
+from bench.real.results import renamed
 from bench.tables.compare import decode_seconds, front, summary, title
 from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 
@@ -30,7 +29,7 @@ def collect(records: Records, models: Mapping[str, Variant], work: Path, command
             for name, record in records.done.items()
         },
     }
-    return _without_paths(measured, {results["model"]["directory"]: "dense", str(work.resolve()): "compare"})
+    return renamed(measured, {results["model"]["directory"]: "dense", str(work.resolve()): "compare"})
 
 
 def _of_variant(results: Mapping, variant: Variant) -> dict:
@@ -42,18 +41,6 @@ def _of_variant(results: Mapping, variant: Variant) -> dict:
     if variant.timed:
         about["speed"] = results[f"speed-{name}"]["cases"]
     return about
-
-
-def _without_paths(value: Any, names: Mapping[str, str]) -> Any:
-    """`value` with every path of this machine replaced by its name."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(inner, names) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(inner, names) for inner in value]
-    if isinstance(value, str):
-        for path, name in names.items():
-            value = re.sub(rf"{re.escape(path)}(?=[/\s'\"]|$)", name, value)
-    return value
 
 
 def write(results: Mapping, directory: Path) -> None:

@@ -8,10 +8,10 @@ learn longer.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pruned_vllm.common.environment import cpu_features
+from pruned_vllm.common.environment import multiplies_fast
 
 # On a CPU that cannot multiply bfloat16, PyTorch multiplies it slower than float32.
-DTYPE = "bfloat16" if "AVX-512 BF16" in cpu_features() else "float32"
+DTYPE = "bfloat16" if multiplies_fast("bfloat16") else "float32"
 CALIBRATION = ("--calibration-sequences", "128", "--sequence-length", "128")
 EVAL_BLOCKS = 96  # of 128 tokens, spread over the held-out text: what perplexity is measured on
 SPEED_CASES = ("decode:1:32:64", "decode:8:32:64", "prefill:1:512", "prefill:4:512")

@@ -59,15 +59,15 @@ def collect(model: Model, plan: Plan, records: Records, work: Path, command: str
     }
     # A reader's paths are others.
     names = {results["model"]["directory"]: model.name, str(work.resolve()): plan.directory, str(work): plan.directory}
-    return _renamed(found, names)
+    return renamed(found, names)
 
 
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
     """`value` with every path in its strings replaced by its name."""
     if isinstance(value, Mapping):
-        return {key: _renamed(inner, names) for key, inner in value.items()}
+        return {key: renamed(inner, names) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_renamed(inner, names) for inner in value]
+        return [renamed(inner, names) for inner in value]
     if isinstance(value, str):
         for path, name in names.items():
             value = re.sub(rf"{re.escape(path)}(?=[/\s'\"]|$)", name, value)

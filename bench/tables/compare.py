@@ -19,10 +19,6 @@ TITLES = REAL_TITLES | {
 TEXTS = {"text": "foreign text", "self": "its own text", "mixed": "half of each"}
 
 
-def methods() -> str:
-    return methods_of(results(COMPARE))
-
-
 def data_and_recovery() -> str:
     return recovery_of(results(COMPARE))
 

@@ -11,7 +11,7 @@ BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_mo
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
 MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
-METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "tyr": "Tyr"}
+METHODS = {"ddp": "DDP", "maskprune": "MaskPrune"}
 
 
 def targets() -> str:

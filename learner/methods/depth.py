@@ -21,7 +21,6 @@ from learner.methods.method import Learned, Task
 from learner.model.budget import Budget, CostBudget, UnitBudget
 from learner.model.units import Units, Values
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.progress import progress_bar
 
 
 def learn(task: Task) -> Learned:
@@ -77,8 +76,6 @@ def _is_covered(layer: Any, index: int, units: Units) -> bool:
 def influence(task: Task) -> torch.Tensor:
     """Block influence of every layer, float32 [layers] on the CPU."""
     accelerator, layers = task.accelerator, task.model.model.layers
-    sequences = task.text.calibration(task.settings.calibration_sequences, accelerator.print)
-    share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=accelerator.device)  # of cosines, and tokens
 
     def add(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -89,7 +86,7 @@ def influence(task: Task) -> torch.Tensor:
         for index, layer in enumerate(layers):
             handle = layer.register_forward_hook(lambda module, args, output, index=index: add(index, args[0], output))
             stack.callback(handle.remove)
-        for sequence in progress_bar(share, desc="depth", unit="sequence", disable=not accelerator.is_main_process):
-            task.model.model(input_ids=sequence[None].to(accelerator.device), use_cache=False)
+        for tokens in task.calibration("depth"):
+            task.model.model(input_ids=tokens, use_cache=False)
     cosines, tokens = accelerator.reduce(sums).unbind(1)
     return (1 - cosines / tokens).float().cpu()

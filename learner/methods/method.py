@@ -5,11 +5,12 @@ and a journal; loading, evaluation and writing the masked checkpoint happen arou
 descend gradients have their loop in learner/run/training.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from learner.data.reading import BlockSampler
 from learner.model.budget import Budget
 from learner.model.units import Units, Values
 from learner.run.journal import Journal
+from pruned_vllm.common.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class Task:
         if self.blocks is None:
             raise ValueError("this method reads no text; see reads_text in learner/job.py")
         return self.blocks
+
+    def calibration(self, title: str) -> Iterator[torch.Tensor]:
+        """This process' share of the calibration text: token ids [1, length] on the device, one sequence at a time."""
+        accelerator = self.accelerator
+        sequences = self.text.calibration(self.settings.calibration_sequences, accelerator.print)
+        share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        for sequence in progress_bar(share, desc=title, unit="sequence", disable=not accelerator.is_main_process):
+            yield sequence[None].to(accelerator.device)
 
 
 @dataclass(frozen=True)

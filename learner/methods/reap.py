@@ -32,7 +32,6 @@ from learner.methods.method import Learned, Task
 from learner.model.budget import CostBudget, UnitBudget
 from learner.model.expert_weights import output_of, routed_products
 from pruned_vllm.common.errors import InputError
-from pruned_vllm.common.progress import progress_bar
 
 
 def learn(task: Task) -> Learned:
@@ -61,11 +60,9 @@ def learn(task: Task) -> Learned:
 def scores(task: Task) -> torch.Tensor:
     """Scores float32 [layers, experts] on the CPU. Layers see the text as the dense model does."""
     units, accelerator, layers = task.units, task.accelerator, task.model.model.layers
-    sequences = task.text.calibration(task.settings.calibration_sequences, accelerator.print)
-    share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     with _sums([layers[index].mlp.experts for index in units.layers["expert"]], units.num_experts) as sums:
-        for sequence in progress_bar(share, desc="reap", unit="sequence", disable=not accelerator.is_main_process):
-            task.model.model(input_ids=sequence[None].to(accelerator.device), use_cache=False)
+        for tokens in task.calibration("reap"):
+            task.model.model(input_ids=tokens, use_cache=False)
     totals, counts = accelerator.reduce(torch.stack(sums).to(accelerator.device)).unbind(1)
     return (totals / counts.clamp(min=1)).float().cpu()
 

@@ -21,7 +21,6 @@ from torch import nn
 from learner.methods.baselines import keep_largest_in_each_layer, sums_over_weights
 from learner.methods.method import Learned, Task
 from learner.model.loss import next_token_loss, run_without_head
-from pruned_vllm.common.progress import progress_bar
 
 
 def learn(task: Task) -> Learned:
@@ -32,14 +31,11 @@ def learn(task: Task) -> Learned:
 def scores(task: Task) -> dict[str, torch.Tensor]:
     """Scores float32 [layers, units] by kind, on the CPU."""
     accelerator, model = task.accelerator, task.model
-    sequences = task.text.calibration(task.settings.calibration_sequences, accelerator.print)
-    share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
     with _trained(model.model.layers) as weights:
-        for sequence in progress_bar(share, desc="taylor", unit="sequence", disable=not accelerator.is_main_process):
-            hidden = run_without_head(model, sequence[None]).last_hidden_state
-            loss = next_token_loss(model, sequence[None], hidden)
+        for tokens in task.calibration("taylor"):
+            loss = next_token_loss(model, tokens, run_without_head(model, tokens).last_hidden_state)
             # Times the length: its scale changes no order, and float16 rounds gradients of a mean to zero.
-            (loss * (len(sequence) / len(sequences))).backward()
+            (loss * (tokens.numel() / task.settings.calibration_sequences)).backward()
         with _replaced_by_products(weights, accelerator):
             return sums_over_weights(task, torch.abs, "taylor, sums")
 

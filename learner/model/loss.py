@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-LOGITS_AT_ONCE = 1 << 26  # tokens times vocabulary: 256 MiB in float32, of which a loss needs about five
+from learner.memory import LOGITS_AT_ONCE
+
 IGNORED = -100  # target of a token that none follows
 
 

@@ -18,10 +18,8 @@ from torch import nn
 from transformers import DistributedConfig, PreTrainedModel
 
 from learner.model.masking import masks_activations
-from pruned_vllm.common.environment import cpu_features
+from pruned_vllm.common.environment import multiplies_fast
 from pruned_vllm.common.errors import InputError
-
-FAST_ON = {torch.bfloat16: ("AVX-512 BF16", "AMX BF16"), torch.float16: ()}  # features of CPUs that multiply them
 
 
 def place_of(weights: str | None, accelerator: Accelerator, places: Sequence[str]) -> str:
@@ -79,10 +77,9 @@ def placed(model: PreTrainedModel, place: str, device: torch.device | str) -> Pr
 
 
 def fast_dtype(stored: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """What to compute in where nobody asked for a dtype: that of the weights, but float32 on CPUs that lack its
-    instructions. They would take several times as long, and convert in between anyway."""
-    is_slow = stored in FAST_ON and not set(FAST_ON[stored]) & set(cpu_features())
-    return torch.float32 if is_slow and torch.device(device).type == "cpu" else stored
+    """What to compute in if nobody asked: that of the weights, or float32 on CPUs where that is faster."""
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.float32 if on_cpu and not multiplies_fast(str(stored).removeprefix("torch.")) else stored
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

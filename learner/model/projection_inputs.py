@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from learner.methods.method import Task
 from learner.model.expert_weights import expert_weights, watch_products
-from pruned_vllm.common.progress import progress_bar
 
 
 @torch.no_grad()
@@ -25,11 +24,9 @@ def input_moments(task: Task, title: str) -> dict[str, dict[int, torch.Tensor]]:
     read what the router sends to them.
     """
     units, accelerator, layers = task.units, task.accelerator, task.model.model.layers
-    sequences = task.text.calibration(task.settings.calibration_sequences, accelerator.print)
-    share = sequences.tensor_split(accelerator.num_processes)[accelerator.process_index]
     with _watched(layers, units.layers) as found:
-        for sequence in progress_bar(share, desc=title, unit="sequence", disable=not accelerator.is_main_process):
-            task.model.model(input_ids=sequence[None].to(accelerator.device), use_cache=False)
+        for tokens in task.calibration(title):
+            task.model.model(input_ids=tokens, use_cache=False)
     return {
         kind: {index: accelerator.reduce(moments) for index, moments in of_kind.items()}
         for kind, of_kind in found.items()

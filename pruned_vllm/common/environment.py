@@ -39,6 +39,10 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+# What a CPU needs one of to multiply 16-bit numbers fast, by dtype: PyTorch uses none for float16.
+FAST_16_BITS = {"bfloat16": ("AVX-512 BF16", "AMX BF16"), "float16": ()}
+
+
 def describe_environment() -> str:
     """A few lines: versions, platform, CPU and GPUs."""
     versions = library_versions(LIBRARIES)
@@ -75,6 +79,13 @@ def cpu_features() -> list[str]:
     """Names of those CPU_FEATURES that this CPU has; empty where Linux does not say."""
     flags = _cpuinfo("flags").split()
     return [name for flag, name in CPU_FEATURES.items() if flag in flags]
+
+
+def multiplies_fast(dtype: str) -> bool:
+    """Whether this CPU multiplies numbers of a dtype, such as "bfloat16", no slower than float32. One without their
+    instructions takes several times as long for 16 bits, and converts in between anyway."""
+    needed = FAST_16_BITS.get(dtype)
+    return needed is None or bool(set(needed) & set(cpu_features()))
 
 
 def _cpuinfo(key: str) -> str:

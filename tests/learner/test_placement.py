@@ -11,6 +11,7 @@ from helpers.tiny import tiny_model
 
 from learner.job import PLACES
 from learner.model import placement
+from pruned_vllm.common import environment
 from pruned_vllm.common.errors import InputError
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -27,13 +28,13 @@ DTYPES = [
 
 @pytest.mark.parametrize(("stored", "device", "features", "expected"), DTYPES)
 def test_a_cpu_computes_in_what_it_has_instructions_for(monkeypatch, stored, device, features, expected):
-    monkeypatch.setattr(placement, "cpu_features", lambda: features)
+    monkeypatch.setattr(environment, "cpu_features", lambda: features)
     assert placement.fast_dtype(stored, device) == expected
 
 
 @pytest.mark.parametrize("method", ["magnitude", "tyr"])
 def test_it_is_said_and_weights_are_written_as_they_were(word_model, monkeypatch, capsys, method):
-    monkeypatch.setattr(placement, "cpu_features", lambda: [])
+    monkeypatch.setattr(environment, "cpu_features", lambda: [])
     tiny_model("qwen3", 6, 3, 40).bfloat16().save_pretrained(word_model / "model")
     arguments = [word_model / "model", word_model / "ckpt", "--method", method, "--device", "cpu"]
     if method == "tyr":

@@ -154,21 +154,13 @@ def test_a_process_that_fails_ends_the_others(models):
     assert not (models / "out").exists() and (models / "out.unfinished" / "state.pt").exists()
 
 
-# Prints how much memory of its own a process took at most; files that are mapped do not count.
-MEASURED = r"""
-import re, threading, time
-from pathlib import Path
+# Looks at how much memory of its own a process takes.
+MEASURED = """
+from bench.resident import OwnMemory
 from learner import learn
 import learner.methods.ddp
-def own():
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-peak = before = own()
-def watch():
-    global peak
-    while True:
-        peak = max(peak, own())
-        time.sleep(0.005)
-threading.Thread(target=watch, daemon=True).start()
+memory = OwnMemory()
+before = memory.now()
 """
 
 
@@ -185,7 +177,9 @@ def test_a_process_holds_its_share_of_the_weights_and_what_it_computes(models, m
     job = Job("model", data=["text"], weights="sharded", settings=settings)
     planned = needs(geometry_of(model), job, 4, 32, 2, on_gpu=False).device
     expected = planned["weights, gathered"] + planned["activations"]
-    for output in in_processes([*arguments, "--weights", "sharded"], code=f"{MEASURED}{COMMANDS}print(peak - before)"):
+    for output in in_processes(
+        [*arguments, "--weights", "sharded"], code=f"{MEASURED}{COMMANDS}print(memory.peak_bytes - before)"
+    ):
         assert codes(output) == [0], output.stdout + output.stderr
         peak = int(output.stdout.split()[-1])
         assert peak == pytest.approx(expected, abs=layer), f"{peak / layer:.2f} layers"
