@@ -6,8 +6,9 @@
 The dense models have random weights and the shapes of bench.sweep: multi-head attention (MHA), grouped queries (GQA),
 experts (MoE). What goes is chosen by magnitude, which takes seconds: here the target counts, not the choice. Each is
 converted as by default, with padded FFN widths, and its `padded_ideal_speedup` in pruning.json is the prediction.
-bench.e2e_speedup then times it against the dense model in the very case that was asked for. It starts the engines anew
-for each of --rounds, because two engines of one model differ by some percent for as long as they live.
+bench.e2e_speedup then times it against the dense model in the very case that was asked for, in bfloat16, or float32 on
+a CPU that multiplies bfloat16 slower. It starts the engines anew for each of --rounds, because two engines of one model
+differ by some percent for as long as they live.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.commands import run, script
+from bench.real.plan import DTYPE
 from bench.speed.report import numbers_table
 from bench.speed.statistics import interval_text, named_warnings
 from bench.sweep.shapes import grid_shapes
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output-dir", type=Path, required=True, help=f"gets {RESULTS_FILE}, in place of an earlier one")
+    add("--output-dir", type=Path, required=True, help=f"gets {RESULTS_FILE}; other shapes in it stay")
     add("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="default: all")
     add("--hidden-size", type=positive_int, help="default: 1536, with experts 1024")
     add("--num-hidden-layers", type=positive_int, help="default: 16, with experts 8")
@@ -53,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     def measure() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
         shapes = grid_shapes(args.hidden_size, args.num_hidden_layers)
-        found = {name: measure_shape(shapes[name], args) for name in args.shapes}
-        write_json(args.output_dir / RESULTS_FILE, {"command": command, "shapes": found})
+        found = {name: {"command": command, **measure_shape(shapes[name], args)} for name in args.shapes}
+        results = args.output_dir / RESULTS_FILE
+        before = read_json(results)["shapes"] if results.exists() else {}
+        write_json(results, {"shapes": {name: (before | found)[name] for name in SHAPES if name in before | found}})
         show(found)
 
     return run_command(parser.prog, measure)
@@ -64,9 +68,9 @@ def measure_shape(config: dict, args: argparse.Namespace) -> dict:
     """What a dense model of this config.json came to. Raises InputError when a command fails."""
     with tempfile.TemporaryDirectory() as temporary:
         dense, checkpoint, pruned, speed = (Path(temporary, name) for name in ("dense", "ckpt", "pruned", "speed"))
-        write_random_model(config, dense)
+        write_random_model(config, dense, DTYPE)
         target = ["--target-speedup", args.speedup, "--at", args.at]
-        engines = ["--repeats", args.repeats, "--rounds", args.rounds, "--cases", args.at]
+        engines = ["--repeats", args.repeats, "--rounds", args.rounds, "--dtype", DTYPE, "--cases", args.at]
         models = ["--dense", dense, "--pruned", pruned, "--output-dir", speed]
         commands = [
             run(script("learn-masks"), dense, checkpoint, "--method", "magnitude", *target, "--agreement-prompts", "0"),
@@ -89,14 +93,15 @@ def measure_shape(config: dict, args: argparse.Namespace) -> dict:
     }
 
 
-def write_random_model(config: dict, directory: Path) -> None:
-    """A model of random weights in bfloat16, and a tokenizer of one word, which learn-masks loads and does not use."""
+def write_random_model(config: dict, directory: Path, dtype: str) -> None:
+    """A model of random weights, and a tokenizer of one word, which learn-masks loads and does not use."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16).save_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=getattr(torch, dtype))
+    model.save_pretrained(directory)
     one_word = Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
     PreTrainedTokenizerFast(tokenizer_object=one_word).save_pretrained(directory)
 

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=DTYPES,
         default="auto",
         help="dtype of the weights while training; auto (default): as stored with LoRA, float32 when all weights are "
-        "trained. They are saved in the dtype they had",
+        "trained or the CPU multiplies 16 bits slower. They are saved in the dtype they had",
     )
     add("--seed", type=seed, default=42, help="of the order of the data and of LoRA's first weights; default: 42")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command, if there is one")

@@ -37,7 +37,7 @@ from learner.finetune.model import load, load_teacher, trainable
 from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS, with_sequence_length
 from learner.model.agreement import Reference
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
-from learner.model.placement import cast
+from learner.model.placement import cast, fast_dtype
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.processes import explained, together
@@ -86,7 +86,7 @@ class FinetuneJob:
         gradient_checkpointing: recompute activations in the backward pass.
         device: "auto" is the first GPU if there is one, else "cpu".
         dtype: of the weights while training, the teacher's too; "auto" is as stored, but float32 for all weights that
-            are trained.
+            are trained, and on a CPU that multiplies 16 bits slower.
         seed: of data order and LoRA's initialization.
     """
 
@@ -166,15 +166,18 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
                 results.update({f"{name}_{when}": found[name] for name in ("agreement_kl", "agreement_tokens")})
                 results["answer_tokens"] = found["answer_tokens"]
 
+        measured_dtype = fast_dtype(stored_dtype, arguments.device)
+        cast(model, measured_dtype)
         measure("before")
         checkpoint = _last_checkpoint(directory)
         if checkpoint is not None and not job.lora_rank:
             # The Trainer itself cannot load it: names of experts in files differ from those in memory.
             model = load_pruned(checkpoint)
             check_can_be_saved(model, job.model)
-        dtype = job.dtype if job.dtype != "auto" or job.lora_rank else "float32"
-        if dtype != "auto":
-            cast(model, getattr(torch, dtype))
+        if job.dtype != "auto":
+            cast(model, getattr(torch, job.dtype))
+        elif not job.lora_rank:
+            cast(model, torch.float32)
         torch.manual_seed(job.seed)  # before LoRA is initialized
         trainer = Distillation(
             model=trainable(model, job.lora_rank),
@@ -189,8 +192,10 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         results["loss"] = log[-1]["loss"]
 
         model = trainer.model.merge_and_unload(progressbar=True) if job.lora_rank else trainer.model
-        cast(model.eval(), stored_dtype)
+        cast(model.eval(), stored_dtype)  # what is measured is rounded as what is saved
+        cast(model, measured_dtype)
         measure("after")
+        cast(model, stored_dtype)
         with together(processes):
             if show:
                 with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:

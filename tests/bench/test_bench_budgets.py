@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import budgets, pico
+from bench import budgets, pico, targets
 from bench.sweep.shapes import grid_shapes
 from bench.targets import write_random_model
 from learner.job import Job
@@ -50,6 +50,16 @@ def test_joint_budgets_have_the_bytes_of_separate_ones(tiny_pico):
 
 @pytest.mark.parametrize("shape", grid_shapes(256, 1))
 def test_models_of_targets_can_be_learned_on(tmp_path, shape):
-    write_random_model(grid_shapes(256, 1)[shape], tmp_path)
+    write_random_model(grid_shapes(256, 1)[shape], tmp_path, "bfloat16")
     checked = check_dense(Job(str(tmp_path), "magnitude"), "whole")
     assert str(checked.dtype) == "torch.bfloat16" and "head" in checked.units.layers
+
+
+def test_shapes_that_were_measured_before_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "measure_shape", lambda config, args: {"speedup": args.speedup})
+    monkeypatch.setattr(targets, "show", lambda shapes: None)
+    for shape, speedup in (("MoE", "1.2"), ("MHA", "1.3"), ("MoE", "1.4")):
+        assert targets.main(["--output-dir", str(tmp_path), "--shapes", shape, "--speedup", speedup]) == 0
+    found = json.loads((tmp_path / "targets.json").read_text())["shapes"]
+    assert {name: shape["speedup"] for name, shape in found.items()} == {"MHA": "1.3", "MoE": "1.4"}
+    assert "--shapes MoE --speedup 1.4" in found["MoE"]["command"]
