@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
-from learner.job import METHODS, Job, with_sequence_length
+from learner.job import METHODS, Job
 from learner.methods.method import Learned, Task
 from learner.model.agreement import Reference
 from learner.model.budget import make_budgets
@@ -24,6 +24,7 @@ from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
 from learner.run.processes import explained, together
 from learner.run.resume import unfinished_run
+from learner.settings import with_sequence_length
 from learner.targets import Target
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError

@@ -17,7 +17,8 @@ tests/learner/test_plan.py holds the activations against what PyTorch really kee
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from learner.job import METHODS, CalibrationSettings, Job, MaskPruneSettings, TrainingSettings
+from learner.job import METHODS, Job
+from learner.settings import CalibrationSettings, MaskPruneSettings, TrainingSettings
 from pruned_vllm.formats.geometry import ModelGeometry
 
 LOGITS_AT_ONCE = 1 << 26  # of a loss, tokens times vocabulary: 256 MiB in float32

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from learner.job import Job, TrainingSettings, with_sequence_length
+from learner.job import Job
 from learner.memory import Needs, needs, places
+from learner.settings import TrainingSettings, with_sequence_length
 from pruned_vllm.common.environment import gpu_memory, multiplies_fast
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import dense_geometry, read_config

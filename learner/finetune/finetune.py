@@ -34,7 +34,7 @@ from transformers import TrainingArguments
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.distillation import Distillation
 from learner.finetune.model import load, load_teacher, trainable
-from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS, with_sequence_length
+from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS
 from learner.model.agreement import Reference
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from learner.model.placement import cast, fast_dtype
@@ -42,6 +42,7 @@ from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.processes import explained, together
 from learner.run.resume import unfinished, unfinished_run
+from learner.settings import with_sequence_length
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, write_json

@@ -31,13 +31,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from learner.job import DDPSettings
 from learner.methods import gates
 from learner.methods.method import Learned, Task
 from learner.methods.stages import Moment, Stages, warmup_cosine
 from learner.model.loss import Teacher, next_token_loss, run_without_head
 from learner.model.units import Values, sparsity
 from learner.run.training import Training
+from learner.settings import DDPSettings
 
 Z_MINIMUM = -0.1
 HALF = 0.499  # a score that counts as 1/2: it is computed in float32

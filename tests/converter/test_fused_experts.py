@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from converter.checkpoint import Checkpoint
-from learner.job import Job, MaskPruneSettings
+from learner.job import Job
 from learner.model.dense import load_dense
 from learner.model.masking import apply_masks
 from learner.model.saving import save_model
+from learner.settings import MaskPruneSettings
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf import load_pruned
 

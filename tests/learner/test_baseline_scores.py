@@ -10,9 +10,9 @@ from helpers.tiny import HEAD_DIM, NUM_EXPERTS, converted, prompts, tiny_model
 from torch.func import functional_call
 
 from learner.data.reading import BlockSampler
-from learner.job import CalibrationSettings
 from learner.methods import depth, flap, taylor
 from learner.model.masking import apply_masks
+from learner.settings import CalibrationSettings
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.geometry import ModelGeometry

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from learner import cli
-from learner.job import DDPSettings
 from learner.methods.ddp import learn as learn_ddp
 from learner.methods.ddp import penalty
 from learner.model.units import Units
+from learner.settings import DDPSettings
 
 
 def test_groups_are_the_model_the_layers_or_the_experts():

@@ -17,12 +17,12 @@ from helpers.learning import unit_budget
 from helpers.tiny import tiny_model
 
 from learner.data.reading import BlockSampler
-from learner.job import DDPSettings
 from learner.methods import ddp
 from learner.methods.method import Task
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.run.journal import Journal
+from learner.settings import DDPSettings
 from pruned_vllm.formats.geometry import ModelGeometry
 
 MU = 0.5  # at the first step

@@ -7,8 +7,8 @@ from helpers.learning import task_of
 from helpers.tiny import tiny_model
 from torch import nn
 
-from learner.job import WandaSettings
 from learner.methods import baselines, wanda
+from learner.settings import WandaSettings
 
 
 class Listed(nn.ModuleList):

@@ -7,10 +7,10 @@ import torch
 from helpers.learning import task_of
 from helpers.tiny import HEAD_DIM, expert_masks, tiny_model
 
-from learner.job import MaskPruneSettings, WandaSettings
 from learner.methods import baselines, wanda
 from learner.methods.maskprune import learn as maskprune
 from learner.model.masking import apply_masks
+from learner.settings import MaskPruneSettings, WandaSettings
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.masked import HEAD_MASK
 

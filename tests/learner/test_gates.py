@@ -5,8 +5,8 @@ import torch
 from helpers.learning import task_of
 from helpers.tiny import tiny_model
 
-from learner.job import GATES, DDPSettings
 from learner.methods import ddp, gates
+from learner.settings import GATES, DDPSettings
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -11,12 +11,12 @@ from helpers.learning import run, task_of
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file, save_file
 
-from learner.job import DDPSettings
 from learner.methods import baselines
 from learner.methods.ddp import annealed_mu, penalty
 from learner.methods.ddp import learn as learn_ddp
 from learner.methods.gates import relu, retention
 from learner.model.units import Units
+from learner.settings import DDPSettings
 from pruned_vllm.formats.fingerprint import Fingerprint
 
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from converter.convert import convert
 from converter.plan import make_plan
 from learner.data.reading import BlockSampler
-from learner.job import MaskPruneSettings
 from learner.methods.maskprune import learn as maskprune
 from learner.methods.maskprune.minimax import Minimax, next_smallest_square, shrink_smallest, smallest_square_norm
 from learner.methods.method import Learned, Task
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.run.journal import Journal
+from learner.settings import MaskPruneSettings
 from pruned_vllm.formats.layer import LayerGeometry
 
 MODELS = {

@@ -5,8 +5,8 @@ import torch
 from helpers.learning import task_of
 from helpers.tiny import tiny_model
 
-from learner.job import DDPSettings
 from learner.methods import ddp
+from learner.settings import DDPSettings
 
 
 def first_gradients(model, monkeypatch, batch_size: int = 4, **settings) -> dict[str, torch.Tensor]:

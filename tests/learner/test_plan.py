@@ -12,11 +12,12 @@ from helpers.learning import geometry_of, run
 from helpers.tiny import MOE_CONFIGS, tiny_model
 
 from learner import cli, memory
-from learner.job import METHODS, DDPSettings, Job
+from learner.job import METHODS, Job
 from learner.model import loss
 from learner.model.masking import apply_masks
 from learner.model.units import Units
 from learner.plan import Devices
+from learner.settings import DDPSettings
 from pruned_vllm.common.errors import InputError
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4}

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from converter.convert import convert
 from converter.plan import make_plan
-from learner.job import ReapSettings
 from learner.methods import reap
 from learner.model.masking import apply_masks
+from learner.settings import ReapSettings
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.hf import load_pruned
 

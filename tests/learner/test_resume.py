@@ -6,8 +6,8 @@ import pytest
 from helpers.learning import run
 from safetensors.torch import load_file
 
-from learner.job import GATES
 from learner.run import training
+from learner.settings import GATES
 
 SMALL = ["--steps", 40, "--batch-size", 2, "--sequence-length", 32]
 

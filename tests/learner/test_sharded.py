@@ -13,9 +13,10 @@ from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 
 from learner.data import self_generated
-from learner.job import DDPSettings, Job
+from learner.job import Job
 from learner.memory import needs
 from learner.run import training
+from learner.settings import DDPSettings
 
 # As many micro batches of the same sequences in one process as in two, so that the same numbers are added.
 SMALL = ["--steps", 20, "--batch-size", 4, "--micro-batch-size", 2, "--sequence-length", 32, "--device", "cpu"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from converter.convert import convert
 from converter.inspection import inspect
 from converter.plan import make_plan
-from learner.job import CalibrationSettings, DDPSettings, Job, MaskPruneSettings, ReapSettings, TyrSettings
+from learner.job import Job
 from learner.methods import baselines, ddp, depth, flap, reap, taylor, wanda
 from learner.methods.maskprune import learn as maskprune
 from learner.methods.stages import Stages
@@ -24,6 +24,7 @@ from learner.model.units import Units
 from learner.outcome import left_by
 from learner.run import training
 from learner.run.journal import Journal
+from learner.settings import CalibrationSettings, DDPSettings, MaskPruneSettings, ReapSettings, TyrSettings
 from learner.targets import Target, number_of_bytes, number_of_parameters, speedup
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.families import FAMILIES

@@ -10,7 +10,6 @@ from helpers.learning import run, task_of
 from helpers.losses import divergence
 from helpers.tiny import HF_MOE, converted, tiny_model
 
-from learner.job import TyrSettings
 from learner.methods.tyr import learn as tyr
 from learner.methods.tyr import search as tyr_search
 from learner.methods.tyr import supernet as tyr_supernet
@@ -20,6 +19,7 @@ from learner.methods.tyr.supernet import Supernet
 from learner.model.blockwise import Blockwise
 from learner.model.masking import apply_masks
 from learner.run.journal import Journal
+from learner.settings import TyrSettings
 from pruned_vllm.hf.loading import load_pruned
 
 SMALL = {

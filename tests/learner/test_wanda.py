@@ -6,9 +6,9 @@ from helpers.experts import down_of, product_of, router_of
 from helpers.learning import task_of
 from helpers.tiny import HEAD_DIM, NUM_EXPERTS, SOFTMAX_MOE, tiny_model
 
-from learner.job import WandaSettings
 from learner.methods import baselines, reap, wanda
 from learner.methods.method import Task
+from learner.settings import WandaSettings
 from pruned_vllm.common.errors import InputError
 
 

@@ -38,7 +38,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from learner.job import MaskPruneSettings
 from learner.methods.maskprune.minimax import Minimax, shrink_smallest
 from learner.methods.method import Learned, Task
 from learner.model.budget import CostBudget
@@ -46,6 +45,7 @@ from learner.model.loss import ReverseDivergence, chunked_sum, logits_of, run_wi
 from learner.model.projections import is_fused
 from learner.model.units import Units
 from learner.run.training import Training
+from learner.settings import MaskPruneSettings
 from pruned_vllm.common.errors import InputError
 
 SMALLEST_KEPT = 1e-6  # smallest mask of a unit that stays: the converter removes units whose mask is 0
