@@ -5,8 +5,9 @@
 
 Of each pair of models, and each of --schemes: quantize-pruned makes the quantized form of either; all four are served
 by vLLM and asked for perplexity on held-out text, in blocks of 128 tokens; then they live side by side and decode in
-turns, as in bench/e2e_speedup.py. Ideal speedups are ratios of the bytes that a step reads: weights as they lie in
-memory, scales, and the KV cache. What vLLM refuses is written down with its sentence, and the rest goes on.
+turns, as in bench/e2e_speedup.py. What is not quantized is bfloat16, or float32 on a CPU that multiplies bfloat16
+slower. Ideal speedups are ratios of the bytes that a step reads: weights as they lie in memory, scales, and the KV
+cache. What vLLM refuses is written down with its sentence, and the rest goes on.
 
 Ctrl-C stops it; the same command goes on from there. --output-dir keeps the models, logs of the servers, a record of
 each step in records/, and in the end quantized.json and quantized.png.

@@ -4,7 +4,7 @@
   "command",
   "pairs": {name: {
     "models": {"dense", "pruned", "dense-SCHEME", "pruned-SCHEME": {"path", "parameters", "bytes",
-      "perplexity", "tokens": served in bfloat16; or "refused": vLLM's sentence}},
+      "perplexity", "tokens": as served; or "refused": vLLM's sentence}},
     "schemes": {SCHEME: {"cases": [{"name", "kind", "batch_size", "input_len", "output_len",
       "dense", "pruned", "quantized", "both": {"median_latency_s", "throughput_tokens_per_s", "samples_s",
         "bytes_per_step", and over the dense model "speedup" with its quartiles and interval as in e2e_speedup.json,

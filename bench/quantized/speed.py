@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.quantized.plan import Settings
+from bench.real.plan import DTYPE
 from bench.speed import engines
 from bench.speed.memory import loaded_bytes
 from bench.speed.results import CASE_KEYS
@@ -29,7 +30,7 @@ def compare(directories: Mapping[str, Path], settings: Settings, *, through_plug
         {"model": str(directory)} | (engines.through_plugin(geometries[name]) if through_plugin else {})
         for name, directory in directories.items()
     ]
-    setting = Setting(settings.cases, settings.repeats, settings.rounds, dtype="bfloat16", compile=settings.compile)
+    setting = Setting(settings.cases, settings.repeats, settings.rounds, dtype=DTYPE, compile=settings.compile)
     samples, dtype, machine = time_models(setting, geometries["dense"], models)
     records = []
     for case in settings.cases:

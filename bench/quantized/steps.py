@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.commands import run, script
 from bench.quantized.plan import PICO_SPARSITY, Pair, Settings
+from bench.real.plan import DTYPE
 from bench.real.records import Records
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.config import read_config
@@ -88,7 +89,7 @@ def _serve(pair: Pair, directory: Path, log: Path, was_interrupted: bool) -> Map
     geometry = ModelGeometry.from_config(read_config(directory))
     overrides = through_plugin(geometry)["hf_overrides"] if pair.through_plugin else None
     try:
-        with served(directory, log, SERVED_NAME, "bfloat16", overrides, pair.dense) as client:
+        with served(directory, log, SERVED_NAME, DTYPE, overrides, pair.dense) as client:
             return {
                 "perplexity": served_perplexity(client, SERVED_NAME, ids),
                 "tokens": len(ids),

@@ -62,6 +62,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "experts-quantized": experts.quantized,
     "quantized": quantized.table,
     "quantized-notes": quantized.notes,
+    "quantized-fp8": quantized.fp8_table,
+    "quantized-fp8-notes": quantized.fp8_notes,
     "methods": methods.table,
     "methods-notes": methods.table_notes,
     "ablation-ddp": methods.ddp_parts,

@@ -6,11 +6,20 @@ from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, from_to, markdown_table, millions, paragraph, results
 
 QUANTIZED = "cpu_quantized/quantized.json"
+FP8 = "cpu_quantized/fp8.json"
 
 
 def table() -> str:
     """Sizes, perplexity and speed of every form."""
     return forms(results(QUANTIZED))
+
+
+def fp8_table() -> str:
+    return forms(results(FP8))
+
+
+def fp8_notes() -> str:
+    return multiplied(results(FP8))
 
 
 def forms(measured: Mapping) -> str:
@@ -36,8 +45,11 @@ def multiplied(measured: Mapping) -> str:
     """Whether the two gains multiply, in sentences."""
     sentences = [
         "Speedup of decoding over the dense model with its 95 % interval, of the ideal, which is the ratio of bytes "
-        "read. Perplexity is that of the served model in bfloat16."
+        "read. Perplexity is that of the served model."
     ]
+    times = [found for pair in measured["pairs"].values() for found in pair["schemes"].values() if "settings" in found]
+    if dtypes := dict.fromkeys(found["settings"]["dtype"] for found in times):
+        sentences.append(f"What is not quantized is {' or '.join(dtypes)}.")
     for pair, found in measured["pairs"].items():
         for scheme, timed in found["schemes"].items():
             if cases := timed.get("cases", ()):

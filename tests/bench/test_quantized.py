@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from bench.quantized import speed, steps
 from bench.quantized.__main__ import main
 from bench.quantized.speed import case_record, of_product
+from bench.real.plan import DTYPE
 from bench.speed import server, setting
 from bench.speed.setting import Timing
 from bench.tables import quantized as tables
@@ -50,7 +51,7 @@ def calls(models, monkeypatch):
     @contextmanager
     def served(model, log, name, dtype, hf_overrides, tokenizer):
         called.append(f"serve {model.name}")
-        assert dtype == "bfloat16" and hf_overrides is None and tokenizer.name == "ckpt"
+        assert dtype == DTYPE and hf_overrides is None and tokenizer.name == "ckpt"
         if model.name not in PERPLEXITIES:
             log.write_text("INFO fine\nValueError: no kernel takes 7 bits\nINFO goodbye\n")
             raise InputError("vllm serve ended with exit code 1")
@@ -107,7 +108,7 @@ def test_the_ideal_counts_the_bytes_that_a_step_reads(models, calls):
     for (name, directory), kv_heads in zip(zip(SECONDS, places, strict=True), (18, 11, 18, 11), strict=True):
         tensors = load_file(directory / "model.safetensors")
         embedding = tensors.pop("model.embed_tokens.weight")
-        # Floats are served in bfloat16, whatever the files have.
+        # Floats are served in the dtype of `calls`, bfloat16, whatever the files have.
         read = sum(tensor.numel() * (1 if tensor.dtype == torch.int8 else 2) for tensor in tensors.values())
         read += 2 * embedding.shape[1] * 2 + 2 * 20 * 2 * kv_heads * 32 * 2
         assert case[name]["bytes_per_step"] == read, name
