@@ -48,6 +48,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compare-recovery": compare.data_and_recovery,
     "compare-answers": compare.answers,
     "targets": learning.targets,
+    "targets-avx2": learning.targets_avx2,
     "budgets": learning.budgets,
     "learning-speed": learning.speed,
     "learning-memory": learning.memory,

@@ -7,6 +7,7 @@ from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
 
 TARGETS = "targets/targets.json"
+TARGETS_AVX2 = "targets/avx2/targets.json"
 BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
@@ -15,9 +16,17 @@ METHODS = {"ddp": "DDP", "maskprune": "MaskPrune"}
 
 
 def targets() -> str:
+    return targets_of(results(TARGETS))
+
+
+def targets_avx2() -> str:
+    return targets_of(results(TARGETS_AVX2))
+
+
+def targets_of(measured_shapes: Mapping) -> str:
     """What --target-speedup promises, and what came."""
     rows = []
-    for name, found in results(TARGETS)["shapes"].items():
+    for name, found in measured_shapes["shapes"].items():
         measured = found["measured"]
         rows.append(
             (
