@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"models to measure, with those that they are made from: {', '.join(plan.variants())}; default: all",
     )
+    add("--untimed", action="store_true", help="measure no times of decoding now; without this option they come later")
     add(
         "--force",
         nargs="+",
@@ -70,9 +71,9 @@ def compare(args: argparse.Namespace, command: str) -> None:
     except KeyError as error:
         raise InputError(f"no model is called {error.args[0]}; there are {', '.join(plan.variants())}") from None
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    records = Records(args.output_dir, plan.planned(models), args.force)
+    records = Records(args.output_dir, plan.planned(models, timed=not args.untimed), args.force)
     results: dict = {}
-    for complete in run_steps(models, args.output_dir, records, args.model):
+    for complete in run_steps(models, args.output_dir, records, args.model, timed=not args.untimed):
         results = collect(records, complete, args.output_dir, command)
         write_json(args.output_dir / RESULTS_FILE, results)
     write(results, args.output_dir)

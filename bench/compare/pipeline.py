@@ -31,6 +31,7 @@ class Run:
         work: where everything lies.
         model: directory of the dense model.
         train, heldout: text to learn from, and to measure perplexity on.
+        timed: whether decoding is timed.
     """
 
     records: Records
@@ -38,6 +39,7 @@ class Run:
     model: Path
     train: Path
     heldout: Path
+    timed: bool
 
     def converted(self, name: str) -> Path:
         return self.model if name == "dense" else self.work / name / "out"
@@ -52,12 +54,15 @@ class Run:
         return ["--data", *(named[part] for part in parts), *written]
 
 
-def run_steps(models: dict[str, Variant], work: Path, records: Records, model: str) -> Iterator[dict[str, Variant]]:
+def run_steps(
+    models: dict[str, Variant], work: Path, records: Records, model: str, *, timed: bool
+) -> Iterator[dict[str, Variant]]:
     """Does all steps of `plan.planned(models)`; after each of the models, yields what is complete by then, also of
     earlier runs in the same directory.
 
     Args:
         model: the dense model, a name of MODELS or a directory.
+        timed: whether decoding is timed.
 
     Raises:
         InputError: a step fails.
@@ -69,7 +74,7 @@ def run_steps(models: dict[str, Variant], work: Path, records: Records, model: s
     texts = (work / "train.txt", work / "heldout.txt")
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in corpus()]
     records.step("text", {"digests": digests}, lambda _: _write_text(*texts), outputs=texts)
-    steps = Run(records, work, dense, *texts)
+    steps = Run(records, work, dense, *texts, timed)
     _examine(steps, "dense", ("model", "text"))
     for variant in models.values():
         _make_and_measure(steps, variant)
@@ -84,7 +89,9 @@ def _make_and_measure(steps: Run, variant: Variant) -> None:
     last = (_learn if variant.command == "learn" else _recover)(steps, variant)
     _examine(steps, variant.name, (last,))
     if variant.timed:
-        _time(steps, variant.name, last)
+        time = partial(_time, steps, variant.name, last)
+        if not steps.records.are_done(time) and steps.timed:
+            time()
 
 
 def _model(model: str) -> dict:

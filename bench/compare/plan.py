@@ -111,14 +111,14 @@ def chosen(only: list[str]) -> dict[str, Variant]:
     return {name: variant for name, variant in every.items() if name in names}
 
 
-def planned(models: dict[str, Variant]) -> dict[str, float]:
-    """All steps in their order, and seconds on two quiet cores."""
+def planned(models: dict[str, Variant], *, timed: bool = True) -> dict[str, float]:
+    """All steps in their order, and seconds on two quiet cores; those that time decoding only if `timed`."""
     steps: dict[str, float] = {"model": SECONDS["model"], "text": SECONDS["text"], "know-dense": SECONDS["know"]}
     for name, variant in models.items():
         steps[f"{variant.command}-{name}"] = variant.seconds
         if variant.command == "learn":
             steps[f"convert-{name}"] = SECONDS["convert"]
         steps[f"know-{name}"] = SECONDS["know"]
-        if variant.timed:
+        if variant.timed and timed:
             steps[f"speed-{name}"] = SECONDS["speed"]
     return steps

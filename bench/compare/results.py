@@ -38,7 +38,7 @@ def _of_variant(results: Mapping, variant: Variant) -> dict:
     about = {"command": made.pop("command"), "data": variant.data, "from": variant.source}
     about |= {key: sizes[key] for key in SIZES} | results[f"know-{name}"]
     about["seconds"] = made.get("learning_seconds", made.get("training_seconds"))
-    if variant.timed:
+    if f"speed-{name}" in results:
         about["speed"] = results[f"speed-{name}"]["cases"]
     return about
 

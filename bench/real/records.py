@@ -59,13 +59,13 @@ class Records:
 
     def are_done(self, steps: Callable[[], object]) -> bool:
         """Whether every step that `steps` takes is done. It is called, but what is not done stays so."""
-        self._only_looks = True
+        looked, self._only_looks = self._only_looks, True
         try:
             steps()
         except NotDone:
             return False
         finally:
-            self._only_looks = False
+            self._only_looks = looked
         return True
 
     def step(

@@ -8,6 +8,7 @@ from bench.tables.real import TITLES as REAL_TITLES
 from bench.tables.real import cell, perplexity_text
 
 COMPARE = "compare/compare.json"
+COMPARE_AVX2 = "compare/avx2/compare.json"
 NOTHING = "None of these models was measured."
 TITLES = REAL_TITLES | {
     "wanda": "Wanda (wanda-sp)",
@@ -17,6 +18,10 @@ TITLES = REAL_TITLES | {
     "random": "random",
 }
 TEXTS = {"text": "foreign text", "self": "its own text", "mixed": "half of each"}
+
+
+def methods_avx2() -> str:
+    return methods_of(results(COMPARE_AVX2))
 
 
 def data_and_recovery() -> str:
@@ -41,10 +46,10 @@ def title(name: str) -> str:
 def methods_of(measured: Mapping) -> str:
     """Every method at every budget."""
     models = measured["models"]
-    names = [name for name in models if "speed" in models[name]]
+    names = [name for name in models if name != "dense" and _is_method(models[name])]
     if not names:
         return NOTHING
-    cases = [case["name"] for case in models[names[0]]["speed"]]
+    cases = list(dict.fromkeys(case["name"] for name in names for case in models[name].get("speed", ())))
     rows = []
     for name in ("dense", *names):
         model = models[name]
@@ -54,11 +59,16 @@ def methods_of(measured: Mapping) -> str:
                 title(name),
                 f"{model['parameters'] / 1e6:.1f}M",
                 *_quality(model),
-                *(f"{speeds[case]['speedup']:.2f}x" if speeds else "" for case in cases),
+                *(f"{speeds[case]['speedup']:.2f}x" if case in speeds else "" for case in cases),
                 f"{model['seconds']:.0f}" if "seconds" in model else "",
             )
         )
     return markdown_table(("", "parameters", *QUALITY, *cases, "seconds"), rows)
+
+
+def _is_method(model: Mapping) -> bool:
+    """Others are of the study of text and recovery."""
+    return not model["from"] and model["data"] in ("", "text")
 
 
 QUALITY = ("perplexity", "right answers", "KL to the dense answers", "tokens until they differ")

@@ -129,6 +129,18 @@ def test_an_interrupted_run_leaves_what_was_complete(commands, tmp_path, monkeyp
     assert [words[1] for words in commands].count(str(out / "flap-20" / "ckpt")) == 1
 
 
+def test_times_may_come_in_a_later_run(commands, tmp_path):
+    options = ["--output-dir", str(tmp_path / "compare"), "--only", "depth-20"]
+    rows = []
+    for untimed in (["--untimed"], [], ["--untimed"]):
+        assert main([*options, *untimed]) == 0
+        measured = json.loads((tmp_path / "compare" / "compare.json").read_text())
+        rows.append(tables.methods_of(measured).splitlines()[3])
+    assert rows[0] == "| whole layers (ShortGPT), 20 % | 0.1M | 90.00 | 20 of 40 | 1.500 | 3.2 of 40.0 | 90 |"
+    assert "| 1.12x |" in rows[1] and rows[1].endswith("| 90 |") and rows[2] == rows[1], "what was timed stays"
+    assert [name for name, *_ in commands] == ["learn-masks", "convert-pruned", "python"]
+
+
 @pytest.mark.parametrize("only", ["depth-20", "ddp-20-self", "recovered-20-text-250k"])
 def test_tables_and_picture_of_any_one_model(commands, tmp_path, only):
     """Of a run of few models every table can be made, if only to say that it has nothing."""
