@@ -36,6 +36,7 @@ NO_EXPERTS = "change experts alone, and this model has none"
 NOT_ON_CPU = "vLLM's CPU build cannot compute layers that are quantized so"
 NOT_REACHED = "does not reach experts of different widths"
 EIGHT_BITS = "Quant type (uint8b128) not supported"
+NO_AVX512 = "its kernel for 4 bits needs AVX-512, which this machine has not"
 ALL = dict.fromkeys(MODELS, SERVED)
 EXPERTS_ALONE = dict.fromkeys(MODELS, NO_EXPERTS) | {"ragged MoE": SERVED}
 PACKED = ALL | {"odd widths": OF_32}
@@ -154,7 +155,8 @@ def assert_serves_the_emulation(directory: Path, widened: Path, plain: Path, sch
 
 @pytest.mark.parametrize(("scheme", "model", "verdict"), cells(FROM_DISK, served=False))
 def test_refused_from_disk(quantized, scheme, model, verdict):
-    assert verdict in refusal(quantized(model, scheme).directory)
+    sentence = NO_AVX512 if verdict == OF_32 and not HAS_AVX512 else verdict
+    assert sentence in refusal(quantized(model, scheme).directory)
 
 
 @pytest.mark.parametrize(("scheme", "model", "verdict"), cells(ONLINE, served=False))
@@ -165,9 +167,10 @@ def test_refused_online(models, scheme, model, verdict):
 @pytest.mark.parametrize(("scheme", "model", "verdict"), cells(FROM_DISK, served=True))
 def test_served_from_disk(models, quantized, scheme, model, verdict):
     has_4_bits = SCHEMES[scheme].num_bits == 4
-    if has_4_bits and not HAS_AVX512:
-        pytest.skip("vLLM's kernel for 4 bits needs AVX-512")
     written, dtype = quantized(model, scheme), "float16" if has_4_bits else "float32"
+    if has_4_bits and not HAS_AVX512:
+        assert NO_AVX512 in refusal(written.directory)
+        return
     assert_serves_the_emulation(written.directory, written.widened, models[model], SCHEMES[scheme], dtype=dtype)
 
 
