@@ -45,6 +45,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real-gemma3-notes": partial(real.notes, "real_gemma3"),
     "real-gemma3-speed": partial(real.speed, "real_gemma3"),
     "real-gemma3-chat": partial(real.chat, "real_gemma3"),
+    "compare-methods": compare.methods_avx2,
     "compare-recovery": compare.data_and_recovery,
     "compare-answers": compare.answers,
     "targets": learning.targets,
