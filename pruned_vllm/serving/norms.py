@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-# Without AVX-512 the op cuts bfloat16 off instead of rounding it: twice the stock norm's error.
-ROUNDS = {torch.bfloat16: torch.cpu._is_avx512_supported()}
+# Without AVX-512 the op cuts bfloat16 off: twice the stock norm's error.
+ROUNDS_BFLOAT16 = torch.cpu._is_avx512_supported()
 
 
 class AddAndNorm(RMSNorm):
@@ -31,7 +31,7 @@ class AddAndNorm(RMSNorm):
             and self.has_weight
             and self.variance_size_override is None
             and x.dtype == residual.dtype == self.weight.dtype
-            and ROUNDS.get(x.dtype, True)
+            and (x.dtype is not torch.bfloat16 or ROUNDS_BFLOAT16)
             and x.is_contiguous()
             and residual.is_contiguous()
             and hasattr(torch.ops._C, "fused_add_rms_norm")
