@@ -14,6 +14,7 @@ from pruned_vllm.common.arguments import non_negative_int, positive_float, posit
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.environment import add_version_argument
 
+PLACES = ("whole", "sharded")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -81,6 +82,12 @@ def main(argv: list[str] | None = None) -> int:
         choices=("auto", "cpu"),
         default="auto",
         help="auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, if there is one (default)",
+    )
+    add(
+        "--weights",
+        choices=PLACES,
+        help="where the weights are in several processes: whole on every device, or with LoRA sharded over them; "
+        "default: sharded if accelerate is set up for FSDP, else whole",
     )
     add(
         "--dtype",

@@ -1,9 +1,18 @@
-"""The Trainer of fine-tuning, whose loss never holds all logits at once; see learner/model/loss.py."""
+"""The Trainer of fine-tuning, whose loss never holds all logits at once; see learner/model/loss.py.
+
+The Trainer knows models whose weights from_pretrained has sharded over processes, with LoRA that each process holds,
+but adds up gradients one by one, as they are made: in another order where an expert is sent no token in one of the
+processes, so that the gradients of one expert would be added to those of another. Here that waits for the whole step.
+It also refuses to save states of such a run, since those of sharded weights would be parts; LoRA's are whole.
+"""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from learner.model.loss import Teacher, next_token_loss, run_without_head
 from pruned_vllm.common.errors import InputError
@@ -14,9 +23,29 @@ class Distillation(Trainer):
 
     loss_is_scaled_for_ga = False  # the loss is the mean over a micro batch
 
-    def __init__(self, *, teacher: PreTrainedModel | None, kd_weight: float, **kwargs) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, *, args: TrainingArguments, teacher: PreTrainedModel | None, kd_weight: float, **kwargs: Any
+    ) -> None:
+        super().__init__(args=replace(args, save_only_model=True), **kwargs)
+        self.args.save_only_model = False
         self._teacher, self._kd_weight = teacher, kd_weight
+        self._replicated: list[nn.Parameter] = []  # LoRA's weights, if those beside it are sharded
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        self._replicated = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self._replicated:  # told what to save, PEFT does not gather what is sharded
+            state_dict = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        super()._save(output_dir, state_dict)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for parameter in self._replicated:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
         tokens = inputs["input_ids"]

@@ -9,8 +9,9 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
   that are left depend on their choices.
 - Logits are made in pieces (learner/finetune/distillation.py). Blocks of text are full: documents follow each other,
   with an end token between them, and nothing is padded.
-- Several processes (`torchrun --nproc_per_node 2 -m learner.finetune.cli ...`) hold the whole model each, share each
-  batch and take the same steps as one process, so a run may be resumed by another number of them.
+- Several processes (`torchrun --nproc_per_node 2 -m learner.finetune.cli ...`) share each batch and take the same steps
+  as one process, so a run may be resumed by another number of them. Each holds the whole model, or with LoRA a part of
+  it, and of the teacher (FSDP2); then the first process holds the whole in CPU memory when LoRA is merged.
 - All weights are trained in float32, unless told otherwise: steps of fine-tuning are too small for bfloat16. They are
   saved in the dtype of `out/`.
 - config.json, tokenizer and licences are copied, not written anew. finetuning.json has settings, results and the log.
@@ -27,17 +28,18 @@ from typing import ClassVar
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.distillation import Distillation
-from learner.finetune.model import load, load_teacher, trainable
-from learner.job import AGREEMENT_PROMPTS, SELF_TOKENS
+from learner.finetune.model import load, load_teacher, merged, merged_beside, spread, trainable
+from learner.job import AGREEMENT_PROMPTS, MAY_CHANGE, SELF_TOKENS
 from learner.model.agreement import Reference
+from learner.model.dense import dtype_of
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
-from learner.model.placement import cast, fast_dtype
+from learner.model.placement import cast, fast_dtype, loading_options
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.processes import explained, together
@@ -50,17 +52,15 @@ from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
+from pruned_vllm.formats.headers import read_headers
 from pruned_vllm.hf.loading import load_pruned
 
 WRITER = "finetune-pruned"  # whose output only this command replaces
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
 # By the variable that `accelerate launch` sets.
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+FSDP = "ACCELERATE_USE_FSDP"
+SHARDING = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
@@ -86,6 +86,8 @@ class FinetuneJob:
         lora_rank: 0 trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
         device: "auto" is the first GPU if there is one, else "cpu".
+        weights: "whole" or "sharded" over the processes; None is "sharded" where accelerate is set up for FSDP, and
+            else "whole".
         dtype: of the weights while training, the teacher's too; "auto" is as stored, but float32 for all weights that
             are trained, and on a CPU that multiplies 16 bits slower.
         seed: of data order and LoRA's initialization.
@@ -109,6 +111,7 @@ class FinetuneJob:
     lora_rank: int = 16
     gradient_checkpointing: bool = False
     device: str = "auto"
+    weights: str | None = field(default=None, metadata=MAY_CHANGE)
     dtype: str = "auto"
     seed: int = 42
 
@@ -131,20 +134,37 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
     """
     source = Path(job.model)
     _check(job, source)
+    place = _place(job)
+    with patch_environment(**{FSDP: "false"}):  # else the Trainer would shard what is sharded
+        return _finetune(job, source, place, out, overwrite=overwrite, resume=resume)
+
+
+def _finetune(
+    job: FinetuneJob, source: Path, place: str, out: Path, *, overwrite: bool, resume: bool
+) -> dict[str, float]:
     arguments = _training_arguments(job, unfinished(out))
     processes, inputs, results = PartialState(), {}, {}
     show, teacher, reference = processes.is_main_process, None, None
+    stored_dtype = dtype_of(read_config(source), read_headers(source))
+    measured_dtype = fast_dtype(stored_dtype, arguments.device)
+    if job.dtype != "auto":
+        training_dtype = getattr(torch, job.dtype)
+    else:
+        training_dtype = measured_dtype if job.lora_rank else torch.float32
     with together(processes):
         if show:
             prepare_output(out, writer=WRITER, overwrite=overwrite)
         inputs["model"] = str(Fingerprint.from_directory(source))
-        model, tokenizer = load(source)
+        if place == "sharded":
+            model, tokenizer = load(source, training_dtype, loading_options(place, processes))
+            model.requires_grad_(False)
+        else:
+            model, tokenizer = load(source, stored_dtype, {})
+            model.to(arguments.device)
         check_can_be_saved(model, job.model)
-        stored_dtype = model.dtype
-        model.to(arguments.device)
         job = with_sequence_length(job, num_positions(model))
         if job.teacher:
-            teacher = load_teacher(job.teacher, model, arguments.device, job.dtype)
+            teacher = load_teacher(job.teacher, model, arguments.device, job.dtype, place, processes)
             inputs["teacher"] = str(teacher.fingerprint)
         assert job.sequence_length is not None, "with_sequence_length has filled it in"
         sequences = job.steps * job.batch_size
@@ -167,18 +187,16 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
                 results.update({f"{name}_{when}": found[name] for name in ("agreement_kl", "agreement_tokens")})
                 results["answer_tokens"] = found["answer_tokens"]
 
-        measured_dtype = fast_dtype(stored_dtype, arguments.device)
-        cast(model, measured_dtype)
+        if place == "whole":
+            cast(model, measured_dtype)
         measure("before")
         checkpoint = _last_checkpoint(directory)
         if checkpoint is not None and not job.lora_rank:
             # The Trainer itself cannot load it: names of experts in files differ from those in memory.
             model = load_pruned(checkpoint)
             check_can_be_saved(model, job.model)
-        if job.dtype != "auto":
-            cast(model, getattr(torch, job.dtype))
-        elif not job.lora_rank:
-            cast(model, torch.float32)
+        if place == "whole":
+            cast(model, training_dtype)
         torch.manual_seed(job.seed)  # before LoRA is initialized
         trainer = Distillation(
             model=trainable(model, job.lora_rank),
@@ -192,15 +210,25 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         log = [row for row in trainer.state.log_history if "loss" in row]
         results["loss"] = log[-1]["loss"]
 
-        model = trainer.model.merge_and_unload(progressbar=True) if job.lora_rank else trainer.model
-        cast(model.eval(), stored_dtype)  # what is measured is rounded as what is saved
-        cast(model, measured_dtype)
-        measure("after")
-        cast(model, stored_dtype)
+        # What is measured is rounded as what is saved.
+        if place == "sharded":
+            with together(processes):
+                saved = merged_beside(trainer.model, source, training_dtype, job.lora_rank) if show else None
+                if saved is not None:
+                    cast(saved, stored_dtype)
+            model = trainer.model.unload().eval()
+            spread(saved, model, arguments.device)
+            measure("after")
+        else:
+            saved = model = merged(trainer.model).eval()
+            cast(model, stored_dtype)
+            cast(model, measured_dtype)
+            measure("after")
+            cast(model, stored_dtype)
         with together(processes):
-            if show:
+            if saved is not None and show:
                 with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:
-                    _write(model, source, written, job, results)
+                    _write(saved, source, written, job, results)
                     write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
     return results
 
@@ -230,10 +258,8 @@ def _check(job: FinetuneJob, source: Path) -> None:
     for flag, name in SHARDING.items():
         if parse_flag_from_env(flag):
             raise InputError(
-                f"accelerate is set up for {name}, which gives each process a part of the weights, and finetune-pruned "
-                "needs all of them in every process, to merge LoRA and to resume. Choose multi-GPU in `accelerate "
-                "config`, or start it with torchrun; to save memory take LoRA, --gradient-checkpointing and "
-                "--micro-batch-size 1"
+                f"accelerate is set up for {name}; finetune-pruned shards weights with FSDP: choose that in "
+                "`accelerate config`, or multi-GPU"
             )
     number, micro = _processes_and_micro_batch(job)
     if job.batch_size % (number * micro):
@@ -241,6 +267,30 @@ def _check(job: FinetuneJob, source: Path) -> None:
         raise InputError(
             f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {micro}{of_processes}; choose one"
         )
+
+
+def _place(job: FinetuneJob) -> str:
+    """Where the weights are; see `FinetuneJob.weights`. Raises InputError where they cannot be there."""
+    place = job.weights or ("sharded" if parse_flag_from_env(FSDP) else "whole")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return "whole"  # so that a run of several processes can be resumed by one
+    if place == "sharded" and not job.lora_rank:
+        raise InputError(
+            "--lora-rank 0 trains all weights, and those cannot be sharded; take LoRA, or --weights whole with "
+            "--gradient-checkpointing and --micro-batch-size 1 to save memory"
+        )
+    if place == "sharded" and not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
+        raise InputError(
+            f"Transformers {transformers.__version__} does not train what it has sharded; install 5.19 or later, or "
+            "take --weights whole"
+        )
+    if place == "sharded" and parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise InputError("finetune-pruned does not offload weights to the CPU; choose FSDP without that")
+    if place == "sharded" and job.device == "cpu" and torch.accelerator.is_available():
+        raise InputError(  # Transformers would bring them there
+            "--weights sharded on the CPU of a machine with GPUs: hide these, with CUDA_VISIBLE_DEVICES= in front"
+        )
+    return place
 
 
 def _processes_and_micro_batch(job: FinetuneJob) -> tuple[int, int]:

@@ -1,10 +1,15 @@
 """The models of a fine-tuning run: how they are loaded, and what of the pruned one is trained."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.job import Job
@@ -40,22 +45,53 @@ def trainable(model: PreTrainedModel, rank: int) -> nn.Module:
         del model.config.model_type  # the instance's; the class still has the real one
 
 
-def load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pruned model in the dtype that it is stored in, in evaluation mode, and its tokenizer."""
+def load(
+    source: Path, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pruned model in evaluation mode, and its tokenizer; `options` are for from_pretrained."""
     try:
-        return load_pruned(source, dtype="auto").eval(), AutoTokenizer.from_pretrained(source)
+        return load_pruned(source, dtype=dtype, **options).eval(), AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
     except Exception as error:  # damaged models raise many kinds
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(name: str, pupil: PreTrainedModel, device: torch.device, dtype: str) -> DenseModel:
+def load_teacher(
+    name: str, pupil: PreTrainedModel, device: torch.device, dtype: str, place: str, processes: PartialState
+) -> DenseModel:
     """The dense model `name` (directory or hub id) on `device`, in `dtype` ("auto": as it is stored)."""
-    teacher = load_dense(Job(model=name, method="magnitude", dtype=dtype), device)  # the method is not used
+    job = Job(model=name, method="magnitude", dtype=dtype)  # the method is not used
+    teacher = load_dense(job, device, place, processes)
     if teacher.model.config.vocab_size != pupil.config.vocab_size:
         raise InputError(
             f"the teacher {name} has {teacher.model.config.vocab_size} tokens, the pruned model "
             f"{pupil.config.vocab_size}; it must be the model that was pruned, or one with the same tokenizer"
         )
     return teacher
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """What `trainable` returned, trained, without its LoRA, which is added to the weights."""
+    return model.merge_and_unload(progressbar=True) if isinstance(model, PeftModel) else model
+
+
+def merged_beside(model: PeftModel, source: Path, dtype: torch.dtype, rank: int) -> PreTrainedModel:
+    """What `merged` would return if `model`, loaded from `source`, were not sharded; on the CPU, in `dtype`."""
+    whole = trainable(load_pruned(source, dtype=dtype).eval(), rank)
+    learned = {name: parameter.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole.load_state_dict(learned, strict=False)
+    return merged(whole)
+
+
+@torch.no_grad()
+def spread(whole: PreTrainedModel | None, model: PreTrainedModel, device: torch.device) -> None:
+    """Gives the sharded `model` the weights of `whole`, which the first process has; the others call it with None."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is not sharded"
+        known = torch.empty(parameter.shape) if whole is None else whole.get_parameter(name)
+        part = distribute_tensor(known.to(device, parameter.dtype), parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(part.to_local())

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -98,17 +98,21 @@ class CheckedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As Transformers finds it: what config.json says, or else what most of the weights are."""
-        said = self.stored.get("dtype") or self.stored.get("torch_dtype")
-        most = Counter(tensor.dtype for tensor in self.tensors.values()).most_common(1)[0][0]
-        return getattr(torch, said.removeprefix("torch.")) if said else DTYPES[most]
+        return dtype_of(self.stored, self.tensors)
+
+
+def dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> torch.dtype:
+    """That of weights in files, as Transformers finds it: what config.json says, or else what most of them are."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    most = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
+    return getattr(torch, said.removeprefix("torch.")) if said else DTYPES[most]
 
 
 def load_dense(
     job: Job,
     device: torch.device | str,
     place: str = "whole",
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
     checked: CheckedModel | None = None,
 ) -> DenseModel:
     """Loads the dense model of a job.

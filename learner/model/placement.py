@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, cpu_offload
+from accelerate import Accelerator, PartialState, cpu_offload
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import DistributedConfig, PreTrainedModel
@@ -47,14 +47,14 @@ def place_of(weights: str | None, accelerator: Accelerator, places: Sequence[str
     return weights
 
 
-def loading_options(place: str, accelerator: Accelerator) -> dict[str, Any]:
+def loading_options(place: str, accelerator: Accelerator | PartialState) -> dict[str, Any]:
     """What from_pretrained needs so that the weights come to their place."""
     if place == "spread":
         return {"device_map": "balanced"}  # "auto" would fill the first device, and leave no room for activations
     if place != "sharded":
         return {}
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else Transformers would leave all processes but one empty
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
     offload = plugin is not None and bool(plugin.cpu_offload)
     config = DistributedConfig(fsdp_size=accelerator.num_processes, fsdp_cpu_offload=offload)
     return {"distributed_config": config}

@@ -32,7 +32,9 @@ for command in json.loads(sys.argv[1]):
     code = cli.main([argument.replace("{rank}", os.environ["RANK"]) for argument in command])
     print("exit code", code, flush=True)
 """
+SHARDED = ["--weights", "sharded"]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
+RAGGED = [[17, 0, 24, 5], [1, 2, 3, 4], [9, 9, 24, 1]]  # modules that may see no token in one of the processes
 SMALL = ["--steps", 8, "--batch-size", 4, "--micro-batch-size", 2, "--sequence-length", 32, "--device", "cpu"]
 SMALL += ["--learning-rate", 5e-3, "--kd-weight", 3, "--agreement-prompts", 3]
 
@@ -62,10 +64,10 @@ def make_arguments(tmp_path: Path) -> list:
     return [tmp_path / "out", "--data", text, "--eval-data", text, "--teacher", tmp_path / "ckpt", *SMALL]
 
 
-def make(tmp_path: Path) -> list:
-    """Ragged experts, whose modules may see no token in one of the processes; the arguments of a command."""
+def make(tmp_path: Path, widths: list[list[int]] = RAGGED) -> list:
+    """A model with experts of these widths, of 24; the arguments of a command."""
     model = tiny_model("qwen3_moe", 6, 3, 24)
-    masks = expert_masks(model, [[17, 0, 24, 5], [1, 2, 3, 4], [9, 9, 24, 1]]) | masks_for([[0, 0, 1, 1, 1, 1]] * 3, [])
+    masks = expert_masks(model, widths) | masks_for([[0, 0, 1, 1, 1, 1]] * 3, [])
     out, text = converted(tmp_path, model, masks), tmp_path / "text.txt"
     for directory in (out, tmp_path / "ckpt"):
         byte_tokenizer().save_pretrained(directory)
@@ -78,9 +80,11 @@ def results_of(directory: Path) -> dict:
     return json.loads((directory / "finetuning.json").read_text())["results"]
 
 
-def run_in_two(tmp_path: Path, runs: dict[str, list], codes: list[int], *others: list) -> list:
+def run_in_two(
+    tmp_path: Path, runs: dict[str, list], codes: list[int], *others: list, widths: list[list[int]] = RAGGED
+) -> list:
     """Makes runs of these names and options in two processes, then `others`; returns what the two printed."""
-    arguments = make(tmp_path)
+    arguments = make(tmp_path, widths)
     outputs = in_two_processes(*([*arguments, tmp_path / name, *options] for name, options in runs.items()), *others)
     for number, (stdout, stderr) in enumerate(outputs):
         found = [int(line.split()[-1]) for line in stdout.splitlines() if line.startswith("exit code")]
@@ -107,20 +111,34 @@ def test_two_processes_train_as_one_does(tmp_path):
     (tmp_path / "0.txt").write_text(TEXT)
     missing = [out, "--data", tmp_path / "{rank}.txt", *SMALL, tmp_path / "missing"]
     odd = [out, "--data", text, *SMALL, tmp_path / "odd", "--batch-size", 3]
-    outputs = run_in_two(tmp_path, {"two": []}, [0, 2, 2], missing, odd)
+    full = [out, "--data", text, *SMALL, tmp_path / "full", *SHARDED, "--lora-rank", 0]
+    outputs = run_in_two(tmp_path, {"two": [], "sharded": SHARDED}, [0, 0, 2, 2, 2], missing, odd, full)
     assert "no multiple of --micro-batch-size 1 times the 2 processes" in outputs[1][1]
+    assert "those cannot be sharded; take LoRA" in outputs[1][1]
     assert "1.txt: no such file" in outputs[0][1] and not (tmp_path / "missing").exists()
     one = [*make_arguments(tmp_path), tmp_path / "one"]
     assert cli.main([str(argument) for argument in one]) == 0
-    same(tmp_path / "one", tmp_path / "two", out, ("loss", *FIGURES))
+    for name in ("two", "sharded"):
+        same(tmp_path / "one", tmp_path / name, out, ("loss", *FIGURES))
 
 
 @pytest.mark.slow
 def test_two_processes_train_all_weights_as_one_does_and_one_goes_on_for_two(tmp_path):
     all_weights = ["--lora-rank", 0]
-    run_in_two(tmp_path, {"all": all_weights, "two": [], "stopped": []}, [0, 0, 130])
+    stopped = {"stopped": [], "sharded-stopped": SHARDED}
+    run_in_two(tmp_path, {"all": all_weights, "two": [], **stopped}, [0, 0, 130, 130])
     arguments = make_arguments(tmp_path)
     assert cli.main([str(argument) for argument in [*arguments, tmp_path / "one", *all_weights]]) == 0
-    assert cli.main([str(argument) for argument in [*arguments, tmp_path / "stopped", "--resume"]]) == 0
     same(tmp_path / "one", tmp_path / "all", tmp_path / "out", ("loss", *FIGURES))
-    same(tmp_path / "stopped", tmp_path / "two", tmp_path / "out", FIGURES)
+    for name in stopped:
+        assert cli.main([str(argument) for argument in [*arguments, tmp_path / name, "--resume"]]) == 0
+        same(tmp_path / name, tmp_path / "two", tmp_path / "out", FIGURES)
+
+
+@pytest.mark.slow
+def test_sharded_experts_of_one_width_train_as_whole_ones_do_also_through_accelerate(tmp_path, monkeypatch):
+    """Transformers holds them in two parameters."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    runs = {"default": ["--dtype", "bfloat16"], "sharded": [], "whole": ["--weights", "whole"]}
+    run_in_two(tmp_path, runs, [0, 0, 0], widths=[[16] * 4] * 3)
+    same(tmp_path / "sharded", tmp_path / "whole", tmp_path / "out", ("loss", *FIGURES))
