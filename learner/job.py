@@ -206,6 +206,8 @@ class Job:
         measures = [name for name in COST_MEASURES if getattr(self, f"target_{name}")]
         if self.sparsity is None and not measures:
             object.__setattr__(self, "sparsity", 0.5)
+        elif isinstance(self.sparsity, Sequence) and len(self.sparsity) == 1:
+            object.__setattr__(self, "sparsity", self.sparsity[0])  # so that a run may be resumed in other words
         given = ["--sparsity"] * (self.sparsity is not None) + [f"--target-{name}" for name in measures]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} are different budgets; give one of them")

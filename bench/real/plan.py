@@ -102,7 +102,7 @@ PLANS = {
             "magnitude": Learning((), 15),
         },
         sparsities=(0.2, 0.5),
-        recovery=Learning(("--steps", "60", *_batch(8)), 280),
+        recovery=Learning(("--steps", "60", "--learning-rate", "2e-4", *_batch(8)), 280),
         prompts=(
             "What is the capital of France?",
             "Write one sentence about the sea.",
@@ -115,7 +115,7 @@ PLANS = {
         directory="real-gemma3",
         methods={"ddp": Learning(_ddp(4), 450), "wanda": Learning(CALIBRATION, 60)},
         sparsities=(0.2,),
-        recovery=Learning(("--steps", "60", *_batch(4)), 400),
+        recovery=Learning(("--steps", "60", "--learning-rate", "2e-4", *_batch(4)), 400),
         prompts=("The capital of France is", "The sea is", "In Python, a dictionary is"),
         seconds={"model": 120, "text": 10, "convert": 10, "know": 90, "serve": 80, "speed": 450},
         eval_blocks=32,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
 from learner.finetune.distillation import Distillation
-from learner.finetune.finetune import SHARDING, FinetuneJob, finetune
+from learner.finetune.finetune import SHARDING, FinetuneJob, default_learning_rate, finetune
 from learner.model.perplexity import perplexity
 from pruned_vllm.common.manifest import written_by
 from pruned_vllm.hf.loading import load_pruned
@@ -180,11 +180,21 @@ def test_command(tmp_path, capsys):
     assert run("--eval-data", str(text)) == 0
     printed = capsys.readouterr().out
     assert "perplexity before" in printed and "perplexity after" in printed and "vllm serve" in printed
-    assert json.loads((tmp_path / "recovered" / "finetuning.json").read_text())["job"]["lora_rank"] == 16
+    done = json.loads((tmp_path / "recovered" / "finetuning.json").read_text())["job"]
+    assert (done["lora_rank"], done["learning_rate"]) == (16, 1.4e-3)
     assert run() == 2 and "--overwrite" in capsys.readouterr().err
     (tmp_path / "recovered" / "notes.txt").write_text("mine")
     assert run("--overwrite", "--lora-rank", "0") == 0
     assert (tmp_path / "recovered" / "notes.txt").read_text() == "mine"
+
+
+def test_default_learning_rate():
+    """The law's values for the hidden sizes of Llama 3.2 1B and 3B, 3.1 8B and 70B."""
+    expected = {2048: 4.91e-4, 3072: 3.58e-4, 4096: 2.86e-4, 8192: 1.66e-4}
+    for hidden_size, rate in expected.items():
+        assert default_learning_rate(hidden_size, 16) == pytest.approx(rate, rel=0.03)
+        assert default_learning_rate(hidden_size, 0) == pytest.approx(rate / 10, rel=0.03)
+    assert default_learning_rate(576, 16) == 1.3e-3 and default_learning_rate(64, 16) == default_learning_rate(512, 16)
 
 
 def test_too_little_memory_is_a_message(tmp_path, capsys, monkeypatch):

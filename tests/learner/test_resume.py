@@ -41,7 +41,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(word_model, monkey
         assert "--resume" in capsys.readouterr().err
         assert run(word_model / "model", word_model / "ckpt", *arguments, "--seed", 1, "--resume") == 2
         assert "seed: 42, now 1" in capsys.readouterr().err
-    assert run(word_model / "model", word_model / "ckpt", *arguments, "--resume") == 0
+    assert run(word_model / "model", word_model / "ckpt", *arguments, "--sparsity", 0.5, "--resume") == 0
     whole, resumed = (load_file(word_model / name / "pruning_masks.safetensors") for name in ("whole", "ckpt"))
     assert all((whole[name] == resumed[name]).all() for name in whole)
     logs = [(word_model / name / "learning.csv").read_text() for name in ("whole", "ckpt")]
