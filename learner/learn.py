@@ -96,10 +96,11 @@ def learn(
         if method.changes_weights:
             find_companions(dense.directory)  # what cannot be copied is refused now
             check_can_be_saved(model, job.model)
-        if method.reads_text:
-            length, sequences = settings.sequence_length, settings.sequences
-            blocks = training_blocks(model, tokenizer, job, length, sequences, dense, accelerator)
-            inputs["text of --data, or the tokenizer"] = blocks.digest()
+    if method.reads_text:
+        length, sequences = settings.sequence_length, settings.sequences
+        blocks = training_blocks(model, tokenizer, job, length, sequences, dense, accelerator)
+        inputs["text of --data, or the tokenizer"] = blocks.digest()
+    with together(accelerator):
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
 

@@ -1,14 +1,17 @@
 """The text of a run as token ids, and whether the model can read it."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.data.reading import BlockSampler, beginning, blocks_of_text, read_tokens
 from learner.data.self_generated import SOURCE, self_generated_tokens
 from learner.model.dense import DenseModel
 from learner.model.perplexity import EVAL_BLOCK_SIZE
+from learner.run.processes import together
 from pruned_vllm.common.errors import InputError
 
 MAX_TOKENS = 2**25  # that are read, unless the run needs more
@@ -31,7 +34,7 @@ def training_blocks(
         job: has model, data, self_tokens, text_column, split and seed.
         sequences: that the run takes.
         dense: writes the text of "self".
-        processes: an Accelerator or PartialState; the first shows progress.
+        processes: an Accelerator or PartialState. All must call this, and it fails in all; the first shows progress.
 
     Raises:
         InputError: the text cannot be read or is too short, the model cannot read it, or nothing can write "self".
@@ -46,12 +49,14 @@ def training_blocks(
     others = [source for source in job.data if source != SOURCE]
     parts = []
     if others:
-        parts.append(_read(model, tokenizer, others, job, consumed, show))
+        with together(processes):
+            parts.append(_read(model, tokenizer, others, job, consumed, show))
     if SOURCE in job.data:
         if dense is None:
             raise InputError("--data self is text that the dense model writes; say with --teacher which model that is")
         wanted = min(job.self_tokens, consumed // 2 if others else consumed)
-        parts.append(self_generated_tokens(dense, max(wanted, sequence_length), job.seed, processes, show))
+        with nullcontext() if isinstance(dense.model, FSDPModule) else together(processes):
+            parts.append(self_generated_tokens(dense, max(wanted, sequence_length), job.seed, processes, show))
     first = beginning(tokenizer)
     ids = _equal_shares(parts, max(1, sequence_length - len(first)))
     return BlockSampler(ids, sequence_length, job.seed, first)

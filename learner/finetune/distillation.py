@@ -6,7 +6,6 @@ processes, so that the gradients of one expert would be added to those of anothe
 It also refuses to save states of such a run, since those of sharded weights would be parts; LoRA's are whole.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ class Distillation(Trainer):
     def __init__(
         self, *, args: TrainingArguments, teacher: PreTrainedModel | None, kd_weight: float, **kwargs: Any
     ) -> None:
-        super().__init__(args=replace(args, save_only_model=True), **kwargs)
-        self.args.save_only_model = False
+        args.save_only_model = True
+        super().__init__(args=args, **kwargs)
+        args.save_only_model = False
         self._teacher, self._kd_weight = teacher, kd_weight
         self._replicated: list[nn.Parameter] = []  # LoRA's weights, if those beside it are sharded
 
@@ -42,10 +42,19 @@ class Distillation(Trainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            for parameter in self._replicated:
+            self._average_gradients()
+        return loss
+
+    def _average_gradients(self) -> None:
+        """Those that no process has stay None, so that AdamW leaves their weights where they are."""
+        if not self._replicated:
+            return
+        has_one = [float(parameter.grad is not None) for parameter in self._replicated]
+        having = self.accelerator.reduce(torch.tensor(has_one, device=self.args.device))
+        for parameter, number in zip(self._replicated, having.tolist(), strict=True):
+            if number:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
-        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args, **kwargs) -> torch.Tensor:
         tokens = inputs["input_ids"]

@@ -34,10 +34,10 @@ from transformers import Trainer, TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.distillation import Distillation
-from learner.finetune.model import load, load_teacher, merged, merged_beside, spread, trainable
-from learner.job import AGREEMENT_PROMPTS, MAY_CHANGE, SELF_TOKENS
+from learner.finetune.model import check_teacher, load, merged, merged_beside, spread, trainable
+from learner.job import AGREEMENT_PROMPTS, MAY_CHANGE, SELF_TOKENS, Job
 from learner.model.agreement import Reference
-from learner.model.dense import dtype_of
+from learner.model.dense import dtype_of, load_dense
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
 from learner.model.placement import cast, fast_dtype, loading_options
 from learner.model.saving import check_can_be_saved, save_model
@@ -88,8 +88,8 @@ class FinetuneJob:
         device: "auto" is the first GPU if there is one, else "cpu".
         weights: "whole" or "sharded" over the processes; None is "sharded" where accelerate is set up for FSDP, and
             else "whole".
-        dtype: of the weights while training, the teacher's too; "auto" is as stored, but float32 for all weights that
-            are trained, and on a CPU that multiplies 16 bits slower.
+        dtype: of the weights while training, the teacher's too, and where they are sharded also while measuring; "auto"
+            is as stored, but float32 for all weights that are trained, and on a CPU that multiplies 16 bits slower.
         seed: of data order and LoRA's initialization.
     """
 
@@ -138,11 +138,18 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
         job = replace(job, learning_rate=default_learning_rate(geometry.hidden_size, job.lora_rank))
     place = _place(job)
     with patch_environment(**{FSDP: "false"}):  # else the Trainer would shard what is sharded
-        return _finetune(job, source, place, out, overwrite=overwrite, resume=resume)
+        return _finetune(job, source, geometry, place, out, overwrite=overwrite, resume=resume)
 
 
 def _finetune(
-    job: FinetuneJob, source: Path, place: str, out: Path, *, overwrite: bool, resume: bool
+    job: FinetuneJob,
+    source: Path,
+    geometry: ModelGeometry,
+    place: str,
+    out: Path,
+    *,
+    overwrite: bool,
+    resume: bool,
 ) -> dict[str, float]:
     arguments = _training_arguments(job, unfinished(out))
     processes, inputs, results = PartialState(), {}, {}
@@ -157,6 +164,11 @@ def _finetune(
         if show:
             prepare_output(out, writer=WRITER, overwrite=overwrite)
         inputs["model"] = str(Fingerprint.from_directory(source))
+        if job.teacher:
+            teacher_job = Job(model=job.teacher, method="magnitude", dtype=job.dtype)  # the method is not used
+            checked = check_teacher(teacher_job, geometry, place)
+            inputs["teacher"] = str(checked.fingerprint)
+    with together(processes):
         if place == "sharded":
             model, tokenizer = load(source, training_dtype, loading_options(place, processes))
             model.requires_grad_(False)
@@ -164,18 +176,18 @@ def _finetune(
             model, tokenizer = load(source, stored_dtype, {})
             model.to(arguments.device)
         check_can_be_saved(model, job.model)
-        job = with_sequence_length(job, num_positions(model))
         if job.teacher:
-            teacher = load_teacher(job.teacher, model, arguments.device, job.dtype, place, processes)
-            inputs["teacher"] = str(teacher.fingerprint)
-        assert job.sequence_length is not None, "with_sequence_length has filled it in"
-        sequences = job.steps * job.batch_size
-        blocks = training_blocks(model, tokenizer, job, job.sequence_length, sequences, teacher, processes)
-        inputs["text of --data, or the tokenizer"] = blocks.digest()
+            teacher = load_dense(teacher_job, arguments.device, place, processes, checked)
+    job = with_sequence_length(job, num_positions(model))
+    assert job.sequence_length is not None, "with_sequence_length has filled it in"
+    sequences = job.steps * job.batch_size
+    blocks = training_blocks(model, tokenizer, job, job.sequence_length, sequences, teacher, processes)
+    inputs["text of --data, or the tokenizer"] = blocks.digest()
+    with together(processes):
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
-        if teacher is not None:
-            reference = Reference.of(teacher, job.agreement_prompts, processes.print, show)
+    if teacher is not None:
+        reference = Reference.of(teacher, job.agreement_prompts, processes.print, show)
 
     run = unfinished_run(out, job, inputs, _last_checkpoint, processes, resume=resume, overwrite=overwrite)
     with run as directory:
@@ -244,9 +256,9 @@ def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, re
 
 
 def default_learning_rate(hidden_size: int, lora_rank: int) -> float:
-    """For LoRA 5e-4 (2000 / hidden_size)^0.781, as sweeps over Llama models of 1B to 70B found
-    (https://thinkingmachines.ai/blog/lora and its cookbook), and a tenth of that for all weights. The law is not
-    followed to hidden sizes below 512.
+    """For LoRA of alpha 32 and any rank 5e-4 (2000 / hidden_size)^0.781, as sweeps over Llama models of 1B to 70B found
+    (https://thinkingmachines.ai/blog/lora and its cookbook), and a tenth of that for all weights. Qwen's best rate
+    depends less on the size there. The law is not followed to hidden sizes below 512.
     """
     of_lora = 5e-4 * (2000 / max(hidden_size, 512)) ** 0.781
     return float(f"{of_lora if lora_rank else of_lora / 10:.2g}")

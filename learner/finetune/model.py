@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.job import Job
-from learner.model.dense import DenseModel, load_dense
+from learner.model.dense import CheckedModel, check_dense
 from pruned_vllm.common.errors import InputError
+from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
 
+LORA_ALPHA = 32  # at any rank: then the best learning rate hardly depends on the rank
 # As Transformers names it in all families, and in gpt-oss.
 ROUTER = ("mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")
 
@@ -33,7 +34,7 @@ def trainable(model: PreTrainedModel, rank: int) -> nn.Module:
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=2 * rank,
+        lora_alpha=LORA_ALPHA,
         target_modules="all-linear",  # PEFT leaves out lm_head
         target_parameters=fused or None,
     )
@@ -57,18 +58,19 @@ def load(
         raise InputError(f"{source} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load_teacher(
-    name: str, pupil: PreTrainedModel, device: torch.device, dtype: str, place: str, processes: PartialState
-) -> DenseModel:
-    """The dense model `name` (directory or hub id) on `device`, in `dtype` ("auto": as it is stored)."""
-    job = Job(model=name, method="magnitude", dtype=dtype)  # the method is not used
-    teacher = load_dense(job, device, place, processes)
-    if teacher.model.config.vocab_size != pupil.config.vocab_size:
+def check_teacher(teacher: Job, pupil: ModelGeometry, place: str) -> CheckedModel:
+    """The dense model of the job `teacher`, as far as it is known before its weights are read.
+
+    Raises InputError if it cannot be loaded to `place`, or has other tokens than the pruned model.
+    """
+    checked = check_dense(teacher, place)
+    known = checked.geometry.vocab_size
+    if known != pupil.vocab_size:
         raise InputError(
-            f"the teacher {name} has {teacher.model.config.vocab_size} tokens, the pruned model "
-            f"{pupil.config.vocab_size}; it must be the model that was pruned, or one with the same tokenizer"
+            f"the teacher {teacher.model} has {known} tokens, the pruned model {pupil.vocab_size}; it must be the "
+            "model that was pruned, or one with the same tokenizer"
         )
-    return teacher
+    return checked
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
@@ -78,7 +80,9 @@ def merged(model: nn.Module) -> PreTrainedModel:
 
 def merged_beside(model: PeftModel, source: Path, dtype: torch.dtype, rank: int) -> PreTrainedModel:
     """What `merged` would return if `model`, loaded from `source`, were not sharded; on the CPU, in `dtype`."""
-    whole = trainable(load_pruned(source, dtype=dtype).eval(), rank)
+    plain = load_pruned(source, dtype=dtype).eval()
+    plain.generation_config = GenerationConfig()  # as `check_can_be_saved` has left that of `model`
+    whole = trainable(plain, rank)
     learned = {name: parameter.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole.load_state_dict(learned, strict=False)
     return merged(whole)

@@ -10,6 +10,7 @@ from helpers.losses import divergence
 from helpers.masked import edit_json
 from helpers.tiny import byte_tokenizer, converted, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
@@ -186,6 +187,13 @@ def test_command(tmp_path, capsys):
     (tmp_path / "recovered" / "notes.txt").write_text("mine")
     assert run("--overwrite", "--lora-rank", "0") == 0
     assert (tmp_path / "recovered" / "notes.txt").read_text() == "mine"
+
+
+def test_the_trainer_keeps_its_arguments(tmp_path):
+    """A copy of them would count the GPUs again, and split batches over all of them."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Distillation(args=arguments, model=tiny_model("llama", 6, 6, 40), teacher=None, kd_weight=1.0)
+    assert trainer.args is arguments and not arguments.save_only_model
 
 
 def test_default_learning_rate():

@@ -72,6 +72,8 @@ def make(tmp_path: Path, widths: list[list[int]] = RAGGED) -> list:
     for directory in (out, tmp_path / "ckpt"):
         byte_tokenizer().save_pretrained(directory)
     (tmp_path / "ckpt" / "pruning.json").unlink()
+    settings = {"temperature": 0.7, "do_sample": False}  # which Transformers reads, and refuses to write
+    (out / "generation_config.json").write_text(json.dumps(settings))
     text.write_text(TEXT * 40)
     return make_arguments(tmp_path)
 
@@ -112,7 +114,10 @@ def test_two_processes_train_as_one_does(tmp_path):
     missing = [out, "--data", tmp_path / "{rank}.txt", *SMALL, tmp_path / "missing"]
     odd = [out, "--data", text, *SMALL, tmp_path / "odd", "--batch-size", 3]
     full = [out, "--data", text, *SMALL, tmp_path / "full", *SHARDED, "--lora-rank", 0]
-    outputs = run_in_two(tmp_path, {"two": [], "sharded": SHARDED}, [0, 0, 2, 2, 2], missing, odd, full)
+    again = [*make_arguments(tmp_path), tmp_path / "two", *SHARDED]
+    others = (missing, odd, full, again)
+    outputs = run_in_two(tmp_path, {"two": [], "sharded": SHARDED}, [0, 0, 2, 2, 2, 2], *others)
+    assert f"{tmp_path / 'two'} exists" in outputs[0][1] and f"{tmp_path / 'two'} exists" in outputs[1][1]
     assert "no multiple of --micro-batch-size 1 times the 2 processes" in outputs[1][1]
     assert "those cannot be sharded; take LoRA" in outputs[1][1]
     assert "1.txt: no such file" in outputs[0][1] and not (tmp_path / "missing").exists()
@@ -133,6 +138,16 @@ def test_two_processes_train_all_weights_as_one_does_and_one_goes_on_for_two(tmp
     for name in stopped:
         assert cli.main([str(argument) for argument in [*arguments, tmp_path / name, "--resume"]]) == 0
         same(tmp_path / name, tmp_path / "two", tmp_path / "out", FIGURES)
+
+
+@pytest.mark.slow
+def test_experts_that_a_step_does_not_use_stay_where_they_are(tmp_path):
+    """Also when they have moved before, and AdamW would let them drift on."""
+    small = ["--batch-size", 2, "--micro-batch-size", 1, "--sequence-length", 8, "--steps", 12]
+    run_in_two(tmp_path, {"sharded": [*small, *SHARDED]}, [0])
+    one = [*make_arguments(tmp_path), tmp_path / "one", *small]
+    assert cli.main([str(argument) for argument in one]) == 0
+    same(tmp_path / "one", tmp_path / "sharded", tmp_path / "out", ("loss", *FIGURES))
 
 
 @pytest.mark.slow
