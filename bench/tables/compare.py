@@ -24,12 +24,16 @@ def methods_avx2() -> str:
     return methods_of(results(COMPARE_AVX2))
 
 
-def data_and_recovery() -> str:
+def recovery_avx2() -> str:
+    return recovery_of(results(COMPARE_AVX2))
+
+
+def recovery_at_2e4() -> str:
     return recovery_of(results(COMPARE))
 
 
-def answers() -> str:
-    return answers_of(results(COMPARE))
+def answers_avx2() -> str:
+    return answers_of(results(COMPARE_AVX2))
 
 
 def title(name: str) -> str:
