@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
 def _finetune(arguments: dict) -> None:
     from accelerate import PartialState
 
-    from learner.finetune.finetune import FinetuneJob, finetune  # late: --help should not wait for torch
+    from learner.finetune.finetune import finetune  # late: --help should not wait for torch
+    from learner.finetune.job import FinetuneJob
 
     out, overwrite, resume = (arguments.pop(name) for name in ("out", "overwrite", "resume"))
     arguments["micro_batch_size"] = arguments["micro_batch_size"] or arguments["batch_size"]

@@ -19,23 +19,28 @@ Transformers' Trainer is the loop (AdamW, warm-up, cosine decay), PEFT the LoRA.
   an uninterrupted one.
 """
 
-import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-import transformers
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import patch_environment
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from learner.data.text import evaluation_tokens, num_positions, training_blocks
 from learner.finetune.distillation import Distillation
+from learner.finetune.job import (
+    FSDP,
+    FinetuneJob,
+    check_job,
+    default_learning_rate,
+    place_of_job,
+    processes_and_micro_batch,
+)
 from learner.finetune.model import check_teacher, load, merged, merged_beside, spread, trainable
-from learner.job import AGREEMENT_PROMPTS, MAY_CHANGE, SELF_TOKENS, Job
+from learner.job import Job
 from learner.model.agreement import Reference
 from learner.model.dense import dtype_of, load_dense
 from learner.model.perplexity import EVAL_BLOCK_SIZE, perplexity
@@ -46,9 +51,7 @@ from learner.run.processes import explained, together
 from learner.run.resume import unfinished, unfinished_run
 from learner.settings import with_sequence_length
 from pruned_vllm.common.directories import atomic_directory, prepare_output
-from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import FINETUNING_FILE, write_json
-from pruned_vllm.formats.companions import find_companions
 from pruned_vllm.formats.config import read_config
 from pruned_vllm.formats.fingerprint import Fingerprint
 from pruned_vllm.formats.geometry import ModelGeometry
@@ -58,62 +61,7 @@ from pruned_vllm.hf.loading import load_pruned
 WRITER = "finetune-pruned"  # whose output only this command replaces
 SAVE_EVERY = 50  # steps
 LOG_EVERY = 10  # steps
-# By the variable that `accelerate launch` sets.
-FSDP = "ACCELERATE_USE_FSDP"
-SHARDING = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-
-
-@dataclass(frozen=True)
-class FinetuneJob:
-    """What to train on what.
-
-    Attributes:
-        model: directory of the converted model.
-        data, eval_data: what to learn from, and what to measure perplexity on before and after; see
-            learner/data/reading.py. "self" in `data` is text that the teacher writes, see
-            learner/data/self_generated.py.
-        self_tokens: of that text at most; a run that reads more reads them again.
-        agreement_prompts: on how many prompts agreement with the teacher is measured, before and after, see
-            learner/model/agreement.py; 0 measures none.
-        text_column, split: where data sets have their text.
-        teacher: dense model (directory or hub id) to be distilled from; None learns from the text alone.
-        kd_weight: of the teacher's part in the loss, CE + kd_weight * KL(teacher || model).
-        steps: optimizer steps.
-        batch_size, micro_batch_size: sequences in a step of all processes together, and in a forward pass of one.
-        sequence_length: tokens in a sequence; None is 2048, or the model's positions if they are fewer.
-        learning_rate: at its peak; None is `default_learning_rate`.
-        lora_rank: 0 trains all weights.
-        gradient_checkpointing: recompute activations in the backward pass.
-        device: "auto" is the first GPU if there is one, else "cpu".
-        weights: "whole" or "sharded" over the processes; None is "sharded" where accelerate is set up for FSDP, and
-            else "whole".
-        dtype: of the weights while training, the teacher's too, and where they are sharded also while measuring; "auto"
-            is as stored, but float32 for all weights that are trained, and on a CPU that multiplies 16 bits slower.
-        seed: of data order and LoRA's initialization.
-    """
-
-    model: str
-    data: list[str]
-    eval_data: list[str] = field(default_factory=list)
-    self_tokens: int = SELF_TOKENS
-    agreement_prompts: int = AGREEMENT_PROMPTS
-    text_column: str = "text"
-    split: str = "train"
-    teacher: str | None = None
-    kd_weight: float = 2.0
-    steps: int = 300
-    batch_size: int = 16
-    micro_batch_size: int = 16
-    sequence_length: int | None = None
-    default_sequence_length: ClassVar[int] = 2048
-    learning_rate: float | None = None
-    lora_rank: int = 16
-    gradient_checkpointing: bool = False
-    device: str = "auto"
-    weights: str | None = field(default=None, metadata=MAY_CHANGE)
-    dtype: str = "auto"
-    seed: int = 42
 
 
 @explained()
@@ -133,10 +81,10 @@ def finetune(job: FinetuneJob, out: Path, *, overwrite: bool = False, resume: bo
             an interrupted run of another job does; or the memory is not enough, or another process has ended.
     """
     source = Path(job.model)
-    geometry = _check(job, source)
+    geometry = check_job(job, source)
     if job.learning_rate is None:
         job = replace(job, learning_rate=default_learning_rate(geometry.hidden_size, job.lora_rank))
-    place = _place(job)
+    place = place_of_job(job)
     with patch_environment(**{FSDP: "false"}):  # else the Trainer would shard what is sharded
         return _finetune(job, source, geometry, place, out, overwrite=overwrite, resume=resume)
 
@@ -234,13 +182,14 @@ def _finetune(
             spread(saved, model, arguments.device)
             measure("after")
         else:
-            saved = model = merged(trainer.model).eval()
+            model = merged(trainer.model).eval()
             cast(model, stored_dtype)
             cast(model, measured_dtype)
             measure("after")
             cast(model, stored_dtype)
+            saved = model if show else None
         with together(processes):
-            if saved is not None and show:
+            if saved is not None:
                 with writing(), atomic_directory(out, writer=WRITER, overwrite=overwrite) as written:
                     _write(saved, source, written, job, results)
                     write_json(written / FINETUNING_FILE, {"job": asdict(job), "results": results, "log": log})
@@ -255,81 +204,13 @@ def _write(model: nn.Module, source: Path, directory: Path, job: FinetuneJob, re
         (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def default_learning_rate(hidden_size: int, lora_rank: int) -> float:
-    """For LoRA of alpha 32 and any rank 5e-4 (2000 / hidden_size)^0.781, as sweeps over Llama models of 1B to 70B found
-    (https://thinkingmachines.ai/blog/lora and its cookbook), and a tenth of that for all weights. Qwen's best rate
-    depends less on the size there. The law is not followed to hidden sizes below 512.
-    """
-    of_lora = 5e-4 * (2000 / max(hidden_size, 512)) ** 0.781
-    return float(f"{of_lora if lora_rank else of_lora / 10:.2g}")
-
-
-def _check(job: FinetuneJob, source: Path) -> ModelGeometry:
-    """The geometry of the model in `source`. Refuses what can be refused before anything is loaded."""
-    config = read_config(source)
-    geometry = ModelGeometry.from_config(config)
-    if "pruning" not in config:
-        raise InputError(f"{source} was not written by convert-pruned: its config.json says nothing of pruning")
-    if "quantization_config" in config:
-        raise InputError(f"{source} is quantized; train the model that it was made from, and quantize the result")
-    if not hasattr(transformers, geometry.family.architecture):
-        raise InputError(
-            f"Transformers has no {geometry.family.architecture}, and code from a checkpoint is never run, so {source} "
-            "cannot be trained; vLLM serves it"
-        )
-    find_companions(source)  # what cannot be copied is refused now
-    for flag, name in SHARDING.items():
-        if parse_flag_from_env(flag):
-            raise InputError(
-                f"accelerate is set up for {name}; finetune-pruned shards weights with FSDP: choose that in "
-                "`accelerate config`, or multi-GPU"
-            )
-    number, micro = _processes_and_micro_batch(job)
-    if job.batch_size % (number * micro):
-        of_processes = f" times the {number} processes" if number > 1 else ""
-        raise InputError(
-            f"--batch-size {job.batch_size} is no multiple of --micro-batch-size {micro}{of_processes}; choose one"
-        )
-    return geometry
-
-
-def _place(job: FinetuneJob) -> str:
-    """Where the weights are; see `FinetuneJob.weights`. Raises InputError where they cannot be there."""
-    place = job.weights or ("sharded" if parse_flag_from_env(FSDP) else "whole")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return "whole"  # so that a run of several processes can be resumed by one
-    if place == "sharded" and not job.lora_rank:
-        raise InputError(
-            "--lora-rank 0 trains all weights, and those cannot be sharded; take LoRA, or --weights whole with "
-            "--gradient-checkpointing and --micro-batch-size 1 to save memory"
-        )
-    if place == "sharded" and not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
-        raise InputError(
-            f"Transformers {transformers.__version__} does not train what it has sharded; install 5.19 or later, or "
-            "take --weights whole"
-        )
-    if place == "sharded" and parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
-        raise InputError("finetune-pruned does not offload weights to the CPU; choose FSDP without that")
-    if place == "sharded" and job.device == "cpu" and torch.accelerator.is_available():
-        raise InputError(  # Transformers would bring them there
-            "--weights sharded on the CPU of a machine with GPUs: hide these, with CUDA_VISIBLE_DEVICES= in front"
-        )
-    return place
-
-
-def _processes_and_micro_batch(job: FinetuneJob) -> tuple[int, int]:
-    """How many processes share a batch, and how many sequences go through the model of one at once."""
-    number = int(os.environ.get("WORLD_SIZE", 1))
-    return number, min(job.micro_batch_size, max(1, job.batch_size // number))
-
-
 def _last_checkpoint(directory: Path) -> Path | None:
     complete = [path.parent for path in directory.glob(f"checkpoint-*/{TRAINER_STATE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _training_arguments(job: FinetuneJob, directory: Path) -> TrainingArguments:
-    number, micro = _processes_and_micro_batch(job)
+    number, micro = processes_and_micro_batch(job)
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=1,  # the data set is as long as the run

@@ -40,11 +40,17 @@ def place_of(weights: str | None, accelerator: Accelerator, places: Sequence[str
         )
     if weights == "sharded" and accelerator.num_processes == 1:
         return "whole"  # so that a run of several processes can be resumed by one
-    if weights == "sharded" and accelerator.device.type == "cpu" and torch.accelerator.is_available():
-        raise InputError(  # Transformers would bring them there
+    if weights == "sharded":
+        check_sharding_on(accelerator.device.type)
+    return weights
+
+
+def check_sharding_on(device: str) -> None:
+    """Raises InputError on the CPU of a machine with GPUs: Transformers would bring sharded weights there."""
+    if device == "cpu" and torch.accelerator.is_available():
+        raise InputError(
             "--weights sharded on the CPU of a machine with GPUs: hide these, with CUDA_VISIBLE_DEVICES= in front"
         )
-    return weights
 
 
 def loading_options(place: str, accelerator: Accelerator | PartialState) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
 from learner.finetune.distillation import Distillation
-from learner.finetune.finetune import SHARDING, FinetuneJob, default_learning_rate, finetune
+from learner.finetune.finetune import finetune
+from learner.finetune.job import SHARDING, FinetuneJob, default_learning_rate
 from learner.model.perplexity import perplexity
 from pruned_vllm.common.manifest import written_by
 from pruned_vllm.hf.loading import load_pruned

@@ -13,7 +13,8 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
-from learner.finetune.finetune import FinetuneJob, finetune
+from learner.finetune.finetune import finetune
+from learner.finetune.job import FinetuneJob
 from pruned_vllm.hf.loading import load_pruned
 
 RAGGED = Geometry(((3, 1, 0, 4), (0, 0, 0, 0), (4, 3, 2, 1)), (51, 99, 0), group=4)
