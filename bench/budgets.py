@@ -9,7 +9,11 @@ that count (a score of 1/2 or more) were above DDP's budget, as a share of what 
 to fade, which is what the penalty alone has learned, and just before units are fixed, which is what is cut off by
 force. `--settle 0` is the paper's schedule, in which nothing fades.
 
-`joint` compares --sparsity with --target-bytes of as many bytes, DDP, at two sizes and with three seeds.
+`joint` compares --sparsity with --target-bytes of as many bytes at two sizes and with three seeds; of a pico model by
+DDP, and of a real one, given as a directory, by scores, which take a minute or two each and not the better part of an
+hour. Seeds then choose the calibration text:
+
+    python -m bench.budgets joint MODEL --methods taylor flap --data train.txt --eval-data heldout.txt --output-dir out
 """
 
 import argparse
@@ -31,9 +35,12 @@ from bench.pico import RECIPES
 from pruned_vllm.common.command import run_command
 from pruned_vllm.common.environment import library_versions
 from pruned_vllm.common.files import read_json, write_json
+from pruned_vllm.formats.fingerprint import Fingerprint
 
 AT = "decode:8:32:64"
 BATCH = {"batch_size": 2, "sequence_length": 64}
+CALIBRATION = {"calibration_sequences": 128, "sequence_length": 128}
+SCORES = ("wanda", "flap", "taylor")
 DDP_STEPS, JOINT_STEPS = (50, 300, 1000), 300
 SEEDS = (42, 43, 44)
 SPARSITIES = (0.2, 0.5)
@@ -56,60 +63,92 @@ class Run:
     seed: int = SEEDS[0]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model that is learned on, and its texts."""
+
+    model: Path
+    data: tuple[str, ...]
+    eval_data: tuple[str, ...]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.budgets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("met", "joint"))
-    parser.add_argument("model", choices=tuple(RECIPES))
+    parser.add_argument("model", help=f"{', '.join(RECIPES)}, or for joint a directory")
+    parser.add_argument(
+        "--methods", nargs="+", choices=("ddp", *SCORES), default=["ddp"], help="of joint; default: %(default)s"
+    )
+    parser.add_argument("--data", nargs="+", default=(), help="text to learn from; pico models have their own")
+    parser.add_argument("--eval-data", nargs="+", default=(), help="held-out text, likewise")
     parser.add_argument(
         "--output-dir", type=Path, required=True, help="gets WHAT_MODEL.json, in place of an earlier one"
     )
     args = parser.parse_args(argv)
+    is_pico = args.model in RECIPES
+    if not is_pico and (args.what == "met" or not args.data or not args.eval_data):
+        parser.error(f"{args.model} is no pico model ({', '.join(RECIPES)}): choose joint, --data and --eval-data")
     command = shlex.join(["python", "-m", "bench.budgets", *(sys.argv[1:] if argv is None else argv)])
 
     def run() -> None:
-        import torch
-
-        from bench.pico import pico_model
-
-        torch.set_num_threads(1)
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after minutes of learning
-        model = pico_model(args.model)
-        facts = {"model": read_json(model / "pico.json"), "versions": library_versions(("torch", "transformers"))}
+        subject, facts = pico_subject(args.model) if is_pico else real_subject(args)
+        facts |= {"versions": library_versions(("torch", "transformers"))}
         runs: list[dict] = []
-        for record in (met if args.what == "met" else joint)(model):
+        for record in met(subject) if args.what == "met" else joint(subject, args.methods):
             runs.append(record)
             results = {"command": command, "at": AT, "runs": runs, **facts}
-            write_json(args.output_dir / f"{args.what}_{args.model}.json", results)
+            write_json(args.output_dir / f"{args.what}_{Path(args.model).name}.json", results)
         (show_met if args.what == "met" else show_joint)(runs)
 
     return run_command(parser.prog, run)
 
 
-def met(model: Path) -> Iterator[dict]:
+def pico_subject(name: str) -> tuple[Subject, dict]:
+    """A pico model, trained now where it is not cached, and what is known of it. One thread is all that it can use."""
+    import torch
+
+    from bench.pico import pico_model
+
+    torch.set_num_threads(1)
+    model = pico_model(name)
+    return Subject(model, (str(model / "train.txt"),), (str(model / "heldout.txt"),)), {
+        "model": read_json(model / "pico.json")
+    }
+
+
+def real_subject(args: argparse.Namespace) -> tuple[Subject, dict]:
+    model = Path(args.model)
+    about = {"name": model.name, "fingerprint": str(Fingerprint.from_directory(model))}
+    return Subject(model, tuple(args.data), tuple(args.eval_data)), {"model": about}
+
+
+def met(subject: Subject) -> Iterator[dict]:
     """Budgets in three measures, for runs of each length; the paper's schedule for one of them."""
-    half = learn_one(model, Run("magnitude", "sparsity", 0.5))
+    half = learn_one(subject, Run("magnitude", "sparsity", 0.5))
     runs = []
     for measure, asked in (("sparsity", 0.5), ("bytes", half["bytes"]), ("speedup", round(half["ideal_speedup"], 2))):
         runs += [Run("ddp", measure, asked, {"steps": steps, **BATCH}) for steps in DDP_STEPS]
         if measure == "sparsity":
             runs += [Run("ddp", measure, asked, {"steps": steps, **BATCH, "settle": 0.0}) for steps in DDP_STEPS]
     for run in runs:
-        yield learn_one(model, run)
+        yield learn_one(subject, run)
 
 
-def joint(model: Path) -> Iterator[dict]:
-    """DDP with a share for each kind of units, and with as many bytes for all of them together."""
-    settings = {"steps": JOINT_STEPS, **BATCH}
-    for sparsity in SPARSITIES:
-        for seed in SEEDS:
-            separate = learn_one(model, Run("ddp", "sparsity", sparsity, settings, seed))
-            together = learn_one(model, Run("ddp", "bytes", separate["bytes"], settings, seed))
-            yield {"sparsity": sparsity, "seed": seed, "separate": separate, "joint": together}
+def joint(subject: Subject, methods: Sequence[str]) -> Iterator[dict]:
+    """Each method with a share for each kind of units, and with as many bytes for all of them together."""
+    for method in methods:
+        settings = {"steps": JOINT_STEPS, **BATCH} if method == "ddp" else CALIBRATION
+        for sparsity in SPARSITIES:
+            for seed in SEEDS:
+                separate = learn_one(subject, Run(method, "sparsity", sparsity, settings, seed))
+                together = learn_one(subject, Run(method, "bytes", separate["bytes"], settings, seed))
+                yield {"sparsity": sparsity, "seed": seed, "separate": separate, "joint": together}
 
 
-def learn_one(model: Path, run: Run) -> dict:
+def learn_one(subject: Subject, run: Run) -> dict:
     """What a run came to."""
     from learner.job import METHODS, Job
     from learner.learn import learn
@@ -117,12 +156,12 @@ def learn_one(model: Path, run: Run) -> dict:
     name = "sparsity" if run.measure == "sparsity" else f"target_{run.measure}"
     target: dict[str, Any] = {name: [run.asked]}
     job = Job(
-        model=str(model),
+        model=str(subject.model),
         method=run.method,
         settings=METHODS[run.method].settings(**run.settings),
         at=AT,
-        data=[str(model / "train.txt")],
-        eval_data=[str(model / "heldout.txt")],
+        data=list(subject.data),
+        eval_data=list(subject.eval_data),
         agreement_prompts=0,
         device="cpu",
         seed=run.seed,
@@ -180,12 +219,13 @@ def show_met(runs: Sequence[dict]) -> None:
 
 
 def show_joint(runs: Sequence[dict]) -> None:
-    table = Table("sparsity", "bytes", "separate", "joint", "joint / separate", "of each seed", box=box.SIMPLE)
-    for sparsity in SPARSITIES:
-        same = [run for run in runs if run["sparsity"] == sparsity]
+    table = Table("", "sparsity", "bytes", "separate", "joint", "joint / separate", "of each seed", box=box.SIMPLE)
+    for method, sparsity in dict.fromkeys((run["joint"]["method"], run["sparsity"]) for run in runs):
+        same = [run for run in runs if (run["joint"]["method"], run["sparsity"]) == (method, sparsity)]
         before, after = ([run[name]["masked_perplexity"] for run in same] for name in ("separate", "joint"))
         gains = [new / old for old, new in zip(before, after, strict=True)]
         table.add_row(
+            method,
             f"{sparsity:.0%}",
             f"{mean(run['joint']['bytes'] for run in same):,.0f}",
             f"{mean(before):.2f}",

@@ -6,9 +6,9 @@
 The dense models have random weights and the shapes of bench.sweep: multi-head attention (MHA), grouped queries (GQA),
 experts (MoE). What goes is chosen by magnitude, which takes seconds: here the target counts, not the choice. Each is
 converted as by default, with padded FFN widths, and its `padded_ideal_speedup` in pruning.json is the prediction.
-bench.e2e_speedup then times it against the dense model in the very case that was asked for, in bfloat16, or float32 on
-a CPU that multiplies bfloat16 slower. It starts the engines anew for each of --rounds, because two engines of one model
-differ by some percent for as long as they live.
+bench.e2e_speedup then times it against the dense model in the very case that was asked for: in bfloat16, or in float32
+on a CPU that multiplies bfloat16 slower, where eight tokens are bound by arithmetic, so --at has two. Engines start
+anew for each of --rounds, because two engines of one model differ by some percent for as long as they live.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pruned_vllm.common.files import read_json, write_json
 from pruned_vllm.formats.masked import PRUNING_FILE
 
 RESULTS_FILE = "targets.json"
+AT = {"bfloat16": "decode:8:32:32", "float32": "decode:2:32:32"}  # what memory binds: the prediction counts bytes
 SHAPES = tuple(grid_shapes(None, None))
 MEASURED = ("speedup", "speedup_q1", "speedup_q3", "speedup_low", "speedup_high", "speedup_confidence")
 PROBED = ("median_latency_s", "samples_s", "step_s", "gb_per_s", "of_bandwidth", "of_gemm_rate")
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--hidden-size", type=positive_int, help="default: 1536, with experts 1024")
     add("--num-hidden-layers", type=positive_int, help="default: 16, with experts 8")
     add("--speedup", default="1.5", help="as of learn-masks --target-speedup; default: %(default)s")
-    add("--at", default="decode:8:32:32", metavar="CASE", help="as of learn-masks; default: %(default)s")
+    add("--at", default=AT[DTYPE], metavar="CASE", help="as of learn-masks; default: %(default)s")
     add("--repeats", type=positive_int, default=4, help="runs of an engine in a round; default: %(default)s")
     add("--rounds", type=positive_int, default=2, help="times that engines are started; default: %(default)s")
     args = parser.parse_args(argv)

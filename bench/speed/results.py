@@ -49,6 +49,7 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 from pruned_vllm.formats.layer import LayerGeometry
 
+SHARES = {"of_bandwidth": "memory bandwidth", "of_gemm_rate": "GEMM rate"}
 CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
 
 
@@ -76,8 +77,10 @@ def case_record(
     for name, seconds in samples.items():
         sizes = (tensor_bytes or {}).get(name)
         record[name] = timing_record(case, seconds, geometries[name], element_bytes, machine, sizes)
-    cost = "bytes_per_step" if case.kind == "decode" else "flops_per_step"
-    ideal = record["dense"][cost] / record["pruned"][cost]
+    counted, other = ("bytes", "flops") if case.kind == "decode" else ("flops", "bytes")
+    ideal, other_ideal = (
+        record["dense"][f"{cost}_per_step"] / record["pruned"][f"{cost}_per_step"] for cost in (counted, other)
+    )
     if "plugin_dense" in samples:
         record["plugin_dense"] |= speedup_statistics(dense, samples["plugin_dense"], rounds)
     return {
@@ -85,8 +88,32 @@ def case_record(
         **statistics,
         "ideal_speedup": ideal,
         "of_ideal": statistics["speedup"] / ideal,
-        "warnings": noise_warnings(samples, statistics),
+        "warnings": noise_warnings(samples, statistics) + bound_warnings(case.kind, record["dense"], other_ideal),
     }
+
+
+def bound_warnings(kind: str, dense: Mapping[str, Any], other_ideal: float) -> list[str]:
+    """A sentence where this machine is nearer to the limit that the ideal speedup does not count.
+
+    Args:
+        dense: the record of the dense model; without shares of what the machine can do nothing is known.
+        other_ideal: the ideal speedup if operations were counted in decode, or bytes in prefill.
+    """
+    if "of_bandwidth" not in dense:
+        return []
+    memory, arithmetic = (f"{dense[key]:.0%} of the {rate}" for key, rate in SHARES.items())
+    by_arithmetic = dense["of_gemm_rate"] > dense["of_bandwidth"]
+    if kind == "decode" and by_arithmetic:
+        return [
+            f"bound by arithmetic: the dense model reaches {arithmetic} and {memory}, while the ideal speedup of "
+            f"decode counts bytes; in operations it is {other_ideal:.2f}x. A smaller batch is bound by memory"
+        ]
+    if kind == "prefill" and not by_arithmetic:
+        return [
+            f"bound by memory: the dense model reaches {memory} and {arithmetic}, while the ideal speedup of prefill "
+            f"counts operations; in bytes it is {other_ideal:.2f}x. More or longer prompts are bound by arithmetic"
+        ]
+    return []
 
 
 def timing_record(

@@ -48,6 +48,27 @@ def test_joint_budgets_have_the_bytes_of_separate_ones(tiny_pico):
     assert all(0.995 <= run["joint"]["bytes"] / run["separate"]["bytes"] <= 1 for run in runs)
 
 
+def test_joint_budgets_of_a_real_model_are_compared_by_scores(tiny_pico, monkeypatch):
+    monkeypatch.setattr(budgets, "CALIBRATION", {"calibration_sequences": 2, "sequence_length": 32})
+    text, out = str(tiny_pico / "text.txt"), tiny_pico / "out"
+    methods = ["--methods", "flap", "wanda", "--data", text, "--eval-data", text]
+    assert budgets.main(["joint", str(tiny_pico / "model"), *methods, "--output-dir", str(out)]) == 0
+    found = json.loads((out / "joint_model.json").read_text())
+    assert found["model"]["name"] == "model" and found["model"]["fingerprint"]
+    assert [(run["joint"]["method"], run["sparsity"], run["seed"]) for run in found["runs"]] == [
+        (method, sparsity, seed) for method in ("flap", "wanda") for sparsity in (0.2, 0.5) for seed in (1, 2)
+    ]
+    assert all(0.995 <= run["joint"]["bytes"] / run["separate"]["bytes"] <= 1 for run in found["runs"])
+
+
+@pytest.mark.parametrize("wrong", [["met", "elsewhere"], ["joint", "elsewhere"]])
+def test_a_real_model_needs_joint_and_texts(tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit):
+        budgets.main([*wrong, "--output-dir", str(tmp_path / "out")])
+    assert "choose joint, --data and --eval-data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("shape", grid_shapes(256, 1))
 def test_models_of_targets_can_be_learned_on(tmp_path, shape):
     write_random_model(grid_shapes(256, 1)[shape], tmp_path, "bfloat16")

@@ -48,6 +48,28 @@ def test_rounds_count_and_not_repeats():
     assert case_record(DECODE, samples, GEOMETRIES, 2, MACHINE)["speedup_confidence"] == 0.95
 
 
+@pytest.mark.parametrize(
+    ("case", "rates", "said"),
+    [
+        (DECODE, (1e-9, 1.0), ""),
+        (DECODE, (1.0, 1e-9), "bound by arithmetic"),
+        (PREFILL, (1.0, 1e-9), ""),
+        (PREFILL, (1e-9, 1.0), "bound by memory"),
+    ],
+)
+def test_a_limit_that_the_ideal_does_not_count_is_said(case, rates, said):
+    """`rates`: GB/s and TFLOP/s of a machine; the ideal of decode counts bytes, that of prefill operations."""
+    machine = MACHINE | dict(zip(("bandwidth_gb_per_s", "gemm_tflop_per_s"), rates, strict=True))
+    found = [warning for warning in record(case, machine)["warnings"] if warning.startswith("bound")]
+    other = step_flops if case.kind == "decode" else step_bytes
+    sizes = (2,) if other is step_bytes else ()
+    assert bool(found) == bool(said)
+    for warning in found:
+        ideal = other(DENSE, case, *sizes) / other(PRUNED, case, *sizes)
+        assert warning.startswith(said) and f"it is {ideal:.2f}x" in warning
+    assert not any(warning.startswith("bound") for warning in record(case, None)["warnings"])
+
+
 def test_what_is_not_pruning_is_said():
     plugin_dense = record()["plugin_dense"]
     assert (plugin_dense["speedup"], plugin_dense["speedup_high"]) == (1.0, 1.2)
