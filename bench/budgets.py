@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--methods", nargs="+", choices=("ddp", *SCORES), default=["ddp"], help="of joint; default: %(default)s"
     )
+    parser.add_argument(
+        "--sparsity", nargs="+", type=float, default=SPARSITIES, metavar="S", help="of joint; default: %(default)s"
+    )
     parser.add_argument("--data", nargs="+", default=(), help="text to learn from; pico models have their own")
     parser.add_argument("--eval-data", nargs="+", default=(), help="held-out text, likewise")
     parser.add_argument(
@@ -97,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         subject, facts = pico_subject(args.model) if is_pico else real_subject(args)
         facts |= {"versions": library_versions(("torch", "transformers"))}
         runs: list[dict] = []
-        for record in met(subject) if args.what == "met" else joint(subject, args.methods):
+        for record in met(subject) if args.what == "met" else joint(subject, args.methods, args.sparsity):
             runs.append(record)
             results = {"command": command, "at": AT, "runs": runs, **facts}
             write_json(args.output_dir / f"{args.what}_{Path(args.model).name}.json", results)
@@ -137,11 +140,11 @@ def met(subject: Subject) -> Iterator[dict]:
         yield learn_one(subject, run)
 
 
-def joint(subject: Subject, methods: Sequence[str]) -> Iterator[dict]:
+def joint(subject: Subject, methods: Sequence[str], sparsities: Sequence[float]) -> Iterator[dict]:
     """Each method with a share for each kind of units, and with as many bytes for all of them together."""
     for method in methods:
         settings = {"steps": JOINT_STEPS, **BATCH} if method == "ddp" else CALIBRATION
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             for seed in SEEDS:
                 separate = learn_one(subject, Run(method, "sparsity", sparsity, settings, seed))
                 together = learn_one(subject, Run(method, "bytes", separate["bytes"], settings, seed))
