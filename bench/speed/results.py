@@ -50,6 +50,13 @@ from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 from pruned_vllm.formats.layer import LayerGeometry
 
 SHARES = {"of_bandwidth": "memory bandwidth", "of_gemm_rate": "GEMM rate"}
+# What changes speeds on a CPU. The third puts PyTorch's memory in huge pages.
+ENVIRONMENT = (
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU",
+    "THP_MEM_ALLOC_ENABLE",
+    "OMP_NUM_THREADS",
+)
 CASE_KEYS = ("name", "kind", "batch_size", "input_len", "output_len")
 
 
@@ -192,9 +199,5 @@ def describe_hardware() -> dict:
         "cpu_features": cpu_features(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "environment": {
-            name: os.environ[name]
-            for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS")
-            if name in os.environ
-        },
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }

@@ -8,11 +8,12 @@ FILES = {
     "Qwen3-MoE, ragged, 50 %": "cpu_breakdown/moe_ragged_50.json",
     "Llama, GQA, ragged, 50 %": "cpu_breakdown/gqa_ragged_50.json",
 }
+TARGET = {"MoE": "targets/avx2/moe_breakdown.json"}
 SMALL = 0.01  # of the dense step; parts below it in all cases are summed up
 
 
-def table() -> str:
-    cases = [(name, case) for name, file in FILES.items() for case in results(file)["cases"]]
+def table(files: Mapping[str, str] = FILES) -> str:
+    cases = [(name, case) for name, file in files.items() for case in results(file)["cases"]]
     parts = [dict.fromkeys(case["contestants"]["dense"]["parts_s"]) for _, case in cases]
     large = [part for part in parts[0] if any(_share(case, part) >= SMALL for _, case in cases)]
     rows = [(part, *(_both(case, [part]) for _, case in cases)) for part in large]
@@ -21,6 +22,20 @@ def table() -> str:
     rows.append(("step", *(_both(case, list(parts[0])) for _, case in cases)))
     header = [f"{name}: {short_case_name(case['name'])}" for name, case in cases]
     return markdown_table(("ms, dense to pruned", *header), rows)
+
+
+def of_target() -> str:
+    """Where the MoE model of bench.targets loses what it lacks to its target on a CPU without AVX-512."""
+    (case,) = (case for file in TARGET.values() for case in results(file)["cases"])
+    dense, pruned, narrow = (case["contestants"][side] for side in ("dense", "pruned", "narrow"))
+    lost, fixed = (1e3 * sum(case[key].values()) for key in ("lost_s", "fixed_s"))
+    gemms, experts = (dense["parts_s"][part] / pruned["parts_s"][part] for part in ("GEMMs", "experts"))
+    sentence = paragraph(
+        f"{case['speedup']:.2f}x of {case['ideal_speedup']:.2f}x: of {lost:.1f} ms that the pruned step lacks to the "
+        f"ideal, {fixed:.1f} are that a step of a model without width takes {1e3 * narrow['step_s']:.1f} ms, pruned or "
+        f"not. GEMMs, lm_head's among them, run {gemms:.2f}x as fast, experts {experts:.2f}x."
+    )
+    return f"{table(TARGET)}\n\n{sentence}"
 
 
 def _share(case: Mapping, part: str) -> float:
