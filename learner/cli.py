@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         "--at",
         default=Job.at,
         metavar="CASE",
-        help="workload for which the ideal speedup is counted: decode:BATCH:INPUT:OUTPUT, in bytes, so for batches that "
-        "memory binds, or prefill:BATCH:INPUT, in operations; "
+        help="workload for which the ideal speedup is counted: decode:BATCH:INPUT:OUTPUT, in bytes, so for batches "
+        "that memory binds, or prefill:BATCH:INPUT, in operations; "
         f"default: {Job.at}",
     )
     by_default: dict[str, list[str]] = {default: [] for default in QUERY_HEADS}

@@ -51,6 +51,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compare-answers": compare.answers_avx2,
     "targets": learning.targets,
     "targets-avx2": learning.targets_avx2,
+    "targets-wide": learning.targets_wide,
     "targets-moe": breakdown.of_target,
     "budgets": learning.budgets,
     "learning-speed": learning.speed,

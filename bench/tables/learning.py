@@ -8,6 +8,7 @@ from pruned_vllm.formats.ideal import Case
 
 TARGETS = "targets/targets.json"
 TARGETS_AVX2 = "targets/avx2/targets.json"
+TARGETS_WIDE = "targets/avx2/wide/targets.json"
 BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
@@ -21,6 +22,10 @@ def targets() -> str:
 
 def targets_avx2() -> str:
     return targets_of(results(TARGETS_AVX2))
+
+
+def targets_wide() -> str:
+    return targets_of(results(TARGETS_WIDE))
 
 
 def targets_of(measured_shapes: Mapping) -> str:
