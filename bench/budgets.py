@@ -10,8 +10,8 @@ to fade, which is what the penalty alone has learned, and just before units are 
 force. `--settle 0` is the paper's schedule, in which nothing fades.
 
 `joint` compares --sparsity with --target-bytes of as many bytes at two sizes and with three seeds; of a pico model by
-DDP, and of a real one, given as a directory, by scores, which take a minute or two each and not the better part of an
-hour. Seeds then choose the calibration text:
+DDP, and of a real one, given as a directory, by scores, which take minutes each and not the better part of an hour.
+Seeds then choose the calibration text:
 
     python -m bench.budgets joint MODEL --methods taylor flap --data train.txt --eval-data heldout.txt --output-dir out
 """
@@ -65,11 +65,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is learned on, and its texts."""
+    """A model that is learned on, its texts, and what the results say about it."""
 
     model: Path
-    data: tuple[str, ...]
-    eval_data: tuple[str, ...]
+    data: list[str]
+    eval_data: list[str]
+    about: dict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sparsity", nargs="+", type=float, default=SPARSITIES, metavar="S", help="of joint; default: %(default)s"
     )
-    parser.add_argument("--data", nargs="+", default=(), help="text to learn from; pico models have their own")
-    parser.add_argument("--eval-data", nargs="+", default=(), help="held-out text, likewise")
+    parser.add_argument("--data", nargs="+", default=[], help="text to learn from; pico models have their own")
+    parser.add_argument("--eval-data", nargs="+", default=[], help="held-out text, likewise")
     parser.add_argument(
         "--output-dir", type=Path, required=True, help="gets WHAT_MODEL.json, in place of an earlier one"
     )
@@ -97,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after minutes of learning
-        subject, facts = pico_subject(args.model) if is_pico else real_subject(args)
-        facts |= {"versions": library_versions(("torch", "transformers"))}
+        subject = pico_subject(args.model) if is_pico else real_subject(args)
+        facts = {"model": subject.about, "versions": library_versions(("torch", "transformers"))}
         runs: list[dict] = []
         for record in met(subject) if args.what == "met" else joint(subject, args.methods, args.sparsity):
             runs.append(record)
@@ -109,23 +110,21 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, run)
 
 
-def pico_subject(name: str) -> tuple[Subject, dict]:
-    """A pico model, trained now where it is not cached, and what is known of it. One thread is all that it can use."""
+def pico_subject(name: str) -> Subject:
+    """A pico model, trained now where it is not cached. One thread is all that it can use."""
     import torch
 
     from bench.pico import pico_model
 
     torch.set_num_threads(1)
     model = pico_model(name)
-    return Subject(model, (str(model / "train.txt"),), (str(model / "heldout.txt"),)), {
-        "model": read_json(model / "pico.json")
-    }
+    return Subject(model, [str(model / "train.txt")], [str(model / "heldout.txt")], read_json(model / "pico.json"))
 
 
-def real_subject(args: argparse.Namespace) -> tuple[Subject, dict]:
+def real_subject(args: argparse.Namespace) -> Subject:
     model = Path(args.model)
     about = {"name": model.name, "fingerprint": str(Fingerprint.from_directory(model))}
-    return Subject(model, tuple(args.data), tuple(args.eval_data)), {"model": about}
+    return Subject(model, args.data, args.eval_data, about)
 
 
 def met(subject: Subject) -> Iterator[dict]:
@@ -163,8 +162,8 @@ def learn_one(subject: Subject, run: Run) -> dict:
         method=run.method,
         settings=METHODS[run.method].settings(**run.settings),
         at=AT,
-        data=list(subject.data),
-        eval_data=list(subject.eval_data),
+        data=subject.data,
+        eval_data=subject.eval_data,
         agreement_prompts=0,
         device="cpu",
         seed=run.seed,

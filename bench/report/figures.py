@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.report.drawing import COLOURS, in_style, new_figure, to_svg
+from bench.speed.results import binding
 
 ROW_INCHES = 0.52  # of a case: a line of text above its marks
 LABEL_HEIGHT = 0.30  # of it, above the marks
@@ -118,9 +119,7 @@ def limits_figure(cases: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def _binding(case: Mapping[str, Any], shares: Mapping[str, float]) -> str:
     """62% / 58% of memory; with both limits named where each binds another model."""
-    binds = {
-        side: "memory" if case[side]["of_bandwidth"] > case[side]["of_gemm_rate"] else "arithmetic" for side in shares
-    }
+    binds = {side: binding(case[side]) for side in shares}
     if len(set(binds.values())) == 1:
         return " / ".join(f"{share:.0%}" for share in shares.values()) + f" of {binds['dense']}"
     return " / ".join(f"{share:.0%} of {binds[side]}" for side, share in shares.items())

@@ -49,7 +49,6 @@ from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 from pruned_vllm.formats.layer import LayerGeometry
 
-SHARES = {"of_bandwidth": "memory bandwidth", "of_gemm_rate": "GEMM rate"}
 # What changes speeds on a CPU. The third puts PyTorch's memory in huge pages.
 ENVIRONMENT = (
     "VLLM_CPU_OMP_THREADS_BIND",
@@ -108,19 +107,26 @@ def bound_warnings(kind: str, dense: Mapping[str, Any], other_ideal: float) -> l
     """
     if "of_bandwidth" not in dense:
         return []
-    memory, arithmetic = (f"{dense[key]:.0%} of the {rate}" for key, rate in SHARES.items())
-    by_arithmetic = dense["of_gemm_rate"] > dense["of_bandwidth"]
-    if kind == "decode" and by_arithmetic:
-        return [
-            f"bound by arithmetic: the dense model reaches {arithmetic} and {memory}, while the ideal speedup of "
-            f"decode counts bytes; in operations it is {other_ideal:.2f}x. A smaller batch is bound by memory"
-        ]
-    if kind == "prefill" and not by_arithmetic:
-        return [
-            f"bound by memory: the dense model reaches {memory} and {arithmetic}, while the ideal speedup of prefill "
-            f"counts operations; in bytes it is {other_ideal:.2f}x. More or longer prompts are bound by arithmetic"
-        ]
-    return []
+    limit, expected = binding(dense), "memory" if kind == "decode" else "arithmetic"
+    if limit == expected:
+        return []
+    reached = {
+        "memory": f"{dense['of_bandwidth']:.0%} of the memory bandwidth",
+        "arithmetic": f"{dense['of_gemm_rate']:.0%} of the GEMM rate",
+    }
+    counted, other, what = {
+        "decode": ("bytes", "operations", "A smaller batch is"),
+        "prefill": ("operations", "bytes", "More or longer prompts are"),
+    }[kind]
+    return [
+        f"bound by {limit}: the dense model reaches {reached[limit]} and {reached[expected]}, while the ideal speedup "
+        f"of {kind} counts {counted}; in {other} it is {other_ideal:.2f}x. {what} bound by {expected}"
+    ]
+
+
+def binding(record: Mapping[str, Any]) -> str:
+    """Which limit of the machine a contestant was nearer to: "memory" or "arithmetic"."""
+    return "memory" if record["of_bandwidth"] > record["of_gemm_rate"] else "arithmetic"
 
 
 def timing_record(

@@ -6,9 +6,6 @@ from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
 
-TARGETS = "targets/targets.json"
-TARGETS_AVX2 = "targets/avx2/targets.json"
-TARGETS_WIDE = "targets/avx2/wide/targets.json"
 BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
@@ -16,22 +13,10 @@ MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
 METHODS = {"ddp": "DDP", "maskprune": "MaskPrune"}
 
 
-def targets() -> str:
-    return targets_of(results(TARGETS))
-
-
-def targets_avx2() -> str:
-    return targets_of(results(TARGETS_AVX2))
-
-
-def targets_wide() -> str:
-    return targets_of(results(TARGETS_WIDE))
-
-
-def targets_of(measured_shapes: Mapping) -> str:
+def targets(file: str = "targets/targets.json") -> str:
     """What --target-speedup promises, and what came."""
     rows = []
-    for name, found in measured_shapes["shapes"].items():
+    for name, found in results(file)["shapes"].items():
         measured = found["measured"]
         rows.append(
             (

@@ -116,20 +116,21 @@ def place_of_job(job: FinetuneJob) -> str:
     place = job.weights or ("sharded" if parse_flag_from_env(FSDP) else "whole")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return "whole"  # so that a run of several processes can be resumed by one
-    if place == "sharded" and not job.lora_rank:
+    if place != "sharded":
+        return place
+    if not job.lora_rank:
         raise InputError(
             "--lora-rank 0 trains all weights, and those cannot be sharded; take LoRA, or --weights whole with "
             "--gradient-checkpointing and --micro-batch-size 1 to save memory"
         )
-    if place == "sharded" and not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
+    if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
         raise InputError(
             f"Transformers {transformers.__version__} does not train what it has sharded; install 5.19 or later, or "
             "take --weights whole"
         )
-    if place == "sharded" and parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise InputError("finetune-pruned does not offload weights to the CPU; choose FSDP without that")
-    if place == "sharded":
-        check_sharding_on(job.device)
+    check_sharding_on(job.device)
     return place
 
 
