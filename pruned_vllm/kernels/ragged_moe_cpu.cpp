@@ -14,8 +14,8 @@
 // the time differs:
 //
 // - An expert with at most FEW tokens takes as long as reading its weights does. So its rows are read in the order in
-//   which they lie in memory. Lines of memory are asked for one step ahead, in that order, since the CPU by itself
-//   stops looking ahead at the end of each 4 KiB page, and a row is about one page.
+//   which they lie in memory. Lines of memory are asked for one step ahead, in that order, since most CPUs by
+//   themselves stop looking ahead at the end of each 4 KiB page, and a row is about one page; see `are_asked_for`.
 // - An expert with more tokens takes as long as multiplying does. So a step has several tokens and several channels or
 //   columns: as many as there are registers for their sums. What a step has loaded is used several times, and codes are
 //   widened once for all tokens.
@@ -125,7 +125,10 @@ class Layer : Epilogue {
     const int64_t row = weights_.offsets[task.expert] + task.start, count = task.end - task.start;
     const W *gate = weights_.gate_up + row * layout_.row_size, *up = gate + weights_.rows * layout_.row_size;
     if (choices.count(task.expert) <= FEW) {
-      gate_and_up<1>(choices, task, gate, up, layout_);
+      if (asks_)
+        gate_and_up<1>(choices, task, gate, up, layout_);
+      else
+        gate_and_up<2>(choices, task, gate, up, layout_);
     } else if constexpr (!SCALED) {
       gate_and_up<DOT_CHANNELS>(choices, task, gate, up, layout_);
     } else {
@@ -240,7 +243,7 @@ class Layer : Epilogue {
       Lines lines(ahead, (last - first) / COLUMNS * sizeof(W), row_size * sizeof(W));
       const auto add_columns = [&](int64_t column, int64_t count) {
         Panel<1> panel[steps.value];
-        lines.ask(taken * PAIR / COLUMNS * sizeof(W));
+        if (asks_) lines.ask(taken * PAIR / COLUMNS * sizeof(W));
         pack<1, false, T>(down + column / COLUMNS, rows, row_size, count, steps.value, panel);
         add<1, T>(hidden, panel, steps.value, outputs, column);
       };
@@ -283,6 +286,7 @@ class Layer : Epilogue {
   const Weights<W>& weights_;
   const int64_t hidden_size_, run_;  // run_: rows of down with the same scales
   const Layout layout_;
+  const bool asks_ = are_asked_for<W>(layout_.row_size);  // before it reads rows for few tokens
   const int64_t input_size_, row_size_;  // of a token: words of the input; columns, rounded up to PAIR
   Buffer<Word> inputs_, widened_;        // widened_: WIDENED_ROWS for each thread, where experts have many tokens
   Buffer<float> outputs_, unscaled_;     // unscaled_: rows of sums for FEW tokens

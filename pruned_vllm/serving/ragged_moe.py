@@ -9,7 +9,7 @@ Experts may be quantized (`expert_scheme.py`). Their inputs are not, also where 
 batches of float8_e4m3fn on a GPU: the results are closer to the 16-bit model, and a line of the log says so.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -201,6 +201,8 @@ class RaggedExperts(nn.Module):
         if scheme is not None:
             logger.info_once("Experts of different widths: %s%s", scheme, self._note())
         self.layer_name = prefix
+        self.kernel: Callable | None = None  # on a CPU, for weights at these addresses
+        self.addresses: list[int] = []
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"{prefix}: a layer of this name exists already")
@@ -249,29 +251,36 @@ class RaggedExperts(nn.Module):
 
     def compute(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         """What the custom op does."""
-        biases = None
+        if not self.max_width and not hasattr(self, "down_bias"):
+            return torch.zeros_like(x)
+        if not x.is_cpu:
+            from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
+
+            return ragged_moe(x, topk_weights=topk_weights, topk_ids=topk_ids, **self._arguments(x))
+        addresses = [parameter.data_ptr() for parameter in self._parameters.values() if parameter is not None]
+        if self.kernel is None or addresses != self.addresses:  # vLLM may load weights again, to another place
+            from pruned_vllm.kernels.ragged_moe_cpu import RaggedMoe
+
+            self.kernel, self.addresses = RaggedMoe(**self._arguments(x)), addresses
+        return self.kernel(x, topk_weights, topk_ids)
+
+    def _arguments(self, x: torch.Tensor) -> dict[str, Any]:
+        """Those of `ragged_moe` that are the layer's: weights and what belongs to them."""
+        scales, biases = None, None
         if self.has_biases:
             biases = Biases(getattr(self, "gate_up_bias", None), getattr(self, "down_bias", None))
-        if not self.max_width and (biases is None or biases.down is None):
-            return torch.zeros_like(x)
-        if x.is_cpu:
-            from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
-        else:
-            from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
-        weights: tuple[torch.Tensor, torch.Tensor]
-        scales = None
         if not self.max_width:
-            weights = x.new_empty(2, 0, self.hidden_size), x.new_empty(0, self.hidden_size)
+            gate_up, down = x.new_empty(2, 0, self.hidden_size), x.new_empty(0, self.hidden_size)
         else:
-            weights = self.gate_up, self.down
+            gate_up, down = self.gate_up, self.down
             if self.scheme is not None:
                 scales = Scales(
                     self.gate_up_scale, self.down_scale, self.down_offsets, self.scheme.group_size, self.quantize_input
                 )
-        gate_up, down = weights
-        return ragged_moe(
-            x, gate_up, down, self.offsets, topk_weights, topk_ids, self.max_width, scales, self.activation, biases
-        )
+        return {
+            "gate_up": gate_up, "down": down, "offsets": self.offsets, "max_width": self.max_width, "scales": scales,
+            "activation": self.activation, "biases": biases
+        }  # fmt: skip
 
     def _note(self) -> str:
         """What a reader of the log may not expect."""

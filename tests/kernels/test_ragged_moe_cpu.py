@@ -9,7 +9,7 @@ import torch
 from helpers.ragged_moe import CASES, DTYPES, MORE_CASES, Case, Inputs, check, compare, few_numbers, random_inputs
 
 from pruned_vllm.kernels import ragged_moe_cpu
-from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
+from pruned_vllm.kernels.ragged_moe_cpu import RaggedMoe, ragged_moe
 
 TABLE = [
     pytest.param(case, dtype, id=f"{index}-{str(dtype)[6:]}")
@@ -199,6 +199,39 @@ def test_an_id_that_does_not_fit_into_32_bits_is_no_other_expert(beyond):
     ids[2, 1] = ids[4, 0] = beyond
     nobody = ids.where(ids != beyond, -1)
     assert torch.equal(ragged_moe(*inputs._replace(topk_ids=ids)), ragged_moe(*inputs._replace(topk_ids=nobody)))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_weights_that_stay_take_any_input_that_fits():
+    """Later calls ask nothing of the weights, and still everything of what comes."""
+    inputs = random_inputs(Case(7, 40, (33, 0, 5, 64), 2), torch.float32, 0, "cpu")
+    x, weights, ids = inputs.x, inputs.topk_weights, inputs.topk_ids
+    moe = RaggedMoe(inputs.gate_up, inputs.down, inputs.offsets, inputs.max_width)
+    for arguments in (
+        (x, weights, ids),
+        (x[:3], weights[:3], ids[:3]),
+        (x[:0], weights[:0], ids[:0]),
+        (x, weights.double(), ids.long()),
+        (x[::2], weights[::2], ids[::2]),
+        (x, weights[:, :1], ids[:, :1]),
+        (x.T.contiguous().T, weights, torch.full_like(ids, 4)),
+    ):
+        changed = inputs._replace(**dict(zip(("x", "topk_weights", "topk_ids"), arguments, strict=True)))
+        assert torch.equal(moe(*arguments), ragged_moe(*changed))
+    for arguments in (
+        (x.bfloat16(), weights, ids),
+        (x[:, :39], weights, ids),
+        (x[0], weights, ids),
+        (x[:6], weights, ids),
+        (x, weights[:, :1], ids),
+        (x, weights[0], ids[0]),
+        (x, weights.int(), ids),
+        (x, weights, ids.float()),
+        (x.to("meta"), weights, ids),
+    ):
+        with pytest.raises(ValueError, match="ragged_moe cannot use its arguments"):
+            moe(*arguments)
+    assert torch.equal(moe(x, weights, ids), ragged_moe(*inputs))
 
 
 @pytest.mark.usefixtures("compiled")

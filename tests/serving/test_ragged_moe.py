@@ -112,6 +112,21 @@ def test_ranks_together_add_every_bias_once(ranks, scheme, monkeypatch):
     assert not (problem := compare(total.float(), expected, ranks * allowed, torch.float32)), problem
 
 
+def test_weights_that_move_or_change_are_found(monkeypatch):
+    """As when vLLM loads a model again: into the same memory, into other memory, or as other parameters."""
+    layer = experts_on(0, 1, monkeypatch, widths=WIDTHS)
+    x, weights, ids = torch.randn(3, HIDDEN), torch.rand(3, 2), torch.rand(3, len(WIDTHS)).topk(2).indices.int()
+    for parameter in layer.parameters():
+        parameter.data = torch.randn_like(parameter)
+    once = layer.compute(x, weights, ids)
+    layer.down.mul_(2)
+    torch.testing.assert_close(layer.compute(x, weights, ids), 2 * once)
+    layer.down.data = 2 * layer.down.data
+    torch.testing.assert_close(layer.compute(x, weights, ids), 4 * once)
+    layer.register_parameter("down", torch.nn.Parameter(2 * layer.down.data, requires_grad=False))
+    torch.testing.assert_close(layer.compute(x, weights, ids), 8 * once)
+
+
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_rank_without_channels_adds_what_it_has(rank, monkeypatch):
     layer = experts_on(rank, 2, monkeypatch, widths=(0, 0), activation=GPT_OSS, has_biases=True)
