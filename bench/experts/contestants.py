@@ -143,18 +143,16 @@ def _padded_same_kernel(gate_up: torch.Tensor, down: torch.Tensor) -> Run:
 
 
 def _ragged(gate_up: torch.Tensor, down: torch.Tensor, offsets: Sequence[int], scales: Scales | None = None) -> Run:
-    if down.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
-        from pruned_vllm.kernels.ragged_moe_cpu import ragged_moe
-    else:
-        from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
-    gate_up, down = _as_loaded(gate_up), _as_loaded(down)
     bounds = torch.tensor(offsets, dtype=torch.int32, device=down.device)
     max_width = max(end - start for start, end in pairwise(offsets))
+    weights = _as_loaded(gate_up), _as_loaded(down), bounds
+    if down.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+        from pruned_vllm.kernels.ragged_moe_cpu import RaggedMoe
 
-    def run(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return ragged_moe(x, gate_up, down, bounds, topk_weights, topk_ids, max_width, scales)
+        return RaggedMoe(*weights, max_width, scales)
+    from pruned_vllm.kernels.ragged_moe_triton import ragged_moe
 
-    return run
+    return lambda x, topk_weights, topk_ids: ragged_moe(x, *weights, topk_weights, topk_ids, max_width, scales)
 
 
 def _as_loaded(weights: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,22 @@
 """What bench.targets, bench.budgets, bench.learning_speed and bench.learning_memory measured."""
 
 from collections.abc import Mapping
+from statistics import fmean
 
 from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
 
 BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
+JOINT = {
+    "Llama": "budgets/joint_llama.json",
+    "Qwen3-MoE": "budgets/joint_qwen3_moe.json",
+    "SmolLM2-135M": "budgets/joint_SmolLM2-135M-Instruct.json",
+}
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
 MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
-METHODS = {"ddp": "DDP", "maskprune": "MaskPrune"}
+METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "flap": "FLAP's score"}
 
 
 def targets(file: str = "targets/targets.json") -> str:
@@ -60,6 +66,31 @@ def _asked(run: Mapping) -> str:
     if run["measure"] == "sparsity":
         return f"{percent(run['asked'], 0)} of the units"
     return f"{run['asked'] / 1e6:.2f} MB" if run["measure"] == "bytes" else f"{run['asked']:.2f}x"
+
+
+def joint() -> str:
+    """One budget of bytes for all kinds of units, against as large a share of each kind."""
+    rows = []
+    for model, file in JOINT.items():
+        runs = results(file)["runs"]
+        for method, sparsity in dict.fromkeys((run["joint"]["method"], run["sparsity"]) for run in runs):
+            same = [run for run in runs if (run["joint"]["method"], run["sparsity"]) == (method, sparsity)]
+            separate, together = ([run[kind]["masked_perplexity"] for run in same] for kind in ("separate", "joint"))
+            gains = [after / before for before, after in zip(separate, together, strict=True)]
+            rows.append(
+                (
+                    model,
+                    METHODS[method],
+                    percent(sparsity, 0),
+                    f"{fmean(run['joint']['bytes'] for run in same) / 1e6:,.1f} MB",
+                    f"{same[0]['joint']['dense_perplexity']:.2f}",
+                    f"{fmean(separate):.2f}",
+                    f"{fmean(together):.2f}",
+                    ", ".join(f"{gain:.3f}" for gain in gains),
+                )
+            )
+    header = ("", "method", "removed", "left", "dense perplexity", "a share of each kind", "one budget")
+    return markdown_table((*header, "ratio, each seed"), rows)
 
 
 def speed() -> str:

@@ -150,7 +150,7 @@ def _fit(
     caches, listing problems took a tenth of the time of a quantized layer for one token."""
     if x.dtype not in NUMBERS or x.dim() != 2 or down.dim() != 2 or offsets.dim() != 1:
         return False
-    (tokens, hidden), (rows, stored), device = x.shape, down.shape, x.get_device()
+    (tokens, hidden), (rows, stored), device = x.shape, down.shape, x.device
     tensors, codes, bounds = [gate_up, down, offsets], down.dtype, len(offsets)
     if scales is None:
         weights_fit = codes == x.dtype and stored == hidden
@@ -174,7 +174,7 @@ def _fit(
         weights_fit
         and gate_up.dtype == codes
         and gate_up.shape == (2, rows, stored)
-        and all(tensor.is_contiguous() and tensor.get_device() == device for tensor in tensors)
+        and all(tensor.is_contiguous() and tensor.device == device for tensor in tensors)
         and bounds > 0
         and offsets.dtype in INTEGERS
         and topk_ids.dtype in INTEGERS
@@ -182,7 +182,7 @@ def _fit(
         and len(topk_ids) == tokens
         and topk_weights.shape == topk_ids.shape
         and topk_weights.is_floating_point()
-        and topk_weights.get_device() == topk_ids.get_device() == device
+        and topk_weights.device == topk_ids.device == device
         and max_width >= 0
     )
 
@@ -204,7 +204,7 @@ def _is_bias(tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> b
         tensor.dtype == torch.float32
         and tensor.shape == shape
         and tensor.is_contiguous()
-        and tensor.get_device() == x.get_device()
+        and tensor.device == x.device
     )
 
 
