@@ -8,15 +8,11 @@ from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
 
 BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
-JOINT = {
-    "Llama": "budgets/joint_llama.json",
-    "Qwen3-MoE": "budgets/joint_qwen3_moe.json",
-    "SmolLM2-135M": "budgets/joint_SmolLM2-135M-Instruct.json",
-}
+JOINT = {"Llama": "budgets/joint_llama.json", "Qwen3-MoE": "budgets/joint_qwen3_moe.json"}
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
 MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
-METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "flap": "FLAP's score"}
+METHODS = {"ddp": "DDP", "maskprune": "MaskPrune"}
 
 
 def targets(file: str = "targets/targets.json") -> str:
