@@ -40,7 +40,7 @@ from pruned_vllm.formats.fingerprint import Fingerprint
 AT = "decode:8:32:64"
 BATCH = {"batch_size": 2, "sequence_length": 64}
 CALIBRATION = {"calibration_sequences": 128, "sequence_length": 128}
-SCORES = ("wanda", "flap", "taylor")
+SCORES = ("flap", "taylor")  # others take the same share of every kind for a cost, too
 DDP_STEPS, JOINT_STEPS = (50, 300, 1000), 300
 SEEDS = (42, 43, 44)
 SPARSITIES = (0.2, 0.5)
@@ -79,11 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=("met", "joint"))
     parser.add_argument("model", help=f"{', '.join(RECIPES)}, or for joint a directory")
+    parser.add_argument("--methods", nargs="+", choices=("ddp", *SCORES), default=[], help="of joint; default: ddp")
     parser.add_argument(
-        "--methods", nargs="+", choices=("ddp", *SCORES), default=["ddp"], help="of joint; default: %(default)s"
-    )
-    parser.add_argument(
-        "--sparsity", nargs="+", type=float, default=SPARSITIES, metavar="S", help="of joint; default: %(default)s"
+        "--sparsity", nargs="+", type=float, default=[], metavar="S", help=f"of joint; default: {SPARSITIES}"
     )
     parser.add_argument("--data", nargs="+", default=[], help="text to learn from; pico models have their own")
     parser.add_argument("--eval-data", nargs="+", default=[], help="held-out text, likewise")
@@ -94,6 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     is_pico = args.model in RECIPES
     if not is_pico and (args.what == "met" or not args.data or not args.eval_data):
         parser.error(f"{args.model} is no pico model ({', '.join(RECIPES)}): choose joint, --data and --eval-data")
+    if is_pico and (args.data or args.eval_data):
+        parser.error(f"{args.model} has texts of its own: leave out --data and --eval-data")
+    if args.what == "met" and (args.methods or args.sparsity):
+        parser.error("--methods and --sparsity are for joint: met is about DDP's budgets of one half")
+    methods, sparsities = args.methods or ["ddp"], args.sparsity or SPARSITIES
     command = shlex.join(["python", "-m", "bench.budgets", *(sys.argv[1:] if argv is None else argv)])
 
     def run() -> None:
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         subject = pico_subject(args.model) if is_pico else real_subject(args)
         facts = {"model": subject.about, "versions": library_versions(("torch", "transformers"))}
         runs: list[dict] = []
-        for record in met(subject) if args.what == "met" else joint(subject, args.methods, args.sparsity):
+        for record in met(subject) if args.what == "met" else joint(subject, methods, sparsities):
             runs.append(record)
             results = {"command": command, "at": AT, "runs": runs, **facts}
             write_json(args.output_dir / f"{args.what}_{Path(args.model).name}.json", results)

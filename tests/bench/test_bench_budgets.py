@@ -51,21 +51,30 @@ def test_joint_budgets_have_the_bytes_of_separate_ones(tiny_pico):
 def test_joint_budgets_of_a_real_model_are_compared_by_scores(tiny_pico, monkeypatch):
     monkeypatch.setattr(budgets, "CALIBRATION", {"calibration_sequences": 2, "sequence_length": 32})
     text, out = str(tiny_pico / "text.txt"), tiny_pico / "out"
-    methods = ["--methods", "flap", "wanda", "--data", text, "--eval-data", text]
+    methods = ["--methods", "flap", "taylor", "--data", text, "--eval-data", text]
     assert budgets.main(["joint", str(tiny_pico / "model"), *methods, "--output-dir", str(out)]) == 0
     found = json.loads((out / "joint_model.json").read_text())
     assert found["model"]["name"] == "model" and found["model"]["fingerprint"]
     assert [(run["joint"]["method"], run["sparsity"], run["seed"]) for run in found["runs"]] == [
-        (method, sparsity, seed) for method in ("flap", "wanda") for sparsity in (0.2, 0.5) for seed in (1, 2)
+        (method, sparsity, seed) for method in ("flap", "taylor") for sparsity in (0.2, 0.5) for seed in (1, 2)
     ]
     assert all(0.995 <= run["joint"]["bytes"] / run["separate"]["bytes"] <= 1 for run in found["runs"])
 
 
-@pytest.mark.parametrize("wrong", [["met", "elsewhere"], ["joint", "elsewhere"]])
-def test_a_real_model_needs_joint_and_texts(tmp_path, capsys, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["met", "elsewhere"], "choose joint, --data and --eval-data"),
+        (["joint", "elsewhere"], "choose joint, --data and --eval-data"),
+        (["joint", "llama", "--data", "text.txt"], "llama has texts of its own"),
+        (["met", "llama", "--methods", "flap"], "--methods and --sparsity are for joint"),
+        (["met", "llama", "--sparsity", "0.5"], "--methods and --sparsity are for joint"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(tmp_path, capsys, wrong, message):
     with pytest.raises(SystemExit):
         budgets.main([*wrong, "--output-dir", str(tmp_path / "out")])
-    assert "choose joint, --data and --eval-data" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
