@@ -201,10 +201,7 @@ def _expected_biases(
 
 def _is_bias(tensor: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> bool:
     return (
-        tensor.dtype == torch.float32
-        and tensor.shape == shape
-        and tensor.is_contiguous()
-        and tensor.device == x.device
+        tensor.dtype == torch.float32 and tensor.shape == shape and tensor.is_contiguous() and tensor.device == x.device
     )
 
 
