@@ -223,12 +223,18 @@ def show_met(runs: Sequence[dict]) -> None:
     console.print(table)
 
 
-def show_joint(runs: Sequence[dict]) -> None:
-    table = Table("", "sparsity", "bytes", "separate", "joint", "joint / separate", "of each seed", box=box.SIMPLE)
+def compared(runs: Sequence[dict]) -> Iterator[tuple[str, float, list[dict], list[float], list[float], list[float]]]:
+    """Of what `joint` recorded, for each method and sparsity: those runs, and of each seed the perplexity by separate
+    budgets, by the joint one, and the second over the first."""
     for method, sparsity in dict.fromkeys((run["joint"]["method"], run["sparsity"]) for run in runs):
         same = [run for run in runs if (run["joint"]["method"], run["sparsity"]) == (method, sparsity)]
         before, after = ([run[name]["masked_perplexity"] for run in same] for name in ("separate", "joint"))
-        gains = [new / old for old, new in zip(before, after, strict=True)]
+        yield method, sparsity, same, before, after, [new / old for old, new in zip(before, after, strict=True)]
+
+
+def show_joint(runs: Sequence[dict]) -> None:
+    table = Table("", "sparsity", "bytes", "separate", "joint", "joint / separate", "of each seed", box=box.SIMPLE)
+    for method, sparsity, same, before, after, gains in compared(runs):
         table.add_row(
             method,
             f"{sparsity:.0%}",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from statistics import fmean
 
+from bench.budgets import compared
 from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
@@ -68,11 +69,7 @@ def joint() -> str:
     """One budget of bytes for all kinds of units, against as large a share of each kind."""
     rows = []
     for model, file in JOINT.items():
-        runs = results(file)["runs"]
-        for method, sparsity in dict.fromkeys((run["joint"]["method"], run["sparsity"]) for run in runs):
-            same = [run for run in runs if (run["joint"]["method"], run["sparsity"]) == (method, sparsity)]
-            separate, together = ([run[kind]["masked_perplexity"] for run in same] for kind in ("separate", "joint"))
-            gains = [after / before for before, after in zip(separate, together, strict=True)]
+        for method, sparsity, same, separate, together, gains in compared(results(file)["runs"]):
             rows.append(
                 (
                     model,

@@ -129,15 +129,15 @@ class RaggedMoe:
             check_arguments(x, *weights, topk_weights, topk_ids, self.max_width, self.scales, self.biases)
             if x.numel() == 0:
                 return torch.empty_like(x)
-            if not self._is_ready_for(x):
+            if x.dtype != self._dtype and not self._choose_function(x):
                 return _matrix_products(x, *weights, topk_weights, topk_ids, self.scales, self.activation, self.biases)
             x, topk_weights = x.contiguous(), topk_weights.to(torch.float32).contiguous()
             if topk_ids.dtype != torch.int32:  # a huge id must not turn into another one
                 topk_ids = topk_ids.clamp(-1, len(self.offsets) - 1).to(torch.int32)
             topk_ids = topk_ids.contiguous()
-        out, pointers = torch.empty_like(x), self._pointers
+        out = torch.empty_like(x)
         failure = self._function(
-            x.data_ptr(), *pointers, topk_weights.data_ptr(), topk_ids.data_ptr(), out.data_ptr(), self._extras,
+            x.data_ptr(), *self._pointers, topk_weights.data_ptr(), topk_ids.data_ptr(), out.data_ptr(), self._extras,
             len(x), *self._sizes, topk_ids.shape[1], self._group_size
         )  # fmt: skip
         if failure == WRONG_OFFSETS:
@@ -160,8 +160,8 @@ class RaggedMoe:
             and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (x, topk_weights, topk_ids))
         )
 
-    def _is_ready_for(self, x: torch.Tensor) -> bool:
-        """Chooses the function for weights that fit `x`. False: there is none."""
+    def _choose_function(self, x: torch.Tensor) -> bool:
+        """Keeps the function for weights that fit `x`, and what it is called with. False: there is none."""
         scales, is_general = self.scales, self.biases is not None or self.activation.name != SILU.name
         library = _library(None if scales is None else WEIGHTS[self.down.dtype], is_general)
         if library is None or self.offsets.dtype != torch.int32:
