@@ -1,4 +1,5 @@
-"""Learns masks in one process and in two, with whole and with sharded weights: memory of a process, time, and masks.
+"""Learns masks, and fine-tunes with LoRA, in one process and in two, with whole and with sharded weights: memory of a
+process, time, and what is learned.
 
     python -m bench.learning_memory --output-dir bench/results/learning_memory
 
@@ -11,7 +12,11 @@ On the CPU, over gloo. Two kinds of models:
   was there before.
 - pico: trained models of bench/pico.py, which learn for longer.
 
-`apart` is the largest distance of a mask from that of one process with whole weights; 0.0 is bit for bit.
+Fine-tuning distils a dense model into itself without a fifth of its units, so that a process holds parts of two models;
+the first then merges LoRA into a whole one (`merging_bytes`), in its CPU memory.
+
+`apart` is the largest distance of a mask, or of a weight that fine-tuning has written, from that of one process with
+whole weights; 0.0 is bit for bit.
 """
 
 import argparse
@@ -22,9 +27,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.resident import OwnMemory
 from bench.speed.results import describe_hardware, describe_versions
@@ -32,7 +38,8 @@ from pruned_vllm.common.command import run_command
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.common.files import write_json
 
-METHODS = ("ddp", "maskprune")
+FINETUNE = "finetune"
+METHODS = ("ddp", "maskprune", FINETUNE)
 VOCAB_SIZE = 4096  # of large models
 LARGE: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 32, "intermediate_size": 1152},
@@ -54,7 +61,7 @@ SHARED = {
     "tie_word_embeddings": True,
 }
 # By kind of model. Micro batches of one size, so that one process adds up the same numbers as two.
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "large": {"steps": 4, "batch_size": 2, "micro_batch_size": 1, "sequence_length": 64},
     "pico": {"steps": 50, "batch_size": 8, "micro_batch_size": 4, "sequence_length": 128},
 }
@@ -72,43 +79,100 @@ class Run:
     weights: str
 
 
-def _job(run: Run, directory: str, text: str) -> Any:
+class Subject(NamedTuple):
+    """Paths of a dense model, of it without a fifth of its units, and of a text."""
+
+    model: str
+    pruned: str
+    text: str
+
+
+def _job(run: Run, subject: Subject) -> Any:
     from learner.job import METHODS as ROWS
     from learner.job import Job
 
     settings = ROWS[run.method].settings(**SETTINGS[run.kind])
     job = Job(
-        directory, method=run.method, data=[text], settings=settings, device="cpu", dtype="float32", agreement_prompts=0
+        subject.model,
+        method=run.method,
+        data=[subject.text],
+        settings=settings,
+        device="cpu",
+        dtype="float32",
+        agreement_prompts=0,
     )
     return replace(job, weights=run.weights)
 
 
-def _learn(run: Run, directory: str, text: str, out: str, small: str, small_text: str) -> None:
+def _finetune_job(run: Run, subject: Subject) -> Any:
+    from learner.finetune.job import FinetuneJob
+
+    return FinetuneJob(
+        subject.pruned,
+        data=[subject.text],
+        teacher=subject.model,
+        device="cpu",
+        dtype="float32",
+        weights=run.weights,
+        agreement_prompts=0,
+        **SETTINGS[run.kind],
+    )
+
+
+class _Watched:
+    """The most memory of this process in each of some phases, above that before them."""
+
+    def __init__(self) -> None:
+        self.memory = OwnMemory()
+        self.before = self.memory.now()
+        self.peaks: list[int] = []
+
+    def ended(self) -> None:
+        """A phase has."""
+        self.peaks.append(self.memory.peak_bytes - self.before)
+        self.memory.forget_peak()
+
+    def after(self, function: Callable) -> Callable:
+        """`function`, with whose return a phase ends."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.ended()
+            return result
+
+        return watched
+
+
+def _learn(run: Run, subject: Subject, out: str, small: Subject) -> None:
     """In one of the processes: prints what it took as JSON. It learns on a small model first, so that what Python and
     PyTorch load on the way does not count."""
     import torch
 
     torch.set_num_threads(1)
     from learner import learn as learning
+    from learner.finetune import finetune as finetuning
 
-    learning.learn(_job(replace(run, kind="large"), small, small_text), Path(f"{out} small"))
+    warm_up, steps = replace(run, kind="large"), SETTINGS[run.kind]["steps"]
+    if run.method == FINETUNE:
+        finetuning.finetune(_finetune_job(warm_up, small), Path(f"{out} small"))
+        watched = _Watched()
+        vars(finetuning)["load_dense"] = watched.after(finetuning.load_dense)  # loaded last
+        trainer = finetuning.Distillation
+        vars(finetuning)["Distillation"] = type(trainer.__name__, (trainer,), {"train": watched.after(trainer.train)})
+        results = finetuning.finetune(_finetune_job(run, subject), Path(out))
+        seconds = results["training_seconds"]
+    else:
+        learning.learn(_job(warm_up, small), Path(f"{out} small"))
+        watched = _Watched()
+        vars(learning)["load_dense"] = watched.after(learning.load_dense)
+        (results,) = learning.learn(_job(run, subject), Path(out))
+        seconds = results["learning_seconds"]
+    watched.ended()
+    phases = ("loading_bytes", "peak_bytes", "merging_bytes")
+    print(json.dumps({**dict(zip(phases, watched.peaks, strict=False)), "step_s": seconds / steps}))
 
-    load, loading, memory = learning.load_dense, [], OwnMemory()
-    before = memory.now()
 
-    def loaded(*args: Any) -> Any:
-        dense = load(*args)
-        loading.append(memory.peak_bytes - before)
-        memory.forget_peak()
-        return dense
-
-    vars(learning)["load_dense"] = loaded
-    (results,) = learning.learn(_job(run, directory, text), Path(out))
-    seconds = results["learning_seconds"] / SETTINGS[run.kind]["steps"]
-    print(json.dumps({"loading_bytes": loading[0], "peak_bytes": memory.peak_bytes - before, "step_s": seconds}))
-
-
-def _measure(run: Run, directory: Path, text: Path, out: Path, small: tuple[Path, Path]) -> dict:
+def _measure(run: Run, subject: Subject, out: Path, small: Subject) -> dict:
     """Starts the processes of a run; the record of them. Raises InputError where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,7 +180,7 @@ def _measure(run: Run, directory: Path, text: Path, out: Path, small: tuple[Path
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": run.processes}
     # What is freed is given back at once, so that the peak is that of what is held.
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 65536}
-    what = json.dumps([asdict(run), *map(str, (directory, text, out, *small))])
+    what = json.dumps([asdict(run), subject, str(out), small])
     command = [sys.executable, "-m", "bench.learning_memory", "--process", what]
     group = []
     for rank in range(run.processes):
@@ -130,36 +194,44 @@ def _measure(run: Run, directory: Path, text: Path, out: Path, small: tuple[Path
     found = [json.loads(output.splitlines()[-1]) for output, _ in ended]
     return {
         **asdict(run),
-        "loading_bytes": [process["loading_bytes"] for process in found],
-        "peak_bytes": [process["peak_bytes"] for process in found],
+        **{name: [process[name] for process in found] for name in found[0] if name != "step_s"},
         "step_s": max(process["step_s"] for process in found),
     }
 
 
-def _planned(run: Run, directory: Path) -> tuple[int, float]:
-    """Bytes of the weights, and what --plan says of a process, without Python and PyTorch."""
+def _planned(run: Run, subject: Subject) -> dict[str, float]:
+    """Bytes of the weights, and what --plan says of a process without Python and PyTorch; it is for masks alone."""
     from learner.memory import needs
     from pruned_vllm.formats.config import dense_geometry, read_config
+    from pruned_vllm.formats.geometry import ModelGeometry
 
-    geometry, settings = dense_geometry(directory, read_config(directory)), SETTINGS[run.kind]
+    source = Path(subject.model)
+    geometry, settings = dense_geometry(source, read_config(source)), SETTINGS[run.kind]
+    weights_bytes = 4 * geometry.num_parameters
+    if run.method == FINETUNE:
+        pruned = ModelGeometry.from_config(read_config(Path(subject.pruned)))
+        return {"weights_bytes": weights_bytes + 4 * pruned.num_parameters}
     tokens = settings["micro_batch_size"] * settings["sequence_length"]
-    found = needs(geometry, _job(run, str(directory), "any"), 4, tokens, run.processes, on_gpu=False)
-    return 4 * geometry.num_parameters, sum(size for name, size in found.device.items() if "Python" not in name)
+    found = needs(geometry, _job(run, subject), 4, tokens, run.processes, on_gpu=False)
+    planned = sum(size for name, size in found.device.items() if "Python" not in name)
+    return {"weights_bytes": weights_bytes, "planned_bytes": planned}
 
 
-def _apart(one: Path, other: Path) -> float:
+def _apart(method: str, one: Path, other: Path) -> float:
     from safetensors.torch import load_file
 
-    masks, others = (load_file(out / "pruning_masks.safetensors") for out in (one, other))
-    if list(masks) != list(others):
+    file = "model.safetensors" if method == FINETUNE else "pruning_masks.safetensors"
+    tensors, others = (load_file(out / file) for out in (one, other))
+    if list(tensors) != list(others):
         raise InputError(
-            f"{one} has {len(masks)} masks and {other} {len(others)}, which are not the same: learn both again"
+            f"{one / file} has {len(tensors)} tensors and {other / file} {len(others)}, which are not the same: learn "
+            "both again"
         )
-    return max((others[name] - mask).abs().max().item() for name, mask in masks.items())
+    return max((others[name] - tensor).abs().max().item() for name, tensor in tensors.items() if tensor.numel())
 
 
-def _random(name: str, directory: Path, **config: int) -> tuple[Path, Path]:
-    """A model with random weights, of LARGE but for `config`, and a text for it."""
+def _random(name: str, directory: Path, **config: int) -> Subject:
+    """Of a model with random weights, of LARGE but for `config`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -172,7 +244,19 @@ def _random(name: str, directory: Path, **config: int) -> tuple[Path, Path]:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory / "model")
     text = directory / "text.txt"
     text.write_text(" ".join(str(index * index % VOCAB_SIZE) for index in range(4000)))
-    return directory / "model", text
+    return _pruned(directory / "model", text, directory)
+
+
+def _pruned(model: Path, text: Path, directory: Path) -> Subject:
+    """Writes the pruned model in `directory`."""
+    from converter.cli import main as convert
+    from learner.cli import main as learn
+
+    masks, pruned = (str(directory / name) for name in ("masks", "pruned"))
+    options = ["--method", "magnitude", "--sparsity", "0.2", "--agreement-prompts", "0"]
+    if learn([str(model), masks, *options]) or convert([masks, pruned]):
+        raise InputError(f"{model} could not be pruned, for the reason above")
+    return Subject(str(model), pruned, str(text))
 
 
 def _runs(methods: list[str]) -> list[dict]:
@@ -184,33 +268,38 @@ def _runs(methods: list[str]) -> list[dict]:
             directory = Path(temporary)
             small = _random(name, directory / "small", num_hidden_layers=1)
             if kind == "large":
-                model, text = _random(name, directory)
+                subject = _random(name, directory)
             else:
                 model = pico_model(name)
-                text = model / "train.txt"
+                subject = _pruned(model, model / "train.txt", directory)
             for method in methods:
                 outs = []
                 for processes, weights in PLACES:
                     run = Run(kind, name, method, processes, weights)
                     outs.append(directory / f"{method} {processes} {weights}")
-                    record = _measure(run, model, text, outs[-1], small)
-                    record["weights_bytes"], record["planned_bytes"] = _planned(run, model)
-                    record["apart"] = _apart(outs[0], outs[-1])
+                    record = _measure(run, subject, outs[-1], small) | _planned(run, subject)
+                    record["apart"] = _apart(method, outs[0], outs[-1])
                     records.append(record)
-                    peaks = ", ".join(f"{peak / 1e6:.0f}" for peak in record["peak_bytes"])
-                    print(
-                        f"{kind:<6}{name:<10}{method:<10}{processes} x {weights:<8} peak {peaks} MB (planned "
-                        f"{record['planned_bytes'] / 1e6:.0f}), {record['step_s']:.2f} s a step, masks "
-                        f"{record['apart']:.1e} apart",
-                        flush=True,
-                    )
+                    print(_line(record), flush=True)
     return records
+
+
+def _line(record: dict) -> str:
+    memory = []
+    for phase in ("peak", "merging", "planned"):
+        if found := record.get(f"{phase}_bytes"):
+            sizes = found if isinstance(found, list) else [found]
+            memory.append(f"{phase} {', '.join(f'{size / 1e6:.0f}' for size in sizes)} MB")
+    return (
+        f"{record['kind']:<6}{record['model']:<10}{record['method']:<10}{record['processes']} x {record['weights']:<8} "
+        f"{', '.join(memory)}; {record['step_s']:.2f} s a step, {record['apart']:.1e} apart"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.process:
-        run, *places = json.loads(args.process)
-        _learn(Run(**run), *places)
+        run, subject, out, small = json.loads(args.process)
+        _learn(Run(**run), Subject(*subject), out, Subject(*small))
         return
     results = {
         "command": shlex.join(["python", "-m", "bench.learning_memory", *sys.argv[1:]]),

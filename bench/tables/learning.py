@@ -9,11 +9,15 @@ from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
 
 BUDGETS = {"Llama": "budgets/met_llama.json", "Qwen3-MoE": "budgets/met_qwen3_moe.json"}
-JOINT = {"Llama": "budgets/joint_llama.json", "Qwen3-MoE": "budgets/joint_qwen3_moe.json"}
+JOINT = {
+    "Llama": "budgets/joint_llama.json",
+    "Qwen3-MoE": "budgets/joint_qwen3_moe.json",
+    "SmolLM2-135M": "budgets/joint_SmolLM2-135M-Instruct.json",
+}
 SPEED = "learning_speed/learning_speed.json"
 MEMORY = "learning_memory/learning_memory.json"
 MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
-METHODS = {"ddp": "DDP", "maskprune": "MaskPrune"}
+METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "flap": "FLAP's score", "finetune": "LoRA, from a teacher"}
 
 
 def targets(file: str = "targets/targets.json") -> str:
@@ -106,10 +110,10 @@ def memory() -> str:
     """One process with all weights, and two that share them."""
     rows = []
     for run in results(MEMORY)["runs"]:
-        peaks = " and ".join(f"{peak / 1e6:.0f}" for peak in run["peak_bytes"])
-        of_weights = ("", "", "")  # of pico models, text takes most
+        of_weights = [""] * 4  # of pico models, text takes most
         if run["kind"] == "large":
-            of_weights = (f"{run['weights_bytes'] / 1e6:.0f} MB", f"{peaks} MB", f"{run['planned_bytes'] / 1e6:.0f} MB")
+            sizes = [run["weights_bytes"], run["peak_bytes"], run.get("planned_bytes"), run.get("merging_bytes")]
+            of_weights = [_megabytes(size) if size else "" for size in sizes]
         rows.append(
             (
                 f"{MODELS[run['model']]}, {run['kind']}",
@@ -119,5 +123,10 @@ def memory() -> str:
                 f"{run['apart']:.1e}" if run["apart"] else "0",
             )
         )
-    header = ("model", "method", "processes", "weights", "peak of each", "planned", "masks apart")
+    header = ("model", "method", "processes", "weights", "peak of each", "planned", "while LoRA is merged", "apart")
     return markdown_table(header, rows)
+
+
+def _megabytes(sizes: float | list[float]) -> str:
+    """Of one process, or of each."""
+    return " and ".join(f"{size / 1e6:.0f}" for size in (sizes if isinstance(sizes, list) else [sizes])) + " MB"
