@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,16 +183,23 @@ def _measure(run: Run, subject: Subject, out: Path, small: Subject) -> dict:
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, "MALLOC_MMAP_THRESHOLD_": 65536}
     what = json.dumps([asdict(run), subject, str(out), small])
     command = [sys.executable, "-m", "bench.learning_memory", "--process", what]
-    group = []
-    for rank in range(run.processes):
-        place = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        pipe = subprocess.PIPE
-        group.append(subprocess.Popen(command, env=os.environ | place, text=True, stdout=pipe, stderr=pipe))
-    ended = [process.communicate() for process in group]
-    for process, (_, errors) in zip(group, ended, strict=True):
-        if process.returncode:
-            raise InputError(f"{run} failed: {errors[-2000:]}")
-    found = [json.loads(output.splitlines()[-1]) for output, _ in ended]
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        group = []
+        for rank in range(run.processes):
+            place = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            errors = stack.enter_context(open(Path(directory, f"errors{rank}"), "w+", encoding="utf-8"))
+            process = subprocess.Popen(
+                command, env=os.environ | place, text=True, stdout=subprocess.PIPE, stderr=errors
+            )
+            group.append((process, errors))
+        outputs = [process.communicate()[0] for process, _ in group]
+        if any(process.returncode for process, _ in group):
+            said = []
+            for rank, (_, errors) in enumerate(group):
+                errors.seek(0)
+                said.append(f"process {rank}: {errors.read()[-2000:]}")
+            raise InputError(f"{run} failed:", said)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {
         **asdict(run),
         **{name: [process[name] for process in found] for name in found[0] if name != "step_s"},
@@ -321,7 +329,13 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="gets learning_memory.json, in place of an earlier one; default: results",
+    )
     add("--process", help=argparse.SUPPRESS)  # what one of the processes is started with
     args = parser.parse_args()
     return run_command(parser.prog, lambda: _run(args))

@@ -23,7 +23,7 @@ from learner.outcome import Outcome, left_by
 from learner.run.disk import writing
 from learner.run.journal import LOG_FILE, STATE_FILE, Journal
 from learner.run.processes import explained, together
-from learner.run.resume import unfinished_run
+from learner.run.resume import refuse_unfinished, unfinished_run
 from learner.settings import with_sequence_length
 from learner.targets import Target
 from pruned_vllm.common.directories import atomic_directory, prepare_output
@@ -79,6 +79,7 @@ def learn(
         place = place_of(job.weights, accelerator, method.places)
         if accelerator.is_main_process:
             prepare_output(out, writer=WRITER, overwrite=overwrite)
+            refuse_unfinished(out, resume=resume, overwrite=overwrite)
         if report:
             require_matplotlib()
             if len(job.targets) > 1:
@@ -96,6 +97,9 @@ def learn(
         if method.changes_weights:
             find_companions(dense.directory)  # what cannot be copied is refused now
             check_can_be_saved(model, job.model)
+        written = dense.stored_dtype if job.dtype == "auto" or not method.changes_weights else model.dtype
+        element_bytes = written.itemsize
+        budgets = make_budgets(job, units, dense.geometry, element_bytes)
     if method.reads_text:
         length, sequences = settings.sequence_length, settings.sequences
         blocks = training_blocks(model, tokenizer, job, length, sequences, dense, accelerator)
@@ -103,10 +107,6 @@ def learn(
     with together(accelerator):
         if job.eval_data:
             eval_ids = evaluation_tokens(model, tokenizer, job, show)
-
-        written = dense.stored_dtype if job.dtype == "auto" or not method.changes_weights else model.dtype
-        element_bytes = written.itemsize
-        budgets = make_budgets(job, units, dense.geometry, element_bytes)
 
     def measure(title: str) -> float:
         return perplexity(model, eval_ids, title=title, show_progress=show, device=device)

@@ -43,7 +43,7 @@ class Target:
         if self.measure == "bytes":
             suffixes = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
         texts = [f"{self.value / size:.12g}{suffix}" for suffix, size in suffixes.items()]
-        return min((text for text in texts if "e" not in text), key=len)
+        return min((text for text in texts if "e" not in text), key=len, default=f"{self.value:g}")
 
     @property
     def removal(self) -> float:

@@ -5,9 +5,11 @@ answers are drawn at TEMPERATURE. A document is a prompt as the model sees it an
 looks as what the model will be asked and will say.
 
 Writing is slow, so every batch of documents is kept in `<cache>/self/<digest>/`, where `<cache>` is
-`cache_directory()`, and the digest is of all that decides the text: the model's fingerprint, its template, the prompts,
+`cache_directory()`, and the digest is of what it is asked for: the model's fingerprint, its template, the prompts,
 the settings below and the seed. A batch depends on nothing but its number. So an interrupted run goes on behind its
-last batch, a run that needs more text adds to what is there, and several processes write several batches at once.
+last batch, a run that needs more text adds to what is there, and several processes write several batches at once. In
+another dtype, on another device or with another version of PyTorch the model may draw other words; it reads those that
+are there.
 """
 
 import hashlib

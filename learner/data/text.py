@@ -47,18 +47,23 @@ def training_blocks(
         )
     consumed = sequences * sequence_length
     others = [source for source in job.data if source != SOURCE]
-    parts = []
+    first = beginning(tokenizer)
+    block_size, parts = max(1, sequence_length - len(first)), []
     if others:
         with together(processes):
             parts.append(_read(model, tokenizer, others, job, consumed, show))
+            if SOURCE in job.data and len(parts[0]) < block_size:
+                raise InputError(
+                    f"{', '.join(others)}: {len(parts[0])} tokens, fewer than one block of {block_size}, cannot be "
+                    "half of the text; give more beside self (--data), or shorter blocks (--sequence-length)"
+                )
     if SOURCE in job.data:
         if dense is None:
             raise InputError("--data self is text that the dense model writes; say with --teacher which model that is")
         wanted = min(job.self_tokens, consumed // 2 if others else consumed)
         with nullcontext() if isinstance(dense.model, FSDPModule) else together(processes):
             parts.append(self_generated_tokens(dense, max(wanted, sequence_length), job.seed, processes, show))
-    first = beginning(tokenizer)
-    ids = _equal_shares(parts, max(1, sequence_length - len(first)))
+    ids = _equal_shares(parts, block_size)
     return BlockSampler(ids, sequence_length, job.seed, first)
 
 
@@ -67,8 +72,6 @@ def _equal_shares(parts: list[torch.Tensor], block_size: int) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]
     lengths = [len(part) // block_size * block_size for part in parts]
-    if not all(lengths):
-        return torch.cat(parts)  # there is less than a block of one of them
     longest = max(lengths)
     return torch.cat(
         [part[:length].repeat(-(-longest // length))[:longest] for part, length in zip(parts, lengths, strict=True)]

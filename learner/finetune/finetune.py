@@ -39,7 +39,7 @@ from learner.finetune.job import (
     place_of_job,
     processes_and_micro_batch,
 )
-from learner.finetune.model import check_teacher, load, merged, merged_beside, spread, trainable
+from learner.finetune.model import check_same_tokens, check_teacher, load, merged, merged_beside, spread, trainable
 from learner.job import Job
 from learner.model.agreement import Reference
 from learner.model.dense import dtype_of, load_dense
@@ -48,7 +48,7 @@ from learner.model.placement import cast, fast_dtype, loading_options
 from learner.model.saving import check_can_be_saved, save_model
 from learner.run.disk import writing
 from learner.run.processes import explained, together
-from learner.run.resume import unfinished, unfinished_run
+from learner.run.resume import refuse_unfinished, unfinished, unfinished_run
 from learner.settings import with_sequence_length
 from pruned_vllm.common.directories import atomic_directory, prepare_output
 from pruned_vllm.common.files import FINETUNING_FILE, write_json
@@ -111,6 +111,7 @@ def _finetune(
     with together(processes):
         if show:
             prepare_output(out, writer=WRITER, overwrite=overwrite)
+            refuse_unfinished(out, resume=resume, overwrite=overwrite)
         inputs["model"] = str(Fingerprint.from_directory(source))
         if job.teacher:
             teacher_job = Job(model=job.teacher, method="magnitude", dtype=job.dtype)  # the method is not used
@@ -126,6 +127,7 @@ def _finetune(
         check_can_be_saved(model, job.model)
         if job.teacher:
             teacher = load_dense(teacher_job, arguments.device, place, processes, checked)
+            check_same_tokens(teacher, tokenizer)
     job = with_sequence_length(job, num_positions(model))
     assert job.sequence_length is not None, "with_sequence_length has filled it in"
     sequences = job.steps * job.batch_size

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from learner.data.prompts import GENERATION_PROMPTS
 from learner.job import Job
-from learner.model.dense import CheckedModel, check_dense
+from learner.model.dense import CheckedModel, DenseModel, check_dense
 from pruned_vllm.common.errors import InputError
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.hf.loading import load_pruned
@@ -71,6 +72,23 @@ def check_teacher(teacher: Job, pupil: ModelGeometry, place: str) -> CheckedMode
             "model that was pruned, or one with the same tokenizer"
         )
     return checked
+
+
+def check_same_tokens(teacher: DenseModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError if the tokenizer of the pruned model makes other tokens of text than the teacher's, whose
+    predictions would be for those. Special tokens may have other names: chat models add theirs."""
+    prompts = list(GENERATION_PROMPTS)
+    ours, theirs = (found(prompts, add_special_tokens=False)["input_ids"] for found in (tokenizer, teacher.tokenizer))
+    for prompt, our, their in zip(prompts, ours, theirs, strict=True):
+        if our != their:
+            raise InputError(
+                f"of {prompt!r} the teacher's tokenizer makes tokens {_some(their)}, that of the pruned model "
+                f"{_some(our)}; the teacher must be the model that was pruned, or one with the same tokenizer"
+            )
+
+
+def _some(tokens: list[int]) -> str:
+    return " ".join(map(str, tokens[:8])) + (" ..." if len(tokens) > 8 else "")
 
 
 def merged(model: nn.Module) -> PreTrainedModel:

@@ -29,6 +29,14 @@ def unfinished(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
+def refuse_unfinished(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises InputError if there is an interrupted run, and neither `resume` nor `overwrite`."""
+    if unfinished(out).exists() and not resume and not overwrite:
+        raise InputError(
+            f"{unfinished(out)} holds an interrupted run; go on with --resume, or forget it with --overwrite"
+        )
+
+
 @contextmanager
 def unfinished_run(
     out: Path,
@@ -60,7 +68,8 @@ def unfinished_run(
             if overwrite and not resume:
                 shutil.rmtree(directory)
             else:
-                _check_resumable(directory, asked, job, resume)
+                refuse_unfinished(out, resume=resume, overwrite=overwrite)
+                _check_resumable(directory, asked, job)
         if is_writer and not directory.exists():
             directory.mkdir(parents=True)
             write_json(directory / JOB_FILE, asked)
@@ -88,9 +97,7 @@ def _what(values: dict[str, Any], job: Any) -> dict[str, Any]:
     return kept
 
 
-def _check_resumable(directory: Path, asked: dict, job: Any, resume: bool) -> None:
-    if not resume:
-        raise InputError(f"{directory} holds an interrupted run; go on with --resume, or forget it with --overwrite")
+def _check_resumable(directory: Path, asked: dict, job: Any) -> None:
     try:
         begun = read_json(directory / JOB_FILE)
     except InputError as error:  # the process ended while it wrote the file

@@ -10,7 +10,8 @@ from helpers.losses import divergence
 from helpers.masked import edit_json
 from helpers.tiny import byte_tokenizer, converted, expert_masks, masks_for, prompts, tiny_model
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from learner.data.reading import read_tokens
 from learner.finetune import cli as finetune_cli
@@ -225,6 +226,13 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys, mon
     stranger.resize_token_embeddings(99)
     stranger.save_pretrained(tmp_path / "stranger")
     byte_tokenizer().save_pretrained(tmp_path / "stranger")
+    tiny_model("llama", 6, 6, 40).save_pretrained(tmp_path / "other tokenizer")
+    tokenizer = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: len(vocabulary) - 1 - index for token, index in vocabulary.items()}
+    tokenizer["added_tokens"] = []
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
+    other.save_pretrained(tmp_path / "other tokenizer")
     shutil.copytree(out, tmp_path / "quantized")
     edit_json(tmp_path / "quantized" / "config.json", quantization_config={"quant_method": "compressed-tensors"})
     before = sorted(tmp_path.rglob("*"))
@@ -235,6 +243,7 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys, mon
         ([tmp_path, "--data", text], "config.json is missing"),
         ([out, "--data", text, "--batch-size", 6, "--micro-batch-size", 4], "no multiple"),
         ([out, "--data", text, "--teacher", tmp_path / "stranger"], "has 99 tokens"),
+        ([out, "--data", text, "--teacher", tmp_path / "other tokenizer"], "the teacher's tokenizer makes tokens"),
         ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "neither a directory nor a model"),
     ):
         model, *rest = map(str, arguments)

@@ -56,6 +56,9 @@ def test_a_run_that_ended_before_it_wrote_its_job_can_only_be_forgotten(word_mod
     (word_model / "ckpt.unfinished").mkdir()
     if content is not None:
         (word_model / "ckpt.unfinished" / "job.json").write_text(content)
+    unread = [*arguments[:3], word_model / "none.txt", *SMALL]
+    assert run(*unread) == 2, "said before the text is read"
+    assert "holds an interrupted run; go on with --resume" in capsys.readouterr().err
     assert run(*arguments, "--resume") == 2
     assert "cannot be resumed; forget it with --overwrite" in capsys.readouterr().err
     assert run(*arguments, "--overwrite") == 0 and not (word_model / "ckpt.unfinished").exists()

@@ -159,6 +159,15 @@ def test_self_is_half_of_a_mixture(directory, tmp_path):
         assert len(blocks) == 2 * longest
 
 
+def test_text_that_is_too_short_to_be_half_is_refused_before_the_model_writes(directory, written, tmp_path):
+    text, dense = tmp_path / "text.txt", dense_of(directory)
+    text.write_text("x" * 20)
+    job = Job(model=str(directory), method="wanda", data=["self", str(text)], self_tokens=2000)
+    with pytest.raises(InputError, match=r"text.txt: 20 tokens, fewer than one block of 32, cannot be half"):
+        training_blocks(dense.model, dense.tokenizer, job, 32, 500, dense, process())
+    assert not written
+
+
 def test_a_run_writes_no_more_than_it_reads(directory, written):
     dense = dense_of(directory)
     job = Job(model=str(directory), method="wanda", data=["self"])

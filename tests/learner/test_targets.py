@@ -285,6 +285,7 @@ def test_names_of_targets():
     targets = [("sparsity", 0.2), ("sparsity", 0.125), ("parameters", 5e9), ("parameters", 123456), ("bytes", 1.5e9)]
     names = [Target(measure, value).name for measure, value in [*targets, ("bytes", 2 << 30), ("speedup", 1.5)]]
     assert names == ["20", "12.5", "5B", "123456", "1.5GB", "2147483648B", "1.5x"]
+    assert [Target("bytes", value).name for value in (1e40, 1e-5)] == ["1e+40", "1e-05"]  # to be refused by that name
 
 
 def test_units_that_stay_whatever_the_target_count_as_fixed():
