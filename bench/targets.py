@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, required=True, help=f"gets {RESULTS_FILE}; other shapes in it stay")
+    add("--models-dir", type=Path, help="gets the models, SHAPE/dense and SHAPE/pruned; default: they do not stay")
     add("--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="default: all")
     add("--hidden-size", type=positive_int, help="default: 1536, with experts 1024")
     add("--num-hidden-layers", type=positive_int, help="default: 16, with experts 8")
@@ -56,7 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     def measure() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
         shapes = grid_shapes(args.hidden_size, args.num_hidden_layers)
-        found = {name: {"command": command, **measure_shape(shapes[name], args)} for name in args.shapes}
+        found = {}
+        for name in args.shapes:
+            with tempfile.TemporaryDirectory() as temporary:
+                directory = args.models_dir / name if args.models_dir else Path(temporary)
+                found[name] = {"command": command, **measure_shape(shapes[name], directory, args)}
         results = args.output_dir / RESULTS_FILE
         before = read_json(results)["shapes"] if results.exists() else {}
         write_json(results, {"shapes": {name: (before | found)[name] for name in SHAPES if name in before | found}})
@@ -65,23 +70,23 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, measure)
 
 
-def measure_shape(config: dict, args: argparse.Namespace) -> dict:
-    """What a dense model of this config.json came to. Raises InputError when a command fails."""
-    with tempfile.TemporaryDirectory() as temporary:
-        dense, checkpoint, pruned, speed = (Path(temporary, name) for name in ("dense", "ckpt", "pruned", "speed"))
-        write_random_model(config, dense, DTYPE)
-        target = ["--target-speedup", args.speedup, "--at", args.at]
-        engines = ["--repeats", args.repeats, "--rounds", args.rounds, "--dtype", DTYPE, "--cases", args.at]
-        models = ["--dense", dense, "--pruned", pruned, "--output-dir", speed]
-        commands = [
-            run(script("learn-masks"), dense, checkpoint, "--method", "magnitude", *target, "--agreement-prompts", "0"),
-            run(script("convert-pruned"), checkpoint, pruned),
-            run(sys.executable, "-m", "bench.e2e_speedup", *models, *engines),
-        ]
-        budget, timed = read_json(checkpoint / PRUNING_FILE)["budget"], read_json(speed / "e2e_speedup.json")
+def measure_shape(config: dict, directory: Path, args: argparse.Namespace) -> dict:
+    """What a dense model of this config.json came to; `directory` gets the models. Raises InputError when a command
+    fails."""
+    dense, checkpoint, pruned, speed = (directory / name for name in ("dense", "ckpt", "pruned", "speed"))
+    write_random_model(config, dense, DTYPE)
+    target = ["--target-speedup", args.speedup, "--at", args.at]
+    engines = ["--repeats", args.repeats, "--rounds", args.rounds, "--dtype", DTYPE, "--cases", args.at]
+    models = ["--dense", dense, "--pruned", pruned, "--output-dir", speed]
+    commands = [
+        run(script("learn-masks"), dense, checkpoint, "--method", "magnitude", *target, "--agreement-prompts", "0"),
+        run(script("convert-pruned"), checkpoint, pruned),
+        run(sys.executable, "-m", "bench.e2e_speedup", *models, *engines),
+    ]
+    budget, timed = read_json(checkpoint / PRUNING_FILE)["budget"], read_json(speed / "e2e_speedup.json")
     (case,) = timed["cases"]
     return {
-        "commands": [text.replace(temporary + "/", "") for text in commands],
+        "commands": [text.replace(f"{directory}/", "") for text in commands],
         "budget": budget,
         "dense_parameters": timed["models"]["dense"]["parameters"],
         "predicted": budget["padded_ideal_speedup"],

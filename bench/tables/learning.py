@@ -123,7 +123,7 @@ def memory() -> str:
                 f"{run['apart']:.1e}" if run["apart"] else "0",
             )
         )
-    header = ("model", "method", "processes", "weights", "peak of each", "planned", "while LoRA is merged", "apart")
+    header = ("model", "method", "processes", "weights", "peak while learning", "planned", "while merging", "apart")
     return markdown_table(header, rows)
 
 

@@ -86,7 +86,7 @@ def test_models_of_targets_can_be_learned_on(tmp_path, shape):
 
 
 def test_shapes_that_were_measured_before_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "measure_shape", lambda config, args: {"speedup": args.speedup})
+    monkeypatch.setattr(targets, "measure_shape", lambda config, directory, args: {"speedup": args.speedup})
     monkeypatch.setattr(targets, "show", lambda shapes: None)
     for shape, speedup in (("MoE", "1.2"), ("MHA", "1.3"), ("MoE", "1.4")):
         assert targets.main(["--output-dir", str(tmp_path), "--shapes", shape, "--speedup", speedup]) == 0
