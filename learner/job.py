@@ -223,6 +223,16 @@ class Job:
         names = [target.name for target in self.targets]
         if len(set(names)) < len(names):
             raise InputError(f"{given[0]} {' '.join(names)}: give each value once")
+        by = getattr(self.settings, "budget", "global")
+        if measures and by != "global":
+            raise InputError(
+                f"{given[0]} is one budget for the whole model, but --budget {by} removes the same share of every "
+                f"{by}; say --budget global"
+            )
+        if len(names) > getattr(self.settings, "steps", len(names)):
+            raise InputError(
+                f"--steps {self.settings.steps} are too few for {len(names)} budgets, which take a share of them each"
+            )
         if len(names) > 1 and not METHODS[self.method].takes_several_targets:
             raise InputError(
                 f"{self.method} learns weights for one budget, so a run has one; give one value of {given[0]}, and "

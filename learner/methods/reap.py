@@ -36,12 +36,6 @@ from pruned_vllm.common.errors import InputError
 
 def learn(task: Task) -> Learned:
     """Masks of 0 and 1, the same for all channels of an expert; see learner/methods/method.py."""
-    for budget in task.budgets:
-        if isinstance(budget, CostBudget) and task.settings.budget != "global":
-            raise InputError(
-                f"--target-{budget.target.measure} is one budget for the whole model, and reap's default removes as "
-                "many experts from each layer; add --budget global"
-            )
     chosen, found = task.model.config.num_experts_per_tok, scores(task)
     check_finite(task.units, {"expert": found})
     width = task.units.widths["expert"] // task.units.num_experts

@@ -14,8 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pruned_vllm.common.errors import InputError
-
 RISE = 0.75  # of the steps in which masks fade: then as many do as shall go
 FADED = 0.02  # what is left of the last of them in the steps after that
 
@@ -60,15 +58,11 @@ class Stages:
         steps: of the run.
         keeps: share of the units, or of their cost, that each budget leaves; falling.
         settle: the share of a stage in which masks fade, and then settle, half and half.
-
-    Raises:
-        InputError: there are fewer steps than budgets.
     """
 
     def __init__(self, steps: int, keeps: Sequence[float], settle: float) -> None:
         spare = steps - len(keeps)  # beyond one for each stage
-        if spare < 0:
-            raise InputError(f"--steps {steps} are too few for {len(keeps)} budgets, which take a share of them each")
+        assert spare >= 0, "Job has refused fewer"
         removed = 1 - keeps[-1] or 1.0
         ends = [index + 1 + round(spare * (1 - keep) / removed) for index, keep in enumerate(keeps)]
         ends[-1] = steps  # where nothing is removed, too

@@ -127,11 +127,7 @@ class CostBudget(Budget):
     allowed: float
 
     def constraints(self, by: str = "global") -> dict[str, Constraint]:
-        if by != "global":
-            raise InputError(
-                f"--budget {by} gives every {by} the same share, but --target-{self.target.measure} is one budget for "
-                "the whole model; leave out one of them"
-            )
+        assert by == "global", "Job has refused another one"
         total = self.measure(self.geometry) - self.costs.fixed
         return {
             "model": Constraint(

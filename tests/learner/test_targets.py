@@ -162,8 +162,8 @@ def test_reap_meets_a_cost_to_an_expert():
     one_expert = geometry.layer_parameters(0) / 8
     assert task.budget.allowed - one_expert < left.num_parameters <= task.budget.allowed
     assert min(len(layer.expert_intermediate_sizes) for layer in left.layers) >= 2
-    with pytest.raises(InputError, match="--budget global"):
-        reap.learn(task_of(model, ReapSettings(**CALIBRATION), **target))
+    with pytest.raises(InputError, match="--budget layer removes the same share of every layer; say --budget global"):
+        Job("", "reap", data=["text.txt"], settings=ReapSettings(**CALIBRATION), **target)
     with pytest.raises(InputError, match="cannot be reached by removing experts"):
         reap.learn(
             task_of(
@@ -243,7 +243,7 @@ def test_the_predicted_speedup_is_what_inspect_says(word_model, capsys, method):
         (["--sparsity", 0.5, 0.5], "give each value once"),
         (["--method", "tyr", "--sparsity", 0.2, 0.5], "tyr learns weights for one budget"),
         (["--method", "maskprune", "--sparsity", 0.2, 0.5], "maskprune learns weights for one budget"),
-        (["--budget", "layer", "--target-bytes", "1MB"], "--budget layer gives every layer the same share"),
+        (["--budget", "layer", "--target-bytes", "1MB"], "--budget layer removes the same share of every layer"),
         (["--steps", 1, "--sparsity", 0.2, 0.5], "--steps 1 are too few for 2 budgets"),
         (["--settle", 1.5], "it must be at most 1"),
         (["--report", "--method", "random", "--sparsity", 0.2, 0.5], "--report draws what one budget leaves"),
