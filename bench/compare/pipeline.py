@@ -50,7 +50,7 @@ class Run:
         if not variant.data:
             return []
         parts = plan.DATA[variant.data]
-        written = ["--self-tokens", plan.SELF_TOKENS] if "self" in parts else []
+        written = ["--self-tokens", variant.self_tokens] if "self" in parts else []
         return ["--data", *(named[part] for part in parts), *written]
 
 

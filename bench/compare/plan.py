@@ -2,7 +2,8 @@
 
     ddp-20                    a method at a budget, learned from foreign text
     ddp-20-self               the same from text that the dense model wrote; -mixed: half of each
-    recovered-20-self-250k    ddp-20-mixed, trained back on so many tokens of such text
+    recovered-20-self-250k    ddp-20-mixed, trained back on so many tokens of such text; -131k: more of it is
+                              written, so that less is read again
 
 Budgets are shares of heads and channels, the same for every method, so sizes are equal but for rounding: to whole
 heads and layers, and because a KV head stays until all its query heads are gone. The table says the size of each.
@@ -23,6 +24,7 @@ METHODS = {
 READS_NO_TEXT = ("magnitude", "random")
 DATA = {"text": ("text",), "self": ("self",), "mixed": ("text", "self")}
 SELF_TOKENS = "40960"  # what half of DDP's steps read; writing takes longer than reading, so recovery reads them again
+MORE_SELF_TOKENS = "131072"  # the default of the commands
 STUDIED = ("ddp", "20")  # what the study of data and recovery is made on
 BATCH = ("--batch-size", "8", "--micro-batch-size", "8", "--sequence-length", "128")
 TOKENS_A_STEP = 8 * 128
@@ -35,6 +37,7 @@ SPEED_CASES = ("decode:1:32:64", "decode:8:32:64")
 SPEED_REPEATS = 7
 
 RECOVERY_SECONDS_A_TOKEN = 5e-3
+WRITING_SECONDS_A_TOKEN = 3e-2
 SECONDS = {"model": 60, "text": 10, "convert": 10, "know": 90, "speed": 240}
 EVALUATION = {"eval_blocks": EVAL_BLOCKS, "answered": list(ANSWERED)}
 
@@ -51,6 +54,7 @@ class Variant:
         source: the variant that is trained back; "" for those that are learned.
         timed: whether its speed is measured: training back changes no size.
         seconds: that `command` takes on two quiet cores.
+        self_tokens: of text that the dense model writes.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Variant:
     source: str = ""
     timed: bool = True
     seconds: float = 0.0
+    self_tokens: str = SELF_TOKENS
 
 
 def variants() -> dict[str, Variant]:
@@ -67,6 +72,7 @@ def variants() -> dict[str, Variant]:
     found = [_learned(method, budget) for budget in BUDGETS for method in METHODS]
     found += [_learned(*STUDIED, data=data) for data in DATA if data != "text"]
     found += [_recovered(data, "250k") for data in DATA]
+    found.append(_recovered("mixed", "250k", "-131k", self_tokens=MORE_SELF_TOKENS))
     found += [_recovered(data, "1000k") for data in ("self", "mixed")]
     found.append(_recovered("mixed", "1000k", "-full", ("--lora-rank", "0")))
     return {variant.name: variant for variant in found}
@@ -84,7 +90,9 @@ def _learned(method: str, budget: str, data: str = "text") -> Variant:
     )
 
 
-def _recovered(data: str, tokens: str, how: str = "", options: tuple[str, ...] = ()) -> Variant:
+def _recovered(
+    data: str, tokens: str, how: str = "", options: tuple[str, ...] = (), self_tokens: str = SELF_TOKENS
+) -> Variant:
     count = RECOVERY_TOKENS[tokens]
     return Variant(
         name=f"recovered-{STUDIED[1]}-{data}-{tokens}{how}",
@@ -93,7 +101,8 @@ def _recovered(data: str, tokens: str, how: str = "", options: tuple[str, ...] =
         data=data,
         source=RECOVERED_FROM,
         timed=False,
-        seconds=count * RECOVERY_SECONDS_A_TOKEN,
+        seconds=count * RECOVERY_SECONDS_A_TOKEN + (int(self_tokens) - int(SELF_TOKENS)) * WRITING_SECONDS_A_TOKEN,
+        self_tokens=self_tokens,
     )
 
 

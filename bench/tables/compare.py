@@ -17,6 +17,7 @@ TITLES = REAL_TITLES | {
     "depth": "whole layers (ShortGPT)",
     "random": "random",
 }
+HOW = {"full": "all weights", "131k": "131k of its own"}
 TEXTS = {"text": "foreign text", "self": "its own text", "mixed": "half of each"}
 
 
@@ -43,7 +44,7 @@ def title(name: str) -> str:
     first, share, *rest = name.split("-")
     if first == "recovered":
         data, tokens, *how = rest
-        return f"recovered, {share} %, {tokens} tokens of {TEXTS[data]}" + (", all weights" if how else "")
+        return f"recovered, {share} %, {tokens} tokens of {TEXTS[data]}" + "".join(f", {HOW[each]}" for each in how)
     return f"{TITLES[first]}, {share} %" + "".join(f", {TEXTS[data]}" for data in rest)
 
 
