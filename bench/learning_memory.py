@@ -292,12 +292,16 @@ def _runs(methods: list[str]) -> list[dict]:
     return records
 
 
+def megabytes(sizes: float | list[float]) -> str:
+    """Bytes of one process, or of each, as text."""
+    return " and ".join(f"{size / 1e6:.0f}" for size in (sizes if isinstance(sizes, list) else [sizes])) + " MB"
+
+
 def _line(record: dict) -> str:
     memory = []
     for phase in ("peak", "merging", "planned"):
-        if found := record.get(f"{phase}_bytes"):
-            sizes = found if isinstance(found, list) else [found]
-            memory.append(f"{phase} {', '.join(f'{size / 1e6:.0f}' for size in sizes)} MB")
+        if sizes := record.get(f"{phase}_bytes"):
+            memory.append(f"{phase} {megabytes(sizes)}")
     return (
         f"{record['kind']:<6}{record['model']:<10}{record['method']:<10}{record['processes']} x {record['weights']:<8} "
         f"{', '.join(memory)}; {record['step_s']:.2f} s a step, {record['apart']:.1e} apart"

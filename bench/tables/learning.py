@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from bench.budgets import compared
+from bench.learning_memory import megabytes
 from bench.speed.statistics import interval_text
 from bench.tables.markdown import case_name, markdown_table, percent, results
 from pruned_vllm.formats.ideal import Case
@@ -113,7 +114,7 @@ def memory() -> str:
         of_weights = [""] * 4  # of pico models, text takes most
         if run["kind"] == "large":
             sizes = [run["weights_bytes"], run["peak_bytes"], run.get("planned_bytes"), run.get("merging_bytes")]
-            of_weights = [_megabytes(size) if size else "" for size in sizes]
+            of_weights = [megabytes(size) if size else "" for size in sizes]
         rows.append(
             (
                 f"{MODELS[run['model']]}, {run['kind']}",
@@ -125,8 +126,3 @@ def memory() -> str:
         )
     header = ("model", "method", "processes", "weights", "peak while learning", "planned", "while merging", "apart")
     return markdown_table(header, rows)
-
-
-def _megabytes(sizes: float | list[float]) -> str:
-    """Of one process, or of each."""
-    return " and ".join(f"{size / 1e6:.0f}" for size in (sizes if isinstance(sizes, list) else [sizes])) + " MB"
