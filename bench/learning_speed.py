@@ -3,6 +3,8 @@
     python -m bench.learning_speed                           # models with random weights, dense and with experts
     python -m bench.learning_speed --model DIR --tokens 16x512 --dtypes bfloat16
 
+On a GPU the models are larger, and in bfloat16, so that its arithmetic counts and not the time in which it is started.
+
 A step runs the teacher forward, the student forward, and the student backward through its inputs; weights are frozen,
 so nothing is computed for them. Each of the three multiplies as often as one forward pass. `share_of_bound` is the time
 of three forward passes without gradients, of the same tokens and with all logits, divided by that of a step; it cannot
@@ -54,6 +56,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 32768,
         "tie_word_embeddings": True,
+    },
+}
+# For a GPU: Llama 3.1 8B, and 16 of the 48 layers of Qwen3-30B-A3B.
+LARGE_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "qwen3-moe-10b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
     },
 }
 METHODS = ("ddp", "maskprune")
@@ -164,21 +190,24 @@ class _Clock:
         self._last = now
 
 
-def _model(name: str, dtype: str) -> "PreTrainedModel":
-    """The model of that name in SHAPES, or what is there."""
+def _model(name: str, dtype: str, device: "torch.device") -> "PreTrainedModel":
+    """The model of that shape, or what is there."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if name not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    shapes = SHAPES | LARGE_SHAPES
+    if name not in shapes:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]), dtype=getattr(torch, dtype))
+    with device:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes[name]), dtype=getattr(torch, dtype))
 
 
 def _run(args: argparse.Namespace) -> None:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    large = device.type == "cuda"
     results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.learning_speed", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
@@ -186,11 +215,12 @@ def _run(args: argparse.Namespace) -> None:
         "versions": describe_versions(),
         "runs": [],
     }
-    names = [args.model] if args.model else list(SHAPES)
-    for name, dtype in itertools.product(names, args.dtypes):
-        model = _model(name, dtype).to(device).requires_grad_(False).eval()
+    names = [args.model] if args.model else list(LARGE_SHAPES if large else SHAPES)
+    tokens = args.tokens or ((4, 2048) if large else (2, 256))
+    for name, dtype in itertools.product(names, args.dtypes or (("bfloat16",) if large else DTYPES)):
+        model = _model(name, dtype, device).requires_grad_(False).eval()
         for method in args.methods:
-            found = measure(model, device, method, args.tokens, args.rounds, args.steps)
+            found = measure(model, device, method, tokens, args.rounds, args.steps)
             results["runs"].append({"model": name, "dtype": dtype, **found})
             print(
                 f"{name:<10}{dtype:<10}{method:<10} {found['tokens_per_s']:>10.0f} tokens/s, "
@@ -215,10 +245,14 @@ def main() -> int:
         prog="python -m bench.learning_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", help="directory or Hugging Face id; default: models of our own, with random weights")
+    add(
+        "--model",
+        metavar="DIR",
+        help=f"{', '.join(SHAPES | LARGE_SHAPES)}, with random weights; or a directory or hub id; default: see above",
+    )
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    add("--tokens", type=_tokens, default=(2, 256), metavar="NxL", help="of a step; default: 2x256")
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all")
+    add("--tokens", type=_tokens, metavar="NxL", help="of a step; default: 2x256, on a GPU 4x2048")
+    add("--dtypes", nargs="+", choices=DTYPES, help="default: all, on a GPU bfloat16")
     add("--rounds", type=positive_int, default=3, help="default: 3")
     add("--steps", type=positive_int, default=3, help="that are timed in a round; default: 3")
     add("--output-dir", type=Path, default=Path("results"), metavar="DIR", help="created; default: results")

@@ -3,12 +3,14 @@
     python -m bench.compare --output-dir compare/                      # make compare; about 8 hours on two cores
     python -m bench.compare --output-dir compare/ --only ddp-20 flap-20 depth-20      # some of it
     python -m bench.compare --output-dir compare/ --force speed                       # time again on a quiet machine
+    python -m bench.compare --output-dir compare/ --device cuda --untimed             # minutes, on a GPU
 
 On SmolLM2-135M-Instruct: DDP, Tyr, MaskPrune and the scores of Wanda (wanda-sp), FLAP, LLM-Pruner (taylor), ShortGPT
 (depth), magnitude and random, at 20 and 50 %; DDP on foreign text, on text of the dense model's own, and on both; and
-recovery of the last on 250,000 tokens of each, and on 1,000,000. Of every model: size, perplexity on held-out text, 40
-questions, agreement with the dense model's answers to 50 prompts, three answers, and against the dense one on vLLM the
-time of decoding. compare.png shows perplexity against that.
+recovery of the last on 250,000 tokens of each, and on 1,000,000; on a GPU also from more of its own text, and after
+DDP on 1,000,000 tokens. Of every model: size, perplexity on held-out text, 40 questions, agreement with the dense
+model's answers to 50 prompts, three answers, and against the dense one on vLLM the time of decoding. compare.png shows
+perplexity against that.
 
 Ctrl-C stops it; the same command goes on from there, also in the middle of learning. --output-dir keeps all models, a
 record of each step in records/, compare.json, which is written after each model, and in the end compare.md and
@@ -42,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"models to measure, with those that they are made from: {', '.join(plan.variants())}; default: all",
     )
+    add(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="that models are learned, trained and examined on; default: %(default)s",
+    )
     add("--untimed", action="store_true", help="measure no times of decoding now; without this option they come later")
     add(
         "--force",
@@ -67,14 +75,14 @@ def compare(args: argparse.Namespace, command: str) -> None:
     from bench.tables.compare import summary
 
     try:
-        models = plan.chosen(args.only)
+        models = plan.chosen(args.only, args.device)
     except KeyError as error:
         raise InputError(f"no model is called {error.args[0]}; there are {', '.join(plan.variants())}") from None
     args.output_dir.mkdir(parents=True, exist_ok=True)
     records = Records(args.output_dir, plan.planned(models, timed=not args.untimed), args.force)
     results: dict = {}
-    for complete in run_steps(models, args.output_dir, records, args.model, timed=not args.untimed):
-        results = collect(records, complete, args.output_dir, command)
+    for complete in run_steps(models, args.output_dir, records, args.model, timed=not args.untimed, device=args.device):
+        results = collect(records, complete, args.output_dir, command, args.device)
         write_json(args.output_dir / RESULTS_FILE, results)
     write(results, args.output_dir)
     print(summary(results))

@@ -25,17 +25,17 @@ def digests() -> dict:
 
 
 @functools.cache
-def _dense(directory: Path) -> tuple[DenseModel, Reference | None]:
+def _dense(directory: Path, device: str) -> tuple[DenseModel, Reference | None]:
     """Loaded, and asked, once a process."""
-    dense = load_dense(Job(model=str(directory), method="magnitude", dtype="float32"), "cpu")
+    dense = load_dense(Job(model=str(directory), method="magnitude", dtype="float32"), device)
     return dense, Reference.of(dense, len(AGREEMENT_PROMPTS), print)
 
 
-def knowledge(dense_directory: Path, directory: Path, heldout: Path) -> dict:
+def knowledge(dense_directory: Path, directory: Path, heldout: Path, device: str) -> dict:
     """Of a converted model, or of the dense one: "perplexity", what `accuracy` says, what `Reference.agreement` says,
     and "answers" to plan.ANSWERED."""
-    dense, reference = _dense(dense_directory)
-    model, tokenizer = load_pruned(directory, dtype=torch.float32).eval(), dense.tokenizer
+    dense, reference = _dense(dense_directory, device)
+    model, tokenizer = load_pruned(directory, dtype=torch.float32).eval().to(device), dense.tokenizer
     ids = held_out(tokenizer, [heldout])
     found = {"tokens": len(ids), "perplexity": perplexity(model, ids, show_progress=True)}
     found |= accuracy(model, tokenizer, read_questions())

@@ -32,6 +32,7 @@ class Run:
         model: directory of the dense model.
         train, heldout: text to learn from, and to measure perplexity on.
         timed: whether decoding is timed.
+        device: that models are learned, trained and examined on.
     """
 
     records: Records
@@ -40,6 +41,7 @@ class Run:
     train: Path
     heldout: Path
     timed: bool
+    device: str
 
     def converted(self, name: str) -> Path:
         return self.model if name == "dense" else self.work / name / "out"
@@ -55,7 +57,7 @@ class Run:
 
 
 def run_steps(
-    models: dict[str, Variant], work: Path, records: Records, model: str, *, timed: bool
+    models: dict[str, Variant], work: Path, records: Records, model: str, *, timed: bool, device: str
 ) -> Iterator[dict[str, Variant]]:
     """Does all steps of `plan.planned(models)`; after each of the models, yields what is complete by then, also of
     earlier runs in the same directory.
@@ -63,6 +65,7 @@ def run_steps(
     Args:
         model: the dense model, a name of MODELS or a directory.
         timed: whether decoding is timed.
+        device: see `Run`.
 
     Raises:
         InputError: a step fails.
@@ -74,7 +77,7 @@ def run_steps(
     texts = (work / "train.txt", work / "heldout.txt")
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in corpus()]
     records.step("text", {"digests": digests}, lambda _: _write_text(*texts), outputs=texts)
-    steps = Run(records, work, dense, *texts, timed)
+    steps = Run(records, work, dense, *texts, timed, device)
     _examine(steps, "dense", ("model", "text"))
     for variant in models.values():
         _make_and_measure(steps, variant)
@@ -113,7 +116,7 @@ def _learn(steps: Run, variant: Variant) -> str:
     """Masks and the converted model; returns the last step's name."""
     checkpoint, out = steps.work / variant.name / "ckpt", steps.converted(variant.name)
     # Agreement is measured on the converted model, as everything else in the table.
-    options = [*variant.options, *plan.PLACE, *steps.sources(variant), "--agreement-prompts", "0"]
+    options = [*variant.options, *plan.place(steps.device), *steps.sources(variant), "--agreement-prompts", "0"]
 
     def learn(resume: bool) -> dict:
         command = run(script("learn-masks"), steps.model, checkpoint, *options, _how(checkpoint, resume))
@@ -131,7 +134,7 @@ def _learn(steps: Run, variant: Variant) -> str:
 def _recover(steps: Run, variant: Variant) -> str:
     """Trains a converted model further, distilled from the dense one; returns the step's name."""
     out, before = steps.converted(variant.name), steps.converted(variant.source)
-    options = [*variant.options, *plan.PLACE, *steps.sources(variant), "--agreement-prompts", "0"]
+    options = [*variant.options, *plan.place(steps.device), *steps.sources(variant), "--agreement-prompts", "0"]
 
     def recover(resume: bool) -> dict:
         teacher = ["--teacher", steps.model]
@@ -153,9 +156,11 @@ def _examine(steps: Run, name: str, after: tuple[str, ...]) -> None:
     from bench.compare import evaluation
 
     def know(resume: bool) -> dict:
-        return evaluation.knowledge(steps.model, steps.converted(name), steps.heldout)
+        return evaluation.knowledge(steps.model, steps.converted(name), steps.heldout, steps.device)
 
     settings = plan.EVALUATION | evaluation.digests()
+    if steps.device != "cpu":
+        settings["device"] = steps.device
     steps.records.step(f"know-{name}", settings, know, after=("model", "text", *after))
 
 

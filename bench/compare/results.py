@@ -13,7 +13,7 @@ RESULTS_FILE = "compare.json"
 SIZES = ("parameters", "bytes")
 
 
-def collect(records: Records, models: Mapping[str, Variant], work: Path, command: str) -> dict:
+def collect(records: Records, models: Mapping[str, Variant], work: Path, command: str, device: str) -> dict:
     """What compare.json holds of the steps that are done; `work` is where the run lies."""
     results = {name: dict(record["result"]) for name, record in records.done.items()}
     dense = {key: results["model"][key] for key in SIZES} | results["know-dense"]
@@ -21,7 +21,7 @@ def collect(records: Records, models: Mapping[str, Variant], work: Path, command
     measured = {
         "command": command,
         "versions": library_versions(LIBRARIES),
-        "hardware": {"cpu": cpu_name(), "cpu_features": cpu_features()},
+        "hardware": {"cpu": cpu_name(), "cpu_features": cpu_features()} | gpu(device),
         "model": results["model"],
         "models": found,
         "steps": {
@@ -30,6 +30,12 @@ def collect(records: Records, models: Mapping[str, Variant], work: Path, command
         },
     }
     return renamed(measured, {results["model"]["directory"]: "dense", str(work.resolve()): "compare"})
+
+
+def gpu(device: str) -> dict:
+    import torch
+
+    return {} if device == "cpu" else {"gpu": torch.cuda.get_device_name()}
 
 
 def _of_variant(results: Mapping, variant: Variant) -> dict:

@@ -34,7 +34,6 @@ Results from before 0.2 lack speedup_low, speedup_high, warnings, machine, layer
 settings.compile false where --compile was not given.
 """
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -44,7 +43,7 @@ from typing import Any
 
 from bench.speed.memory import GIB
 from bench.speed.statistics import noise_warnings, speedup_statistics
-from pruned_vllm.common.environment import cpu_features, cpu_name
+from pruned_vllm.common.environment import cpu_features, cpu_name, library_versions
 from pruned_vllm.formats.geometry import ModelGeometry
 from pruned_vllm.formats.ideal import Case, step_bytes, step_flops
 from pruned_vllm.formats.layer import LayerGeometry
@@ -182,25 +181,16 @@ def describe_layer(layer: LayerGeometry) -> dict:
 
 
 def describe_versions() -> dict:
-    import torch
-    import transformers
-    import vllm
-
-    return {
-        "pruned-vllm": importlib.metadata.version("pruned-vllm"),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    libraries = library_versions(("pruned-vllm", "vllm", "torch", "transformers"))
+    return {**libraries, "python": platform.python_version()}
 
 
 def describe_hardware() -> dict:
     import psutil
-    from vllm.platforms import current_platform
+    import torch
 
     return {
-        "device": current_platform.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
         "cpu_cores": len(os.sched_getaffinity(0)),

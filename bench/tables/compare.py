@@ -17,7 +17,12 @@ TITLES = REAL_TITLES | {
     "depth": "whole layers (ShortGPT)",
     "random": "random",
 }
-HOW = {"full": "all weights", "131k": "131k of its own"}
+HOW = {
+    "full": "all weights",
+    "131k": "131k of its own",
+    "524k": "524k of its own",
+    "long": "after 1000k of DDP",
+}
 TEXTS = {"text": "foreign text", "self": "its own text", "mixed": "half of each"}
 
 
@@ -38,14 +43,17 @@ def answers_avx2() -> str:
 
 
 def title(name: str) -> str:
-    """DDP, 20 %; DDP, 20 %, its own text; 20 %, 250k tokens of its own text; dense"""
+    """DDP, 20 %; DDP, 20 %, its own text; recovered, 20 %, 250k tokens of its own text, all weights; dense"""
     if name == "dense":
         return name
     first, share, *rest = name.split("-")
     if first == "recovered":
         data, tokens, *how = rest
         return f"recovered, {share} %, {tokens} tokens of {TEXTS[data]}" + "".join(f", {HOW[each]}" for each in how)
-    return f"{TITLES[first]}, {share} %" + "".join(f", {TEXTS[data]}" for data in rest)
+    if not rest:
+        return f"{TITLES[first]}, {share} %"
+    tokens = "".join(f"{count} tokens of " for count in rest[1:])
+    return f"{TITLES[first]}, {share} %, {tokens}{TEXTS[rest[0]]}"
 
 
 def methods_of(measured: Mapping) -> str:

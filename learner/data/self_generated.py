@@ -9,13 +9,13 @@ Writing is slow, so every batch of documents is kept in `<cache>/self/<digest>/`
 the settings below and the seed. A batch depends on nothing but its number. So an interrupted run goes on behind its
 last batch, a run that needs more text adds to what is there, and several processes write several batches at once. In
 another dtype, on another device or with another version of PyTorch the model may draw other words; it reads those that
-are there.
+are there. A GPU writes several batches in the time of one, so there they are drawn together.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ SOURCE = "self"  # among the sources of --data
 TEMPERATURE = 0.8
 ANSWER_TOKENS = 256  # at most
 BATCH_SIZE = 32  # documents
+BATCHES_ON_GPU = 16  # that it writes together, if their KV cache takes no more than a quarter of its memory
 
 
 def self_generated_tokens(
@@ -55,7 +56,7 @@ def self_generated_tokens(
     if number_of > 1 and not writer.is_sharded:  # first a share of what all need
         tokens, index = 0, rank
         while tokens * number_of < count:
-            tokens += sum(map(len, writer.batch(index)))
+            tokens += sum(map(len, writer.turn(index)))
             index += number_of
     title = "text of the dense model"
     found: list[int] = []
@@ -71,7 +72,11 @@ def self_generated_tokens(
 
 
 class _Writer:
-    """Batches of documents by number, from the cache or written now."""
+    """Batches of documents by number, from the cache or written now, as many in a turn as the device writes together.
+
+    Attributes:
+        batches: in a turn.
+    """
 
     def __init__(self, dense: DenseModel, seed: int, processes: Any) -> None:
         self.dense, self.seed, self.processes = dense, seed, processes
@@ -79,6 +84,7 @@ class _Writer:
         self.known = dense.model.get_input_embeddings().num_embeddings
         self.end = tuple(token for token in end_tokens(dense.directory, dense.tokenizer) if token < self.known)
         self.prompts = shuffled_prompts(seed)
+        self.batches = of_first(processes, self._batches) if self.is_sharded else self._batches()
         settings = {
             "model": str(dense.fingerprint),
             "prompts": GENERATION_PROMPTS,
@@ -95,23 +101,37 @@ class _Writer:
         """All documents in their order, without end."""
         index = 0
         while True:
-            yield from self.batch(index)
+            yield from self.turn(index)
             index += 1
 
-    def batch(self, index: int) -> list[list[int]]:
-        """Token ids of the documents of a batch."""
-        path = self.directory / f"{index:06}.json"
+    def turn(self, index: int) -> list[list[int]]:
+        """Token ids of the documents of a turn."""
+        first = index * self.batches
+        paths = [self.directory / f"{first + place:06}.json" for place in range(self.batches)]
         if not self.is_sharded:
-            return self._kept(path) or self._publish(path, self._write(index))
+            return self._kept(paths) or self._publish(paths, self._write(first))
         # The first process says what is there: others may see another cache, or see it later.
-        kept = of_first(self.processes, lambda: self._kept(path))
+        kept = of_first(self.processes, lambda: self._kept(paths))
         if kept is None:
-            documents = self._write(index)
-            kept = of_first(self.processes, lambda: self._publish(path, documents))
+            documents = self._write(first)
+            kept = of_first(self.processes, lambda: self._publish(paths, documents))
         return kept
 
-    def _kept(self, path: Path) -> list[list[int]] | None:
-        return self._read(path) if path.exists() else None
+    def _batches(self) -> int:
+        """The same in every process that writes with others, whatever device it has."""
+        if self.dense.device.type != "cuda":
+            return 1
+        memory = torch.cuda.get_device_properties(self.dense.device).total_memory
+        positions = max(map(len, prompt_tokens(self.dense.tokenizer, self.prompts))) + ANSWER_TOKENS
+        of_batch = (
+            BATCH_SIZE * positions * self.dense.geometry.kv_cache_bytes_per_token(self.dense.model.dtype.itemsize)
+        )
+        return max(1, min(BATCHES_ON_GPU, memory // 4 // of_batch))
+
+    def _kept(self, paths: Sequence[Path]) -> list[list[int]] | None:
+        if not all(path.exists() for path in paths):
+            return None
+        return [document for path in paths for document in self._read(path)]
 
     def _read(self, path: Path) -> list[list[int]]:
         try:
@@ -122,21 +142,28 @@ class _Writer:
             raise InputError(f"{error}; delete {self.directory}, and it is written anew") from None
         return documents
 
-    def _write(self, index: int) -> list[list[int]]:
-        places = range(index * BATCH_SIZE, (index + 1) * BATCH_SIZE)
+    def _write(self, first: int) -> list[list[int]]:
+        """The documents of the batches from number `first` on."""
+        places = range(first * BATCH_SIZE, (first + self.batches) * BATCH_SIZE)
         prompts = prompt_tokens(self.dense.tokenizer, [self.prompts[place % len(self.prompts)] for place in places])
         largest = max(map(max, prompts))
         if largest >= self.known:
             raise InputError(
                 f"the tokenizer makes token {largest} of a prompt, but the model has {self.known} embeddings"
             )
-        seed = self.seed * 1_000_003 + index
+        seed = self.seed * 1_000_003 + first
         model, device = self.dense.model, self.dense.device
         answers = generate(model, prompts, ANSWER_TOKENS, self.end, temperature=TEMPERATURE, seed=seed, device=device)
         return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def _publish(self, path: Path, documents: list[list[int]]) -> list[list[int]]:
-        """Puts the batch at `path`, unless another process was faster: then all go on with that one's. Returns it."""
+    def _publish(self, paths: Sequence[Path], documents: list[list[int]]) -> list[list[int]]:
+        """Puts the batches at `paths`, but for those where another process was faster: then all go on with that one's.
+        Returns the documents that are there."""
+        for place, path in enumerate(paths):
+            self._publish_batch(path, documents[place * BATCH_SIZE : (place + 1) * BATCH_SIZE])
+        return [document for path in paths for document in self._read(path)]
+
+    def _publish_batch(self, path: Path, documents: list[list[int]]) -> None:
         temporary = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +182,6 @@ class _Writer:
         finally:
             with suppress(OSError):
                 temporary.unlink()
-        return self._read(path)
 
 
 def _are_documents(found: Any, known: int) -> bool:

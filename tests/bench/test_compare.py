@@ -50,8 +50,8 @@ def commands(tmp_path, monkeypatch):
         (out / file).write_text(json.dumps(result))
         return " ".join((name, *words))
 
-    def knowledge(dense, directory, heldout):
-        assert heldout.read_text() == "held out" and dense == model
+    def knowledge(dense, directory, heldout, device):
+        assert device == "cpu" and heldout.read_text() == "held out" and dense == model
         method = directory.parent.name.partition("-")[0]
         return {
             "perplexity": PERPLEXITIES.get(method, 40.0),
@@ -205,7 +205,7 @@ def test_knowledge_of_a_converted_model(tmp_path, monkeypatch):
     heldout.write_text("It was the best of times. " * 20)
     monkeypatch.setattr(evaluation, "AGREEMENT_PROMPTS", AGREEMENT_PROMPTS[:3])
     dense, pruned = (
-        evaluation.knowledge(tmp_path / "ckpt", directory, heldout) for directory in (tmp_path / "ckpt", out)
+        evaluation.knowledge(tmp_path / "ckpt", directory, heldout, "cpu") for directory in (tmp_path / "ckpt", out)
     )
     assert dense["agreement_kl"] < 1e-6 < pruned["agreement_kl"]
     assert dense["agreement_tokens"] == dense["answer_tokens"] == pruned["answer_tokens"] > pruned["agreement_tokens"]

@@ -95,6 +95,20 @@ def test_what_was_written_is_kept_and_added_to(directory, written, tmp_path):
     assert tokens_of(directory, 300) != first, "another model"
 
 
+def test_a_gpu_writes_several_batches_together(directory, written, monkeypatch, tmp_path):
+    alone = tokens_of(directory, 300)
+    monkeypatch.setattr(self_generated._Writer, "_batches", lambda writer: 3)
+    written.clear()
+    longer = tokens_of(directory, 1500)
+    assert longer[:300] == alone, "what was written one by one is read"
+    assert written and {len(prompts) for prompts in written} == {12}
+    batches = sorted((tmp_path / "cache").rglob("*.json"))
+    assert len(batches) % 3 == 0 and {len(json.loads(path.read_text())["documents"]) for path in batches} == {4}
+    written.clear()
+    monkeypatch.setattr(self_generated._Writer, "_batches", lambda writer: 1)
+    assert tokens_of(directory, 1500) == longer and not written, "and the other way round"
+
+
 def test_an_interrupted_run_goes_on_behind_its_last_batch(directory, written, monkeypatch):
     generate, calls = self_generated.generate, []
 
