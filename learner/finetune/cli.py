@@ -80,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--gradient-checkpointing", action="store_true", help="compute activations again: less memory, more time")
     add(
         "--device",
-        choices=("auto", "cpu"),
+        choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, if there is one (default)",
+        help="cuda is the first GPU that CUDA_VISIBLE_DEVICES leaves; auto is that if there is one (default)",
     )
     add(
         "--weights",

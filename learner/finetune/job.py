@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
 from transformers import Trainer
@@ -42,7 +43,7 @@ class FinetuneJob:
         learning_rate: at its peak; None is `default_learning_rate`.
         lora_rank: 0 trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
-        device: "auto" is the first GPU if there is one, else "cpu".
+        device: "cuda" is the first GPU; "auto" is that if there is one, else "cpu".
         weights: "whole" or "sharded" over the processes; None is "sharded" where accelerate is set up for FSDP, and
             else "whole".
         dtype: of the weights while training, the teacher's too, and where they are sharded also while measuring; "auto"
@@ -96,6 +97,8 @@ def check_job(job: FinetuneJob, source: Path) -> ModelGeometry:
             "cannot be trained; vLLM serves it"
         )
     find_companions(source)  # what cannot be copied is refused now
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no GPU here; take --device cpu")
     for flag, name in SHARDING.items():
         if parse_flag_from_env(flag):
             raise InputError(

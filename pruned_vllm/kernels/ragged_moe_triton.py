@@ -84,7 +84,7 @@ def _gate_up_kernel(
     """intermediate[row, :width] = activation(x[token] gate^T + bias[0], x[token] up^T + bias[1]), then zeros up to a
     multiple of VECTOR."""
     tile, block = locate(num_tiles, num_blocks, GROUP)
-    _, weight_row, width, row, pair, exists = read_tile(
+    expert, weight_row, width, row, pair, exists = read_tile(
         tile, tiles, sorted_pairs, topk_ids, offsets, num_experts, SORTED, BLOCK_M
     )
     # The grid holds a program for every block of the widest expert. Those beyond an expert's own width end here, after

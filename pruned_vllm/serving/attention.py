@@ -52,7 +52,10 @@ def fit_projections(
         attention.total_num_heads = total_num_heads
         attention.num_heads = layout.query_heads
         attention.q_size = layout.query_heads * attention.head_dim
-        attention.attn = UnevenGroups(attention.attn, layout, get_tensor_model_parallel_rank())
+        rank = get_tensor_model_parallel_rank()
+        attention.attn = UnevenGroups(attention.attn, layout, rank)
+        if getattr(attention, "rotary_emb", None) is not None:
+            attention.rotary_emb = SpreadRotary(attention.rotary_emb, attention.attn)
 
 
 def add_sinks(attention: Any, vllm_config: VllmConfig) -> None:
@@ -107,9 +110,29 @@ class UnevenGroups(nn.Module):
                 yield f"attn.{name}"
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [tokens, query_heads * head_dim], k and v [tokens, kv_heads * head_dim] -> like q."""
-        output = self.attn(self._select(q, self.source), k, v)
-        return self._select(output, self.target)
+        """q [tokens, query_heads * head_dim], or spread out already, k and v [tokens, kv_heads * head_dim] -> output
+        [tokens, query_heads * head_dim]."""
+        return self._select(self.attn(self.spread(q), k, v), self.target)
+
+    def spread(self, q: torch.Tensor) -> torch.Tensor:
+        """q [tokens, query_heads * head_dim] as the op takes it, [tokens, op_heads * head_dim]; that stays as it is."""
+        return q if q.shape[-1] == len(self.source) * self.head_dim else self._select(q, self.source)
 
     def _select(self, heads: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return heads.unflatten(-1, (-1, self.head_dim)).index_select(-2, index).flatten(-2)
+
+
+class SpreadRotary(nn.Module):
+    """The rotary embedding in front of `UnevenGroups`, which spreads q out before it.
+
+    For vLLM: its CUDA kernel (rotary_embedding in csrc/pos_encoding_kernels.cu) stops where the number of KV heads does
+    not divide that of the query heads. Models that are compiled do not call it.
+    """
+
+    def __init__(self, rotary: nn.Module, groups: UnevenGroups) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self._spread = groups.spread  # not the module, which belongs to the attention
+
+    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rotary(positions, self._spread(q), k)

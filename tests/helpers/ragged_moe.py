@@ -267,12 +267,14 @@ class Types(NamedTuple):
         weights: codes where they are not like x.
         inputs: what is multiplied, where it is not like x.
         group_size: 0: a scale for each row.
+        ids: of the experts that tokens choose, and where experts begin.
     """
 
     x: str
     weights: str | None = None
     inputs: str | None = None
     group_size: int = 0
+    ids: str = "i32"
 
 
 def compile_config(config: Config, types: Types, compute_capability: int, variant: Variant = PLAIN) -> list:
@@ -283,7 +285,7 @@ def compile_config(config: Config, types: Types, compute_capability: int, varian
 
     inputs, weights = types.inputs or types.x, types.weights or types.x
     pointers = {"gate_up": weights, "down": weights, "partial": types.x, "topk_weights": "fp32"}
-    pointers |= dict.fromkeys(("tiles", "sorted_pairs", "topk_ids", "offsets"), "i32")
+    pointers |= dict.fromkeys(("tiles", "sorted_pairs"), "i32") | dict.fromkeys(("topk_ids", "offsets"), types.ids)
     pointers |= {"scales": "fp32", "run_offsets": "i32"} if types.weights else {}
     absent = dict.fromkeys(() if types.inputs else ("x_scales", "intermediate_scales"))
     absent |= dict.fromkeys(() if types.weights else ("scales", "run_offsets"))

@@ -12,13 +12,24 @@ import pytest
 import torch
 from helpers.tiny import masks_for, oracle, prompts, tiny_model
 from safetensors.torch import load_file, save_file
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, _custom_ops
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from pruned_vllm.formats.linear_attention import FULL, LINEAR
 
 NUM_TOKENS = 12
 WIDTH = 100  # FFN channels of the dense models
+
+
+def rotary_embedding_as_on_cuda(positions, query, key, head_size, *args, **kwargs) -> None:
+    """vLLM's op, with the check that its CUDA kernel makes and its CPU kernel does not."""
+    heads, kv_heads = query.shape[-1] // head_size, key.shape[-1] // head_size
+    assert query.dim() > 2 or heads % kv_heads == 0, f"{heads} query heads for {kv_heads} KV heads"
+    ROTARY_EMBEDDING(positions, query, key, head_size, *args, **kwargs)
+
+
+ROTARY_EMBEDDING = _custom_ops.rotary_embedding
+_custom_ops.rotary_embedding = rotary_embedding_as_on_cuda
 
 
 @contextlib.contextmanager

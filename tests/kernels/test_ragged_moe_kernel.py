@@ -68,6 +68,13 @@ def test_compiled_for_hopper(config, tmp_path, monkeypatch):
         assert "cp.async.ca.shared.global" not in compiled.asm["ptx"]  # copies of 4 or 8 bytes
 
 
+@pytest.mark.parametrize("config", configs(torch.bfloat16), ids=lambda config: f"up-to-{config.up_to}")
+def test_ids_of_64_bits_compile(config, tmp_path, monkeypatch):
+    """The interpreter does not mind a variable that changes its type in a loop; the compiler does."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compile_config(config, Types("bf16", ids="i64"), compute_capability=90)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", (1, 4, 16, 64, 500, 2000))
