@@ -9,6 +9,7 @@ from bench.tables.real import cell, perplexity_text
 
 COMPARE = "compare/compare.json"
 COMPARE_AVX2 = "compare/avx2/compare.json"
+COMPARE_H200 = "compare/h200/compare.json"
 NOTHING = "None of these models was measured."
 TITLES = REAL_TITLES | {
     "wanda": "Wanda (wanda-sp)",
@@ -38,8 +39,16 @@ def recovery_at_2e4() -> str:
     return recovery_of(results(COMPARE))
 
 
+def recovery_h200() -> str:
+    return recovery_of(results(COMPARE_H200))
+
+
 def answers_avx2() -> str:
     return answers_of(results(COMPARE_AVX2))
+
+
+def answers_h200() -> str:
+    return answers_of(results(COMPARE_H200))
 
 
 def title(name: str) -> str:
@@ -104,7 +113,7 @@ def recovery_of(measured: Mapping) -> str:
     """
     models = measured["models"]
     names = [name for name in models if models[name].get("from") or models[name].get("data") in ("self", "mixed")]
-    studied = {name.rpartition("-")[0] for name in names if not models[name]["from"]}
+    studied = {"-".join(name.split("-")[:2]) for name in names if not models[name]["from"]}  # from foreign text
     if not names:
         return NOTHING
     rows = []

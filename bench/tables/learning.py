@@ -1,6 +1,6 @@
 """What bench.targets, bench.budgets, bench.learning_speed and bench.learning_memory measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from bench.budgets import compared
@@ -16,6 +16,7 @@ JOINT = {
     "SmolLM2-135M": "budgets/joint_SmolLM2-135M-Instruct.json",
 }
 SPEED = "learning_speed/learning_speed.json"
+SPEED_H200 = ("learning_speed/h200/llama-8b.json", "learning_speed/h200/qwen3-moe-10b.json")
 MEMORY = "learning_memory/learning_memory.json"
 MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
 METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "flap": "FLAP's score", "finetune": "LoRA, from a teacher"}
@@ -92,6 +93,14 @@ def joint() -> str:
 
 
 def speed() -> str:
+    return _speed_of(results(SPEED)["runs"])
+
+
+def speed_h200() -> str:
+    return _speed_of([run for file in SPEED_H200 for run in results(file)["runs"]])
+
+
+def _speed_of(runs: Iterable[Mapping]) -> str:
     """Steps against three forward passes."""
     rows = [
         (
@@ -102,7 +111,7 @@ def speed() -> str:
             f"{run['share_of_bound']:.2f}",
             f"{run['peak_bytes'] / 1e9:.2f} GB",
         )
-        for run in results(SPEED)["runs"]
+        for run in runs
     ]
     return markdown_table(("", "method", "dtype", "tokens/s", "of three forward passes", "peak"), rows)
 

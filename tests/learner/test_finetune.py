@@ -236,12 +236,14 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, capsys, mon
     shutil.copytree(out, tmp_path / "quantized")
     edit_json(tmp_path / "quantized" / "config.json", quantization_config={"quant_method": "compressed-tensors"})
     before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, message in (
         ([tmp_path / "quantized", "--data", text], "is quantized; train the model that it was made from"),
         ([out, "--data", tmp_path / "none.txt"], "none.txt"),
         ([tmp_path / "ckpt", "--data", text], "says nothing of pruning"),
         ([tmp_path, "--data", text], "config.json is missing"),
         ([out, "--data", text, "--batch-size", 6, "--micro-batch-size", 4], "no multiple"),
+        ([out, "--data", text, "--device", "cuda"], "PyTorch finds no GPU"),
         ([out, "--data", text, "--teacher", tmp_path / "stranger"], "has 99 tokens"),
         ([out, "--data", text, "--teacher", tmp_path / "other tokenizer"], "the teacher's tokenizer makes tokens"),
         ([out, "--data", text, "--teacher", tmp_path / "nowhere"], "neither a directory nor a model"),
