@@ -94,7 +94,7 @@ class UnevenGroups(nn.Module):
     source: torch.Tensor  # head of q for each head of the op
     target: torch.Tensor  # head of the op for each real one
 
-    def __init__(self, attn: nn.Module, layout: LayerLayout, rank: int) -> None:
+    def __init__(self, attn: Any, layout: LayerLayout, rank: int) -> None:
         super().__init__()
         self.attn = attn
         self.head_dim = attn.head_size
