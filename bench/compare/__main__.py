@@ -73,11 +73,13 @@ def compare(args: argparse.Namespace, command: str) -> None:
     from bench.compare.pipeline import run_steps
     from bench.compare.results import RESULTS_FILE, collect, write
     from bench.tables.compare import summary
+    from learner.model.dense import on_device
 
     try:
         models = plan.chosen(args.only, args.device)
     except KeyError as error:
         raise InputError(f"no model is called {error.args[0]}; there are {', '.join(plan.variants())}") from None
+    on_device(args.device)  # which refuses a GPU that is not there
     args.output_dir.mkdir(parents=True, exist_ok=True)
     records = Records(args.output_dir, plan.planned(models, timed=not args.untimed), args.force)
     results: dict = {}

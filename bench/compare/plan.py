@@ -85,7 +85,7 @@ def variants() -> dict[str, Variant]:
     found += [_recovered(data, "1000k") for data in ("self", "mixed")]
     found.append(_recovered("mixed", "1000k", "-full", ("--lora-rank", "0")))
     long = _learned_long()
-    found.append(long)
+    found += [long, _recovered("mixed", "250k", "-524k-long", self_tokens=MOST_SELF_TOKENS, source=long.name)]
     for how, options in (("", ()), ("-full", ("--lora-rank", "0"))):
         for source, suffix in ((RECOVERED_FROM, ""), (long.name, "-long")):
             name, written = f"-524k{how}{suffix}", MOST_SELF_TOKENS

@@ -123,10 +123,10 @@ class _Writer:
             return 1
         memory = torch.cuda.get_device_properties(self.dense.device).total_memory
         positions = max(map(len, prompt_tokens(self.dense.tokenizer, self.prompts))) + ANSWER_TOKENS
-        of_batch = (
-            BATCH_SIZE * positions * self.dense.geometry.kv_cache_bytes_per_token(self.dense.model.dtype.itemsize)
-        )
-        return max(1, min(BATCHES_ON_GPU, memory // 4 // of_batch))
+        geometry, element_bytes = self.dense.geometry, self.dense.model.dtype.itemsize
+        of_document = positions * geometry.kv_cache_bytes_per_token(element_bytes)
+        of_document += geometry.state_bytes_per_sequence(element_bytes)
+        return max(1, min(BATCHES_ON_GPU, memory // 4 // max(1, BATCH_SIZE * of_document)))
 
     def _kept(self, paths: Sequence[Path]) -> list[list[int]] | None:
         if not all(path.exists() for path in paths):

@@ -175,6 +175,21 @@ def test_the_whole_plan():
         tables.title(variant.name)
 
 
+def test_a_gpu_makes_models_that_cpus_do_not():
+    on_cpu, on_gpu = plan.chosen([]), plan.chosen([], "cuda")
+    assert on_gpu.keys() - on_cpu.keys() == {name for name, variant in plan.variants().items() if variant.for_gpu}
+    assert "ddp-20-mixed-1000k" in plan.chosen(["recovered-20-self-1000k-524k-long"]), (
+        "asked for, a CPU makes them, too"
+    )
+
+
+def test_a_gpu_that_there_is_not_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--output-dir", str(tmp_path / "compare"), "--device", "cuda"]) == 2
+    assert "device cuda cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "compare").exists()
+
+
 def test_a_name_that_there_is_not_is_refused(tmp_path, capsys):
     assert main(["--output-dir", str(tmp_path / "compare"), "--only", "dpd-20"]) == 2
     assert "no model is called dpd-20; there are ddp-20" in capsys.readouterr().err
