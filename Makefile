@@ -6,7 +6,7 @@
 # make real    every method on a real pretrained model (SmolLM2-135M): quality, speed; under 90 minutes, can be interrupted
 # make real-gemma3  two methods on Gemma 3 270M in the same way; about 40 minutes
 # make compare   methods, kinds of text and recovery at equal size on SmolLM2-135M; about 8 hours, can be interrupted;
-#                with ONLY="ddp-20 flap-20" some of them, with DEVICE=cuda on a GPU
+#                with ONLY="ddp-20 flap-20" some of them
 # make methods   perplexities of pico models that each method has pruned, under 40 minutes on two cores
 # make ablations whether the papers' orderings hold, over three seeds
 # make lint    formatting, static checks, types
@@ -58,7 +58,7 @@ real-gemma3: setup
 	cp $(addprefix real-gemma3/,real.json real.png report.md report.html) bench/results/real_gemma3/
 
 compare: setup
-	$(BIN)/python -m bench.compare --output-dir compare $(if $(ONLY),--only $(ONLY)) $(if $(DEVICE),--device $(DEVICE))
+	$(BIN)/python -m bench.compare --output-dir compare $(if $(ONLY),--only $(ONLY))
 	mkdir -p bench/results/compare
 	cp compare/compare.json compare/compare.png bench/results/compare/
 

@@ -315,7 +315,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     results = {
         "command": shlex.join(["python", "-m", "bench.learning_memory", *sys.argv[1:]]),
-        "hardware": describe_hardware(),
+        "hardware": describe_hardware("cpu"),
         "versions": describe_versions(),
         "settings": SETTINGS,
         "runs": _runs(args.methods),

@@ -3,7 +3,7 @@
     python -m bench.learning_speed                           # models with random weights, dense and with experts
     python -m bench.learning_speed --model DIR --tokens 16x512 --dtypes bfloat16
 
-On a GPU the models are larger, and in bfloat16, so that its arithmetic counts and not the time in which it is started.
+On a GPU the models are larger, and in bfloat16, so that its arithmetic counts and not the time to launch kernels.
 
 A step runs the teacher forward, the student forward, and the student backward through its inputs; weights are frozen,
 so nothing is computed for them. Each of the three multiplies as often as one forward pass. `share_of_bound` is the time
@@ -211,7 +211,7 @@ def _run(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.learning_speed", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
-        "hardware": describe_hardware(),
+        "hardware": describe_hardware(torch.cuda.get_device_name() if large else "cpu"),
         "versions": describe_versions(),
         "runs": [],
     }
@@ -223,7 +223,7 @@ def _run(args: argparse.Namespace) -> None:
             found = measure(model, device, method, tokens, args.rounds, args.steps)
             results["runs"].append({"model": name, "dtype": dtype, **found})
             print(
-                f"{name:<10}{dtype:<10}{method:<10} {found['tokens_per_s']:>10.0f} tokens/s, "
+                f"{name:<15}{dtype:<10}{method:<10} {found['tokens_per_s']:>10.0f} tokens/s, "
                 f"{found['share_of_bound']:.2f} of the bound, peak {found['peak_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )

@@ -167,7 +167,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, needs_data: bool = Fa
         type=positive_int,
         default=SELF_TOKENS,
         metavar="N",
-        help="tokens that the dense model writes for --data self, or fewer if the run reads fewer; they are kept in "
+        help="tokens to read of what the dense model writes for --data self, or fewer if the run reads fewer; kept in "
         f"the cache; default: {SELF_TOKENS}",
     )
     parser.add_argument(

@@ -3,7 +3,7 @@
     python -m bench.compare --output-dir compare/                      # make compare; about 8 hours on two cores
     python -m bench.compare --output-dir compare/ --only ddp-20 flap-20 depth-20      # some of it
     python -m bench.compare --output-dir compare/ --force speed                       # time again on a quiet machine
-    python -m bench.compare --output-dir compare/ --device cuda --untimed             # minutes, on a GPU
+    python -m bench.compare --output-dir compare/ --device cuda --untimed             # about an hour, on a GPU
 
 On SmolLM2-135M-Instruct: DDP, Tyr, MaskPrune and the scores of Wanda (wanda-sp), FLAP, LLM-Pruner (taylor), ShortGPT
 (depth), magnitude and random, at 20 and 50 %; DDP on foreign text, on text of the dense model's own, and on both; and
@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"models to measure, with those that they are made from: {', '.join(plan.variants())}; default: all",
+        help="models to measure, with those that they are made from; default: all that are for the device. There are "
+        f"{', '.join(plan.variants())}",
     )
     add(
         "--device",

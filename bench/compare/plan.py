@@ -72,7 +72,7 @@ class Variant:
 
     @property
     def for_gpu(self) -> bool:
-        """Whether two CPU cores would take half a day for it."""
+        """Whether two CPU cores would take hours for it."""
         return self.self_tokens == MOST_SELF_TOKENS
 
 

@@ -35,7 +35,9 @@ def collect(records: Records, models: Mapping[str, Variant], work: Path, command
 def gpu(device: str) -> dict:
     import torch
 
-    return {} if device == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    if device == "cpu":
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 def _of_variant(results: Mapping, variant: Variant) -> dict:

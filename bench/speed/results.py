@@ -185,12 +185,16 @@ def describe_versions() -> dict:
     return {**libraries, "python": platform.python_version()}
 
 
-def describe_hardware() -> dict:
+def describe_hardware(device: str | None = None) -> dict:
+    """`device` is that of vLLM, or this one."""
     import psutil
-    import torch
 
+    if device is None:
+        from vllm.platforms import current_platform
+
+        device = current_platform.get_device_name()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": device,
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
         "cpu_cores": len(os.sched_getaffinity(0)),

@@ -9,7 +9,8 @@ Writing is slow, so every batch of documents is kept in `<cache>/self/<digest>/`
 the settings below and the seed. A batch depends on nothing but its number. So an interrupted run goes on behind its
 last batch, a run that needs more text adds to what is there, and several processes write several batches at once. In
 another dtype, on another device or with another version of PyTorch the model may draw other words; it reads those that
-are there. A GPU writes several batches in the time of one, so there they are drawn together.
+are there. A GPU writes several batches in the time of one, as many as its free memory takes: there they are drawn
+together, so that words depend on that, too, and what is interrupted is written again together.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ SOURCE = "self"  # among the sources of --data
 TEMPERATURE = 0.8
 ANSWER_TOKENS = 256  # at most
 BATCH_SIZE = 32  # documents
-BATCHES_ON_GPU = 16  # that it writes together, if their KV cache takes no more than a quarter of its memory
+BATCHES_ON_GPU = 16  # that it writes together, if they take no more than half of its free memory
+LOGITS_COPIES = 4  # of those of the next token in float32, while it is drawn
 
 
 def self_generated_tokens(
@@ -118,15 +120,14 @@ class _Writer:
         return kept
 
     def _batches(self) -> int:
-        """The same in every process that writes with others, whatever device it has."""
         if self.dense.device.type != "cuda":
             return 1
-        memory = torch.cuda.get_device_properties(self.dense.device).total_memory
+        free, _ = torch.cuda.mem_get_info(self.dense.device)
         positions = max(map(len, prompt_tokens(self.dense.tokenizer, self.prompts))) + ANSWER_TOKENS
         geometry, element_bytes = self.dense.geometry, self.dense.model.dtype.itemsize
         of_document = positions * geometry.kv_cache_bytes_per_token(element_bytes)
-        of_document += geometry.state_bytes_per_sequence(element_bytes)
-        return max(1, min(BATCHES_ON_GPU, memory // 4 // max(1, BATCH_SIZE * of_document)))
+        of_document += geometry.state_bytes_per_sequence(element_bytes) + LOGITS_COPIES * 4 * self.known
+        return max(1, min(BATCHES_ON_GPU, free // 2 // (BATCH_SIZE * of_document)))
 
     def _kept(self, paths: Sequence[Path]) -> list[list[int]] | None:
         if not all(path.exists() for path in paths):

@@ -54,8 +54,14 @@ def fit_projections(
         attention.q_size = layout.query_heads * attention.head_dim
         rank = get_tensor_model_parallel_rank()
         attention.attn = UnevenGroups(attention.attn, layout, rank)
-        if getattr(attention, "rotary_emb", None) is not None:
-            attention.rotary_emb = SpreadRotary(attention.rotary_emb, attention.attn)
+        _spread_before_rotary(attention)
+
+
+def _spread_before_rotary(attention: Any) -> None:
+    """Not where Qwen3-Next's fused kernel rotates: that reads what the rotary module holds, and takes any heads."""
+    has_rotary = getattr(attention, "rotary_emb", None) is not None
+    if has_rotary and not getattr(attention, "use_fused_qk_norm_rope_gate", False):
+        attention.rotary_emb = SpreadRotary(attention.rotary_emb, attention.attn)
 
 
 def add_sinks(attention: Any, vllm_config: VllmConfig) -> None:
@@ -126,7 +132,7 @@ class SpreadRotary(nn.Module):
     """The rotary embedding in front of `UnevenGroups`, which spreads q out before it.
 
     For vLLM: its CUDA kernel (rotary_embedding in csrc/pos_encoding_kernels.cu) stops where the number of KV heads does
-    not divide that of the query heads. Models that are compiled do not call it.
+    not divide that of the query heads. Compiled models do not call that kernel by default.
     """
 
     def __init__(self, rotary: nn.Module, groups: UnevenGroups) -> None:
