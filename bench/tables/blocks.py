@@ -57,6 +57,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "targets-moe": breakdown.of_target,
     "budgets": learning.budgets,
     "budgets-joint": learning.joint,
+    "compare-recovery-long": compare.recovery_of_long,
+    "compare-answers-long": compare.answers_of_long,
     "learning-speed": learning.speed,
     "learning-speed-h200": learning.speed_h200,
     "learning-memory": learning.memory,
