@@ -7,10 +7,6 @@ from bench.tables.markdown import markdown_table, percent, results
 from bench.tables.real import TITLES as REAL_TITLES
 from bench.tables.real import cell, perplexity_text
 
-COMPARE = "compare/compare.json"
-COMPARE_AVX2 = "compare/avx2/compare.json"
-COMPARE_H200 = "compare/h200/compare.json"
-COMPARE_BOTH = "compare/h200_then_avx2/compare.json"
 NOTHING = "None of these models was measured."
 TITLES = REAL_TITLES | {
     "wanda": "Wanda (wanda-sp)",
@@ -28,36 +24,16 @@ HOW = {
 TEXTS = {"text": "foreign text", "self": "its own text", "mixed": "half of each"}
 
 
-def methods_avx2() -> str:
-    return methods_of(results(COMPARE_AVX2))
+def methods(file: str) -> str:
+    return methods_of(results(file))
 
 
-def recovery_avx2() -> str:
-    return recovery_of(results(COMPARE_AVX2))
+def recovery(file: str) -> str:
+    return recovery_of(results(file))
 
 
-def recovery_at_2e4() -> str:
-    return recovery_of(results(COMPARE))
-
-
-def recovery_h200() -> str:
-    return recovery_of(results(COMPARE_H200))
-
-
-def recovery_of_long() -> str:
-    return recovery_of(results(COMPARE_BOTH))
-
-
-def answers_of_long() -> str:
-    return answers_of(results(COMPARE_BOTH))
-
-
-def answers_avx2() -> str:
-    return answers_of(results(COMPARE_AVX2))
-
-
-def answers_h200() -> str:
-    return answers_of(results(COMPARE_H200))
+def answers(file: str) -> str:
+    return answers_of(results(file))
 
 
 def title(name: str) -> str:

@@ -1,6 +1,6 @@
 """What bench.targets, bench.budgets, bench.learning_speed and bench.learning_memory measured."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import fmean
 
 from bench.budgets import compared
@@ -15,8 +15,6 @@ JOINT = {
     "Qwen3-MoE": "budgets/joint_qwen3_moe.json",
     "SmolLM2-135M": "budgets/joint_SmolLM2-135M-Instruct.json",
 }
-SPEED = "learning_speed/learning_speed.json"
-SPEED_H200 = ("learning_speed/h200/llama-8b.json", "learning_speed/h200/qwen3-moe-10b.json")
 MEMORY = "learning_memory/learning_memory.json"
 MODELS = {"llama": "Llama", "qwen3_moe": "Qwen3-MoE"}
 METHODS = {"ddp": "DDP", "maskprune": "MaskPrune", "flap": "FLAP's score", "finetune": "LoRA, from a teacher"}
@@ -92,15 +90,7 @@ def joint() -> str:
     return markdown_table((*header, "ratio, each seed"), rows)
 
 
-def speed() -> str:
-    return _speed_of(results(SPEED)["runs"])
-
-
-def speed_h200() -> str:
-    return _speed_of([run for file in SPEED_H200 for run in results(file)["runs"]])
-
-
-def _speed_of(runs: Iterable[Mapping]) -> str:
+def speed(*files: str) -> str:
     """Steps against three forward passes."""
     rows = [
         (
@@ -111,7 +101,8 @@ def _speed_of(runs: Iterable[Mapping]) -> str:
             f"{run['share_of_bound']:.2f}",
             f"{run['peak_bytes'] / 1e9:.2f} GB",
         )
-        for run in runs
+        for file in files
+        for run in results(file)["runs"]
     ]
     return markdown_table(("", "method", "dtype", "tokens/s", "of three forward passes", "peak"), rows)
 

@@ -52,8 +52,7 @@ def fit_projections(
         attention.total_num_heads = total_num_heads
         attention.num_heads = layout.query_heads
         attention.q_size = layout.query_heads * attention.head_dim
-        rank = get_tensor_model_parallel_rank()
-        attention.attn = UnevenGroups(attention.attn, layout, rank)
+        attention.attn = UnevenGroups(attention.attn, layout, get_tensor_model_parallel_rank())
         _spread_before_rotary(attention)
 
 
